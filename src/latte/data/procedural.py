@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Endless labelled and captioned clips drawn from a seed: one coloured shape on a dark ground, moving in one direction.
+
+Clip ``index`` of seed ``s`` is a pure function of (s, index): no download, no disk. The label is the direction, the caption says
+colour, shape and direction, and ``read_motion`` measures all of them back from pixels, so a generated clip can be graded.
+Axes: t frames, h height, w width, c channels.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from latte.runtime import generator
+
+DIRECTIONS = {"up": (0.0, -1.0), "down": (0.0, 1.0), "left": (-1.0, 0.0), "right": (1.0, 0.0)}
+SHAPES = ("circle", "square", "triangle")
+COLOURS = {
+    "red": (230, 60, 50),
+    "green": (70, 200, 80),
+    "blue": (70, 110, 240),
+    "yellow": (240, 210, 60),
+    "magenta": (220, 80, 210),
+    "white": (235, 235, 235),
+}
+GROUND = (24, 26, 34)
+SUPERSAMPLE = 4
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What one clip shows. ``size`` (half the extent), ``start`` and ``speed`` are in units of the frame's side."""
+
+    shape: str
+    colour: str
+    direction: str
+    size: float
+    start: tuple[float, float]
+    speed: float
+
+    @property
+    def caption(self) -> str:
+        """'a red square moves left'."""
+        return f"a {self.colour} {self.shape} moves {self.direction}"
+
+    @property
+    def label(self) -> int:
+        """Index of the direction among DIRECTIONS: up, down, left, right."""
+        return list(DIRECTIONS).index(self.direction)
+
+
+def draw_scene(seed: int, index: int, frames: int) -> Scene:
+    """The scene of clip ``index``: every attribute uniform, the whole path inside the frame."""
+    u = torch.rand(8, generator=generator(seed, "scene", index), dtype=torch.float64).tolist()
+    direction = list(DIRECTIONS)[index % len(DIRECTIONS)]
+    size = 0.13 + 0.05 * u[2]
+    travel = 0.28 + 0.22 * u[3]  # over the whole clip, so that speed does not depend on the frame count
+    margin = size + 0.02
+    along = margin + (1 - 2 * margin - travel) * u[4]
+    across = margin + (1 - 2 * margin) * u[5]
+    dx, dy = DIRECTIONS[direction]
+    lead = along if dx + dy > 0 else 1 - along
+    start = (lead, across) if dx else (across, lead)
+    shape, colour = SHAPES[int(u[0] * len(SHAPES))], list(COLOURS)[int(u[1] * len(COLOURS))]
+    return Scene(shape, colour, direction, size, start, travel / max(frames - 1, 1))
+
+
+def _coverage(scene: Scene, t: int, height: int, width: int) -> np.ndarray:
+    """Share of each pixel (h w) that the shape covers at frame ``t``, by supersampling."""
+    dx, dy = DIRECTIONS[scene.direction]
+    side = min(height, width)
+    ys = (np.arange(height * SUPERSAMPLE) + 0.5) / SUPERSAMPLE / side - scene.start[1] * height / side - dy * scene.speed * t
+    xs = (np.arange(width * SUPERSAMPLE) + 0.5) / SUPERSAMPLE / side - scene.start[0] * width / side - dx * scene.speed * t
+    y, x = ys[:, None] / scene.size, xs[None, :] / scene.size
+    if scene.shape == "circle":
+        inside = x * x + y * y <= 1
+    elif scene.shape == "square":
+        inside = (abs(x) <= 0.86) & (abs(y) <= 0.86)
+    else:
+        inside = (y <= 0.8) & (y >= 2 * abs(x) - 1.0) & (abs(x) <= 1)
+    return inside.reshape(height, SUPERSAMPLE, width, SUPERSAMPLE).mean(axis=(1, 3))
+
+
+def render(scene: Scene, frames: int, height: int, width: int) -> np.ndarray:
+    """Scene -> uint8 (t h w c)."""
+    ground, colour = np.array(GROUND, np.float64), np.array(COLOURS[scene.colour], np.float64)
+    covered = np.stack([_coverage(scene, t, height, width) for t in range(frames)])[..., None]
+    return np.rint(ground + covered * (colour - ground)).astype(np.uint8)
+
+
+@dataclass(frozen=True)
+class Motion:
+    """What ``read_motion`` sees: names or None when the pixels do not say; ``coherent`` = one compact shape in every frame."""
+
+    direction: str | None
+    colour: str | None
+    shape: str | None
+    coherent: bool
+
+
+def _mask(frames: np.ndarray) -> np.ndarray:
+    """uint8 (t h w c) -> bool (t h w): pixels nearer to the brightest colour of the clip than to the ground."""
+    distance = np.abs(frames.astype(np.float64) - np.array(GROUND, np.float64)).max(axis=-1)
+    return distance > max(0.5 * np.quantile(distance, 0.995), 40)
+
+
+def _compact(mask: np.ndarray) -> bool:
+    """Is the mask (h w) one connected piece, bar specks of under a twelfth of it?"""
+    if not mask.any():
+        return False
+    left, pieces = mask.copy(), []
+    while left.any():
+        grown = np.zeros_like(left)
+        grown[tuple(np.argwhere(left)[0])] = True
+        while True:
+            spread = grown.copy()
+            spread[1:] |= grown[:-1]
+            spread[:-1] |= grown[1:]
+            spread[:, 1:] |= grown[:, :-1]
+            spread[:, :-1] |= grown[:, 1:]
+            spread &= left
+            if (spread == grown).all():
+                break
+            grown = spread
+        pieces.append(int(grown.sum()))
+        left &= ~grown
+    return max(pieces) >= sum(pieces) * 11 / 12
+
+
+def _shape_of(mask: np.ndarray) -> str:
+    """Name of the shape of a mask (h w) from how it fills its bounding box, top half against bottom half."""
+    rows, columns = np.where(mask.any(1))[0], np.where(mask.any(0))[0]
+    box = mask[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1].astype(np.float64)
+    half = max(len(box) // 2, 1)
+    if box[:half].mean() < 0.62 * box[-half:].mean():
+        return "triangle"
+    return "square" if box.mean() > 0.5 * (1 + math.pi / 4) else "circle"
+
+
+def read_motion(frames: np.ndarray) -> Motion:
+    """Grade a clip by its pixels alone: uint8 (t h w c) -> direction, colour, shape, and whether one shape is there throughout.
+
+    The direction is that of the centroid's regression line over time; it is None when the path is shorter than 12 % of the frame,
+    when the drift across exceeds half of the way along, or when a frame holds no compact shape.
+    """
+    mask = _mask(frames)
+    coherent = all(_compact(m) for m in mask)
+    if not coherent:
+        return Motion(None, None, None, False)
+    areas = mask.sum((1, 2))
+    coherent = bool(areas.max() <= 2 * areas.min())
+    points = np.stack([np.argwhere(m).mean(0)[::-1] for m in mask]) / min(frames.shape[1:3])
+    times = np.arange(len(points)) - (len(points) - 1) / 2
+    path = (times @ (points - points.mean(0))) / max((times @ times), 1e-9) * max(len(points) - 1, 1)
+    along, across = abs(path).max(), abs(path).min()
+    direction = None
+    if along >= 0.12 and across <= 0.5 * along:
+        direction = max(DIRECTIONS, key=lambda name: float(np.dot(DIRECTIONS[name], path)))
+    inner = np.median(frames[mask].astype(np.float64), axis=0)
+    colour = min(COLOURS, key=lambda name: float(np.linalg.norm(np.array(COLOURS[name]) - inner)))
+    names = [_shape_of(m) for m in mask]
+    return Motion(direction, colour, max(set(names), key=names.count), coherent)

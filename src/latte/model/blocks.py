@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A block is a row of residual branches: attention over space, attention over time, an MLP.
+
+The variant chooses the branches, the conditioning decides how a branch is wrapped, and neither knows the other. All attentions of
+a block share one (shift, scale, gate) triple of its modulation and the MLP has the other (Latte, Sec. 3.2: 6 d outputs per block).
+Still frames ride behind the clip on the frame axis: attention over space sees them, attention over time does not.
+Axes: b batch, f clip frames, i stills, n tokens of a frame, d width, h heads, k head width, l sequence.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from latte.model.positions import AbsoluteTime, RotaryTime
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The one attention function: (b h l k) queries, keys, values -> (b h l k), softmax(q k' / sqrt(k)) v."""
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention's weights: qkv and output projection, with bias."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
+
+    def split(self, x: Tensor) -> Tensor:
+        """(b f n d) -> (b f n 3 h k)."""
+        return self.qkv(x).unflatten(-1, (3, self.heads, -1))
+
+
+class SpaceAttention(Attention):
+    """Every frame by itself."""
+
+    video_only = False
+
+    def forward(self, x: Tensor, frames: int) -> Tensor:
+        """(b f+i n d) -> (b f+i n d)."""
+        q, k, v = self.split(x).flatten(0, 1).permute(2, 0, 3, 1, 4)  # each (bf h n k)
+        return self.proj(attend(q, k, v).transpose(1, 2).flatten(2)).view(x.shape)
+
+
+class TimeAttention(Attention):
+    """Every position of the frame by itself, along the clip; it is given the clip's frames only."""
+
+    video_only = True
+
+    def __init__(self, width: int, heads: int, position: AbsoluteTime | RotaryTime):
+        super().__init__(width, heads)
+        self.position = position
+
+    def forward(self, x: Tensor, frames: int) -> Tensor:
+        """(b f n d) -> (b f n d)."""
+        b, f, n, d = x.shape
+        q, k, v = self.split(x).permute(3, 0, 2, 4, 1, 5).flatten(1, 2)  # each (bn h f k)
+        y = attend(*self.position.rotate(q, k), v)
+        return self.proj(y.unflatten(0, (b, n)).permute(0, 3, 1, 2, 4).reshape(b, f, n, d))
+
+
+class SpaceAndTimeAttention(nn.Module):
+    """Variant 4's pair: both attentions read the same normed tokens, each with half of the heads, and their results are added."""
+
+    video_only = False
+
+    def __init__(self, width: int, heads: int, position: AbsoluteTime | RotaryTime):
+        super().__init__()
+        self.space, self.time = SpaceAttention(width, heads // 2), TimeAttention(width, heads // 2, position)
+
+    def forward(self, x: Tensor, frames: int) -> Tensor:
+        """(b f+i n d) -> (b f+i n d); stills get the spatial half alone."""
+        y = self.space(x, frames)
+        if frames == x.shape[1]:
+            return y + self.time(x, frames)
+        return torch.cat([y[:, :frames] + self.time(x[:, :frames], frames), y[:, frames:]], dim=1)
+
+
+class JointAttention(Attention):
+    """Every token of the clip sees every other: the costly baseline that the four variants factorise. A still sees itself."""
+
+    video_only = False
+
+    def __init__(self, width: int, heads: int, position: AbsoluteTime | RotaryTime):
+        super().__init__(width, heads)
+        self.position = position
+
+    def forward(self, x: Tensor, frames: int) -> Tensor:
+        """(b f+i n d) -> (b f+i n d)."""
+        parts = self.split(x)
+        q, k, v = parts[:, :frames].permute(3, 0, 4, 2, 1, 5)  # each (b h n f k)
+        q, k = self.position.rotate(q, k)
+        y = attend(q.flatten(2, 3), k.flatten(2, 3), v.flatten(2, 3)).unflatten(2, (-1, frames))
+        y = y.permute(0, 3, 2, 1, 4).reshape(x[:, :frames].shape)
+        if frames < x.shape[1]:
+            stills = parts[:, frames:].flatten(0, 1).permute(2, 0, 3, 1, 4)  # 3 (bi h n k)
+            y = torch.cat([y, attend(*stills).transpose(1, 2).reshape(x[:, frames:].shape)], dim=1)
+        return self.proj(y)
+
+
+class MLP(nn.Module):
+    """Two linear layers around a tanh-GELU, four times as wide inside."""
+
+    video_only = False
+
+    def __init__(self, width: int, ratio: int = 4):
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(width, ratio * width), nn.Linear(ratio * width, width)
+
+    def forward(self, x: Tensor, frames: int) -> Tensor:
+        """(b f n d) -> (b f n d)."""
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+
+
+class Block(nn.Module):
+    """x + gate * branch(norm(x) * (1 + scale) + shift), branch after branch.
+
+    The last branch is the MLP. With ``video_only`` the whole block passes stills by (the temporal blocks of variants 1 and 2).
+    """
+
+    def __init__(self, branches: dict[str, nn.Module], width: int, modulation: nn.Module, affine_norm: bool, video_only: bool = False):
+        super().__init__()
+        self.branches = nn.ModuleDict(branches)
+        self.norms = nn.ModuleDict({name: nn.LayerNorm(width, eps=1e-6, elementwise_affine=affine_norm) for name in branches})
+        self.modulation, self.video_only = modulation, video_only
+
+    def forward(self, x: Tensor, c: Tensor, frames: int) -> Tensor:
+        """Tokens (b f+i n d), condition (b 1|1+i d), number of clip frames f -> tokens (b f+i n d)."""
+        if self.video_only and frames < x.shape[1]:
+            return torch.cat([self.run(x[:, :frames], c[:, :1], frames), x[:, frames:]], dim=1)
+        return self.run(x, c, frames)
+
+    def run(self, x: Tensor, c: Tensor, frames: int) -> Tensor:
+        """The branches over all the frames given."""
+        chunks = self.modulation(c, frames)
+        for name, branch in self.branches.items():
+            triple = chunks[3:] if name == "mlp" else chunks[:3]
+            if branch.video_only and frames < x.shape[1]:
+                clip = self.residual(name, x[:, :frames], tuple(m if m is None else m[:, :frames] for m in triple), frames)
+                x = torch.cat([clip, x[:, frames:]], dim=1)
+            else:
+                x = self.residual(name, x, triple, frames)
+        return x
+
+    def residual(self, name: str, x: Tensor, triple: tuple[Tensor | None, ...], frames: int) -> Tensor:
+        """One branch around one norm."""
+        shift, scale, gate = triple
+        if gate is None:
+            return x + self.branches[name](self.norms[name](x), frames)
+        return torch.addcmul(x, gate, self.branches[name](modulate(self.norms[name](x), shift, scale), frames))
+
+
+def modulate(x: Tensor, shift: Tensor | None, scale: Tensor | None) -> Tensor:
+    """x (1 + scale) + shift over tokens (b f n d); unchanged when there is nothing to modulate with."""
+    return x if scale is None else torch.addcmul(shift, x, 1 + scale)
