@@ -3,8 +3,8 @@
 
 The variant chooses the branches, the conditioning decides how a branch is wrapped, and neither knows the other. All attentions of
 a block share one (shift, scale, gate) triple of its modulation and the MLP has the other (Latte, Sec. 3.2: 6 d outputs per block).
-Still frames ride behind the clip on the frame axis: attention over space sees them, attention over time does not.
-Axes: b batch, f clip frames, i stills, n tokens of a frame, d width, h heads, k head width, l sequence.
+Stills pass through the same blocks with attention over time left out, so a still never leaks into motion (Sec. 3.3.4).
+Axes: b batch, f frames (or stills), n tokens of a frame, d width, h heads, k head width, l sequence.
 """
 
 import torch
@@ -37,14 +37,14 @@ class SpaceAttention(Attention):
 
     video_only = False
 
-    def forward(self, x: Tensor, frames: int) -> Tensor:
-        """(b f+i n d) -> (b f+i n d)."""
+    def forward(self, x: Tensor, stills: bool = False) -> Tensor:
+        """(b f n d) -> (b f n d)."""
         q, k, v = self.split(x).flatten(0, 1).permute(2, 0, 3, 1, 4)  # each (bf h n k)
         return self.proj(attend(q, k, v).transpose(1, 2).flatten(2)).view(x.shape)
 
 
 class TimeAttention(Attention):
-    """Every position of the frame by itself, along the clip; it is given the clip's frames only."""
+    """Every position of the frame by itself, along the clip."""
 
     video_only = True
 
@@ -52,7 +52,7 @@ class TimeAttention(Attention):
         super().__init__(width, heads)
         self.position = position
 
-    def forward(self, x: Tensor, frames: int) -> Tensor:
+    def forward(self, x: Tensor, stills: bool = False) -> Tensor:
         """(b f n d) -> (b f n d)."""
         b, f, n, d = x.shape
         q, k, v = self.split(x).permute(3, 0, 2, 4, 1, 5).flatten(1, 2)  # each (bn h f k)
@@ -69,12 +69,9 @@ class SpaceAndTimeAttention(nn.Module):
         super().__init__()
         self.space, self.time = SpaceAttention(width, heads // 2), TimeAttention(width, heads // 2, position)
 
-    def forward(self, x: Tensor, frames: int) -> Tensor:
-        """(b f+i n d) -> (b f+i n d); stills get the spatial half alone."""
-        y = self.space(x, frames)
-        if frames == x.shape[1]:
-            return y + self.time(x, frames)
-        return torch.cat([y[:, :frames] + self.time(x[:, :frames], frames), y[:, frames:]], dim=1)
+    def forward(self, x: Tensor, stills: bool = False) -> Tensor:
+        """(b f n d) -> (b f n d); stills get the spatial half alone."""
+        return self.space(x) if stills else self.space(x) + self.time(x)
 
 
 class JointAttention(Attention):
@@ -86,17 +83,15 @@ class JointAttention(Attention):
         super().__init__(width, heads)
         self.position = position
 
-    def forward(self, x: Tensor, frames: int) -> Tensor:
-        """(b f+i n d) -> (b f+i n d)."""
-        parts = self.split(x)
-        q, k, v = parts[:, :frames].permute(3, 0, 4, 2, 1, 5)  # each (b h n f k)
+    def forward(self, x: Tensor, stills: bool = False) -> Tensor:
+        """(b f n d) -> (b f n d)."""
+        q, k, v = self.split(x).permute(3, 0, 1, 4, 2, 5)  # each (b f h n k)
+        if stills:
+            return self.proj(attend(q, k, v).transpose(2, 3).flatten(3))
+        q, k, v = (y.permute(0, 2, 3, 1, 4) for y in (q, k, v))  # each (b h n f k)
         q, k = self.position.rotate(q, k)
-        y = attend(q.flatten(2, 3), k.flatten(2, 3), v.flatten(2, 3)).unflatten(2, (-1, frames))
-        y = y.permute(0, 3, 2, 1, 4).reshape(x[:, :frames].shape)
-        if frames < x.shape[1]:
-            stills = parts[:, frames:].flatten(0, 1).permute(2, 0, 3, 1, 4)  # 3 (bi h n k)
-            y = torch.cat([y, attend(*stills).transpose(1, 2).reshape(x[:, frames:].shape)], dim=1)
-        return self.proj(y)
+        y = attend(q.flatten(2, 3), k.flatten(2, 3), v.flatten(2, 3)).unflatten(2, (x.shape[2], x.shape[1]))
+        return self.proj(y.permute(0, 3, 2, 1, 4).flatten(3))
 
 
 class MLP(nn.Module):
@@ -108,7 +103,7 @@ class MLP(nn.Module):
         super().__init__()
         self.fc1, self.fc2 = nn.Linear(width, ratio * width), nn.Linear(ratio * width, width)
 
-    def forward(self, x: Tensor, frames: int) -> Tensor:
+    def forward(self, x: Tensor, stills: bool = False) -> Tensor:
         """(b f n d) -> (b f n d)."""
         return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
 
@@ -116,7 +111,7 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """x + gate * branch(norm(x) * (1 + scale) + shift), branch after branch.
 
-    The last branch is the MLP. With ``video_only`` the whole block passes stills by (the temporal blocks of variants 1 and 2).
+    Stills skip the branches marked ``video_only``, and with ``video_only`` the whole block (the temporal blocks of variants 1 and 2).
     """
 
     def __init__(self, branches: dict[str, nn.Module], width: int, modulation: nn.Module, affine_norm: bool, video_only: bool = False):
@@ -125,30 +120,18 @@ class Block(nn.Module):
         self.norms = nn.ModuleDict({name: nn.LayerNorm(width, eps=1e-6, elementwise_affine=affine_norm) for name in branches})
         self.modulation, self.video_only = modulation, video_only
 
-    def forward(self, x: Tensor, c: Tensor, frames: int) -> Tensor:
-        """Tokens (b f+i n d), condition (b 1|1+i d), number of clip frames f -> tokens (b f+i n d)."""
-        if self.video_only and frames < x.shape[1]:
-            return torch.cat([self.run(x[:, :frames], c[:, :1], frames), x[:, frames:]], dim=1)
-        return self.run(x, c, frames)
-
-    def run(self, x: Tensor, c: Tensor, frames: int) -> Tensor:
-        """The branches over all the frames given."""
-        chunks = self.modulation(c, frames)
+    def forward(self, x: Tensor, c: Tensor, stills: bool = False) -> Tensor:
+        """Tokens (b f n d), condition (b f|1 d) -> tokens (b f n d)."""
+        if stills and self.video_only:
+            return x
+        chunks = self.modulation(c)
         for name, branch in self.branches.items():
-            triple = chunks[3:] if name == "mlp" else chunks[:3]
-            if branch.video_only and frames < x.shape[1]:
-                clip = self.residual(name, x[:, :frames], tuple(m if m is None else m[:, :frames] for m in triple), frames)
-                x = torch.cat([clip, x[:, frames:]], dim=1)
-            else:
-                x = self.residual(name, x, triple, frames)
+            if stills and branch.video_only:
+                continue
+            shift, scale, gate = chunks[3:] if name == "mlp" else chunks[:3]
+            y = branch(modulate(self.norms[name](x), shift, scale), stills)
+            x = x + y if gate is None else torch.addcmul(x, gate, y)
         return x
-
-    def residual(self, name: str, x: Tensor, triple: tuple[Tensor | None, ...], frames: int) -> Tensor:
-        """One branch around one norm."""
-        shift, scale, gate = triple
-        if gate is None:
-            return x + self.branches[name](self.norms[name](x), frames)
-        return torch.addcmul(x, gate, self.branches[name](modulate(self.norms[name](x), shift, scale), frames))
 
 
 def modulate(x: Tensor, shift: Tensor | None, scale: Tensor | None) -> Tensor:

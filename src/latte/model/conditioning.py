@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Timestep and label, and how they reach the blocks (Latte, Sec. 3.3.2).
 
-The condition is computed once per clip, as (b 1 d), and broadcast; stills with labels of their own add a row each, (b 1+i d).
+The condition is computed once per clip, as (b 1 d), and broadcast; only stills with labels of their own have a row each, (b i d).
 Scalable adaptive layer norm (S-AdaLN) modulates every residual branch; all-tokens lays the condition beside the tokens, once.
-Axes: b batch, f frames, i stills, n tokens of a frame, d width.
+Axes: b batch, f frames (or stills), i stills, n tokens of a frame, d width.
 """
 
 import math
@@ -54,11 +54,6 @@ def drop_labels(label: Tensor, p: float, generator: torch.Generator) -> Tensor:
     return label.masked_fill(drop.to(label.device).reshape(-1, *[1] * (label.ndim - 1)), -1)
 
 
-def spread(c: Tensor, frames: int) -> Tensor:
-    """Rows (b 1+i d), the clip's first -> a row per frame (b f+i d); (b 1 d) stays as it is and broadcasts."""
-    return c if c.shape[1] == 1 else torch.cat([c[:, :1].expand(-1, frames, -1), c[:, 1:]], dim=1)
-
-
 class Modulation(nn.Module):
     """c -> ``num_chunks`` vectors that shift, scale and gate: one SiLU and one zero-started linear layer (adaLN-Zero)."""
 
@@ -67,13 +62,9 @@ class Modulation(nn.Module):
         self.num_chunks = num_chunks
         self.linear = nn.Linear(width, num_chunks * width)
 
-    def forward(self, c: Tensor, frames: int) -> tuple[Tensor, ...]:
-        """(b 1|1+i d) -> chunks (b 1|f+i 1 d).
-
-        The clip's row goes through the layer by itself, so that stills beside it do not change one bit of it.
-        """
-        rows = [self.linear(F.silu(part)) for part in (c[:, :1], c[:, 1:]) if part.shape[1]]
-        return spread(torch.cat(rows, dim=1), frames)[:, :, None].chunk(self.num_chunks, dim=-1)
+    def forward(self, c: Tensor) -> tuple[Tensor, ...]:
+        """(b f|1 d) -> chunks (b f|1 1 d)."""
+        return self.linear(F.silu(c))[:, :, None].chunk(self.num_chunks, dim=-1)
 
 
 class Unmodulated(nn.Module):
@@ -83,8 +74,8 @@ class Unmodulated(nn.Module):
         super().__init__()
         self.num_chunks = num_chunks
 
-    def forward(self, c: Tensor, frames: int) -> tuple[None, ...]:
-        """(b 1|1+i d) -> nothing to modulate with."""
+    def forward(self, c: Tensor) -> tuple[None, ...]:
+        """(b f|1 d) -> nothing to modulate with."""
         return (None,) * self.num_chunks
 
 
@@ -104,7 +95,7 @@ class SAdaLN:
         return Modulation(width, 2)
 
     @staticmethod
-    def enter(x: Tensor, c: Tensor, frames: int) -> Tensor:
+    def enter(x: Tensor, c: Tensor) -> Tensor:
         """Tokens (b f n d) unchanged: the condition comes in through the blocks."""
         return x
 
@@ -130,9 +121,9 @@ class AllTokens:
         return Unmodulated(2)
 
     @staticmethod
-    def enter(x: Tensor, c: Tensor, frames: int) -> Tensor:
-        """(b f n d), (b 1|1+i d) -> (b f n+1 d)."""
-        return torch.cat([x, spread(c, frames)[:, :, None].expand(-1, x.shape[1], -1, -1)], dim=2)
+    def enter(x: Tensor, c: Tensor) -> Tensor:
+        """(b f n d), (b f|1 d) -> (b f n+1 d)."""
+        return torch.cat([x, c[:, :, None].expand(-1, x.shape[1], -1, -1)], dim=2)
 
     @staticmethod
     def leave(x: Tensor) -> Tensor:

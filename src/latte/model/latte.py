@@ -2,7 +2,8 @@
 """Latte: embed -> backbone -> unembed (arXiv 2401.03048, Sec. 3).
 
 A latent clip becomes tokens, transformer blocks attend over space and over time, and every token gives back its patch of predicted
-noise and of the variance's interpolation. One class serves every variant, clips and clips with stills.
+noise and of the variance's interpolation. One class serves every variant, clips and clips with stills: stills ride behind the clip
+on the frame axis, and go through the spatial half of the same backbone by themselves.
 Axes: b batch, f clip frames, i stills, c channels, h w latent size, n tokens of a frame, d width.
 """
 
@@ -167,25 +168,31 @@ class Latte(nn.Module, PyTorchModelHubMixin, library_name="latte", tags=["video-
         The last ``num_images`` of the frame axis are stills. ``label`` is (b,), or (b 1+i) with a label per still; None is the null
         class. Raises InputError for wrong channels, or sizes that the patches do not divide.
         """
-        grid = self.check(z, num_images)
-        x = self.patch.embed(z, num_images)  # (b f+i n d)
-        frames = x.shape[1] - num_images
+        self.check(z, num_images)
         c = self.condition(t, label, num_images)
-        x = x + spatial_table(*grid, x.shape[-1]).to(x)
-        x = self.conditioning.enter(x, c, frames)
-        for index, block in enumerate(self.blocks):
-            if index == self.time_enters:
-                x = self.position.add(x, frames)
-            if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, c, frames, use_reentrant=False)
-            else:
-                x = block(x, c, frames)
-        x = self.conditioning.leave(x)
-        x = self.final_linear(modulate(self.final_norm(x), *self.final_modulation(c, frames)))
-        return self.patch.unembed(x, grid, num_images)
+        if not num_images:
+            return self.denoise(z, c)
+        clip, stills = z.split([z.shape[1] - num_images, num_images], dim=1)  # contiguous, so that the clip meets the same kernels
+        clip = self.denoise(clip.contiguous(), c[:, :1].contiguous())
+        return torch.cat([clip, self.denoise(stills, c[:, 1:] if c.shape[1] > 1 else c, stills=True)], dim=1)
 
-    def check(self, z: Tensor, num_images: int) -> tuple[int, int]:
-        """Refuse shapes that do not fit, warn outside the trained range; the grid (h/p, w/p) of tokens."""
+    def denoise(self, z: Tensor, c: Tensor, stills: bool = False) -> Tensor:
+        """Latents (b f c h w) under the condition (b f|1 d) -> (b f o h w); ``stills``: time does not exist."""
+        grid = z.shape[-2] // self.config.patch_size, z.shape[-1] // self.config.patch_size
+        x = self.patch.embed(z, stills)  # (b f n d)
+        x = self.conditioning.enter(x + spatial_table(*grid, x.shape[-1]).to(x), c)
+        for index, block in enumerate(self.blocks):
+            if index == self.time_enters and not stills:
+                x = self.position.add(x)
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, c, stills, use_reentrant=False)
+            else:
+                x = block(x, c, stills)
+        x = self.final_norm(self.conditioning.leave(x))
+        return self.patch.unembed(self.final_linear(modulate(x, *self.final_modulation(c))), grid, stills)
+
+    def check(self, z: Tensor, num_images: int) -> None:
+        """Refuse shapes that do not fit, warn outside the trained range."""
         config, (frames, channels, *size) = self.config, z.shape[1:]
         require(channels == config.latent_channels, "z's channels", channels, f"the model takes {config.latent_channels}",
                 "use the autoencoder that it was trained with")  # fmt: skip
@@ -199,4 +206,3 @@ class Latte(nn.Module, PyTorchModelHubMixin, library_name="latte", tags=["video-
         if any(side > trained for side, trained in zip(size, config.grid_size, strict=True)):
             warnings.warn(f"latents of {size[0]} x {size[1]} are larger than the {config.grid_size[0]} x {config.grid_size[1]} that this "
                           "model was made for; the spatial table is extended", stacklevel=3)  # fmt: skip
-        return size[0] // config.patch_size, size[1] // config.patch_size

@@ -2,12 +2,12 @@
 """Latent frames to tokens and back (Latte, Sec. 3.3.1).
 
 Uniform patches cut every frame by itself; compression patches cut tubes of s frames and undo it with a 3-D transposed convolution.
-Axes: b batch, f frames, i stills, c channels, h w latent size, n tokens of a frame, d width, p patch side, s tube, o output channels.
+Axes: b batch, f frames (or stills), i stills, c channels, h w latent size, n tokens of a frame, d width, p patch side, s tube,
+o output channels.
 """
 
 from typing import Protocol
 
-import torch
 from torch import Tensor, nn
 
 from latte.checks import require
@@ -37,13 +37,13 @@ class UniformPatch(nn.Module):
         """Numbers that the last linear layer gives per token: p p o."""
         return self.p * self.p * self.out_channels
 
-    def embed(self, z: Tensor, num_images: int) -> Tensor:
-        """(b f+i c h w) -> tokens (b f+i n d)."""
+    def embed(self, z: Tensor, stills: bool = False) -> Tensor:
+        """(b f c h w) -> tokens (b f n d)."""
         b = z.shape[0]
         return self.proj(z.flatten(0, 1)).flatten(2).mT.unflatten(0, (b, -1))
 
-    def unembed(self, x: Tensor, grid: tuple[int, int], num_images: int) -> Tensor:
-        """(b f+i n ppo) on a grid of h/p x w/p tokens -> (b f+i o h w)."""
+    def unembed(self, x: Tensor, grid: tuple[int, int], stills: bool = False) -> Tensor:
+        """(b f n ppo) on a grid of h/p x w/p tokens -> (b f o h w)."""
         return fold(x, grid, self.p)
 
 
@@ -64,20 +64,17 @@ class CompressionPatch(nn.Module):
         """Numbers that the last linear layer gives per token: p p o."""
         return self.p * self.p * self.out_channels
 
-    def embed(self, z: Tensor, num_images: int) -> Tensor:
-        """(b f+i c h w) -> tokens (b f/s+i n d)."""
-        frames = z.shape[1] - num_images
-        require(frames % self.tube == 0, "num_frames", frames, f"compression patches need a multiple of tube = {self.tube}",
-                f"the nearest is {max(round(frames / self.tube), 1) * self.tube}")  # fmt: skip
-        stills = z[:, frames:].repeat_interleave(self.tube, dim=1)
-        x = self.proj(torch.cat([z[:, :frames], stills], dim=1).transpose(1, 2))  # (b d f/s+i h/p w/p)
-        return x.flatten(3).permute(0, 2, 3, 1)
+    def embed(self, z: Tensor, stills: bool = False) -> Tensor:
+        """(b f c h w) -> tokens (b f/s n d); stills (b i c h w) -> (b i n d)."""
+        z = z.repeat_interleave(self.tube, dim=1) if stills else z
+        require(z.shape[1] % self.tube == 0, "num_frames", z.shape[1], f"compression patches need a multiple of tube = {self.tube}",
+                f"the nearest is {max(round(z.shape[1] / self.tube), 1) * self.tube}")  # fmt: skip
+        return self.proj(z.transpose(1, 2)).flatten(3).permute(0, 2, 3, 1)
 
-    def unembed(self, x: Tensor, grid: tuple[int, int], num_images: int) -> Tensor:
-        """(b f/s+i n ppo) -> (b f+i o h w)."""
+    def unembed(self, x: Tensor, grid: tuple[int, int], stills: bool = False) -> Tensor:
+        """(b f/s n ppo) -> (b f o h w); stills (b i n ppo) -> (b i o h w)."""
         out = self.expand(fold(x, grid, self.p).transpose(1, 2)).transpose(1, 2)
-        split = out.shape[1] - num_images * self.tube
-        return torch.cat([out[:, :split], out[:, split:].unflatten(1, (-1, self.tube)).mean(2)], dim=1) if num_images else out
+        return out.unflatten(1, (-1, self.tube)).mean(2) if stills else out
 
 
 def fold(x: Tensor, grid: tuple[int, int], p: int) -> Tensor:

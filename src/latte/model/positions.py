@@ -44,10 +44,9 @@ class AbsoluteTime(nn.Module):
     def __init__(self, head_width: int):
         super().__init__()
 
-    def add(self, x: Tensor, frames: int) -> Tensor:
-        """Tokens (b f+i n d): the first ``frames`` of the frame axis get their index, stills get none."""
-        table = temporal_table(frames, x.shape[-1]).to(x)[:, None]
-        return x + table if frames == x.shape[1] else torch.cat([x[:, :frames] + table, x[:, frames:]], dim=1)
+    def add(self, x: Tensor) -> Tensor:
+        """Tokens (b f n d) plus the table of their frame."""
+        return x + temporal_table(x.shape[1], x.shape[-1]).to(x)[:, None]
 
     def rotate(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """Leaves (b h f k) queries and keys alone."""
@@ -67,7 +66,7 @@ class RotaryTime(nn.Module):
         require(head_width % 2 == 0, "head width (model.width / model.heads)", head_width, "rotary positions turn pairs of channels",
                 f"choose heads so that it is even, e.g. {head_width + 1}")  # fmt: skip
 
-    def add(self, x: Tensor, frames: int) -> Tensor:
+    def add(self, x: Tensor) -> Tensor:
         """Leaves the tokens alone."""
         return x
 
