@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Laws of guidance: it is a wrapper that a sampler cannot tell from a model."""
+
+import pytest
+import torch
+from support import noise
+
+from latte.checks import InputError
+from latte.diffusion.guidance import NULL_LABEL, conditional, guided
+
+LABEL = torch.tensor([2, 0, 5])
+T = torch.tensor([700, 700, 700])
+
+
+class Model:
+    """Answers differently for every label and records its calls."""
+
+    def __init__(self, learn_sigma=True, dtype=torch.float32):
+        self.calls, self.learn_sigma, self.dtype = [], learn_sigma, dtype
+
+    def __call__(self, z, t, label):
+        self.calls.append((len(z), t.tolist(), label.tolist()))
+        own = torch.sin(z * (label.view(-1, 1, 1, 1, 1) + 3)) + t.view(-1, 1, 1, 1, 1) / 1000
+        return (torch.cat([own, torch.cos(own)], 2) if self.learn_sigma else own).to(self.dtype)
+
+
+def halves(model, z):
+    """The conditional and the null answer, each from a pass of its own."""
+    return model(z, T, LABEL), model(z, T, torch.full_like(LABEL, NULL_LABEL))
+
+
+def test_scale_one_is_the_plain_model_in_one_pass():
+    z, model = noise(3, 2, 4, 2, 2), Model()
+    assert torch.equal(guided(model, LABEL, 1.0)(z, T), model(z, T, LABEL))
+    assert model.calls[0] == (3, [700] * 3, [2, 0, 5])
+
+
+def test_one_call_of_twice_the_batch_conditional_half_first():
+    model = Model()
+    guided(model, LABEL, 3.0)(noise(3, 2, 4, 2, 2), T)
+    assert model.calls == [(6, [700] * 6, [2, 0, 5, -1, -1, -1])]
+
+
+@pytest.mark.parametrize("learn_sigma", [True, False])
+@pytest.mark.parametrize("scale", [0.0, 0.5, 2.0, 7.5])
+def test_noise_is_extrapolated_and_variance_is_the_conditional_one(learn_sigma, scale):
+    z, model = noise(3, 2, 4, 2, 2), Model(learn_sigma)
+    c, u = halves(model, z)
+    out = guided(model, LABEL, scale)(z, T)
+    assert out.shape == c.shape
+    torch.testing.assert_close(out[:, :, :4], (1 - scale) * u[:, :, :4] + scale * c[:, :, :4], rtol=1e-5, atol=1e-5)
+    assert torch.equal(out[:, :, 4:], c[:, :, 4:])
+
+
+def test_half_precision_answers_are_combined_in_the_precision_of_z():
+    z, model = noise(3, 2, 4, 2, 2), Model(dtype=torch.bfloat16)
+    c, u = (half.float() for half in halves(model, z))
+    out = guided(model, LABEL, 7.0)(z, T)
+    assert out.dtype == torch.float32
+    assert torch.equal(out[:, :, :4], u[:, :, :4] + 7.0 * (c[:, :, :4] - u[:, :, :4]))
+
+
+def test_a_clips_guidance_does_not_depend_on_its_batch():
+    z = noise(3, 2, 4, 2, 2)
+    together = guided(Model(), LABEL, 4.0)(z, T)
+    for row in range(3):
+        assert torch.equal(guided(Model(), LABEL[row : row + 1], 4.0)(z[row : row + 1], T[:1])[0], together[row])
+
+
+def test_a_window_guides_inside_and_costs_one_pass_outside():
+    z, model = noise(3, 2, 4, 2, 2), Model()
+    denoise = guided(model, LABEL, 4.0, window=(300, 700))
+    full, plain = guided(Model(), LABEL, 4.0), conditional(Model(), LABEL)
+    for t, like, b in ((300, full, 6), (700, full, 6), (299, plain, 3), (701, plain, 3)):
+        at = torch.full((3,), t)
+        assert torch.equal(denoise(z, at), like(z, at))
+        assert model.calls[-1][0] == b
+    mixed = torch.tensor([299, 500, 701])
+    rows = [plain(z, mixed)[0], full(z, mixed)[1], plain(z, mixed)[2]]
+    assert torch.equal(denoise(z, mixed), torch.stack(rows))
+
+
+def test_an_unconditional_model_is_its_own_denoiser_and_cannot_be_guided():
+    def model(z, t):
+        return z
+
+    assert guided(model, None, 1.0) is conditional(model) is model
+    with pytest.raises(InputError, match=r"guidance is 3\.0, but an unconditional model"):
+        guided(model, None, 3.0)
+
+
+@pytest.mark.parametrize(("scale", "window"), [(-1.0, None), (float("nan"), None), (float("inf"), None), (2.0, (700, 300))])
+def test_bad_settings_are_refused(scale, window):
+    with pytest.raises(InputError, match="guidance"):
+        guided(Model(), LABEL, scale, window)
