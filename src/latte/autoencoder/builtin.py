@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The built-in autoencoder: a plain convolutional pair, 8x smaller each way, trained by this project on procedural clips.
+
+Without norms or attention a pixel depends on its neighbourhood alone, so any frame size divisible by 8 works.
+``python -m latte.train.autoencoder OUT.safetensors`` makes the weights, which lie beside this file.
+Axes: n frames, c channels, h height, w width.
+"""
+
+from pathlib import Path
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+
+from latte.autoencoder.base import Codec
+from latte.autoencoder.files import load_network
+
+WEIGHTS = Path(__file__).with_name("builtin.safetensors")
+
+
+class Residual(nn.Module):
+    """x + conv(relu(conv(relu(x)))), (n c h w) -> the same; the identity at the start of training."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.first = nn.Conv2d(channels, channels, 3, padding=1)
+        self.second = nn.Conv2d(channels, channels, 3, padding=1)
+        for parameter in self.second.parameters():
+            nn.init.zeros_(parameter)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.second(self.first(x.relu()).relu())
+
+
+class Normaliser(nn.Module):
+    """(n c h w) -> mean 0 and variance 1 per channel: by the batch's moments in training, by the stored ones afterwards.
+
+    So the noise that training adds to the latents has a fixed size beside them.
+    """
+
+    mean: Tensor
+    var: Tensor
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(channels))
+        self.register_buffer("var", torch.ones(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        var, mean = torch.var_mean(x, (0, 2, 3), correction=0) if self.training else (self.var, self.mean)
+        return (x - mean[:, None, None]) / (var[:, None, None] + 1e-6).sqrt()
+
+
+class BuiltinAutoencoder(nn.Module):
+    """Frames (n 3 h w) in [-1, 1] <-> latents (n 4 h/8 w/8) of mean 0 and variance 1 per channel over procedural frames."""
+
+    def __init__(self, channels: int = 4):
+        super().__init__()
+        self.encoder = nn.Sequential(
+            nn.PixelUnshuffle(4),
+            nn.Conv2d(48, 48, 3, padding=1),
+            Residual(48),
+            nn.Conv2d(48, 64, 4, stride=2, padding=1),
+            Residual(64),
+            nn.ReLU(),
+            nn.Conv2d(64, channels, 1),
+        )
+        self.normaliser = Normaliser(channels)
+        self.decoder = nn.Sequential(
+            nn.Conv2d(channels, 64, 3, padding=1),
+            Residual(64),
+            Residual(64),
+            nn.Upsample(scale_factor=2),
+            nn.Conv2d(64, 40, 3, padding=1),
+            Residual(40),
+            nn.Upsample(scale_factor=2),
+            nn.Conv2d(40, 24, 3, padding=1),
+            Residual(24),
+            nn.ReLU(),
+            nn.Conv2d(24, 12, 3, padding=1),
+            nn.PixelShuffle(2),
+        )
+
+    def encode(self, frames: Tensor) -> Tensor:
+        """(n 3 h w) in [-1, 1] -> (n 4 h/8 w/8)."""
+        return self.normaliser(self.encoder(frames))
+
+    def decode(self, latent: Tensor) -> Tensor:
+        """(n 4 h w) -> (n 3 8h 8w), about [-1, 1], not clamped."""
+        return self.decoder(latent)
+
+
+class BuiltinCodec(Codec):
+    """The built-in autoencoder as a codec: deterministic, 4 channels, 8x smaller."""
+
+    name, channels, downscale = "builtin", 4, 8
+
+    @classmethod
+    def load(cls, path: str | None, chunk: int, device: str | torch.device) -> Self:
+        """``path``: a file that ``latte.train.autoencoder`` wrote, None for the one in the package."""
+        return cls(load_network(BuiltinAutoencoder(), path or WEIGHTS, "codec.path"), chunk, device)
+
+    def encode_frames(self, frames: Tensor, noise: Tensor | None) -> Tensor:
+        return self.network.encode(frames)
+
+    def decode_frames(self, latent: Tensor) -> Tensor:
+        return self.network.decode(latent)

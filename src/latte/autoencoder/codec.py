@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which codec: frames <-> latents by name.
+
+A model is tied to the codec whose latents it learned; ``Codec.identity`` is written into checkpoints and latent shards, and
+checked when they are used again.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from latte.autoencoder.base import Codec
+from latte.autoencoder.builtin import BuiltinCodec
+from latte.autoencoder.kl import KLCodec
+from latte.autoencoder.pixels import PixelCodec
+from latte.autoencoder.taef2 import Taef2Codec
+from latte.checks import choose, require
+
+__all__ = ["CODECS", "Codec", "CodecConfig", "build_codec"]
+
+
+@dataclass(frozen=True)
+class CodecConfig:
+    """``path`` is a folder, a file or a hub id, as the codec wants it; ``chunk`` is how many frames go through at a time."""
+
+    name: str = "kl"
+    path: str | None = None
+    chunk: int = 16
+
+    __pydantic_config__: ClassVar = {"extra": "forbid"}
+
+    def __post_init__(self):
+        choose("codec.name", self.name, CODECS)
+        require(self.chunk >= 1, "codec.chunk", self.chunk, "at least one frame must go through at a time", "give 1 or more")
+
+
+def build_codec(config: CodecConfig, device: str | torch.device = "cpu") -> Codec:
+    """The codec of ``config`` with its weights on ``device``; InputError when they are missing, broken or of another layout."""
+    return CODECS[config.name].load(config.path, config.chunk, device)
+
+
+CODECS: dict[str, type[Codec]] = {codec.name: codec for codec in (KLCodec, Taef2Codec, PixelCodec, BuiltinCodec)}

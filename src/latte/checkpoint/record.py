@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run folder says about itself: config.yaml, command.txt (one line per start), env.json.
+
+Versions, device and commit are recorded by name; the environment's variables never are, because secrets live there.
+"""
+
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+import yaml
+
+from latte.checkpoint.atomic import commit_file, reported
+from latte.runtime import world_size
+
+PACKAGES = ("latte-video", "torch", "numpy", "safetensors", "pillow", "diffusers", "av", "transformers")
+
+
+def describe_run(run_dir: Path, config: Mapping[str, object], device: torch.device, command: str | None = None) -> None:
+    """Write the three files; ``config`` is plain data, ``command`` defaults to this process's own command line.
+
+    Raises RunError when the folder cannot be written.
+    """
+    command = command or shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    with reported("the run's description", run_dir):
+        commit_file(run_dir / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True))
+        commit_file(run_dir / "env.json", json.dumps({"started": now, **environment(device)}, indent=2) + "\n")
+        with open(run_dir / "command.txt", "a", encoding="utf-8") as file:
+            file.write(f"{now} {command}\n")
+
+
+def environment(device: torch.device) -> dict[str, object]:
+    """Versions of what computes, the device, the threads and the source's commit."""
+    return {
+        "commit": source_commit(),
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "packages": {name: found for name in PACKAGES if (found := installed(name))},
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "cuda": torch.version.cuda,
+        "cpus": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "processes": world_size(),
+    }
+
+
+def installed(package: str) -> str | None:
+    """The installed version of ``package``, or None; nothing is imported."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+@cache
+def source_commit() -> str | None:
+    """The commit of the source tree that this package runs from, with '+' when files differ from it; None for an installed package."""
+    root = Path(__file__).resolve().parents[3]
+    if not (root / ".git").exists():
+        return None
+    try:
+        commit, changes = (
+            subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+            for words in (("rev-parse", "HEAD"), ("status", "--porcelain", "--untracked-files=no"))
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return commit + ("+" if changes else "")

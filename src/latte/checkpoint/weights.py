@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The one door through which weights come in: file, folder or hub id -> configuration, tensors under our names, and a report.
+
+The layout is told by the tensors' names, sizes by their shapes. Every load leaves its report in the log, and a load that does not use
+every tensor is refused unless the exceptions are named.
+"""
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import TypeAdapter, ValidationError
+from torch import Tensor
+
+from latte.checkpoint import diffusers, dit, official, pixart
+from latte.checkpoint.layout import Config, Coverage, Understanding, build, compare, wanted_by
+from latte.checkpoint.reading import fetch, read_card, read_tensors
+from latte.checkpoint.rename import BRANCHES, unwrap
+from latte.checks import InputError
+from latte.model.latte import Latte, ModelConfig
+from latte.model.text import LatteText, TextConfig
+
+__all__ = ["LAYOUTS", "Layout", "Loaded", "fetch", "load_foreign", "read_tensors"]
+LOG = logging.getLogger(__name__)
+Understand = Callable[[Mapping[str, Tensor], Mapping[str, Any] | None, int | None], Understanding]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """``recognise(names)`` tells whether a file is of this layout, ``understand(tensors, config.json, heads)`` what is in it.
+
+    ``hint`` is what to do about a file that holds a part of a model only.
+    """
+
+    recognise: Callable[[Mapping[str, Any]], bool]
+    understand: Understand
+    hint: str = ""
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """Foreign weights under our names, in the precision they were stored in. ``facts`` is what the file says beside its tensors."""
+
+    layout: str
+    config: Config
+    state_dict: dict[str, Tensor]
+    report: Coverage
+    facts: dict[str, str]
+
+    def model(self, dtype: torch.dtype = torch.float32) -> Latte | LatteText:
+        """The model with these weights, for inference (no gradients), in ``dtype``; allowed gaps hold fresh weights."""
+        with torch.device("cpu" if self.report.missing else "meta"):
+            model = build(self.config)
+        model.load_state_dict(self.state_dict, strict=False, assign=True)
+        return model.to(dtype).requires_grad_(False).eval()
+
+
+def load_foreign(
+    source: str | Path, heads: int | None = None, allow_missing: Sequence[str] = (), allow_unexpected: Sequence[str] = ()
+) -> Loaded:
+    """Weights of any layout in LAYOUTS -> Loaded; the report is logged.
+
+    ``heads`` is needed for a width that is not in Table 4. ``allow_missing`` and ``allow_unexpected`` are patterns of names, such as
+    'time_blocks.*', that may be missing (or of another shape) and left over. InputError, in one line, for everything else that does
+    not fit, for files that hold code, are cut short or mixed, and for unknown layouts.
+    """
+    path = fetch(source)
+    stored, facts = read_tensors(path, BRANCHES)
+    tensors = unwrap(stored)
+    name = next((name for name, layout in LAYOUTS.items() if layout.recognise(tensors)), None)
+    if name is None:
+        some = ", ".join(sorted(tensors)[:3])
+        raise InputError(f"weights {source} hold no model that is known here ({', '.join(LAYOUTS)}): its tensors are called {some}, ...; "
+                         "give a file of one of these")  # fmt: skip
+    layout = LAYOUTS[name]
+    try:
+        found = layout.understand(tensors, read_card(path), heads)
+    except InputError as error:
+        raise InputError(f"weights {source} ({name}): {error}") from None
+    state, report = compare(str(source), name, tensors, found, wanted_by(found.config))
+    LOG.info("%s", report)
+    report.refuse(allow_missing, allow_unexpected, layout.hint)
+    return Loaded(name, found.config, state, report, facts)
+
+
+def understand_ours(kind: type[ModelConfig] | type[TextConfig]) -> Understand:
+    """Our own folder: config.json says it all."""
+
+    def understand(tensors: Mapping[str, Tensor], card: Mapping[str, Any] | None, heads: int | None) -> Understanding:
+        if card is None:
+            raise InputError("there is no config.json beside the file; give the folder that latte wrote")
+        keys = {item.name: card[item.name] for item in fields(kind) if item.name in card}
+        try:
+            return Understanding(TypeAdapter(kind).validate_python(keys), {name: name for name in tensors})
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            where = ".".join(str(part) for part in first["loc"])
+            raise InputError(f"config.json{': ' + where if where else ''}: {first['msg']}; give the folder that latte wrote") from None
+
+    return understand
+
+
+LAYOUTS = {
+    "Latte": Layout(lambda names: "patch.proj.weight" in names and "final_linear.weight" in names and "space_blocks.0.table" not in names,
+                    understand_ours(ModelConfig)),
+    "LatteText": Layout(lambda names: "space_blocks.0.table" in names, understand_ours(TextConfig)),
+    "LatteT2V": Layout(diffusers.recognise, diffusers.understand),
+    "PixArt-alpha": Layout(pixart.recognise, pixart.understand, pixart.HINT),
+    "DiT": Layout(dit.recognise, dit.understand),
+    "released Latte": Layout(official.recognise, official.understand),
+}  # fmt: skip

@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``latte demo``: the whole job offline on built-in data and weights."""
+
+import os
+from itertools import count as count_up
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from latte.cli.options import Debug, Device, Dtype, Json, show, speak, tell
+
+Small = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings of the small new model, e.g. model.depth=4.")]
+Out = Annotated[Path | None, typer.Option(help="Folder for everything; by default the first of runs/demo, runs/demo-2, ... that is free.")]
+Model = Annotated[str, typer.Option(metavar="MODEL", help="A model of moving shapes: builtin, a run folder or a weights folder.")]
+Count = Annotated[int, typer.Option(help="Clips to write, labels going round.")]
+Graded = Annotated[int, typer.Option(help="Clips to draw and grade, those written among them.")]
+Seconds = Annotated[float, typer.Option(help="How long to train the small new model.")]
+Seed = Annotated[int, typer.Option(help="Seed of the first clip and of the training.")]
+
+
+def demo(
+    overrides: Small = None,
+    out: Out = None,
+    model: Model = "builtin",
+    count: Count = 16,
+    graded: Graded = 64,
+    seconds: Seconds = 60.0,
+    seed: Seed = 0,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Draw labelled clips, grade them, train a small new model for a minute, and write one page that shows all of it."""
+    os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported, so before everything else
+    from latte.demo import DemoConfig, run_demo
+
+    speak()
+    config = DemoConfig(
+        out or free_folder(), model, count, max(graded, count), seconds=seconds, seed=seed, overrides=tuple(overrides or ())
+    )
+    result = run_demo(config, device, dtype, tell, lambda line: typer.echo(line, err=True))
+    low, high = result["interval"]
+    lines = [
+        f"{result['label_accuracy']:.1%} of {result['graded']} clips move as their label asks ({low:.1%} to {high:.1%})",
+        f"loss of the new model: {result['loss'][0]:.3f} at first, {result['loss'][1]:.3f} at the end",
+        *(f"{name}: {result[name]}" for name in ("sheet", "gif", "run")),
+        f"clips: {Path(result['clips'][0]['path']).parent}",
+        f"see: {result['report']}  ({result['seconds']:.0f} s)",
+    ]
+    show(result, as_json, lines)
+
+
+def free_folder() -> Path:
+    """runs/demo, or the first of runs/demo-2, runs/demo-3, ... that does not exist."""
+    names = (Path("runs") / ("demo" if number == 1 else f"demo-{number}") for number in count_up(1))
+    return next(path for path in names if not path.exists())

@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``latte doctor``: what this machine has, and whether that is enough."""
+
+import os
+import platform
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from latte.cli.options import Debug, Device, Json, show, table
+
+GIB = 1 << 30
+LEAST_DISK, LEAST_MEMORY = 1 * GIB, 2 * GIB
+
+
+def doctor(device: Device = "auto", as_json: Json = False, debug: Debug = False) -> None:
+    """Is this machine fit? Versions, device, threads, autoencoders, video, disk and memory; exit code 1 if something needed is missing."""
+    facts = examine(device)
+    rows = [(name, ", ".join(map(str, value)) if isinstance(value, list) else value) for name, value in facts.items() if name != "problems"]
+    verdict = [f"problem: {problem}" for problem in facts["problems"]] or ["fit: everything that is needed is here"]
+    show(facts, as_json, [*table(rows), *verdict])
+    if facts["problems"]:
+        raise typer.Exit(1)
+
+
+def examine(device: str) -> dict[str, Any]:
+    """The facts, and ``problems``: sentences about what is missing, empty on a fit machine."""
+    import torch
+
+    from latte import __version__
+    from latte.autoencoder.codec import CODECS
+    from latte.checkpoint.record import installed
+    from latte.runtime import resolve_device
+
+    found = resolve_device(device)
+    disk, memory = shutil.disk_usage(Path.cwd()).free, _memory()
+    encoders = _video_encoders()
+    problems = []
+    if encoders is None:
+        problems.append("PyAV cannot be imported, so no video can be read or written; pip install 'av>=17.1'")
+    elif "libx264" not in encoders:
+        problems.append("PyAV was built without libx264, so mp4 files cannot be written; pip install av from PyPI")
+    if disk < LEAST_DISK:
+        problems.append(f"{disk / GIB:.1f} GiB of disk are free here; a run wants at least {LEAST_DISK // GIB}")
+    if memory is not None and memory < LEAST_MEMORY:
+        problems.append(f"{memory / GIB:.1f} GiB of memory; even small models want {LEAST_MEMORY // GIB}")
+    return {
+        "latte": __version__,
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "torch": torch.__version__,
+        "device": torch.cuda.get_device_name(found) if found.type == "cuda" else found.type,
+        "bf16": found.type == "cuda" and torch.cuda.is_bf16_supported(),
+        "threads": torch.get_num_threads(),
+        "cpus": os.cpu_count(),
+        "autoencoders": list(CODECS),
+        "av": installed("av"),
+        "video_encoders": encoders or [],
+        "diffusers": installed("diffusers"),
+        "transformers": installed("transformers"),
+        "disk_free_gib": round(disk / GIB, 1),
+        "memory_gib": None if memory is None else round(memory / GIB, 1),
+        "offline": os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"),
+        "terminal": sys.stderr.isatty(),
+        "problems": problems,
+    }
+
+
+def _memory() -> int | None:
+    """Bytes of main memory, None where the system does not say."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, OSError, ValueError):
+        return None
+
+
+def _video_encoders() -> list[str] | None:
+    """Names of the encoders that our files use, those of them that PyAV has; None without PyAV."""
+    try:
+        import av
+    except ImportError:
+        return None
+    found = []
+    for name in ("libx264", "gif"):
+        try:
+            av.Codec(name, "w")
+        except ValueError:
+            continue
+        found.append(name)
+    return found

@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``latte sample``: clips from a run, a weights folder, the hub or the built-in model."""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from latte.checks import InputError, require
+from latte.cli.options import Debug, Device, Dtype, Json, show, speak, tell
+
+if TYPE_CHECKING:
+    from latte.album import Wish
+    from latte.trained import Trained
+
+Model = Annotated[str, typer.Argument(metavar="[MODEL]", help="A run folder, a weights folder, a hub id, or builtin.")]
+Labels = Annotated[str | None, typer.Option(metavar="A,B,...", help="Class names or numbers, one after the other; all classes by default.")]
+Count = Annotated[int | None, typer.Option(help="How many clips; 4, or one per label, by default.")]
+Steps = Annotated[str | None, typer.Option(metavar="N", help="Denoising steps: a number, or a respacing such as ddim50.")]
+SamplerName = Annotated[str | None, typer.Option(metavar="NAME", help="ddpm, ddim, dpmpp, unipc, euler, heun, or flow.")]
+Guidance = Annotated[float | None, typer.Option(help="Weight of the label; 1 is the plain model.")]
+Eta = Annotated[float | None, typer.Option(help="Noise of ddim, 0 to 1.")]
+Seed = Annotated[int, typer.Option(help="Seed of the first clip; the others count on from it.")]
+Frames = Annotated[int | None, typer.Option(help="Frames of a clip; those the model was trained with by default.")]
+Size = Annotated[str | None, typer.Option(metavar="N|HxW", help="Pixels; those the model was trained with by default.")]
+Batch = Annotated[int | None, typer.Option(help="Clips drawn at once.")]
+Fps = Annotated[float | None, typer.Option(help="Frames a second of the files.")]
+Out = Annotated[Path | None, typer.Option(help="Folder; samples/NAME-HASH by default. Clips that are there already are kept.")]
+CodecPath = Annotated[str | None, typer.Option(help="Where the autoencoder's weights are, if they have moved.")]
+
+
+def sample(
+    model: Model = "builtin",
+    labels: Labels = None,
+    count: Count = None,
+    steps: Steps = None,
+    sampler: SamplerName = None,
+    guidance: Guidance = None,
+    eta: Eta = None,
+    seed: Seed = 0,
+    frames: Frames = None,
+    size: Size = None,
+    batch: Batch = None,
+    fps: Fps = None,
+    out: Out = None,
+    codec_path: CodecPath = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Draw clips: an mp4 each, one gif, and a contact sheet (rows clips, columns frames)."""
+    from dataclasses import asdict, replace
+
+    from latte.album import write_album
+    from latte.runtime import resolve_dtype
+    from latte.trained import load_trained
+
+    speak()
+    chosen = {"steps": read_steps(steps), "sampler": sampler, "guidance": guidance, "eta": eta, "batch": batch, "fps": fps}
+    trained = load_trained(model, device, codec_path)
+    config = replace(trained.sample, **{key: value for key, value in chosen.items() if value is not None})
+    wishes = wish(trained, labels, count, seed)
+    precision = resolve_dtype(dtype, next(trained.model.parameters()).device)
+    options = {"config": config, "frames": frames, "size": read_size(size), "dtype": precision}
+    facts = {
+        **{key: value for key, value in asdict(config).items() if key != "batch"},
+        **{"weights": trained.weights, "codec": trained.codec.identity, "frames": frames, "size": options["size"], "dtype": str(precision)},
+    }
+    folder = out or Path("samples") / f"{Path(trained.name).name}-{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:8]}"
+    batches = -(-len(wishes) // config.batch)
+
+    def draw(number: int, part: list["Wish"]) -> Iterator[tuple[int, Any]]:
+        labels_of = None if part[0].label is None else [one.label for one in part]
+        return trained.generate([one.seed for one in part], labels_of, progress=tell("sample", number, batches), **options)
+
+    sheet, gif = write_album(folder, wishes, draw, facts, config.batch, config.fps)
+    clips = [{"path": str(folder / one.file), "seed": one.seed, "label": one.word, "class": one.label} for one in wishes]
+    result = {"clips": clips, "sheet": str(sheet), "gif": str(gif), "model": trained.name, "weights_sha256": trained.weights}
+    show(result, as_json, [*(clip["path"] for clip in clips), str(sheet), str(gif)])
+
+
+def wish(trained: "Trained", labels: str | None, count: int | None, seed: int) -> list["Wish"]:
+    """One wish per clip: seeds count on from ``seed``, labels go round."""
+    from latte.album import Wish
+
+    words = [word.strip() for word in labels.split(",") if word.strip()] if labels is not None else []
+    if labels is not None and not words:
+        raise InputError(f"--labels is {labels!r}, which names no class; give names or numbers with commas between them")
+    numbers = [trained.label(word) for word in words]
+    num_classes = trained.model.config.num_classes
+    if not numbers and num_classes is not None:
+        numbers = list(range(num_classes))
+    count = max(4, len(words)) if count is None else count
+    require(count >= 1, "--count", count, "it counts clips", "give 1 or more")
+    require(seed >= 0, "--seed", seed, "seeds count from 0", "give 0 or more")
+    found = []
+    for index in range(count):
+        number = numbers[index % len(numbers)] if numbers else None
+        name = None if number is None else trained.word(number)
+        found.append(Wish(seed + index, number, name))
+    return found
+
+
+def read_steps(text: str | None) -> int | str | None:
+    """'50' -> 50, 'ddim50' as it is."""
+    return int(text) if text is not None and text.isdecimal() else text
+
+
+def read_size(text: str | None) -> tuple[int, int] | None:
+    """'64' or '64x96' (height x width) -> (64, 96); InputError for anything else."""
+    if text is None:
+        return None
+    match = re.fullmatch(r"(\d{1,5})(?:x(\d{1,5}))?", text)
+    if not match:
+        raise InputError(f"--size is {text!r}, but it must be a number of pixels or HEIGHTxWIDTH; give e.g. 64 or 64x96")
+    return int(match[1]), int(match[2] or match[1])

@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Seeds and labels -> noise -> latents -> frames.
+
+Every clip has a random stream of its own, so the clip of a seed is the same, to rounding, in whatever batch it is drawn.
+Axes: b batch, f latent frames, t frames, c channels, h height, w width.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from latte.autoencoder.codec import Codec
+from latte.checks import InputError, choose, require
+from latte.data.clips import to_uint8
+from latte.diffusion.guidance import guided
+from latte.diffusion.process import Flow, Process
+from latte.diffusion.samplers import SAMPLERS, sample
+from latte.model.latte import Latte
+from latte.runtime import SampleNoise
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """How clips are drawn. ``steps`` is a count or a respacing such as "ddim50"; ``guidance`` 1 is the plain model.
+
+    ``batch`` clips are drawn at once, and ``fps`` is that of the files: neither changes a clip.
+    """
+
+    __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
+
+    sampler: str = "ddpm"
+    steps: int | str = 250
+    guidance: float = 1.0
+    eta: float = 0.0
+    batch: int = 4
+    fps: float = 8.0
+
+    def __post_init__(self) -> None:
+        choose("sample.sampler", self.sampler, SAMPLERS)
+        require(self.guidance >= 0, "sample.guidance", self.guidance, "it is a weight", "give 1 for the plain model, or more")
+        require(0 <= self.eta <= 1, "sample.eta", self.eta, "it runs from DDIM (0) to DDPM (1)", "give 0 to 1")
+        require(self.batch >= 1, "sample.batch", self.batch, "it counts clips", "give 1 or more")
+        require(0 < self.fps <= 240, "sample.fps", self.fps, "it counts frames in a second", "give 1 to 240")
+        if isinstance(self.steps, int):
+            require(self.steps >= 1, "sample.steps", self.steps, "it counts steps", "give 1 or more")
+
+
+def generate(
+    model: Latte,
+    process: Process | Flow,
+    codec: Codec,
+    seeds: Sequence[int],
+    labels: Sequence[int] | None = None,
+    config: SampleConfig | None = None,
+    *,
+    frames: int | None = None,
+    size: tuple[int, int] | None = None,
+    dtype: torch.dtype = torch.float32,
+    progress: Progress | None = None,
+) -> Iterator[tuple[int, np.ndarray]]:
+    """One clip per seed, in order, as (seed, uint8 (t h w c)), decoded and handed out batch by batch.
+
+    ``labels``: one class per seed, -1 for none; None for all of them. ``frames`` and ``size`` (height, width in pixels) default to those
+    the model was made for. ``dtype`` is that of matrix products. ``progress(done, all)`` counts denoising steps over all batches.
+    Raises InputError for labels that the model does not know and for sizes that the codec and the patches do not divide.
+    """
+    config = config or SampleConfig()
+    device = next(model.parameters()).device
+    labels = check_labels(model, labels, len(seeds))
+    frames = model.config.num_frames if frames is None else frames
+    require(frames >= 1, "frames", frames, "a clip has at least one", "give 1 or more")
+    shape = (frames, *latent_shape(model, codec, size))
+    model.eval()
+    batches = [slice(start, start + config.batch) for start in range(0, len(seeds), config.batch)]
+    for index, part in enumerate(batches):
+        label = None if labels is None else labels[part].to(device)
+        denoise = guided(autocast(model, device, dtype), label, config.guidance)
+        tell = None if progress is None else _share(progress, index, len(batches))
+        noise = SampleNoise([s + index for s in seeds[part]])
+        z = sample(config.sampler, denoise, process, noise, shape, config.steps, config.eta, device, tell)
+        with torch.no_grad():
+            clips = to_uint8(codec.decode(z))
+        yield from zip(seeds[part], np.asarray(clips), strict=True)
+
+
+def check_labels(model: Latte, labels: Sequence[int] | None, count: int) -> Tensor | None:
+    """Labels as int64 (count,), or None for an unconditional model; InputError with the valid range for any other."""
+    classes = model.config.num_classes
+    if classes is None:
+        if labels is not None:
+            raise InputError(f"labels are {list(labels)}, but this model is unconditional (model.num_classes is null); leave them out")
+        return None
+    labels = [-1] * count if labels is None else labels
+    require(len(labels) == count, "labels", list(labels), f"there are {count} seeds", "give one label per seed")
+    for label in labels:
+        require(
+            -1 <= label < classes, "label", label, f"this model knows the classes 0 to {classes - 1}", "give one of these, or -1 for none"
+        )
+    return torch.tensor(labels, dtype=torch.int64)
+
+
+def latent_shape(model: Latte, codec: Codec, size: tuple[int, int] | None) -> tuple[int, int, int]:
+    """(c, h, w) of the latent of frames of ``size``, or of the model's own when it is None; InputError for one that does not divide."""
+    if size is None:
+        return (model.config.latent_channels, *model.config.grid_size)
+    step = codec.downscale * model.config.patch_size
+    for side in size:
+        rule = f"the autoencoder and the patches make tokens of {step} x {step} pixels"
+        require(side > 0 and side % step == 0, "size", size, rule, f"the nearest multiple of {side} is {max(round(side / step), 1) * step}")
+    return codec.latent_shape(*size)
+
+
+def autocast(model: Latte, device: torch.device, dtype: torch.dtype) -> Callable[..., Tensor]:
+    """``model`` with its matrix products in ``dtype``; the model itself for float32."""
+    if dtype == torch.float32:
+        return model
+
+    def call(z: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
+        with torch.autocast(device.type, dtype):
+            return model(z, t, label)
+
+    return call
+
+
+def _share(progress: Progress, batch: int, batches: int) -> Progress:
+    """The progress of one batch as a part of all of them."""
+    return lambda done, steps: progress(batch * steps + done, batches * steps)

@@ -1,0 +1,26 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The exponential moving average of the weights: what all samples are drawn from (Latte, Sec. 4.1: decay 0.9999)."""
+
+import copy
+
+import torch
+from torch import nn
+
+
+class EMA:
+    """A second model, ``.model``, whose weights follow those of ``model``: ema <- decay * ema + (1 - decay) * weight.
+
+    It starts as a copy. Only what is trained moves; frozen parameters and buffers stay as they were copied. Its state is that of
+    ``.model``, under the same names as the model's own.
+    """
+
+    def __init__(self, model: nn.Module, decay: float):
+        self.decay = decay
+        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+        pairs = [(mine, theirs) for mine, theirs in zip(self.model.parameters(), model.parameters(), strict=True) if theirs.requires_grad]
+        self.averages, self.weights = [mine for mine, _ in pairs], [theirs for _, theirs in pairs]
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Take in the model's weights as they are now."""
+        torch._foreach_lerp_(self.averages, self.weights, 1 - self.decay)

@@ -1,0 +1,199 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A trained model with all that is needed to draw clips from it, out of a run folder, a weights folder, the hub or the package.
+
+A weights folder is ``model.safetensors`` and ``config.json``: the model's keys at the top (so ``Latte.from_pretrained`` reads it
+too), beside them diffusion, codec with its identity, classes, sampling defaults and the weights' hash. Weights are verified by hash
+and the codec by its identity, so that latents are never decoded by another autoencoder than the one the model learned.
+"""
+
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from pydantic import TypeAdapter, ValidationError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from latte.autoencoder.codec import Codec, CodecConfig, build_codec
+from latte.autoencoder.files import read_tensors
+from latte.checkpoint.atomic import commit_folder, reported
+from latte.checkpoint.run import Checkpoint, load_checkpoint, load_latest, tensors_sha256
+from latte.checks import InputError, choose, require
+from latte.config import RUN_FILE, load_run
+from latte.diffusion.process import DiffusionConfig, build_process
+from latte.generate import SampleConfig, generate
+from latte.model.latte import Latte, ModelConfig
+from latte.runtime import resolve_device
+
+BUILTIN = Path(__file__).with_name("builtin")
+WEIGHTS, CARD = "model.safetensors", "config.json"
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Trained:
+    """``name`` is where it came from, in words; ``weights`` the hash of the weights; ``classes`` their names, in label order."""
+
+    name: str
+    model: Latte
+    diffusion: DiffusionConfig
+    codec_config: CodecConfig
+    codec: Codec
+    classes: list[str]
+    sample: SampleConfig
+    weights: str
+
+    def generate(self, seeds: Sequence[int], labels: Sequence[int | str] | None = None, **options: Any) -> Iterator[tuple[int, np.ndarray]]:
+        """(seed, uint8 (t h w c)) for every seed; labels are names or numbers. ``options`` are those of ``latte.generate.generate``."""
+        options.setdefault("config", self.sample)
+        numbers = None if labels is None else [self.label(label) for label in labels]
+        return generate(self.model, build_process(self.diffusion), self.codec, seeds, numbers, **options)
+
+    def label(self, word: int | str) -> int:
+        """A class's name, or its number, as a number; 'none' and -1 are the null class. InputError that lists the classes for any other."""
+        count = self.model.config.num_classes
+        if count is None:
+            raise InputError(f"label {word!r} was given, but {self.name} is unconditional; leave the labels out")
+        names = {"none": -1, **{name: number for number, name in enumerate(self.classes)}}
+        if isinstance(word, str) and word not in names and not re.fullmatch(r"-?\d{1,9}", word):
+            return choose("label", word, names)
+        number = names.get(word, word)
+        require(-1 <= int(number) < count, "label", word, f"{self.name} has the classes {self.describe_classes()}", "give one of them")
+        return int(number)
+
+    def word(self, label: int) -> str:
+        """The name of a class's number, or the number as a word where classes have no names; 'none' for -1."""
+        return "none" if label < 0 else self.classes[label] if self.classes else str(label)
+
+    def describe_classes(self) -> str:
+        """'0 to 3 (up, down, left, right)'."""
+        count = self.model.config.num_classes or 0
+        return f"0 to {count - 1}" + (f" ({', '.join(self.classes)})" if self.classes else "")
+
+
+def load_trained(source: str | Path = "builtin", device: str = "auto", codec_path: str | None = None) -> Trained:
+    """'builtin', a run folder, a checkpoint folder of one, a weights folder or a hub id -> Trained, on ``device``.
+
+    A run gives its averaged (EMA) weights. ``codec_path`` says where the codec's weights are when they have moved. InputError when
+    anything is missing, altered, of another configuration, or belongs to another codec.
+    """
+    where, path = resolve_device(device), BUILTIN if str(source) == "builtin" else Path(source)
+    if (path / RUN_FILE).is_file():
+        return _from_run(path, load_latest(path, only={"ema"}), where, codec_path)
+    if path.parent.name == "checkpoints" and (path.parents[1] / RUN_FILE).is_file():
+        return _from_run(path.parents[1], load_checkpoint(path, only={"ema"}), where, codec_path)
+    if (path / CARD).is_file():
+        return _from_folder(path, str(source), where, codec_path)
+    if not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
+        return _from_folder(_download(str(source)), str(source), where, codec_path)
+    if str(source) == "builtin":
+        raise InputError(f"MODEL is 'builtin', but this installation has no {BUILTIN / CARD}; install latte again, or give a run folder")
+    kinds = f"a run folder ({RUN_FILE}), a weights folder ({CARD}), a hub id (owner/name) or builtin"
+    raise InputError(f"MODEL is {str(source)!r}, which is not {kinds}; give one of these")
+
+
+def _from_run(folder: Path, checkpoint: Checkpoint | None, device: torch.device, codec_path: str | None) -> Trained:
+    config, _ = load_run(folder)
+    if checkpoint is None:
+        raise InputError(f"run {folder} has no checkpoint yet; train it first: latte train {folder}")
+    facts = checkpoint.state["facts"]
+    for part, now in (("model", asdict(config.model)), ("diffusion", asdict(config.diffusion))):
+        before = facts.get(part, {})
+        for key, value in json.loads(json.dumps(now)).items():
+            rule = f"{checkpoint.path} was trained with {before.get(key)!r}"
+            require(before.get(key) == value, f"{part}.{key}", value, rule, f"put that back into {folder / RUN_FILE}")
+    model = _fill(config.model, checkpoint.tensors["ema"], str(checkpoint.path))
+    codec = _open_codec(config.codec, facts.get("codec"), device, codec_path)
+    return Trained(str(folder), model.to(device), config.diffusion, config.codec, codec, facts.get("classes", []), config.sample,
+                   tensors_sha256(checkpoint.tensors["ema"]))  # fmt: skip
+
+
+def _from_folder(folder: Path, name: str, device: torch.device, codec_path: str | None) -> Trained:
+    try:
+        card = json.loads((folder / CARD).read_text("utf-8"))
+        shape = {field.name: card[field.name] for field in fields(ModelConfig)}
+        identity, wanted, classes = card["codec"]["identity"], card["weights_sha256"], [str(name) for name in card["classes"]]
+        codec_keys = {key: card["codec"][key] for key in ("name", "path")}
+        parts = card["diffusion"], card["sample"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise InputError(f"{folder / CARD} is not the card of a Latte model ({type(error).__name__}: {error}); give a folder that "
+                         "latte wrote") from None  # fmt: skip
+    model_config, codec_config = _checked(ModelConfig, shape, folder), _checked(CodecConfig, codec_keys, folder)
+    tensors = read_tensors(folder / WEIGHTS, "weights")
+    model = _fill(model_config, tensors, str(folder / WEIGHTS))
+    found = tensors_sha256(tensors)
+    require(found == wanted, str(folder / WEIGHTS), found[:16], f"{CARD} says {str(wanted)[:16]}", "fetch the folder again: it was altered")
+    codec = _open_codec(codec_config, identity, device, codec_path)
+    return Trained(name, model.to(device), _checked(DiffusionConfig, parts[0], folder), codec_config, codec, classes,
+                   _checked(SampleConfig, parts[1], folder), found)  # fmt: skip
+
+
+def save_trained(trained: Trained, folder: Path) -> None:
+    """Write a weights folder that ``load_trained`` and ``Latte.from_pretrained`` read; RunError when the disk refuses."""
+    tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in trained.model.state_dict().items()}
+    card = {
+        **asdict(trained.model.config),
+        "diffusion": asdict(trained.diffusion),
+        "codec": {"name": trained.codec.name, "path": trained.codec_config.path, "identity": trained.codec.identity},
+        "classes": trained.classes,
+        "sample": asdict(trained.sample),
+        "weights_sha256": tensors_sha256(tensors),
+    }
+
+    def write(place: Path) -> None:
+        save_file(tensors, place / WEIGHTS)
+        (place / CARD).write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
+
+    with reported("the weights", folder, sum(tensor.nbytes for tensor in tensors.values())):
+        commit_folder(folder, write)
+
+
+def _checked(kind: type[T], values: object, folder: Path) -> T:
+    """A configuration of ``kind`` from the card's values; InputError with the first thing that is wrong."""
+    try:
+        return TypeAdapter(kind).validate_python(values)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        what = ".".join(str(part) for part in first["loc"])
+        raise InputError(f"{folder / CARD}: {what + ': ' if what else ''}{first['msg']}; give a folder that latte wrote") from None
+
+
+def _fill(config: ModelConfig, tensors: Mapping[str, Tensor], where: str) -> Latte:
+    """The model of ``config`` with these weights; InputError naming the first tensor that is missing, too many or of another shape."""
+    with torch.device("meta"):
+        model = Latte(config)
+    wanted = model.state_dict()
+    faults = [f"lacks {key}" for key in wanted if key not in tensors] + [f"has {key} too many" for key in tensors if key not in wanted]
+    faults += [f"has {key} of shape {tuple(tensors[key].shape)} instead of {tuple(tensor.shape)}" for key, tensor in wanted.items()
+               if key in tensors and tensors[key].shape != tensor.shape]  # fmt: skip
+    if faults:
+        raise InputError(f"{where} {faults[0]} ({len(faults)} faults in all); its weights belong to another configuration of the model")
+    model.load_state_dict(tensors, assign=True)
+    return model.requires_grad_(False).eval()
+
+
+def _open_codec(config: CodecConfig, identity: str | None, device: torch.device, path: str | None) -> Codec:
+    """The codec, refused unless it is the one whose latents the model learned."""
+    codec = build_codec(replace(config, path=path or config.path), device)
+    require(identity in (None, codec.identity), "codec", f"{codec.name} {codec.identity}", f"the model learned the latents of {identity}",
+            "give the weights it was trained with by --codec-path")  # fmt: skip
+    return codec
+
+
+def _download(name: str) -> Path:
+    """The weights folder of a hub repository, from the cache when the hub is not to be asked; InputError when it cannot be had."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
+    try:
+        return Path(snapshot_download(name, allow_patterns=[CARD, WEIGHTS], local_files_only=offline))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = "HF_HUB_OFFLINE is set and it is not in the cache" if offline else str(error).splitlines()[0]
+        raise InputError(f"MODEL is {name!r}, no folder here, and the hub does not give it ({reason}); check the name") from None

@@ -1,0 +1,213 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What holds for every codec: shapes, chunks, identity, refusals."""
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from support import noise
+from torch import Tensor, nn
+
+from latte.autoencoder.base import Codec
+from latte.autoencoder.builtin import BuiltinAutoencoder, BuiltinCodec
+from latte.autoencoder.codec import CODECS, CodecConfig, build_codec
+from latte.autoencoder.pixels import PixelCodec
+from latte.autoencoder.taef2 import Taef2Codec, build_decoder, build_encoder
+from latte.checks import InputError
+from latte.runtime import generator
+
+
+class Noisy(Codec):
+    """A stochastic codec whose mean is the pixels; counts the frames of each call."""
+
+    name, channels, downscale, stochastic = "noisy", 3, 1, True
+
+    @classmethod
+    def load(cls, path, chunk, device):
+        return cls(nn.Identity(), chunk, device)
+
+    def encode_frames(self, frames: Tensor, noise: Tensor | None) -> Tensor:
+        self.calls = [*getattr(self, "calls", []), len(frames)]
+        return frames if noise is None else frames + noise
+
+    def decode_frames(self, latent: Tensor) -> Tensor:
+        return latent * 2
+
+
+def made(name: str, chunk: int = 16) -> Codec:
+    if name == "taef2":
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            return Taef2Codec(nn.ModuleDict({"encoder": build_encoder(), "decoder": build_decoder()}), chunk)
+    if name == "noisy":
+        return Noisy.load(None, chunk, "cpu")
+    return build_codec(CodecConfig(name, chunk=chunk))
+
+
+SMALL = ("pixels", "builtin", "taef2", "noisy")
+
+
+def frames(b: int = 2, f: int = 3, height: int = 16, width: int = 24) -> Tensor:
+    return noise(b, f, 3, height, width).clamp(-1, 1)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_shapes_range_and_type(name):
+    codec = made(name)
+    latent = codec.encode(frames())
+    assert latent.shape == (2, 3, *codec.latent_shape(16, 24))
+    assert codec.latent_shape(16, 24) == (codec.channels, 16 // codec.downscale, 24 // codec.downscale)
+    decoded = codec.decode(10 * latent)
+    assert decoded.shape == (2, 3, 3, 16, 24)
+    assert decoded.abs().max() <= 1
+    for tensor in (latent, decoded):
+        assert tensor.dtype == torch.float32
+        assert tensor.is_contiguous()
+        assert not tensor.requires_grad
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_the_chunk_changes_nothing(name):
+    whole, piecewise = made(name, 16), made(name, 4)
+    a, b = (codec.encode(frames(), generator(7)) for codec in (whole, piecewise))
+    torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(whole.decode(a), piecewise.decode(a), rtol=1e-5, atol=1e-5)
+
+
+def test_no_more_frames_than_the_chunk_at_a_time():
+    codec = made("noisy", 4)
+    codec.encode(frames(2, 5))
+    assert codec.calls == [4, 4, 2]
+
+
+def test_a_stochastic_codec_samples_with_a_generator_and_takes_the_mean_without():
+    codec, clip = made("noisy"), frames()
+    assert torch.equal(codec.encode(clip), clip)
+    assert torch.equal(codec.encode(clip, generator(1)), codec.encode(clip, generator(1)))
+    drawn = codec.encode(clip, generator(1)) - codec.encode(clip, generator(2))
+    assert 1 < drawn.std() < 2  # the difference of two unit normals
+
+
+def test_a_deterministic_codec_draws_nothing():
+    stream = generator(3)
+    before = stream.get_state()
+    made("builtin").encode(frames(), stream)
+    assert torch.equal(before, stream.get_state())
+
+
+def test_pixels_are_themselves():
+    codec, clip = made("pixels"), frames()
+    assert torch.equal(codec.encode(clip), clip)
+    assert torch.equal(codec.decode(clip), clip)
+
+
+def test_the_networks_are_frozen():
+    for name in SMALL:
+        network = made(name).network
+        assert not network.training
+        assert not any(parameter.requires_grad for parameter in network.parameters())
+
+
+def test_identity_is_of_the_numbers_not_of_the_file(tmp_path):
+    network = BuiltinAutoencoder()
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.copy_(parameter.half().float())
+    save_file(network.state_dict(), tmp_path / "a.safetensors")
+    save_file({name: tensor.half() for name, tensor in network.state_dict().items()}, tmp_path / "half.safetensors")
+    torch.save(dict(reversed(network.state_dict().items())), tmp_path / "b.pth")
+    loaded = [BuiltinCodec.load(str(tmp_path / name), 16, "cpu").identity for name in ("a.safetensors", "half.safetensors", "b.pth")]
+    assert len(set(loaded)) == 1
+    assert len(loaded[0]) == 16
+    assert int(loaded[0], 16) >= 0
+    network.encoder[1].weight.data[0, 0, 0, 0] += 1e-3
+    assert BuiltinCodec(network).identity != loaded[0]
+
+
+def test_identity_knows_name_and_scale():
+    class Renamed(PixelCodec):
+        name = "renamed"
+
+    class Scaled(PixelCodec):
+        scale = 2.0
+
+    identities = {kind(nn.Identity()).identity for kind in (PixelCodec, Renamed, Scaled)}
+    assert len(identities) == 3
+
+
+@pytest.mark.parametrize("size", [(20, 24), (16, 12), (0, 8)])
+def test_sizes_that_do_not_divide_are_refused(size):
+    with pytest.raises(InputError, match=r"frame (height|width) is \d+, but codec 'builtin' shrinks 8 times; give a multiple of 8"):
+        made("builtin").encode(torch.zeros(1, 1, 3, *size))
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 16, 16), (1, 2, 4, 16, 16), (1, 2, 16, 16, 3)])
+def test_wrong_frames_are_refused(shape):
+    with pytest.raises(InputError, match="shape of frames"):
+        made("pixels").encode(torch.zeros(shape))
+
+
+def test_wrong_latents_are_refused():
+    with pytest.raises(InputError, match=r"shape of latent is \(1, 2, 3, 8, 8\), but codec 'builtin' decodes .*4"):
+        made("builtin").decode(torch.zeros(1, 2, 3, 8, 8))
+
+
+def test_the_table_holds_what_is_documented():
+    assert set(CODECS) == {"kl", "taef2", "pixels", "builtin"}
+    assert {name: (codec.channels, codec.downscale) for name, codec in CODECS.items()} == {
+        "kl": (4, 8), "taef2": (32, 8), "pixels": (3, 1), "builtin": (4, 8)}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"name": "buitlin"}, "codec.name is 'buitlin'.*did you mean 'builtin'"),
+        ({"name": "pixels", "chunk": 0}, "codec.chunk is 0"),
+    ],
+)
+def test_a_wrong_configuration_is_refused(given, message):
+    with pytest.raises(InputError, match=message):
+        CodecConfig(**given)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (CodecConfig("pixels", "somewhere"), "codec.path is 'somewhere', but codec 'pixels' has no weights"),
+        (CodecConfig("taef2"), "codec.path is None, but codec 'taef2' needs"),
+        (CodecConfig("kl"), "codec.path is missing, but codec 'kl' needs"),
+        (CodecConfig("builtin", "nowhere.safetensors"), "nowhere.safetensors, which does not exist"),
+    ],
+)
+def test_a_missing_or_needless_path_is_refused(config, message):
+    with pytest.raises(InputError, match=message):
+        build_codec(config)
+
+
+def damaged(kind: str, tmp_path) -> str:
+    """A weight file for the built-in network with one fault."""
+    tensors = BuiltinAutoencoder().state_dict()
+    path = tmp_path / "weights.safetensors"
+    if kind == "lacks":
+        del tensors["decoder.0.bias"]
+    elif kind == "too many":
+        tensors["extra"] = torch.zeros(1)
+    elif kind == "of shape":
+        tensors["decoder.0.bias"] = torch.zeros(5)
+    save_file(tensors, path)
+    if kind == "truncated":
+        path.write_bytes(path.read_bytes()[:5000])
+    elif kind == "pickle":
+        path = path.with_suffix(".pth")
+        torch.save({"encoder": Noisy}, path)
+    elif kind == "other than named":
+        path = path.with_suffix(".pth")
+        torch.save([torch.zeros(1)], path)
+    return str(path)
+
+
+@pytest.mark.parametrize("kind", ["lacks", "too many", "of shape", "truncated", "pickle", "other than named"])
+def test_damaged_weights_are_refused_in_one_line(kind, tmp_path):
+    with pytest.raises(InputError, match="truncated or holds" if kind == "pickle" else kind) as caught:
+        BuiltinCodec.load(damaged(kind, tmp_path), 16, "cpu")
+    assert "\n" not in str(caught.value)
+    assert "codec.path" in str(caught.value)

@@ -1,0 +1,353 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Laws of a checkpoint: it is all there or not there, comes back bit for bit, and no altered byte of it is ever used."""
+
+import json
+import os
+import random
+import resource
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from support import noise
+
+from latte.checkpoint import atomic
+from latte.checkpoint.lock import run_lock
+from latte.checkpoint.record import describe_run
+from latte.checkpoint.run import (
+    latest_checkpoint,
+    list_checkpoints,
+    load_checkpoint,
+    load_latest,
+    looks_whole,
+    save_checkpoint,
+    tensors_sha256,
+    verify,
+)
+from latte.checks import InputError, RunError
+from training import FORKS
+
+
+def tensors(step: int) -> dict[str, dict[str, torch.Tensor]]:
+    return {"ema": {"w": noise(3, 4, seed=step), "n": torch.tensor(step)}, "optimizer": {"m": noise(5, seed=-step)}}
+
+
+def save(run_dir: Path, step: int, keep: int | None = None) -> Path:
+    return save_checkpoint(run_dir, step, tensors(step), {"note": f"state of {step}"}, keep)
+
+
+def is_that_of(path: Path, step: int) -> bool:
+    """Is the checkpoint at ``path`` bit for bit the one that ``save`` writes for ``step``?"""
+    found = load_checkpoint(path)
+    same = all(torch.equal(found.tensors[group][key], value) for group, part in tensors(step).items() for key, value in part.items())
+    return same and found.step == step and found.state["note"] == f"state of {step}"
+
+
+def alter(file: Path, offset: int, value: int) -> None:
+    content = bytearray(file.read_bytes())
+    content[offset] ^= value
+    file.write_bytes(content)
+
+
+def test_what_is_saved_comes_back_bit_for_bit(tmp_path):
+    odd = torch.tensor([float("nan"), -0.0, float("inf"), 1e-45])
+    groups = {
+        "model": {"odd": odd, "half": noise(2, 3).to(torch.bfloat16), "turned": noise(3, 2).T, "scalar": torch.tensor(7)},
+        "empty": {},
+    }
+    path = save_checkpoint(tmp_path, 5, groups, {"seconds": 0.1, "nested": {"list": [1, None, "é"]}})
+    found = load_checkpoint(path)
+    assert found.step == 5
+    assert found.state == {"seconds": 0.1, "nested": {"list": [1, None, "é"]}, "step": 5}
+    assert tensors_sha256(found.tensors["model"]) == tensors_sha256(groups["model"])
+    assert found.tensors["empty"] == {}
+    assert sorted(file.suffix for file in path.iterdir()) == [".json", ".json", ".safetensors", ".safetensors"]
+
+
+def test_files_are_as_readable_as_the_umask_says(tmp_path):
+    modes = {file.stat().st_mode for file in save(tmp_path, 1).iterdir()}
+    assert len(modes) == 1
+
+
+def test_only_reads_and_verifies_what_is_asked_for(tmp_path):
+    path = save(tmp_path, 1)
+    (path / "optimizer.safetensors").unlink()
+    assert set(load_checkpoint(path, only=["ema"]).tensors) == {"ema"}
+    with pytest.raises(InputError, match=r"optimizer\.safetensors is missing"):
+        load_checkpoint(path)
+    with pytest.raises(InputError, match=r"lists no model\.safetensors"):
+        load_checkpoint(path, only=["model"])
+
+
+def test_every_altered_byte_and_every_cut_is_found_and_the_file_named(tmp_path):
+    path, copy, dice, found = save(tmp_path, 1), tmp_path / "copy", random.Random(0), 0
+    files = sorted(file.name for file in path.iterdir())
+    for trial in range(300):
+        shutil.copytree(path, copy)
+        file = copy / files[trial % len(files)]
+        size = file.stat().st_size
+        if trial < 200:
+            alter(file, dice.randrange(size), dice.randrange(1, 256))
+        else:
+            os.truncate(file, dice.randrange(size))
+        try:
+            load_checkpoint(copy)
+        except InputError as error:
+            found += file.name in str(error) and str(copy) in str(error)
+        shutil.rmtree(copy)
+    print(f"{found} of 300 damaged checkpoints refused")
+    assert found == 300
+    assert is_that_of(path, 1)
+
+
+def test_a_damaged_newest_checkpoint_is_passed_over_with_a_warning_but_refused_by_name(tmp_path):
+    save(tmp_path, 10), save(tmp_path, 20)
+    newest = save(tmp_path, 30)
+    alter(newest / "ema.safetensors", 90, 1)
+    said = []
+    assert load_latest(tmp_path, say=said.append).step == 20
+    assert latest_checkpoint(tmp_path, say=said.append) == tmp_path / "checkpoints" / "step-20"
+    assert "ema.safetensors has sha256" in said[0]
+    assert "going on from the earlier checkpoint" in said[1]
+    assert latest_checkpoint(tmp_path, only=["optimizer"], say=said.append) == newest  # the damage is in the other file
+    with pytest.raises(InputError, match="is damaged"):
+        load_checkpoint(newest)
+    for path in list_checkpoints(tmp_path):
+        (path / "manifest.json").unlink()
+    with pytest.raises(InputError, match=r"every checkpoint .* \(3 of 3\)"):
+        latest_checkpoint(tmp_path, say=said.append)
+    assert latest_checkpoint(tmp_path / "elsewhere") is None
+
+
+@pytest.mark.parametrize("name", ["../outside.safetensors", "/etc/hostname", ".hidden", "a/b.safetensors", "", "step\n.json"])
+def test_a_manifest_cannot_point_outside_its_folder(tmp_path, name):
+    path = save(tmp_path, 1)
+    manifest = json.loads((path / "manifest.json").read_text())
+    manifest["files"][name] = manifest["files"]["state.json"]
+    (path / "manifest.json").write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n")
+    with pytest.raises(InputError, match="manifest"):
+        load_checkpoint(path)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", "[" * 100_000, '{"files": 3, "format": 1}', "\x00", '{"format": 1, "files": {}}\n'])
+def test_a_malformed_manifest_is_one_clear_line(tmp_path, text):
+    path = save(tmp_path, 1)
+    (path / "manifest.json").write_text(text)
+    with pytest.raises(InputError, match=r"manifest\.json") as caught:
+        load_checkpoint(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_weights_that_fit_their_hash_and_are_no_safetensors_are_refused(tmp_path):
+    """Hashes are no defence against a hostile writer: the reader of each file has to be safe by itself."""
+    path = save(tmp_path, 1)
+    (path / "ema.safetensors").write_bytes((1 << 40).to_bytes(8, "little") + b"{}")
+    files = {file.name: atomic_fingerprint(file) for file in path.iterdir() if file.name != "manifest.json"}
+    (path / "manifest.json").write_text(json.dumps({"format": 1, "files": files}, indent=1, sort_keys=True) + "\n")
+    with pytest.raises(InputError, match="cannot be read"):
+        load_checkpoint(path)
+
+
+def atomic_fingerprint(file: Path) -> dict:
+    import hashlib
+
+    content = file.read_bytes()
+    return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+
+
+def test_retention_never_removes_the_only_good_checkpoint(tmp_path, monkeypatch):
+    """Random histories of saves, damage and resumes: the newest is good after every save, and no more than ``keep`` stay beside
+    what was passed over as damaged."""
+    monkeypatch.setattr(os, "fsync", lambda handle: None)
+    dice, pruned, fallbacks = random.Random(0), 0, 0
+    for history in range(100):
+        run_dir, keep, step = tmp_path / str(history), dice.randint(1, 3), 0
+        for _ in range(dice.randint(2, 6)):
+            step += 1
+            before = len(list_checkpoints(run_dir))
+            path = save(run_dir, step, keep)
+            assert is_that_of(path, step)
+            kept = [int(one.name[5:]) for one in list_checkpoints(run_dir)]
+            assert sum(one <= step for one in kept) <= keep
+            pruned += len(kept) <= before
+            if dice.random() < 0.4:
+                victim = dice.choice(list_checkpoints(run_dir)) / "ema.safetensors"
+                alter(victim, 80, 1) if dice.random() < 0.5 else os.truncate(victim, 3)
+                good = [one for one in list_checkpoints(run_dir) if whole(one)]
+                newest = int(good[-1].name[5:]) if good else 0
+                fallbacks += newest < step
+                step = newest
+    print(f"{pruned} saves pruned, {fallbacks} resumes fell back")
+    assert pruned > 50
+    assert fallbacks > 20
+
+
+def whole(path: Path) -> bool:
+    try:
+        return bool(verify(path))
+    except InputError:
+        return False
+
+
+def test_a_cut_checkpoint_does_not_count_among_those_kept(tmp_path):
+    for step in (1, 2, 3):
+        save(tmp_path, step, keep=3)
+    os.truncate(tmp_path / "checkpoints/step-3/ema.safetensors", 3)
+    assert not looks_whole(tmp_path / "checkpoints/step-3")
+    save(tmp_path, 4, keep=3)
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step-1", "step-2", "step-4"]
+
+
+class Crash:
+    """In a child process: die at once, without any clean-up, at the ``point``-th change this process makes in ``folder``."""
+
+    def __init__(self, folder: Path, point: int):
+        self.folder, self.point, self.seen = str(folder), point, 0
+        os.fsync = lambda handle: self.count()
+        sys.addaudithook(self.hear)
+
+    def hear(self, event: str, arguments: tuple) -> None:
+        if event in ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.chmod") and self.folder in str(arguments[0]):
+            self.count()
+
+    def count(self) -> None:
+        self.seen += 1
+        if self.seen == self.point:
+            os._exit(77)
+
+
+def crash_everywhere(folder: str, results) -> None:
+    """Crash at every point of a commit that prunes, and of one that replaces a damaged folder; tell how each state recovered."""
+    torch.set_num_threads(1)
+    os.fsync = lambda handle: None  # a process that dies takes nothing with it that the system has been given
+    for case in ("prune", "replace"):
+        for point in range(1, 200):
+            run_dir = Path(folder) / f"{case}-{point}"
+            save(run_dir, 1), save(run_dir, 2)
+            if case == "replace":
+                alter(save(run_dir, 3) / "ema.safetensors", 90, 1)
+            child = os.fork()
+            if child == 0:
+                Crash(run_dir, point)
+                save(run_dir, 3, keep=2)
+                os._exit(0)
+            crashed = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 77
+            inside = bool(list(run_dir.glob("checkpoints/.*")))
+            atomic.sweep(run_dir / "checkpoints")
+            latest = latest_checkpoint(run_dir, say=lambda message: None)
+            step = int(latest.name[5:])
+            fine = step in (2, 3) and is_that_of(latest, step) and not list(run_dir.glob("checkpoints/.*"))
+            fine = fine and is_that_of(save(run_dir, 4, keep=2), 4)
+            results.put((case, point, crashed, inside, fine))
+            shutil.rmtree(run_dir)
+            if not crashed:
+                break
+    results.put(None)
+
+
+def test_a_crash_at_any_point_of_a_commit_loses_nothing(tmp_path):
+    results = FORKS.SimpleQueue()
+    child = FORKS.Process(target=crash_everywhere, args=(str(tmp_path), results), daemon=True)
+    child.start()
+    seen = list(iter(results.get, None))
+    child.join(20)
+    crashed = {case: sum(one[2] for one in seen if one[0] == case) for case in ("prune", "replace")}
+    print(f"crashes {crashed}, {sum(one[3] for one in seen)} of them left something behind")
+    assert min(crashed.values()) >= 12
+    assert sum(one[3] for one in seen) >= 12
+    assert [one for one in seen if not one[4]] == []
+
+
+def save_on_a_small_disk(folder: str, limits: list[int], results) -> None:
+    for limit in limits:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+        try:
+            save_checkpoint(Path(folder), 2, {"model": {"w": torch.zeros(5000)}, "ema": {"w": torch.zeros(6000)}}, {"text": "x" * 3000})
+            results.put((limit, None))
+        except Exception as error:
+            results.put((limit, f"{type(error).__name__}: {error}"))
+    results.put(None)
+
+
+def test_a_full_disk_is_one_line_and_the_checkpoint_before_is_as_it_was(tmp_path):
+    save(tmp_path, 1)
+    limits = [0, 1, 100, 2999, 3100, 8192, 20_000, 20_100, 24_000, 24_050]
+    results = FORKS.SimpleQueue()
+    child = FORKS.Process(target=save_on_a_small_disk, args=(str(tmp_path), [*limits, 30_000], results), daemon=True)
+    child.start()
+    seen = list(iter(results.get, None))
+    child.join(20)
+    assert seen.pop() == (30_000, None)
+    assert len(seen) == len(limits)
+    for limit, message in seen:
+        assert message is not None, limit
+        assert message.startswith("RunError: could not write the checkpoint of step 2 to ")
+        assert "File too large" in message
+        assert "step-1 is as it was" in message
+        assert "47,0" in message  # 44,000 bytes of weights and 3,0.. of text are needed
+        assert "\n" not in message
+    assert not list(tmp_path.glob("checkpoints/.*"))
+    assert is_that_of(tmp_path / "checkpoints/step-1", 1)
+
+
+def test_unwritable_places_are_errors_and_never_a_reported_success(tmp_path):
+    file = tmp_path / "file"
+    file.write_text("in the way")
+    loop = tmp_path / "loop"
+    loop.symlink_to(loop)
+    for place in (file, loop, Path("/proc/nothing")):
+        with pytest.raises(RunError, match="could not write the checkpoint of step 1"):
+            save(place, 1)
+        with pytest.raises(InputError, match=r"run\.dir is .* cannot be written"), run_lock(place):
+            pass
+
+
+def hold(folder: str, pipe) -> None:
+    with run_lock(Path(folder)):
+        pipe.send(os.getpid())
+        pipe.recv()
+
+
+def test_a_second_trainer_is_refused_with_the_first_ones_pid_and_a_dead_one_is_forgotten(tmp_path):
+    (tmp_path / ".lock").write_text("process 1 on elsewhere\n")  # what is written there does not matter, the system's lock does
+    here, there = FORKS.Pipe()
+    child = FORKS.Process(target=hold, args=(str(tmp_path), there), daemon=True)
+    child.start()
+    assert here.poll(60)
+    pid = here.recv()
+    assert pid == child.pid
+    with pytest.raises(InputError, match=f"process {pid} on .* is training in"), run_lock(tmp_path):
+        pass
+    child.kill()
+    child.join(20)
+    with run_lock(tmp_path):
+        assert f"process {os.getpid()} " in (tmp_path / ".lock").read_text()
+        with pytest.raises(InputError, match=f"process {os.getpid()} "), run_lock(tmp_path):
+            pass
+
+
+def test_a_run_describes_itself_without_the_environments_secrets(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_canary_in_a_coal_mine")
+    config = {"train": {"lr": 1e-4, "size": (32, 48), "none": None}, "data": {"root": "é"}}
+    describe_run(tmp_path, config, torch.device("cpu"), "latte train ffs")
+    describe_run(tmp_path, config, torch.device("cpu"))
+    written = yaml.safe_load((tmp_path / "config.yaml").read_text("utf-8"))
+    assert written == {"train": {"lr": 1e-4, "size": [32, 48], "none": None}, "data": {"root": "é"}}
+    environment = json.loads((tmp_path / "env.json").read_text())
+    assert environment["packages"]["torch"] == torch.__version__
+    assert environment["device"] == "cpu"
+    first, second = (tmp_path / "command.txt").read_text().splitlines()
+    assert first.endswith(" latte train ffs")
+    assert second.split()[1] == Path(sys.argv[0]).name
+    assert all("canary" not in file.read_text("utf-8") for file in tmp_path.iterdir())
+
+
+def test_the_hash_of_tensors_knows_names_types_shapes_and_bits_but_no_order():
+    a, b = noise(2, 3, seed=1), noise(4, seed=2)
+    seen = {tensors_sha256(one) for one in ({"a": a, "b": b}, {"a": b, "b": a}, {"a": a.view(3, 2), "b": b}, {"a": a.double(), "b": b})}
+    assert len(seen) == 4
+    assert tensors_sha256({"b": b, "a": a}) == tensors_sha256({"a": a, "b": b})
+    assert tensors_sha256({"a": torch.tensor(0.0)}) != tensors_sha256({"a": torch.tensor(-0.0)})

@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``latte data``: synth makes a set that scan reads, inspect shows, encode turns into latents, and train learns from."""
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from latte.data.media import probe
+from tiny import WORDS
+
+
+@pytest.fixture
+def videos(latte):
+    """Eight procedural videos of 5 frames, two of each direction."""
+    found = latte("data", "synth", "videos", "--count", 8, "--frames", 5, "--size", 16, "--json")
+    assert found.json == {"out": "videos", "clips": 8, "classes": ["up", "down", "left", "right"]}
+    return Path("videos")
+
+
+def test_synth_writes_class_folders_and_captions(videos):
+    assert sorted(path.name for path in videos.iterdir()) == ["captions.csv", "down", "left", "right", "up"]
+    with open(videos / "captions.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 8
+    for row in rows:
+        assert probe(videos / row["path"]).frames == 5
+        assert row["caption"].endswith(Path(row["path"]).parent.name)
+
+
+def test_scan_lists_the_readable_and_quarantines_the_rest(latte, videos):
+    (videos / "up/broken.mp4").write_bytes(b"nothing")
+    found = latte("data", "scan", videos, "--json")
+    assert found.code == 0
+    assert (found.json["clips"], found.json["classes"]) == (8, ["down", "left", "right", "up"])
+    assert [Path(bad["path"]).name for bad in found.json["quarantined"]] == ["broken.mp4"]
+    assert found.json["files"][0]["frames"] == 5
+    assert json.loads(Path("quarantine.jsonl").read_text())["reason"].startswith("not-a-video")
+    assert "8 clips, 4 classes" in latte("data", "scan", videos).out
+
+
+def test_scan_asks_for_long_enough_clips_only_when_told_how_long(latte, videos):
+    assert latte("data", "scan", videos, "data.frames=3", "data.interval=2", "--json").json["clips"] == 8
+    found = latte("data", "scan", videos, "data.frames=3", "data.interval=3")
+    assert found.code == 2
+    assert "too-short" in found.errors[0]
+    assert len(Path("quarantine.jsonl").read_text().splitlines()) == 8
+
+
+@pytest.mark.parametrize(("source", "told"), [("nowhere", "RUN is 'nowhere'"), (".", "holds no video"), ("shapes", "data.root")])
+def test_scan_of_nothing_is_told(latte, source, told):
+    found = latte("data", "scan", source)
+    assert found.code == 2
+    assert told in found.errors[0]
+
+
+def test_inspect_shows_clips_as_training_sees_them(latte, videos):
+    found = latte("data", "inspect", videos, "data.resolution=8", "data.frames=4", "codec.name=pixels", "--count", 3, "--json")
+    assert found.code == 0, found.err
+    assert len(found.json["clips"]) == 3
+    with Image.open(found.json["sheet"]) as sheet:
+        assert sheet.width == 4 * (96 + 2) + 2
+    assert latte("data", "inspect", "shapes", "--count", 2, "--out", "p/q.png").code == 0
+
+
+def test_encode_once_then_inspect_and_train_from_the_latents(latte, videos):
+    codec = ["codec.name=builtin", "data.resolution=16", "data.frames=4"]
+    first = latte("data", "encode", videos, *codec, "--out", "shards", "--json")
+    assert first.code == 0, first.err
+    assert (first.json["videos"], first.json["new_shards"]) == (8, first.json["shards"])
+    assert latte("data", "encode", videos, *codec, "--out", "shards", "--json").json["new_shards"] == 0
+    latents = ["data.kind=latents", "data.root=shards"]
+    assert latte("data", "inspect", "actions-small", *codec, "data.flip=false", "data.interval=1", *latents).code == 0
+    model = [word for word in WORDS if word.startswith(("model.depth", "model.width", "model.heads", "train.", "sample."))]
+    words = ["actions-small", *model, *codec, "data.flip=false", "data.interval=1", *latents, "train.steps=1"]
+    trained = latte("train", *words, "--out", "run", "--json")
+    assert trained.code == 0, trained.err
+    assert latte("train", *words, "train.sample_every=1", "train.steps=2", "--out", "run").code == 0, "samples may be asked for later"
+    assert latte("sample", "run", "--count", 1).code == 0
+    for words, told in [(["data.resolution=32"], "data.resolution"), (["codec.name=pixels", "model.patch_size=2"], "codec"),
+                        (["data.flip=true"], "data.flip"), (["data.frames=6"], "too-short")]:  # fmt: skip
+        found = latte("train", "actions-small", *model, *codec, "data.flip=false", "data.interval=1", *latents, *words, "--out", "other")
+        assert found.code == 2
+        assert told in found.errors[0]

@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``latte plan``, ``latte config`` and ``latte doctor``: the keys of their answers."""
+
+import json
+
+import pytest
+
+from latte.cli import doctor
+
+
+def test_plan_answers_with_the_papers_figures(latte):
+    found = latte("plan", "ffs", "--json").json
+    assert {"parameters", "operations", "table3"} <= found.keys()
+    assert (found["parameters"], round(found["table3"]["operations_g"], 6)) == (673_681_568, 5572.695048)
+
+
+@pytest.mark.parametrize(("size", "parameters"), [("S", 32_480_672), ("B", 129_547_040)])
+def test_overrides_reach_the_plan_in_both_forms(latte, size, parameters):
+    assert latte("plan", "ffs", f"model.size={size}", "--json").json["table3"]["parameters"] == parameters
+    assert latte("plan", "ffs", "--model.size", size, "--json").json["parameters"] == parameters
+    assert f"{parameters:,}" in latte("plan", "ffs", f"--model.size={size}").out
+
+
+def test_a_latent_that_patches_do_not_divide_is_told(latte):
+    found = latte("plan", "shapes", "data.resolution=72")
+    assert found.code == 2
+    assert "nearest multiple" in found.errors[0]
+
+
+def test_config_show_gives_every_value_with_its_origin(latte, monkeypatch):
+    monkeypatch.setenv("LATTE_TRAIN_LR", "1e-5")
+    found = latte("config", "show", "shapes", "model.depth=6", "--json").json
+    assert found["train.lr"] == {"value": 1e-5, "origin": "environment LATTE_TRAIN_LR"}
+    assert found["model.depth"] == {"value": 6, "origin": "command line"}
+    assert found["model.num_frames"] == {"value": 8, "origin": "derived from data and codec"}
+    assert found["train.steps"]["origin"].startswith("recipe shapes:")
+    assert found["model.size"]["origin"] == "default"
+    shown = latte("config", "show").out
+    assert len(shown.splitlines()) == len(found)
+
+
+def test_config_schema_is_a_json_schema(latte):
+    found = json.loads(latte("config", "schema").out)
+    assert found["properties"].keys() >= {"model", "train", "data"}
+
+
+def test_doctor_says_what_is_here(latte):
+    found = latte("doctor", "--json", "--device", "cpu")
+    assert found.code == (1 if found.json["problems"] else 0)
+    assert {
+        "python",
+        "torch",
+        "device",
+        "threads",
+        "autoencoders",
+        "av",
+        "diffusers",
+        "disk_free_gib",
+        "memory_gib",
+        "offline",
+    } <= found.json.keys()
+    assert found.json["device"] == "cpu"
+
+
+def test_doctor_exits_with_1_when_something_is_missing(latte, monkeypatch):
+    monkeypatch.setattr(doctor, "LEAST_MEMORY", 1 << 60)
+    monkeypatch.setattr(doctor, "LEAST_DISK", 1 << 60)
+    monkeypatch.setattr(doctor, "_video_encoders", lambda: None)
+    found = latte("doctor")
+    assert found.code == 1
+    assert found.out.count("problem: ") == 3

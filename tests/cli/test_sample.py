@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``latte sample``: files, keys, labels, and the refusals of the command line."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from latte.cli.sample import read_size, read_steps
+from latte.data.media import probe
+
+
+def test_sample_writes_an_mp4_each_a_gif_and_a_sheet(latte, run_folder):
+    found = latte("sample", run_folder, "--count", 3, "--seed", 5, "--json")
+    assert found.code == 0
+    assert [(clip["seed"], clip["label"]) for clip in found.json["clips"]] == [(5, "up"), (6, "down"), (7, "left")]
+    for clip in found.json["clips"]:
+        info = probe(clip["path"])
+        assert (info.frames, info.height, info.width, info.fps) == (3, 16, 16, 8)
+    assert Path(found.json["sheet"]).suffix == ".png"
+    assert all(Path(found.json[key]).is_file() for key in ("sheet", "gif"))
+
+
+def test_options_reach_the_clips(latte, run_folder):
+    words = ["--labels", "left,3", "--count", 2, "--frames", 2, "--size", "8x12", "--steps", "ddim2", "--sampler", "ddim", "--eta", 0.5]
+    found = latte("sample", run_folder, *words, "--guidance", 2, "--batch", 1, "--fps", 4, "--out", "here", "--dtype", "fp32", "--json")
+    assert found.code == 0, found.err
+    assert [(clip["label"], clip["class"]) for clip in found.json["clips"]] == [("left", 2), ("right", 3)]
+    info = probe(found.json["clips"][0]["path"])
+    assert (info.frames, info.height, info.width, info.fps) == (2, 8, 12, 4)
+    assert Path(found.json["sheet"]) == Path("here/sheet.png")
+
+
+def test_the_same_command_keeps_what_is_there_and_other_settings_get_another_folder(latte, run_folder):
+    first = latte("sample", run_folder, "--json").json
+    stamps = {clip["path"]: Path(clip["path"]).stat().st_mtime_ns for clip in first["clips"]}
+    assert len(stamps) == 4
+    assert latte("sample", run_folder, "--json").json == first
+    assert stamps == {path: Path(path).stat().st_mtime_ns for path in stamps}
+    assert Path(latte("sample", run_folder, "--steps", 2, "--json").json["sheet"]).parent != Path(first["sheet"]).parent
+    refused = latte("sample", run_folder, "--steps", 2, "--out", Path(first["sheet"]).parent)
+    assert refused.code == 2
+    assert "steps (3 there, 2 now)" in refused.errors[0]
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--labels", "sidewise"], "up, down, left, right"),
+        (["--labels", "up,4"], "0 to 3"),
+        (["--labels", ","], "names no class"),
+        (["--count", 0], "--count is 0"),
+        (["--seed", -1], "--seed is -1"),
+        (["--size", "big"], "HEIGHTxWIDTH"),
+        (["--size", "10"], "nearest multiple"),
+        (["--steps", "0"], "sample.steps"),
+        (["--steps", "lots"], "lots"),
+        (["--sampler", "ddmp"], "did you mean 'ddpm'"),
+        (["--guidance", -1], "sample.guidance"),
+        (["--batch", 0], "sample.batch"),
+        (["--frames", 0], "frames"),
+        (["--dtype", "fp99"], "dtype"),
+        (["--device", "abacus"], "device"),
+    ],
+)
+def test_wrong_options_are_told_in_one_line(latte, run_folder, words, told):
+    found = latte("sample", run_folder, *words)
+    assert found.code == 2, found.err
+    assert len(found.errors) == 1
+    assert told in found.errors[0]
+
+
+def test_a_damaged_checkpoint_is_told_or_passed_over(latte, run_folder, tmp_path):
+    shutil.copytree(run_folder, tmp_path / "run")
+    file = tmp_path / "run/checkpoints/step-2/ema.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    found = latte("sample", tmp_path / "run")
+    assert found.code == 2
+    assert "damaged" in found.errors[0]
+
+
+def test_a_codec_that_is_not_the_runs_is_refused(latte, run_folder, tmp_path):
+    shutil.copytree(run_folder, tmp_path / "run")
+    config = tmp_path / "run/config.yaml"
+    text = config.read_text().replace("name: pixels", "name: builtin").replace("resolution: 16", "resolution: 128")
+    config.write_text(text.replace("latent_channels: 3", "latent_channels: 4"))
+    found = latte("sample", tmp_path / "run")
+    assert found.code == 2
+    assert "latent_channels is 4" in found.err
+
+
+@pytest.mark.parametrize(("text", "size"), [("64", (64, 64)), ("64x96", (64, 96)), (None, None)])
+def test_sizes(text, size):
+    assert read_size(text) == size
+
+
+@pytest.mark.parametrize(("text", "steps"), [("50", 50), ("ddim50", "ddim50"), (None, None), ("10,5", "10,5")])
+def test_steps(text, steps):
+    assert read_steps(text) == steps

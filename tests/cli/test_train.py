@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``latte train``: the keys of its answer, exact resuming by the same command, interruption, and refusals."""
+
+import json
+import os
+import shutil
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from latte.config import flat, load_run
+from tiny import WORDS
+
+
+def test_train_answers_with_its_keys_and_leaves_a_run_folder(latte):
+    found = latte("train", "shapes", *WORDS, "train.steps=2", "--json")
+    assert found.code == 0
+    assert {"run", "step", "loss", "checkpoint", "weights_sha256"} <= found.json.keys()
+    assert (found.json["run"], found.json["step"]) == ("runs/shapes", 2)
+    folder = load_run("runs/shapes")[0]
+    assert folder.run.dir == "runs/shapes"
+    assert json.loads(Path("runs/shapes/metrics.jsonl").read_text().splitlines()[0])["step"] == 1
+
+
+def test_the_same_command_goes_on_and_ends_where_an_unstopped_run_ends(latte):
+    whole = latte("train", "shapes", *WORDS, "train.steps=5", "--out", "whole", "--json").json
+    for steps in (2, 3, 5):
+        part = latte("train", "shapes", *WORDS, f"train.steps={steps}", "--out", "part", "--json")
+        assert part.json["step"] == steps
+    again = latte("train", "part", "--json").json
+    assert again["weights_sha256"] == part.json["weights_sha256"] == whole["weights_sha256"]
+    assert again["loss"] == whole["loss"]
+
+
+def test_the_run_folder_reloads_to_the_configuration_of_the_command(latte, run_folder):
+    asked, _ = load_run("shapes", [*WORDS, "train.steps=2", f"run.dir={run_folder}"])
+    again, origins = load_run(run_folder)
+    assert flat(again) == flat(asked)
+    assert set(origins.values()) <= {f"{run_folder / 'config.yaml'}:{line}" for line in range(1, 99)} | {"the run folder"}
+    assert yaml.safe_load((run_folder / "config.yaml").read_text())["version"] == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["model.width=32"], "model.width"),
+        (["run.seed=5"], "seed"),
+        (["data.seed=1"], "seed"),
+        (["train.global_batch=8"], "global_batch"),
+        (["diffusion.num_steps=500"], "num_steps"),
+    ],
+)
+def test_another_configuration_in_the_same_folder_is_refused_and_nothing_is_lost(latte, run_folder, tmp_path, words, told):
+    shutil.copytree(run_folder, tmp_path / "run")
+    before = {path: path.read_bytes() for path in (tmp_path / "run/checkpoints").rglob("*") if path.is_file()}
+    found = latte("train", "shapes", *WORDS, *words, "train.steps=4", "--out", tmp_path / "run")
+    assert found.code == 2
+    assert any(told in line for line in found.errors)
+    assert before == {path: path.read_bytes() for path in (tmp_path / "run/checkpoints").rglob("*") if path.is_file()}
+
+
+def test_options_are_settings(latte):
+    found = latte("train", "shapes", *WORDS, "train.steps=1", "--out", "a b", "--seed", 9, "--dtype", "fp32", "--device", "cpu", "--json")
+    config, _ = load_run("a b")
+    assert (found.json["run"], config.run.seed, config.train.dtype) == ("a b", 9, "fp32")
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["shapes", "train.stepz=3", "model.dept=2"], ["train.steps", "model.depth"]),
+        (["shape"], ["shapes"]),
+        (["sky-small"], ["codec.path", "data.root"]),
+        (["shapes", "model.num_classes=3"], ["model.num_classes=4"]),
+        (["shapes", "--device", "abacus"], ["device"]),
+        (["shapes", "--dtype", "fp99"], ["train.dtype"]),
+    ],
+)
+def test_wrong_input_is_told_before_anything_is_written(latte, tmp_path, words, told):
+    found = latte("train", *words)
+    assert found.code == 2
+    assert "Traceback" not in found.err
+    assert any(word in found.err for word in told)
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_saves_and_leaves_with_its_code(latte, tmp_path, number, code):
+    def send_when_training():
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline and not list(tmp_path.glob("run/checkpoints/step-*")):
+            time.sleep(0.01)
+        os.kill(os.getpid(), number)
+
+    sender = threading.Thread(target=send_when_training)
+    sender.start()
+    found = latte("train", "shapes", *WORDS, "train.steps=100000", "--out", "run", "--json")
+    sender.join()
+    assert found.code == code
+    assert "Traceback" not in found.err
+    step = found.json["step"]
+    assert 2 <= step < 100_000
+    assert found.json["checkpoint"] == f"run/checkpoints/step-{step}"
+    assert latte("train", "run", f"train.steps={step + 1}", "--json").json["step"] == step + 1

@@ -1,0 +1,356 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every container comes back frame by frame; a seek equals decoding from the start; what is broken is refused or cut, never a crash."""
+
+import json
+import os
+import random
+import resource
+import sys
+import time
+from dataclasses import replace
+from itertools import accumulate
+
+import numpy as np
+import pytest
+from PIL import Image
+from support import shared
+
+from latte.checks import InputError, RunError
+from latte.data import framefolder, media
+from latte.data.media import Unreadable, contact_sheet, decode_frames, probe, read_frames, write_gif, write_mp4
+from videos import LEVEL, encode, number_of, numbered
+
+KINDS = {
+    "a.mp4": ("libx264", {"g": "12", "bf": "2"}),
+    "a.mov": ("libx264", {"g": "12", "bf": "0"}),
+    "a.mkv": ("libx264", {"g": "12", "bf": "2"}),
+    "a.avi": ("mpeg4", {"g": "12"}),
+    "a.webm": ("libvpx", {"g": "12", "deadline": "realtime", "cpu-used": "8"}),
+    "a.mpg": ("mpeg1video", {"g": "12"}),
+}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_every_container_is_read_and_a_seek_equals_sequential_decoding(tmp_path, name):
+    codec, options = KINDS[name]
+    path = encode(tmp_path / name, numbered(60), codec, **options)
+    info = probe(path)
+    assert (info.frames, info.height, info.width, info.fps, info.note) == (60, 48, 64, 25.0, None)
+    np.testing.assert_allclose(info.times, np.arange(60) / 25, atol=6e-4)  # mkv and webm count milliseconds
+    everything = read_frames(path, range(60))
+    assert [number_of(frame) for frame in everything] == [i % 38 for i in range(60)]
+    costs = []
+    for first in (0, 5, 23, 24, 37, 51, 55):
+        span = [first, first + 2, first + 4]
+        frames, decoded = decode_frames(info, span)
+        np.testing.assert_array_equal(frames, everything[span])
+        costs.append(decoded)
+    if name != "a.mpg":  # a program stream has no index to seek by
+        assert len(info.keys) > 3
+        assert max(costs) <= 12 + 5 < 56, f"decoded {costs} frames for spans of 5 in groups of 12"
+
+
+def test_order_and_repeats_are_as_asked_and_indices_outside_are_refused(tmp_path):
+    path = encode(tmp_path / "a.mp4", numbered(30), g="10")
+    info = probe(path)
+    assert [number_of(frame) for frame in read_frames(info, [21, 3, 21, 12])] == [21, 3, 21, 12]
+    for wrong in ([30], [-1], []):
+        with pytest.raises(InputError, match=r"0\.\.\.29"):
+            read_frames(info, wrong)
+    with pytest.raises(Unreadable, match="frame 30 does not decode"):
+        read_frames(path, [2, 30])
+
+
+def test_a_seek_that_lands_elsewhere_is_never_believed(tmp_path):
+    info = probe(encode(tmp_path / "a.mp4", numbered(60), g="12"))
+    for wrong in (replace(info, start=info.start + 1), replace(info, keys=(0, 7, 19, 31)), replace(info, steps=((1024, 59),))):
+        frames, _ = decode_frames(wrong, [33, 35])
+        assert [number_of(frame) for frame in frames] == [33, 35]
+
+
+def test_a_stream_that_decodes_otherwise_after_a_seek_is_read_from_its_start(tmp_path, monkeypatch):
+    """As 4:4:4 files of old x264 do, without an error: what tells the decoder about them is in the first packet alone."""
+    even = {"g": "10", "sc_threshold": "0"}
+    path, other = encode(tmp_path / "a.mp4", numbered(30), **even), encode(tmp_path / "b.mp4", numbered(30) // 2, **even)
+    assert probe(path).keys == (0, 10, 20)
+    honest = media._decoded
+    monkeypatch.setattr(media, "_decoded", lambda path, seek=None: honest(path if seek is None else str(other), seek))
+    info = probe(path)
+    assert info.keys == (0,)
+    frames, decoded = decode_frames(info, [22])
+    assert (number_of(frames[0]), decoded) == (22, 23)
+
+
+def test_uneven_frame_times_are_kept(tmp_path):
+    ticks = list(accumulate([20, 40, 40, 250, 33, 100, 20, 20, 66], initial=0))
+    info = probe(encode(tmp_path / "a.mkv", numbered(10), ticks=ticks))
+    np.testing.assert_allclose(info.times, [tick / 1000 for tick in ticks], atol=1e-9)
+    assert info.fps == pytest.approx(9 / 0.589, abs=1e-3)
+    assert [number_of(frame) for frame in read_frames(info, [9, 4])] == [9, 4]
+
+
+FORMATS = [("yuv420p", (48, 64)), ("yuv422p", (48, 64)), ("yuv420p10le", (48, 64)), ("full", (48, 64)), ("yuv444p", (47, 65))]
+
+
+@pytest.mark.parametrize(("pix_fmt", "size"), FORMATS)
+def test_pixel_formats_and_odd_sizes_keep_their_colours(tmp_path, pix_fmt, size):
+    colour = np.array([200, 60, 120])
+    frames = np.empty((3, *size, 3), np.uint8)
+    frames[:] = colour
+    full = pix_fmt == "full"
+    path = encode(tmp_path / "a.mp4", frames, pix_fmt="yuv420p" if full else pix_fmt, full_range=full, crf="4")
+    assert probe(path).frames == 3
+    assert probe(path).height == size[0]
+    read = read_frames(path, [0, 2])
+    assert read.shape == (2, *size, 3)
+    np.testing.assert_allclose(read.mean((0, 1, 2)), colour, atol=4)
+
+
+@pytest.mark.parametrize(("matrix", "turns"), [((0, 1, -1, 0), 3), ((-1, 0, 0, -1), 2), ((0, -1, 1, 0), 1)])
+def test_rotation_in_the_metadata_is_applied(tmp_path, matrix, turns):
+    """The matrix (a b c d) of an mp4's track header sends (x, y) to (a x + c y, b x + d y), y downwards."""
+    path = encode(tmp_path / "a.mp4", numbered(4, 32, 64))
+    upright = read_frames(path, [1])
+    data = bytearray(path.read_bytes())
+    fixed = [value << 16 & 0xFFFFFFFF for value in matrix]
+    plain = b"".join(v.to_bytes(4, "big") for v in (1 << 16, 0, 0, 0, 1 << 16, 0, 0, 0, 1 << 30))
+    turned = b"".join(v.to_bytes(4, "big") for v in (fixed[0], fixed[1], 0, fixed[2], fixed[3], 0, 0, 0, 1 << 30))
+    at = data.index(plain, data.index(b"tkhd"))
+    data[at : at + len(plain)] = turned
+    path.write_bytes(data)
+    info = probe(path)
+    assert (info.height, info.width) == ((64, 32) if turns % 2 else (32, 64))
+    np.testing.assert_array_equal(read_frames(info, [1]), np.rot90(upright, turns, (1, 2)))
+
+
+def test_a_gif_with_a_palette_and_uneven_delays(tmp_path):
+    images = [Image.fromarray(frame).quantize(64) for frame in numbered(12)]
+    images[0].save(tmp_path / "a.gif", save_all=True, append_images=images[1:], duration=[40, 90] * 6)
+    info = probe(tmp_path / "a.gif")
+    assert info.frames == 12
+    np.testing.assert_allclose(np.diff(info.times), [0.04, 0.09] * 5 + [0.04], atol=1e-9)
+    assert [number_of(frame) for frame in read_frames(info, [11, 0, 7])] == [11, 0, 7]
+
+
+def save_frames(folder, numbers, suffix="png", name="frame_{}"):
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, frame in zip(numbers, numbered(len(numbers)), strict=True):
+        Image.fromarray(frame).save(folder / f"{name.format(number)}.{suffix}")
+    return folder
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "webp"])
+def test_a_folder_of_numbered_images_counts_by_number(tmp_path, suffix):
+    folder = save_frames(tmp_path / "clip", [1, 2, 3, 9, 10, 11, 100], suffix)
+    (folder / "thumb.png").write_bytes(b"no number, no frame")
+    info = probe(folder)
+    assert (info.frames, info.height, info.width, info.times) == (7, 48, 64, [])
+    assert info.note == "93 numbers are missing between 1 and 100; frames count in order"
+    assert [number_of(frame) for frame in read_frames(info, [0, 3, 4, 6])] == [0, 3, 4, 6]
+    assert decode_frames(folder, [4, 4])[1] == 1
+
+
+def test_a_broken_image_ends_the_clip_and_two_clips_in_one_folder_are_refused(tmp_path):
+    folder = save_frames(tmp_path / "clip", range(8))
+    whole = (folder / "frame_5.png").read_bytes()
+    (folder / "frame_5.png").write_bytes(whole[: len(whole) // 2])
+    assert probe(folder).frames == 5
+    assert "frame_5.png does not decode" in str(probe(folder).note)
+    Image.new("RGB", (10, 10)).save(folder / "frame_3.png")
+    assert probe(folder).frames == 3
+    assert "frame_3.png is 10x10, not 64x48" in str(probe(folder).note)
+    Image.fromarray(np.zeros((48, 64), np.uint16)).save(folder / "frame_2.png")
+    assert probe(folder).frames == 2
+    (folder / "frame_0.png").write_bytes(b"junk")
+    with pytest.raises(Unreadable, match=r"no-frames: .*frame_0.png"):
+        probe(folder)
+    with pytest.raises(Unreadable, match="damaged"):
+        read_frames(folder, [0])
+    with pytest.raises(Unreadable, match="frame 9 does not decode"):
+        read_frames(folder, [7, 9])
+    with pytest.raises(Unreadable, match="differ in size"):
+        read_frames(folder, [1, 3])
+    save_frames(folder, [7], name="other_{}")
+    with pytest.raises(Unreadable, match="have the same number"):
+        probe(folder)
+    with pytest.raises(Unreadable, match="no-frames"):
+        probe(save_frames(tmp_path / "none", []))
+
+
+def test_a_cut_file_counts_up_to_its_last_good_frame(tmp_path):
+    whole = encode(tmp_path / "a.mkv", numbered(60), g="12").read_bytes()
+    (tmp_path / "cut.mkv").write_bytes(whole[: len(whole) * 6 // 10])
+    info = probe(tmp_path / "cut.mkv")
+    assert 10 < info.frames < 59
+    assert "60" in str(info.note) or "only the first" in str(info.note)
+    assert number_of(read_frames(info, [info.frames - 1])[0]) == (info.frames - 1) % 38
+
+
+def test_disguises_devices_and_giants_are_refused(tmp_path, monkeypatch):
+    good = encode(tmp_path / "good.mp4", numbered(5))
+    disguises = {
+        "text.mp4": (b"hello " * 200, "not-a-video"),
+        "concat.mp4": (b"ffconcat version 1.0\nfile good.mp4\n", "not-a-video"),
+        "playlist.mp4": (b"#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:9,\ngood.mp4\n#EXT-X-ENDLIST\n", "not-a-video"),
+        "vector.mp4": (b'<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"></svg>', "not-a-video"),
+        "empty.mp4": (b"", "empty"),
+    }
+    Image.new("RGB", (64, 64)).save(tmp_path / "picture.png")
+    disguises["png.mp4"] = ((tmp_path / "picture.png").read_bytes(), "not-a-video")
+    for name, (data, code) in disguises.items():
+        (tmp_path / name).write_bytes(data)
+        with pytest.raises(Unreadable) as refusal:
+            probe(tmp_path / name)
+        assert refusal.value.reason.startswith(code), refusal.value.reason
+        assert name in str(refusal.value)
+    for name, code in {"nothing.mp4": "missing", "subfile,,start,0,end,0,,:good.mp4": "missing", "nul\0.mp4": "missing"}.items():
+        with pytest.raises(Unreadable, match=code):
+            probe(tmp_path / name)
+    os.mkfifo(tmp_path / "pipe.mp4")
+    with pytest.raises(Unreadable, match="not-a-file"):
+        probe(tmp_path / "pipe.mp4")
+    monkeypatch.setattr("latte.data.media.MAX_PIXELS", 48 * 64 - 1)
+    monkeypatch.setattr(framefolder, "MAX_PIXELS", 48 * 64 - 1)
+    for giant in (good, encode(tmp_path / "bomb.avi", numbered(2), "png", "rgb24")):
+        with pytest.raises(Unreadable, match=r"too-large|not-a-video|damaged"):
+            probe(giant)
+    with pytest.raises(Unreadable, match="no-frames"):
+        probe(save_frames(tmp_path / "giants", [1, 2]))
+
+
+@pytest.mark.parametrize("name", ["with space.mp4", "ü#1%20.MP4", "line\nbreak.mp4", "-dash.mp4", os.fsdecode(b"not-utf8-\xff.mp4")])
+def test_names_of_any_kind(tmp_path, name):
+    source = encode(tmp_path / "source.mp4", numbered(3))
+    try:
+        source.rename(tmp_path / name)
+    except OSError:
+        pytest.skip("this file system does not take the name")
+    assert probe(tmp_path / name).frames == 3
+
+
+def mutants(data: bytes, count: int, seed: int):
+    """``count`` copies of a file: cut short, or with 1, 4 or 40 bytes changed."""
+    draw = random.Random(seed)
+    for index in range(count):
+        copy = bytearray(data)
+        if index % 4 == 0:
+            del copy[draw.randrange(len(copy)) :]
+        for _ in range((0, 1, 4, 40)[index % 4]):
+            copy[draw.randrange(len(copy))] = draw.randrange(256)
+        yield bytes(copy)
+
+
+def test_mutated_files_are_read_or_refused_but_never_crash_or_hang(tmp_path):
+    whole = part = refused = failed_later = 0
+    slowest, open_before = 0.0, None
+    for name in ("a.mp4", "a.avi", "a.webm"):
+        codec, options = KINDS[name]
+        data = encode(tmp_path / name, numbered(30), codec, **options).read_bytes()
+        for index, mutant in enumerate(mutants(data, 40, seed=len(name))):
+            path = tmp_path / f"{index}-{name}"
+            path.write_bytes(mutant)
+            began = time.perf_counter()
+            try:
+                info = probe(path)
+                asked = sorted({0, info.frames // 2, info.frames - 1})
+                frames = read_frames(info, asked)
+                assert frames.shape == (len(asked), info.height, info.width, 3)
+                whole, part = whole + (info.frames == 30), part + (info.frames < 30)
+            except Unreadable as refusal:
+                refused += 1
+                failed_later += "does not decode" in refusal.reason
+            slowest = max(slowest, time.perf_counter() - began)
+            path.unlink()
+            if sys.platform == "linux":
+                open_before = open_before or len(os.listdir("/proc/self/fd"))
+    print(f"whole {whole}, in part {part}, refused {refused} (of these at reading {failed_later}), slowest {slowest:.2f} s")
+    assert whole + part + refused == 120
+    assert min(whole, part, refused) >= 10
+    assert failed_later == 0, "what a probe promises can be read"
+    assert slowest < 5
+    if open_before:
+        assert len(os.listdir("/proc/self/fd")) <= open_before, "file descriptors leak"
+
+
+def test_every_odd_file_is_read_as_its_manifest_says_or_refused():
+    folder = shared("data", "odd")
+    read = refused = 0
+    for entry in json.loads((folder / "manifest.json").read_text()):
+        path = folder / entry["file"]
+        if "open_error" in entry:
+            with pytest.raises(Unreadable, match=r"not-a-video|empty|no-video-stream"):
+                probe(path)
+            refused += 1
+            continue
+        info = probe(path)
+        assert info.frames == entry["decoded_frames"], entry["file"]
+        turned = entry["rotation"] % 180 != 0
+        assert (info.width, info.height) == (entry["width"], entry["height"])[:: -1 if turned else 1]
+        first = read_frames(info, [0])[0].reshape(-1, 3).mean(0)
+        np.testing.assert_allclose(first, entry["first_frame_mean_rgb"], atol=0.11, err_msg=entry["file"])
+        if info.frames * info.height * info.width < 1.5e7:
+            everything = read_frames(path, range(info.frames))
+            for index in (info.frames // 2, info.frames - 1):
+                np.testing.assert_array_equal(read_frames(info, [index])[0], everything[index], err_msg=entry["file"])
+        assert bool(info.note) == bool("decode_error" in entry or entry["file"] in ("truncated.mkv", "header_says_30_decodes_25.mp4"))
+        read += 1
+    print(f"{read} files read, {refused} refused")
+    assert (read, refused) == (27, 3)
+
+
+def test_mp4_is_padded_to_even_sizes_deterministic_and_close_to_the_frames(tmp_path):
+    frames = numbered(9, 33, 47)
+    write_mp4(tmp_path / "deep" / "one.mp4", frames, fps=7.5)
+    write_mp4(tmp_path / "two.mp4", frames, fps=7.5)
+    assert (tmp_path / "deep" / "one.mp4").read_bytes() == (tmp_path / "two.mp4").read_bytes()
+    info = probe(tmp_path / "two.mp4")
+    assert (info.frames, info.height, info.width, info.fps) == (9, 34, 48, 7.5)
+    assert np.abs(read_frames(info, range(9))[:, :33, :47].astype(int) - frames).mean() < 2
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["deep", "two.mp4"]
+
+
+def test_gif_keeps_frames_and_colours(tmp_path):
+    frames = numbered(10)
+    write_gif(tmp_path / "a.gif", frames, fps=10)
+    info = probe(tmp_path / "a.gif")
+    assert (info.frames, info.fps) == (10, 10.0)
+    assert np.abs(read_frames(info, range(10)).astype(int) - frames).max() <= LEVEL
+
+
+def test_writers_refuse_other_arrays_and_say_why_a_file_cannot_be_written(tmp_path):
+    for wrong in (np.zeros((3, 8, 8, 3), np.float32), np.zeros((3, 3, 8, 8), np.uint8), np.zeros((0, 8, 8, 3), np.uint8)):
+        for write in (write_mp4, write_gif):
+            with pytest.raises(InputError, match="uint8"):
+                write(tmp_path / "a.mp4", wrong)
+    (tmp_path / "file").write_text("a file, not a folder")
+    for write, name in ((write_mp4, "a.mp4"), (write_gif, "a.gif")):
+        with pytest.raises(RunError, match="cannot be written"):
+            write(tmp_path / "file" / name, numbered(2))
+    before = sorted(tmp_path.iterdir())
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    grain = np.frombuffer(random.Random(0).randbytes(8 * 64 * 64 * 3), np.uint8).reshape(8, 64, 64, 3)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))  # as on a full disk
+        for write, name in ((write_mp4, "b.mp4"), (write_gif, "b.gif")):
+            with pytest.raises(RunError, match="cannot be written"):
+                write(tmp_path / name, grain)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert sorted(tmp_path.iterdir()) == before, "nothing half written stays behind"
+
+
+def test_contact_sheet_has_a_row_a_clip_and_a_column_a_frame():
+    clips = [numbered(5, 32, 32), numbered(3, 32, 32)]
+    sheet = np.asarray(contact_sheet(clips, captions=["up", "down"]))
+    assert sheet.shape == (2 * (96 + 2 + 18) + 2, 5 * (96 + 2) + 2, 3)
+    for row in range(2):
+        for column in range(5):
+            top, left = 2 + row * 116 + 18, 2 + column * 98
+            cell = sheet[top : top + 96, left : left + 96]
+            expected = clips[row][column].repeat(3, 0).repeat(3, 1) if column < len(clips[row]) else 255
+            assert (cell == expected).all()
+    assert contact_sheet(np.zeros((1, 2, 128, 160, 3), np.uint8)).size == (2 * 162 + 2, 128 + 4)
+    with pytest.raises(InputError, match="one frame size"):
+        contact_sheet([numbered(2, 32, 32), numbered(2, 32, 48)])
+    with pytest.raises(InputError, match="captions"):
+        contact_sheet(clips, captions=["up"])

@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is drawn is what is measured: direction, colour and shape of a clip can be read back from its pixels alone."""
+
+from collections import Counter
+from itertools import product
+
+import numpy as np
+import pytest
+import torch
+
+from latte.data.procedural import COLOURS, DIRECTIONS, GROUND, SHAPES, draw_scene, read_motion, render
+
+SIZES = [(8, 32, 32), (8, 64, 64), (16, 32, 32), (8, 48, 40)]
+
+
+@pytest.mark.parametrize(("frames", "height", "width"), SIZES)
+def test_the_measured_scene_is_the_drawn_one(frames, height, width):
+    wrong = []
+    for index in range(120):
+        scene = draw_scene(3, index, frames)
+        seen = read_motion(render(scene, frames, height, width))
+        if (seen.direction, seen.colour, seen.shape, seen.coherent) != (scene.direction, scene.colour, scene.shape, True):
+            wrong.append((index, scene.caption, seen))
+    assert not wrong, f"{len(wrong)} of 120: {wrong[:3]}"
+
+
+def test_the_shape_stays_inside_the_frame_and_keeps_its_area():
+    for index in range(120):
+        frames = render(draw_scene(1, index, 8), 8, 64, 64)
+        ground = (frames == np.array(GROUND, np.uint8)).all(-1)
+        assert ground[:, [0, -1]].all()
+        assert ground[:, :, [0, -1]].all()
+        areas = (~ground).sum((1, 2))
+        assert areas.min() > 0.7 * areas.max()
+
+
+def test_a_clip_is_a_function_of_seed_and_index():
+    torch.manual_seed(1)
+    first = [render(draw_scene(0, i, 8), 8, 32, 32) for i in (0, 5, 10**9)]
+    torch.manual_seed(2)
+    again = [render(draw_scene(0, i, 8), 8, 32, 32) for i in (10**9, 5, 0)][::-1]
+    assert all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
+    assert draw_scene(0, 5, 8) != draw_scene(1, 5, 8)
+    assert len({draw_scene(0, i, 8) for i in range(500)}) == 500
+
+
+def test_labels_captions_and_attributes_are_even():
+    scenes = [draw_scene(0, i, 8) for i in range(1440)]
+    assert Counter(s.label for s in scenes) == dict.fromkeys(range(4), 360)
+    assert all(list(DIRECTIONS)[s.label] == s.direction for s in scenes)
+    counts = Counter((s.shape, s.colour) for s in scenes)
+    assert set(counts) == set(product(SHAPES, COLOURS))
+    assert sum((n - 80) ** 2 / 80 for n in counts.values()) < 40.8, "chi-squared with 17 degrees of freedom, 0.1 % level"
+    assert scenes[0].caption == f"a {scenes[0].colour} {scenes[0].shape} moves {scenes[0].direction}"
+
+
+def test_the_speed_does_not_depend_on_the_frame_count():
+    slow, fast = draw_scene(0, 7, 16), draw_scene(0, 7, 8)
+    assert slow.speed * 15 == pytest.approx(fast.speed * 7)
+    last = [render(scene, frames, 32, 32)[-1] for scene, frames in ((slow, 16), (fast, 8))]
+    np.testing.assert_array_equal(*last)
+
+
+def test_what_is_not_a_moving_shape_is_not_taken_for_one():
+    still = np.repeat(render(draw_scene(0, 1, 8), 8, 32, 32)[:1], 8, 0)
+    assert read_motion(still).direction is None
+    empty = np.broadcast_to(np.array(GROUND, np.uint8), (8, 32, 32, 3))
+    assert read_motion(empty) == read_motion(np.zeros((8, 32, 32, 3), np.uint8))
+    assert not read_motion(empty).coherent
+    two = np.maximum(render(draw_scene(0, 0, 8), 8, 64, 64), render(draw_scene(0, 0, 8), 8, 64, 64)[:, ::-1, ::-1])
+    split = [i for i in range(40) if not read_motion(np.maximum(*(render(draw_scene(s, i, 8), 8, 64, 64) for s in (0, 1)))).coherent]
+    assert len(split) > 10, "two shapes in one clip are seen as two"
+    assert two.shape == (8, 64, 64, 3)
+    backwards = render(draw_scene(0, 2, 8), 8, 32, 32)[::-1]
+    assert read_motion(backwards).direction == "right"
+    assert draw_scene(0, 2, 8).direction == "left"

@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The benchmarks run, print one JSON line each with what a figure needs, and refuse to print from a disturbed machine."""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+FOLDER = Path(__file__).parents[1] / "benchmarks"
+TINY = ["--device", "cpu", "--rounds", "3", "--seconds", "0.001", "--max-foreign", "1"]
+MODEL = ["--depth", "2", "--width", "32", "--heads", "2", "--frames", "2", "--latent", "4"]
+KEYS = {"what", "machine", "device", "threads", "torch", "commit", "repeats", "median_s", "spread", "settings"}
+
+
+@pytest.fixture
+def benchmark(monkeypatch):
+    """``benchmark(name)`` imports a file of the folder; the matrix product is a small one."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    monkeypatch.setitem(importlib.import_module("measure").MATMUL, "cpu", 64)
+    yield importlib.import_module
+    for name in [name for name, module in sys.modules.items() if str(FOLDER) in str(getattr(module, "__file__", ""))]:
+        del sys.modules[name]
+
+
+@pytest.mark.parametrize(("name", "more"), [("forward", []), ("train_step", ["--micro-batch", "1", "--batch", "2", "--checkpointing"])])
+def test_a_benchmark_prints_what_a_figure_needs(benchmark, capsys, name, more):
+    line = benchmark(name).main([*TINY, *MODEL, *more])
+    assert json.loads(capsys.readouterr().out) == line
+    assert {*KEYS, "operations", "share_of_matmul"} <= set(line)
+    assert line["repeats"] == 3
+    assert line["operations"] > 0
+    assert line["share_of_matmul"] > 0
+
+
+def test_a_training_step_counts_three_forward_passes_per_clip(benchmark, capsys):
+    forward = benchmark("forward").main([*TINY, *MODEL])["operations"]
+    assert benchmark("train_step").main([*TINY, *MODEL, "--batch", "2"])["operations"] == 6 * forward
+
+
+def test_data_wait_measures_videos_and_latents(benchmark, capsys):
+    small = ["--videos", "2", "--resolution", "16", "--frames", "2", "--batch", "1", "--steps", "10", "--dtype", "fp32"]
+    lines = benchmark("data_wait").main([*TINY, *small, "model.depth=2", "model.width=16", "model.heads=2"])
+    assert [line["what"] for line in lines] == ["data_wait videos", "data_wait latents"]
+    assert all(line.keys() >= KEYS and 0 <= line["wait_share"] <= 1 for line in lines)
+
+
+def test_a_disturbed_machine_gives_no_figure(benchmark, capsys, monkeypatch):
+    measure = benchmark("measure")
+    monkeypatch.setattr(measure, "foreign_share", lambda *_: 0.5)
+    with pytest.raises(SystemExit) as stopped:
+        benchmark("forward").main([*TINY, *MODEL, "--max-foreign", "0.4"])
+    assert "0 clean rounds" in str(stopped.value)
+    assert capsys.readouterr().out == ""
+
+
+def test_rounds_compare_like_with_like(benchmark):
+    measure = benchmark("measure")
+    times = measure.Times({"a": [2.0, 4.0, 60.0], "b": [1.0, 2.0, 30.0]})
+    assert times.ratio("a", "b") == 2.0  # a machine that slowed down mid-way changes both
+
+
+def test_others_share_of_the_machine(benchmark, monkeypatch):
+    measure = benchmark("measure")
+    monkeypatch.setattr(measure.os, "cpu_count", lambda: 2)
+    assert measure.foreign_share((10.0, 1.0), (14.0, 4.0), wall=2.0) == 0.25  # 4 busy seconds, 3 of them ours, of 4
+    assert measure.foreign_share((0.0, 0.0), (0.0, 1.0), wall=1.0) == 0.0
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the refusal without a GPU is tested where there is none")
+def test_the_gpu_benchmark_says_that_it_needs_one(benchmark, monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER / "gpu"))
+    monkeypatch.setattr(sys, "argv", ["run.py"])
+    with pytest.raises(SystemExit, match="needs a CUDA device"):
+        benchmark("run").main()

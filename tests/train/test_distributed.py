@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Two processes train as one does."""
+
+import os
+import signal
+import socket
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+
+from latte.checkpoint.run import latest_checkpoint, load_checkpoint
+from latte.checks import RunError
+from latte.train import distributed
+from latte.train.distributed import Group
+from training import FORKS, SHORT, curve, run
+
+TWO = replace(SHORT, steps=6, lr=1e-4)  # Adam turns rounding of the smallest gradients into a share of the rate
+
+
+def one_of_two(rank: int, port: int, folder: str, stops: tuple[int, ...], pipe) -> None:
+    """What torchrun would start: a process of two. Its last run is stopped by a signal that the other process alone hears."""
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+                   "GLOO_SOCKET_IFNAME": "lo"}  # fmt: skip
+    distributed.TIMEOUT = timedelta(seconds=60)
+    try:
+        for attempt, steps in enumerate(stops):
+            os.environ["TORCHELASTIC_RESTART_COUNT"] = str(attempt)
+            result = run(Path(folder), replace(TWO, steps=steps))
+        if rank == 1:
+            signal.setitimer(signal.ITIMER_REAL, 0.5)
+            signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+        stopped = run(Path(folder) / "endless", replace(TWO, steps=100_000, checkpoint_every=100_000))
+        pipe.send((result, stopped, failure_of_the_first(rank)))
+    except BaseException as error:
+        pipe.send(repr(error))
+        raise
+
+
+def failure_of_the_first(rank: int) -> str:
+    """What each process sees when the first one fails at something only it does."""
+
+    def fail() -> None:
+        raise RunError(f"disk of process {rank} is full")
+
+    with distributed.process_group(torch.device("cpu")) as group:
+        try:
+            group.first(fail)
+        except RunError as error:
+            return str(error)
+    return "nothing"
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory) -> tuple[Path, list]:
+    """The folder of a run of two processes, stopped and resumed on the way, and what each of them returned."""
+    folder = tmp_path_factory.mktemp("pair")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    pipes, children = zip(*(FORKS.Pipe() for _ in range(2)), strict=True), []
+    ours, theirs = pipes
+    for rank in range(2):
+        children.append(FORKS.Process(target=one_of_two, args=(rank, port, str(folder), (2, 6), theirs[rank]), daemon=True))
+        children[-1].start()
+    assert all(pipe.poll(120) for pipe in ours)
+    results = [pipe.recv() for pipe in ours]
+    for child in children:
+        child.join(30)
+    assert all(isinstance(result, tuple) for result in results), results
+    return folder, results
+
+
+def test_the_result_is_that_of_one_process(pair, tmp_path):
+    folder, results = pair
+    run(tmp_path, TWO)
+    two, one = (load_checkpoint(latest_checkpoint(path)) for path in (folder, tmp_path))
+    assert two.step == one.step == 6
+    for group in ("model", "ema"):
+        for name, tensor in one.tensors[group].items():
+            torch.testing.assert_close(two.tensors[group][name], tensor, rtol=0, atol=1e-6)
+    for line, expected in zip(curve(folder), curve(tmp_path), strict=True):
+        assert line == pytest.approx(expected, rel=1e-5)
+    assert results[0][0] == results[1][0]
+
+
+def test_a_signal_that_one_of_them_hears_stops_both_at_the_same_step(pair):
+    folder, results = pair
+    (_, first, _), (_, second, _) = results
+    assert first == second
+    assert first["interrupted"] == 143
+    assert first["checkpoint"] == str(folder / "endless" / "checkpoints" / f"step-{first['step']}")
+
+
+def test_what_fails_in_the_first_fails_in_both(pair):
+    assert [failure for _, _, failure in pair[1]] == ["disk of process 0 is full"] * 2
+
+
+def test_alone_everything_is_a_plain_call():
+    group, tensor = Group(), torch.ones(2)
+    group.add([tensor])
+    group.equalise([tensor])
+    assert tensor.tolist() == [1.0, 1.0]
+    assert group.largest(3) == 3
+    assert group.first(lambda a, b: a + b, 1, 2) == 3

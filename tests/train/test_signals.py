@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""SIGINT and SIGTERM: a checkpoint at the end of the step and 130 or 143; the second signal leaves at once."""
+
+import os
+import signal
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from latte.checkpoint.run import latest_checkpoint
+from latte.train.signals import STOPPING, StopRequest
+from training import FORKS, SHORT, curve, run
+
+LONG = replace(SHORT, steps=100_000, checkpoint_every=100_000, log_every=1)
+
+
+def endless(folder: str) -> None:
+    """A run that only a signal ends; leaves with what the command line would leave with."""
+    torch.set_num_threads(1)
+    slowly = replace(LONG, sample_every=1)
+    raise SystemExit(run(Path(folder), slowly, sample=lambda model, step: time.sleep(0.05))["interrupted"])
+
+
+def deaf(pipe) -> None:
+    """A step that never ends."""
+    with StopRequest():
+        pipe.send("ready")
+        while True:
+            time.sleep(0.01)
+
+
+def wait_for_steps(run_dir: Path, steps: int) -> None:
+    deadline = time.monotonic() + 60
+    metrics = run_dir / "metrics.jsonl"
+    while time.monotonic() < deadline and not (metrics.exists() and metrics.read_bytes().count(b"\n") >= steps):
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_the_first_signal_saves_at_the_end_of_the_step_and_leaves(tmp_path, number, code):
+    child = FORKS.Process(target=endless, args=(str(tmp_path),), daemon=True)
+    child.start()
+    wait_for_steps(tmp_path, 3)
+    began = time.monotonic()
+    os.kill(child.pid, number)
+    child.join(30)
+    assert child.exitcode == code
+    assert time.monotonic() - began < 10
+    step = int(latest_checkpoint(tmp_path).name.removeprefix("step-"))
+    assert step >= 3
+    assert [line["step"] for line in curve(tmp_path)] == list(range(1, step + 1))
+    straight = run(tmp_path / "straight", replace(LONG, steps=step + 2))
+    again = run(tmp_path, replace(LONG, steps=step + 2))
+    assert again["weights_sha256"] == straight["weights_sha256"]
+    assert curve(tmp_path) == curve(tmp_path / "straight")
+
+
+def test_the_second_signal_leaves_at_once():
+    here, there = FORKS.Pipe()
+    child = FORKS.Process(target=deaf, args=(there,), daemon=True)
+    child.start()
+    assert here.poll(60)
+    os.kill(child.pid, signal.SIGTERM)
+    time.sleep(0.2)
+    assert child.is_alive()
+    began = time.monotonic()
+    os.kill(child.pid, signal.SIGINT)
+    child.join(20)
+    assert child.exitcode == 130
+    assert time.monotonic() - began < 5
+
+
+def test_handlers_are_put_back_and_another_thread_sets_none():
+    before = [signal.getsignal(number) for number in STOPPING]
+    with StopRequest() as stop:
+        assert [signal.getsignal(number) for number in STOPPING] == [stop.hear, stop.hear]
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.code == 130
+    assert [signal.getsignal(number) for number in STOPPING] == before
+    seen = []
+
+    def elsewhere() -> None:
+        with StopRequest() as stop:
+            seen.append((stop.code, [signal.getsignal(number) for number in STOPPING] == before))
+
+    thread = threading.Thread(target=elsewhere)
+    thread.start()
+    thread.join(10)
+    assert seen == [(0, True)]

@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Small videos made on the spot, every frame of which can be told from its pixels."""
+
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+
+LEVEL = 6  # grey levels between one frame and the next
+
+
+def numbered(t: int, height: int = 48, width: int = 64) -> np.ndarray:
+    """uint8 (t h w c): frame i is a grey of 20 + 6 i with a darker corner and a little colour; ``number_of`` reads i back."""
+    frames = np.empty((t, height, width, 3), np.uint8)
+    frames[:] = (20 + LEVEL * (np.arange(t) % 38))[:, None, None, None]
+    frames[:, : height // 3, : width // 3] //= 2
+    return frames
+
+
+def number_of(frame: np.ndarray) -> int:
+    """Which frame of ``numbered`` this is (modulo 38), from its lower right part."""
+    h, w, _ = frame.shape
+    return round((float(frame[h // 2 :, w // 2 :].mean()) - 20) / LEVEL)
+
+
+def encode(path: Path, frames: np.ndarray, codec: str = "libx264", pix_fmt: str = "yuv420p", rate: int = 25, ticks: list[int] | None = None,
+           full_range: bool = False, **options: str) -> Path:  # fmt: skip
+    """Write uint8 (t h w c) with PyAV itself; ``ticks``: a presentation time in ms per frame; ``options`` go to the encoder."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=rate)
+        stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], pix_fmt
+        stream.options = options
+        if codec != "libx264":
+            stream.bit_rate = 4_000_000
+        if ticks:
+            stream.codec_context.time_base = Fraction(1, 1000)
+        if full_range:
+            stream.codec_context.color_range = 2
+        for index, array in enumerate(frames):
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(array), format="rgb24")
+            if full_range:
+                frame = frame.reformat(format=pix_fmt, dst_color_range=2)
+            if ticks:
+                frame.pts, frame.time_base = ticks[index], Fraction(1, 1000)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return path
