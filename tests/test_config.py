@@ -108,7 +108,7 @@ def test_a_run_folder_reloads_to_the_same_configuration_wherever_it_lies(tmp_pat
     for name in ("a", "b"):
         folder = tmp_path / name
         folder.mkdir()
-        (folder / "config.yaml").write_text(to_yaml(config), encoding="utf-8", errors="backslashreplace")
+        (folder / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
         again, origins = load_run(folder)
         assert again.run.dir == str(folder)
         assert origins["run.dir"] == "the run folder"
@@ -123,7 +123,7 @@ def test_any_value_survives_the_way_through_the_file(tmp_path_factory, text, rea
     values = asdict(config)
     values["codec"]["path"], values["train"]["lr"], values["run"]["seed"], values["data"]["flip"] = text, real, whole, flag
     file = tmp_path_factory.mktemp("yaml") / "a.yaml"
-    file.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8", errors="backslashreplace")
+    file.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
     again, _ = load_run(file)
     assert (again.codec.path, again.train.lr, again.run.seed, again.data.flip) == (text, real, whole, flag)
 
@@ -156,7 +156,7 @@ YAML = st.recursive(SCALARS, lambda inner: st.one_of(st.lists(inner, max_size=3)
 @given(YAML)
 def test_any_yaml_loads_or_is_refused_in_lines(tmp_path_factory, value):
     file = tmp_path_factory.mktemp("yaml") / "a.yaml"
-    file.write_text(yaml.safe_dump(value), encoding="utf-8", errors="backslashreplace")
+    file.write_text(yaml.safe_dump(value), encoding="utf-8")
     problems = []
     try:
         load_run(file)

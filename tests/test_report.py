@@ -77,7 +77,8 @@ def _points(plot: str, line: int = 0) -> list[tuple[float, float]]:
 def test_points_lie_where_the_axes_say(log):
     values = [1.0, 10.0, 100.0]
     (_, a), (_, b), (_, c) = _points(report.line_plot("p", [Series("s", [1, 2, 3], values)], "x", "y", log_y=log))
-    assert a > b > c  # larger values higher up
+    assert report.HEIGHT - report.BOTTOM >= a > b > c >= report.TOP  # larger values higher up, none outside the frame
+    assert a - c > 0.9 * (report.HEIGHT - report.BOTTOM - report.TOP - 12)  # and the frame is used
     assert (a - b) / (b - c) == pytest.approx(1.0 if log else 0.1, rel=0.02)
 
 
@@ -88,6 +89,12 @@ def test_tick_labels_stand_at_their_values():
     assert labels["0"] - 4 == pytest.approx(zero)
     assert labels["8"] - 4 == pytest.approx(eight)
     assert labels["4"] == pytest.approx((labels["0"] + labels["8"]) / 2)
+
+
+def test_several_lines_have_a_legend_and_one_has_none():
+    lines = [Series("ours", [0, 1], [0, 1]), Series("theirs", [0, 1], [1, 0])]
+    shown = [[t.text for t in tree(report.line_plot("p", some, "x", "y")).iter("text")] for some in (lines, lines[:1])]
+    assert [sum(name in texts for name in ("ours", "theirs")) for texts in shown] == [2, 0]
 
 
 def test_what_cannot_be_drawn_is_counted_not_hidden():

@@ -26,7 +26,7 @@ STOREYS = (
     ("train", "generate", "evaluate", "album"),
     ("config",),
     ("recipes", "build", "trained"),
-    ("demo", "bench"),
+    ("demo", "ablate", "bench"),
     ("cli", "ui"),
     ("__main__",),
 )

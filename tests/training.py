@@ -6,6 +6,7 @@ Child processes come from a fork server that has imported torch already, so a ru
 
 import json
 import multiprocessing
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -40,6 +41,11 @@ class Latents:
         """Item ``index``."""
         z = torch.randn(3, 4, 4, 4, generator=generator("latents", index))
         return Clip(z + 0.1 * torch.randn(z.shape, generator=stream), index % 3, None, f"item-{index}")
+
+    def still(self, index: int, stream: torch.Generator) -> Clip:
+        """The first frame of item ``index``."""
+        clip = self.clip(index, stream)
+        return replace(clip, video=clip.video[:1])
 
     def describe(self) -> dict:
         """What identifies the set."""

@@ -57,9 +57,8 @@ def write_album(folder: Path, wishes: Sequence[Wish], draw: Draw, facts: Mapping
     with reported("clips", folder):
         folder.mkdir(parents=True, exist_ok=True)
     record = _read_record(folder, json.loads(json.dumps(facts)))
-    wishes_ = [w for w in wishes if not _finished(folder, w.file, record['files'])]
-    for start in range(0, len(wishes_), batch):
-        part = wishes_[start : start + batch]
+    for start in range(0, len(wishes), batch):
+        part = wishes[start : start + batch]
         missing = {wish.file for wish in part if not _finished(folder, wish.file, record["files"])}
         if not missing:
             continue
@@ -90,7 +89,7 @@ def _read_record(folder: Path, facts: dict[str, Any]) -> dict[str, Any]:
 
 
 def _finished(folder: Path, name: str, files: Mapping[str, str]) -> bool:
-    return name in files and (folder / name).is_file() 
+    return name in files and (folder / name).is_file() and _hash(folder / name) == files[name]
 
 
 def _hash(path: Path) -> str:

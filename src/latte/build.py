@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from latte.autoencoder.codec import Codec, build_codec
 from latte.checkpoint.atomic import reported
@@ -64,7 +65,6 @@ class Job:
             write_quarantine(folder / "quarantine.jsonl", dataset.quarantined)
             LOG.info("%d files cannot be used, see %s", len(dataset.quarantined), folder / "quarantine.jsonl")
         identity = self.codec.identity if self.codec else dataset.describe()["codec"]
-        draws = config.train.sample_every > 0 and self.codec is not None
         return train(
             self.model,
             build_process(config.diffusion),
@@ -77,7 +77,7 @@ class Job:
             device=self.device,
             facts={"diffusion": asdict(config.diffusion), "classes": list(dataset.classes), "codec": identity},
             record=asdict(config),
-            sample=sheets(config, self.codec, dataset.classes, self.device, folder / "samples") if draws else None,
+            sample=sheets(config, self.codec, dataset.classes, self.device, folder / "samples") if self.codec else None,
         )
 
 
@@ -132,14 +132,15 @@ def build_model(config: ModelConfig, seed: int) -> Latte:
         return Latte(config)
 
 
-def sheets(config: RunConfig, codec: Codec, classes: list[str], device: torch.device, folder: Path) -> Callable[[Latte, int], None]:
+def sheets(config: RunConfig, codec: Codec, classes: list[str], device: torch.device, folder: Path) -> Callable[[nn.Module, int], None]:
     """What training calls now and then: the same few seeds and labels drawn into ``folder``/step-N.png, a row a clip."""
     process, dtype = build_process(config.diffusion), resolve_dtype(config.train.dtype, device)
     count = config.model.num_classes
     labels = None if count is None else [index % count for index in range(max(SHEET_CLIPS, min(count, 2 * SHEET_CLIPS)))]
     names = None if labels is None else [classes[label] for label in labels]
 
-    def draw(model: Latte, step: int) -> None:
+    def draw(model: nn.Module, step: int) -> None:
+        assert isinstance(model, Latte)
         seeds = range(len(labels) if labels else SHEET_CLIPS)
         clips = [clip for _, clip in generate(model, process, codec, seeds, labels, config.sample, dtype=dtype)]
         with reported("samples", folder):

@@ -160,7 +160,7 @@ def _typed(entries: Mapping[str, Entry]) -> tuple[dict[str, Any], list[str]]:
             value = read_value(entry.raw, HINTS[key])
         except ValueError:
             problems.append(f"{entry.origin}: {key} is {short(entry.raw)}, but it must be {in_words(HINTS[key])}")
-            pass
+            bad.add(section or leaf)
             continue
         (nested.setdefault(section, {}) if section else nested)[leaf] = value
     if bad & {"data", "codec"}:
@@ -207,4 +207,4 @@ def flat(config: RunConfig) -> dict[str, Any]:
 
 def to_yaml(config: RunConfig) -> str:
     """The configuration as YAML, every value written out; ``load_run`` reads it back to the same configuration."""
-    return yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True)
+    return yaml.safe_dump(asdict(config), sort_keys=False)

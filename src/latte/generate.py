@@ -72,17 +72,17 @@ def generate(
     """
     config = config or SampleConfig()
     device = next(model.parameters()).device
-    labels = check_labels(model, labels, len(seeds))
+    numbers = check_labels(model, labels, len(seeds))
     frames = model.config.num_frames if frames is None else frames
     require(frames >= 1, "frames", frames, "a clip has at least one", "give 1 or more")
     shape = (frames, *latent_shape(model, codec, size))
     model.eval()
     batches = [slice(start, start + config.batch) for start in range(0, len(seeds), config.batch)]
     for index, part in enumerate(batches):
-        label = None if labels is None else labels[part].to(device)
+        label = None if numbers is None else numbers[part].to(device)
         denoise = guided(autocast(model, device, dtype), label, config.guidance)
         tell = None if progress is None else _share(progress, index, len(batches))
-        noise = SampleNoise([s + index for s in seeds[part]])
+        noise = SampleNoise(seeds[part])
         z = sample(config.sampler, denoise, process, noise, shape, config.steps, config.eta, device, tell)
         with torch.no_grad():
             clips = to_uint8(codec.decode(z))

@@ -7,7 +7,6 @@ and the codec by its identity, so that latents are never decoded by another auto
 """
 
 import json
-import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -21,8 +20,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from latte.autoencoder.codec import Codec, CodecConfig, build_codec
-from latte.autoencoder.files import read_tensors
 from latte.checkpoint.atomic import commit_folder, reported
+from latte.checkpoint.reading import fetch, read_tensors
 from latte.checkpoint.run import Checkpoint, load_checkpoint, load_latest, tensors_sha256
 from latte.checks import InputError, choose, require
 from latte.config import RUN_FILE, load_run
@@ -60,7 +59,7 @@ class Trained:
         count = self.model.config.num_classes
         if count is None:
             raise InputError(f"label {word!r} was given, but {self.name} is unconditional; leave the labels out")
-        names = {"none": -1, **{name: number for number, name in enumerate(self.classes)}}
+        names: dict[int | str, int] = {"none": -1, **{name: number for number, name in enumerate(self.classes)}}
         if isinstance(word, str) and word not in names and not re.fullmatch(r"-?\d{1,9}", word):
             return choose("label", word, names)
         number = names.get(word, word)
@@ -91,7 +90,7 @@ def load_trained(source: str | Path = "builtin", device: str = "auto", codec_pat
     if (path / CARD).is_file():
         return _from_folder(path, str(source), where, codec_path)
     if not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
-        return _from_folder(_download(str(source)), str(source), where, codec_path)
+        return _from_folder(fetch(source), str(source), where, codec_path)
     if str(source) == "builtin":
         raise InputError(f"MODEL is 'builtin', but this installation has no {BUILTIN / CARD}; install latte again, or give a run folder")
     kinds = f"a run folder ({RUN_FILE}), a weights folder ({CARD}), a hub id (owner/name) or builtin"
@@ -125,7 +124,7 @@ def _from_folder(folder: Path, name: str, device: torch.device, codec_path: str 
         raise InputError(f"{folder / CARD} is not the card of a Latte model ({type(error).__name__}: {error}); give a folder that "
                          "latte wrote") from None  # fmt: skip
     model_config, codec_config = _checked(ModelConfig, shape, folder), _checked(CodecConfig, codec_keys, folder)
-    tensors = read_tensors(folder / WEIGHTS, "weights")
+    tensors, _ = read_tensors(folder / WEIGHTS)
     model = _fill(model_config, tensors, str(folder / WEIGHTS))
     found = tensors_sha256(tensors)
     require(found == wanted, str(folder / WEIGHTS), found[:16], f"{CARD} says {str(wanted)[:16]}", "fetch the folder again: it was altered")
@@ -184,16 +183,3 @@ def _open_codec(config: CodecConfig, identity: str | None, device: torch.device,
     require(identity in (None, codec.identity), "codec", f"{codec.name} {codec.identity}", f"the model learned the latents of {identity}",
             "give the weights it was trained with by --codec-path")  # fmt: skip
     return codec
-
-
-def _download(name: str) -> Path:
-    """The weights folder of a hub repository, from the cache when the hub is not to be asked; InputError when it cannot be had."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
-    try:
-        return Path(snapshot_download(name, allow_patterns=[CARD, WEIGHTS], local_files_only=offline))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = "HF_HUB_OFFLINE is set and it is not in the cache" if offline else str(error).splitlines()[0]
-        raise InputError(f"MODEL is {name!r}, no folder here, and the hub does not give it ({reason}); check the name") from None

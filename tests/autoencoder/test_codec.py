@@ -53,7 +53,7 @@ def frames(b: int = 2, f: int = 3, height: int = 16, width: int = 24) -> Tensor:
 @pytest.mark.parametrize("name", SMALL)
 def test_shapes_range_and_type(name):
     codec = made(name)
-    latent = codec.encode(frames())
+    latent = codec.encode(frames().requires_grad_())
     assert latent.shape == (2, 3, *codec.latent_shape(16, 24))
     assert codec.latent_shape(16, 24) == (codec.channels, 16 // codec.downscale, 24 // codec.downscale)
     decoded = codec.decode(10 * latent)

@@ -67,6 +67,8 @@ def test_equals_a_second_reading_of_the_layout(folder):
 def test_parameters():
     counts = [sum(p.numel() for p in network.parameters()) for network in (build_encoder(), build_decoder())]
     assert counts == [1_338_528, 1_338_499]
+    pools = [{name.split(".")[0] for name in network.state_dict() if ".pool." in name} for network in (build_encoder(), build_decoder())]
+    assert pools == [{"11", "12", "13"}, {"3", "4", "5"}]
 
 
 def test_safetensors_and_pth_are_the_same_codec(folder, tmp_path_factory):

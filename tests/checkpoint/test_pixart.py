@@ -16,8 +16,8 @@ from latte.checks import InputError
 from latte.model.text import LatteText, TextConfig
 from latte.runtime import generator
 
-SIZES = {"num_attention_heads": 2, "attention_head_dim": 16, "cross_attention_dim": 32, "num_layers": 2, "in_channels": 4, "out_channels": 8,
-         "sample_size": 8, "patch_size": 2, "caption_channels": 12}  # fmt: skip
+SIZES = {"num_attention_heads": 2, "attention_head_dim": 16, "cross_attention_dim": 32, "num_layers": 2, "in_channels": 4,
+         "out_channels": 8, "sample_size": 8, "patch_size": 2, "caption_channels": 12}  # fmt: skip
 T = torch.tensor([3, 777])
 
 

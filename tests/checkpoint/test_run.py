@@ -141,6 +141,14 @@ def test_a_malformed_manifest_is_one_clear_line(tmp_path, text):
     assert "\n" not in str(caught.value)
 
 
+def test_a_manifest_that_means_the_same_in_other_bytes_is_refused_too(tmp_path):
+    path = save(tmp_path, 1)
+    manifest = path / "manifest.json"
+    manifest.write_text(manifest.read_text().replace("\n ", "\n\t", 1))
+    with pytest.raises(InputError, match="is not as it was written"):
+        load_checkpoint(path)
+
+
 def test_weights_that_fit_their_hash_and_are_no_safetensors_are_refused(tmp_path):
     """Hashes are no defence against a hostile writer: the reader of each file has to be safe by itself."""
     path = save(tmp_path, 1)

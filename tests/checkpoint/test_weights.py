@@ -80,8 +80,12 @@ def system(path, marker):
     torch.save({**GOOD, "x": shout(marker)}, path)
 
 
+def evaluation(marker):
+    return Call(eval, f"(__import__('pathlib').Path({str(marker)!r}).touch(), dict)[1]")
+
+
 def evaluated(path, marker):
-    torch.save({**GOOD, "x": Call(eval, f"open({str(marker)!r}, 'w')")}, path)
+    torch.save({**GOOD, "x": evaluation(marker)}, path)
 
 
 def nested(path, marker):
@@ -93,7 +97,7 @@ def inside_a_namespace(path, marker):
 
 
 def as_a_default_factory(path, marker):
-    torch.save({"ema": GOOD, "d": Call(collections.defaultdict, Call(eval, f"open({str(marker)!r}, 'w')"))}, path)
+    torch.save({"ema": GOOD, "d": Call(collections.defaultdict, evaluation(marker))}, path)
 
 
 def setstate(path, marker):
@@ -166,7 +170,8 @@ def array_of_objects(path):
 
 
 def torchscript(path):
-    torch.jit.save(torch.jit.trace(torch.nn.Linear(2, 2), torch.ones(1, 2)), path)
+    torch.save(GOOD, path)
+    rezip(path, [("code/__torch__.py", b"def forward(self): return 1"), ("constants.pkl", pickle.dumps(()))])
 
 
 def unknown_object(path):
@@ -174,9 +179,9 @@ def unknown_object(path):
 
 
 def zip_bomb(path):
-    torch.save({"a": torch.zeros(50_000_000, dtype=torch.uint8)}, path)
+    torch.save({"a": torch.zeros(20_000_000, dtype=torch.uint8)}, path)
     rezip(path, compression=zipfile.ZIP_DEFLATED)
-    assert path.stat().st_size < 100_000
+    assert path.stat().st_size < 40_000
 
 
 def beyond_the_storage(path):
@@ -190,7 +195,6 @@ def beyond_the_storage(path):
 
 def laughs(path):
     """Lists of lists of lists: ten opcodes, a billion items."""
-    data = b"\x80\x02]q\x00." + b""
     data = b"\x80\x02}X\x01\x00\x00\x00a]q\x00"
     for level in range(30):
         data += b"]" + b"q" + bytes([level + 1]) + b"(" + b"".join(b"h" + bytes([level]) for _ in range(10)) + b"e"
@@ -222,7 +226,7 @@ def no_tensors(path):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (array_of_objects, "numpy"),
+        (array_of_objects, "a call of _codecs.encode|numpy"),
         (torchscript, "which no checkpoint has"),
         (unknown_object, "a call of posixpath.join"),
         (zip_bomb, "is compressed"),
@@ -478,10 +482,10 @@ def test_our_own_folders_come_in_too(model, tmp_path):
     assert all(torch.equal(again.state_dict()[name], tensor) for name, tensor in model.state_dict().items())
     card = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**card, "width": "wide"}))
-    with pytest.raises(InputError, match="config.json: width"):
+    with pytest.raises(InputError, match=r"config\.json: width"):
         load_foreign(tmp_path)
     (tmp_path / "config.json").unlink()
-    with pytest.raises(InputError, match="no config.json beside the file"):
+    with pytest.raises(InputError, match=r"no config\.json beside the file"):
         load_foreign(tmp_path)
 
 

@@ -96,6 +96,7 @@ def test_the_command_on_the_page_draws_the_same_clips(finished, tiny_model, tmp_
     assert done.exit_code == 0, done.output
     clips = json.loads(done.stdout.splitlines()[-1])["clips"]
     pairs = list(zip(clips, finished[1]["clips"], strict=True))
+    assert [Path(a["path"]).name == Path(b["path"]).name for a, b in pairs] == [True] * 4
     assert [Path(a["path"]).read_bytes() == Path(b["path"]).read_bytes() for a, b in pairs] == [True] * 4
 
 

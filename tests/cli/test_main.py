@@ -14,7 +14,7 @@ from latte.cli import doctor, main
 from tiny import ROOT
 from tiny import latte as program
 
-COMMANDS = ["demo", "train", "sample", "plan", "data", "config", "doctor"]
+COMMANDS = ["demo", "train", "sample", "plan", "convert", "data", "config", "doctor"]
 
 
 def test_help_is_quick_and_imports_no_torch():

@@ -22,7 +22,7 @@ def rule_of(name: str, frames: int, interval: int) -> ClipRule:
 
 @pytest.mark.parametrize("name", RULES)
 @given(frames=st.integers(1, 20), interval=st.integers(1, 6), extra=st.integers(0, 30), seed=st.integers(0, 99))
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=40)
 def test_a_clip_has_its_frames_in_order_inside_the_video(name, frames, interval, extra, seed):
     rule = rule_of(name, frames, interval)
     num_frames = (rule.span or span(frames, interval)) + extra
@@ -72,7 +72,7 @@ def test_a_video_one_frame_too_short_is_refused_with_the_numbers(name):
 
 
 @given(st.lists(st.integers(5, 300), min_size=30, max_size=60), st.integers(2, 8), st.integers(1, 3), st.sampled_from([5.0, 10.0, 23.976]))
-@settings(deadline=None, max_examples=100)
+@settings(deadline=None, max_examples=50)
 def test_by_time_no_frame_is_nearer_than_the_chosen_one(delays, frames, interval, fps):
     times = (np.cumsum(delays) / 1000).tolist()
     rule = ClipRule(frames, interval, "time", fps)
@@ -126,7 +126,7 @@ def grain(t: int, height: int, width: int) -> np.ndarray:
 
 
 @given(st.integers(1, 200), st.integers(1, 200), st.integers(1, 64), st.integers(1, 64))
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=60)
 def test_every_source_size_gives_the_exact_size(h, w, height, width):
     assert centre_crop_resize(np.full((2, h, w, 3), 77, np.uint8), height, width).tolist() == np.full((2, height, width, 3), 77).tolist()
 

@@ -212,10 +212,10 @@ def test_a_changed_file_is_encoded_again_and_the_rest_is_not(tmp_path):
     root = tmp_path / "videos"
     root.mkdir()
     for name in "abc":
-        encode(root / f"{name}.mp4", numbered(4))
+        encode(root / f"{name}.mp4", numbered(6))
     config = folder_config(root)
     encode_dataset(config, pixels(), tmp_path / "out", shard_bytes=1, cache_dir=tmp_path)
-    encode(root / "b.mp4", numbered(8)[4:])
+    encode(root / "b.mp4", numbered(12)[6:])
     assert encode_dataset(config, pixels(), tmp_path / "out", shard_bytes=1, cache_dir=tmp_path)["new_shards"] == 1
     source, latents = FolderDataset(config, tmp_path), LatentDataset(latents_of(config, tmp_path / "out"))
     for index in range(3):

@@ -123,6 +123,23 @@ def test_rotation_in_the_metadata_is_applied(tmp_path, matrix, turns):
     np.testing.assert_array_equal(read_frames(info, [1]), np.rot90(upright, turns, (1, 2)))
 
 
+def test_without_frame_times_a_file_is_read_from_its_start_at_the_rate_of_its_header(tmp_path):
+    """B frames in avi, as UCF101 has them, come out with time stamps that do not increase."""
+    info = probe(encode(tmp_path / "a.avi", numbered(30), bf="2", g="10"))
+    assert (info.frames, info.fps, info.stamps) == (30, 25.0, [])
+    assert info.times == [i / 25 for i in range(30)]
+    frames, decoded = decode_frames(info, [21, 25])
+    assert ([number_of(frame) for frame in frames], decoded) == ([21, 25], 26)
+
+
+def test_endless_files_are_cut(tmp_path, monkeypatch):
+    monkeypatch.setattr(media, "MAX_FRAMES", 7)
+    monkeypatch.setattr(framefolder, "MAX_FRAMES", 7)
+    info = probe(encode(tmp_path / "a.mp4", numbered(9)))
+    assert (info.frames, "limit of 7" in str(info.note)) == (7, True)
+    assert probe(save_frames(tmp_path / "clip", range(9))).frames == 7
+
+
 def test_a_gif_with_a_palette_and_uneven_delays(tmp_path):
     images = [Image.fromarray(frame).quantize(64) for frame in numbered(12)]
     images[0].save(tmp_path / "a.gif", save_all=True, append_images=images[1:], duration=[40, 90] * 6)

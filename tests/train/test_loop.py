@@ -3,7 +3,9 @@
 
 import functools
 import json
+import os
 import resource
+import threading
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -25,7 +27,7 @@ from training import FORKS, SHORT, TINY, Latents, curve, run, tiny_model
     [
         {"steps": 0}, {"global_batch": 0}, {"micro_batch": 0}, {"lr": 0.0}, {"lr": float("nan")}, {"weight_decay": -1.0},
         {"warmup_steps": -1}, {"ema_decay": 1.0}, {"clip_norm": 0.0}, {"clip_start": -1}, {"dtype": "fp16"}, {"checkpoint_every": 0},
-        {"keep_last": 0}, {"sample_every": -1}, {"log_every": 0},
+        {"keep_last": 0}, {"num_images": -1}, {"sample_every": -1}, {"log_every": 0},
     ],
 )  # fmt: skip
 def test_a_setting_out_of_range_is_refused_by_name(wrong):
@@ -116,6 +118,26 @@ def test_frames_and_the_latents_of_their_codec_make_a_run_each(tmp_path):
         again = run(tmp_path / "again", replace(SHORT, steps=steps), model=tiny_model(shape), **parts)
     assert again["weights_sha256"] == whole["weights_sha256"]
     assert load_checkpoint(Path(again["checkpoint"])).state["facts"]["codec"] == codec.identity
+
+
+def test_stills_behind_the_clips_belong_to_the_run(tmp_path):
+    joint = replace(SHORT, num_images=2)
+    whole = run(tmp_path / "whole", replace(joint, steps=4))
+    for steps in (2, 4):
+        again = run(tmp_path / "again", replace(joint, steps=steps))
+    assert again["weights_sha256"] == whole["weights_sha256"]
+    assert whole["weights_sha256"] != run(tmp_path / "clips alone", replace(SHORT, steps=4))["weights_sha256"]
+    with pytest.raises(InputError, match=r"data\.num_images: the run has 2, you gave 3"):
+        run(tmp_path / "again", replace(joint, num_images=3))
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="open files are counted through /proc")
+def test_no_file_and_no_thread_is_left_behind(tmp_path):
+    run(tmp_path, replace(SHORT, steps=1))
+    before = len(os.listdir("/proc/self/fd")), threading.active_count()
+    for steps in (3, 6, 9):
+        run(tmp_path, replace(SHORT, steps=steps))
+    assert (len(os.listdir("/proc/self/fd")), threading.active_count()) == before
 
 
 class Poisoned(Latents):

@@ -42,13 +42,17 @@ class Layout:
 
 @dataclass(frozen=True)
 class Loaded:
-    """Foreign weights under our names, in the precision they were stored in. ``facts`` is what the file says beside its tensors."""
+    """Foreign weights under our names, in the precision they were stored in. ``facts`` is what the file says beside its tensors.
+
+    ``card`` is the config.json beside it, empty when there is none.
+    """
 
     layout: str
     config: Config
     state_dict: dict[str, Tensor]
     report: Coverage
     facts: dict[str, str]
+    card: dict[str, Any]
 
     def model(self, dtype: torch.dtype = torch.float32) -> Latte | LatteText:
         """The model with these weights, for inference (no gradients), in ``dtype``; allowed gaps hold fresh weights."""
@@ -75,15 +79,15 @@ def load_foreign(
         some = ", ".join(sorted(tensors)[:3])
         raise InputError(f"weights {source} hold no model that is known here ({', '.join(LAYOUTS)}): its tensors are called {some}, ...; "
                          "give a file of one of these")  # fmt: skip
-    layout = LAYOUTS[name]
+    layout, card = LAYOUTS[name], read_card(path)
     try:
-        found = layout.understand(tensors, read_card(path), heads)
+        found = layout.understand(tensors, card, heads)
     except InputError as error:
         raise InputError(f"weights {source} ({name}): {error}") from None
     state, report = compare(str(source), name, tensors, found, wanted_by(found.config))
     LOG.info("%s", report)
     report.refuse(allow_missing, allow_unexpected, layout.hint)
-    return Loaded(name, found.config, state, report, facts)
+    return Loaded(name, found.config, state, report, facts, card or {})
 
 
 def understand_ours(kind: type[ModelConfig] | type[TextConfig]) -> Understand:

@@ -4,7 +4,7 @@
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -74,8 +74,8 @@ def sample(
     folder = out or Path("samples") / f"{Path(trained.name).name}-{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:8]}"
     batches = -(-len(wishes) // config.batch)
 
-    def draw(number: int, part: list["Wish"]) -> Iterator[tuple[int, Any]]:
-        labels_of = None if part[0].label is None else [one.label for one in part]
+    def draw(number: int, part: Sequence["Wish"]) -> Iterator[tuple[int, Any]]:
+        labels_of = [one.label for one in part if one.label is not None] or None
         return trained.generate([one.seed for one in part], labels_of, progress=tell("sample", number, batches), **options)
 
     sheet, gif = write_album(folder, wishes, draw, facts, config.batch, config.fps)

@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -47,17 +47,24 @@ class Clip:
 
 
 class Dataset(Protocol):
-    """What the trainer and the sampler rely on. ``classes`` are names, [] without labels; ``latent``: is Clip.video a latent?
-    ``quarantined`` lists {"path", "reason"} of what was left out."""
+    """What the trainer and the sampler rely on. ``classes`` are names, [] without labels; ``latent``: is Clip.video a latent?"""
 
     classes: list[str]
     latent: bool
-    quarantined: Sequence[dict[str, str]]
+
+    @property
+    def quarantined(self) -> Sequence[dict[str, str]]:
+        """{"path", "reason"} of each candidate that was left out."""
+        ...
 
     def __len__(self) -> int: ...
 
     def clip(self, index: int, generator: torch.Generator) -> Clip:
         """Clip ``index``; every random choice is drawn from ``generator``."""
+        ...
+
+    def still(self, index: int, generator: torch.Generator) -> Clip:
+        """One frame of clip ``index``, any of them: video (1 c H W)."""
         ...
 
     def describe(self) -> dict[str, Any]:
@@ -145,6 +152,14 @@ class FolderDataset:
         video = to_float(centre_crop_resize(read_frames(found.info, start), *config.size))
         return Clip(flip_horizontal(video) if mirrored and config.flip else video, found.label, None, found.key)
 
+    def still(self, index: int, generator: torch.Generator) -> Clip:
+        """One frame of video ``index``, then its flip, drawn from ``generator``."""
+        found, config = self.clips[index], self.config
+        frame = int(torch.randint(found.info.frames, (), generator=generator))
+        mirrored = bool(torch.rand((), generator=generator) < 0.5)
+        video = to_float(centre_crop_resize(read_frames(found.info, [frame]), *config.size))
+        return Clip(flip_horizontal(video) if mirrored and config.flip else video, found.label, None, found.key)
+
     def describe(self) -> dict[str, Any]:
         """What the clips are, without where they lie: the same for a copy of the folder."""
         config = self.config
@@ -175,6 +190,12 @@ class ProceduralDataset:
         scene = draw_scene(config.seed, index, config.frames)
         video = to_float(render(scene, config.frames, *config.size))
         return Clip(video, scene.label if config.labels else None, scene.caption, f"{config.seed}/{index}")
+
+    def still(self, index: int, generator: torch.Generator) -> Clip:
+        """One frame of clip ``index``, drawn from ``generator``."""
+        clip = self.clip(index)
+        frame = int(torch.randint(self.config.frames, (), generator=generator))
+        return replace(clip, video=clip.video[frame : frame + 1])
 
     def describe(self) -> dict[str, Any]:
         """Everything that the clips are a function of."""

@@ -94,6 +94,14 @@ class LatentDataset:
         latent = self._read(self.shard_of[index], name, chosen)
         return Clip(latent, record.label if config.labels else None, record.caption, record.key)
 
+    def still(self, index: int, generator: torch.Generator) -> Clip:
+        """One frame's latent (1 c h w) of video ``index``, then its mirroring, drawn from ``generator``."""
+        record, config = self.videos[index], self.config
+        frame = int(torch.randint(record.frames, (), generator=generator))
+        mirrored = bool(torch.rand((), generator=generator) < 0.5)
+        name = f"{MIRROR if mirrored and config.flip else SOURCE}:{record.key}"
+        return Clip(self._read(self.shard_of[index], name, [frame]), record.label if config.labels else None, record.caption, record.key)
+
     def _read(self, shard: str, name: str, chosen: list[int]) -> torch.Tensor:
         """Frames ``chosen`` of tensor ``name``, float32; reads from the first to the last of them."""
         low, high = min(chosen), max(chosen) + 1

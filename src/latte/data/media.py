@@ -8,7 +8,7 @@ Axes: t frames, h height, w width, c channels (RGB). Display rotation in quarter
 """
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -67,12 +67,13 @@ class MediaInfo:
         return [index / self.fps for index in range(self.frames)] if self.fps else []
 
 
-def _decoded(path: str, seek: int | None = None) -> Iterator[tuple[Any, Any]]:
+def _decoded(path: str, seek: int | None = None) -> Generator[tuple[Any, Any]]:
     """(stream, frame) of the first video stream, in order of presentation, up to the end or the first damage (Unreadable).
 
     ``seek``: a time stamp; decoding starts at the key frame that the container finds at or before it.
     """
     import av
+    from av.error import FFmpegError
 
     check_file(path)
     limit = {"max_pixels": str(MAX_PIXELS)}
@@ -95,7 +96,7 @@ def _decoded(path: str, seek: int | None = None) -> Iterator[tuple[Any, Any]]:
                 if frame.is_corrupt and seek is None:  # behind a seek the first frames may lack what they refer to: the caller skips them
                     raise Unreadable(path, "damaged", "the decoder had to invent part of a frame")
                 yield stream, frame
-    except (av.FFmpegError, OSError, EOFError, UnicodeError, AttributeError, IndexError, MemoryError, ValueError) as error:
+    except (FFmpegError, OSError, EOFError, UnicodeError, AttributeError, IndexError, MemoryError, ValueError) as error:
         if isinstance(error, Unreadable):
             raise
         kind = error.__class__.__name__
@@ -158,8 +159,9 @@ def _probe_video(path: str) -> MediaInfo:
 def _seeks_truly(info: MediaInfo, expected: np.ndarray) -> bool:
     """Does a seek to the last key frame give the pixels ``expected``? Some streams need what only their first packet says: 4:4:4
     files of old x264 decode to noise after a seek, without an error."""
-    found, _ = _span(info.path, [info.keys[-1]], info, info.keys[-1])
-    return np.array_equal(found.get(info.keys[-1]), expected)
+    key = info.keys[-1]
+    found, _ = _span(info.path, [key], info, key)
+    return key in found and np.array_equal(found[key], expected)
 
 
 def read_frames(source: str | os.PathLike | MediaInfo, indices: Sequence[int]) -> np.ndarray:

@@ -27,7 +27,7 @@ def _check_frames(frames: np.ndarray, fps: float) -> None:
 @contextmanager
 def _complete(path: str | os.PathLike) -> Iterator[str]:
     """A temporary name beside ``path`` that takes its place when the block ends well; RunError when it cannot be written."""
-    import av
+    from av.error import FFmpegError
 
     path = Path(path)
     partial = path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")
@@ -35,7 +35,7 @@ def _complete(path: str | os.PathLike) -> Iterator[str]:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield str(partial)
         os.replace(partial, path)
-    except (OSError, av.FFmpegError) as error:
+    except (OSError, FFmpegError) as error:
         raise RunError(f"{path} cannot be written: {error}; check the folder, its rights and the space left on the disk") from error
     finally:
         with suppress(OSError):  # it is gone already when all went well

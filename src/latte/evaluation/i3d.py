@@ -8,7 +8,6 @@ Axes: b clip, c channels, t frames, h w size, k classes.
 from collections.abc import Iterator
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from latte.checks import require
@@ -71,8 +70,10 @@ class I3D(nn.Module):
             x = mixed(x)
         fits = x.shape[2] >= 2 and x.shape[3:] == (7, 7)
         require(fits, "the clip (b c t h w)", shape, f"I3D takes at least {MIN_FRAMES} frames of 224 x 224", "give longer clips or resize")
-        # the last convolution and both means are linear, so the means come first: one vector per clip to multiply
-        return self.logits(F.avg_pool3d(x, (2, 7, 7), stride=1).mean(2, keepdim=True)).flatten(1)
+        # the 2 x 7 x 7 average, the last convolution and the mean over time are linear, so both means come first
+        mean = x.float().mean((3, 4))
+        mean = (mean[..., :-1] + mean[..., 1:]).mean(2) / 2
+        return self.logits(mean.to(x.dtype)[..., None, None, None]).flatten(1)
 
 
 def layer_names() -> Iterator[tuple[str, str, str, str]]:

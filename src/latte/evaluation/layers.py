@@ -17,16 +17,20 @@ CONVOLUTIONS = {4: F.conv2d, 5: F.conv3d}
 MEMORY_FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
-def convolve(x: Tensor, weight: Tensor, bias: Tensor, stride: Sequence[int], padding: Sequence[int]) -> Tensor:
-    """(b c ...) with weight (o c ...) and bias (o,) -> (b o ...), zeros around.
+def public_convolve(x: Tensor, weight: Tensor, bias: Tensor, stride: Sequence[int], padding: Sequence[int]) -> Tensor:
+    """(b c ...) with weight (o c ...) and bias (o,) -> (b o ...), zeros around, by the kernel that torch chooses."""
+    return CONVOLUTIONS[x.ndim](x, weight, bias, list(stride), list(padding))
 
-    On the CPU oneDNN is asked for by name: for one small clip the public function falls back on an im2col kernel that is about three times
-    slower and loses the channels-last order (figures in benchmarks/i3d.py).
+
+def convolve(x: Tensor, weight: Tensor, bias: Tensor, stride: Sequence[int], padding: Sequence[int]) -> Tensor:
+    """The same; on the CPU oneDNN is asked for by name.
+
+    For one small clip torch falls back on an im2col kernel that loses the channels-last order; I3D takes about twice as long that way
+    (benchmarks/i3d.py).
     """
     if x.device.type == "cpu" and torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled:
-        ones = [1] * len(stride)
-        return torch.ops.aten.mkldnn_convolution(x, weight, bias, list(padding), list(stride), ones, 1)
-    return CONVOLUTIONS[x.ndim](x, weight, bias, list(stride), list(padding))
+        return torch.ops.aten.mkldnn_convolution(x, weight, bias, list(padding), list(stride), [1] * len(stride), 1)
+    return public_convolve(x, weight, bias, stride, padding)
 
 
 def same_padding(size: int, kernel: int, stride: int) -> tuple[int, int]:

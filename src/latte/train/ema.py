@@ -23,4 +23,4 @@ class EMA:
     @torch.no_grad()
     def update(self) -> None:
         """Take in the model's weights as they are now."""
-        torch._foreach_lerp_(self.averages, self.weights, 1 - self.decay)
+        torch._foreach_lerp_(self.averages, self.weights, 1 - self.decay)  # pyright: ignore

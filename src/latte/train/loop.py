@@ -22,6 +22,7 @@ from latte.checkpoint.record import describe_run
 from latte.checkpoint.run import save_checkpoint, tensors_sha256
 from latte.checks import InputError, choose, require
 from latte.data.datasets import Dataset
+from latte.data.joint import JointDataset
 from latte.data.sampler import Loader
 from latte.diffusion.loss import Loss
 from latte.diffusion.process import NoisePath
@@ -58,6 +59,7 @@ class TrainConfig:
     ema_decay: float = 0.9999
     clip_norm: float | None = 0.1  # null: the norm is measured only
     clip_start: int = 0  # steps before clipping begins
+    num_images: int = 0  # stills behind every clip (joint training, Sec. 3.3.4)
     dtype: str = "auto"
     compile: bool = False
     checkpoint_every: int = 10_000
@@ -68,7 +70,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name in ("steps", "global_batch", "checkpoint_every", "keep_last", "log_every"):
             require(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "it counts something", "give 1 or more")
-        for name in ("weight_decay", "warmup_steps", "clip_start", "sample_every"):
+        for name in ("weight_decay", "warmup_steps", "clip_start", "num_images", "sample_every"):
             require(getattr(self, name) >= 0, f"train.{name}", getattr(self, name), "it cannot be negative", "give 0 or more")
         require(self.micro_batch is None or self.micro_batch >= 1, "train.micro_batch", self.micro_batch, "it counts clips",
                 "give 1 or more, or null for all at once")  # fmt: skip
@@ -104,6 +106,7 @@ def train(
     Raises InputError for parts that do not fit each other or the run, RunError for a full disk or a loss that is not finite.
     """
     device, run_dir, code = torch.device(device), Path(run_dir), 0
+    dataset = JointDataset(dataset, config.num_images) if config.num_images else dataset
     dtype = resolve_dtype(config.dtype, device)
     with process_group(device) as group, run_lock(run_dir) if group.rank == 0 else nullcontext():
         check_parts(model, codec, dataset, config, group)
@@ -117,7 +120,7 @@ def train(
         if group.rank == 0:
             describe_run(run_dir, record or {"model": asdict(model.config), "train": asdict(config), "run": {"seed": seed}}, device)
         task = Task(model, torch.compile(model) if config.compile else model, process, objective, None if dataset.latent else codec,
-                    seed, config.global_batch, config.micro_batch, device, dtype, getattr(dataset, "num_images", 0))  # fmt: skip
+                    seed, config.global_batch, config.micro_batch, device, dtype, config.num_images)  # fmt: skip
         share = config.global_batch // group.size
         positions = range(group.rank * share, (group.rank + 1) * share)
         tally = Tally(device, state.get("tally", {}))

@@ -30,8 +30,8 @@ def learning_rate(step: int, lr: float, warmup_steps: int) -> float:
 
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float | None) -> Tensor:
     """Scale the gradients down to a total norm of ``max_norm`` (None: leave them); the norm () that they had before, on the device."""
-    parameters = [parameter for parameter in parameters if parameter.grad is not None]
-    norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters])
+    parameters = list(parameters)
+    norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
     if max_norm is not None:
         torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
     return norm

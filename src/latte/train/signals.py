@@ -5,6 +5,7 @@ import os
 import signal
 import threading
 from types import FrameType
+from typing import Any
 
 STOPPING = (signal.SIGINT, signal.SIGTERM)
 
@@ -17,7 +18,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.code = 0
-        self.found: dict[int, object] = {}
+        self.found: dict[int, Any] = {}
 
     def __enter__(self) -> "StopRequest":
         if threading.current_thread() is threading.main_thread():

@@ -1,0 +1,197 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Train every arm with every seed, measuring as it goes; whatever is measured already is not done again.
+
+A run goes to its next point by the ordinary way of training and resuming, so it is bit for bit the run that ``latte train`` would make,
+and a sweep that was stopped anywhere goes on from the last checkpoint of the run it was in. Every measured point is a line of
+results.jsonl; ablation.json holds what all runs of the folder have in common.
+"""
+
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import redirect_stderr
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from latte.ablate.axes import BASELINE, Arm
+from latte.ablate.exam import Material, can_grade, heldout_loss, label_accuracy, open_material
+from latte.build import Job, build_model, check_classes
+from latte.checkpoint.atomic import commit_file, reported
+from latte.checkpoint.dit import init_from_dit
+from latte.checkpoint.lock import run_lock
+from latte.checkpoint.run import load_checkpoint
+from latte.checks import InputError, RunError, require
+from latte.config import RunConfig, flat
+from latte.train.signals import StopRequest
+
+RESULTS, COMMON = "results.jsonl", "ablation.json"
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """``base`` is the recipe; measured are ``points`` steps of each run, by ``heldout`` clips and, where labels say what moves where,
+    ``graded`` generated ones. ``dit`` is the file that the arms of axis init start from. InputError for what cannot be."""
+
+    base: RunConfig
+    out: Path
+    seeds: tuple[int, ...]
+    points: int = 8
+    heldout: int = 64
+    graded: int = 32
+    dit: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("points", "heldout", "graded"):
+            require(getattr(self, name) >= 1, f"--{name}", getattr(self, name), "it counts something", "give 1 or more")
+        require(len(self.seeds) > 0, "--seeds", "empty", "every arm is trained with each of them", "give e.g. 0,1,2")
+        require(len(set(self.seeds)) == len(self.seeds), "--seeds", self.seeds, "a seed is there twice", "give different ones, e.g. 0,1,2")
+
+    @property
+    def steps(self) -> list[int]:
+        """The steps after which a run is measured, the last one among them."""
+        total = self.base.train.steps
+        return sorted({max(1, round(total * k / self.points)) for k in range(1, self.points + 1)})
+
+    def common(self) -> dict[str, Any]:
+        """What all runs of ``out`` share, as plain data."""
+        settings = {key: value for key, value in flat(self.base).items() if not key.startswith("run.")}
+        return json.loads(json.dumps({**settings, "--points": self.points, "--heldout": self.heldout, "--graded": self.graded}))
+
+
+@dataclass(frozen=True)
+class Point:
+    """One line of results.jsonl. ``seconds`` are those of training so far; ``label_accuracy`` is None where it cannot be told."""
+
+    arm: str
+    seed: int
+    step: int
+    heldout_loss: float
+    label_accuracy: float | None
+    seconds: float
+
+
+def settle(config: RunConfig) -> RunConfig:
+    """A recipe as the base of a sweep: no samples while training, the last checkpoint only, no folder or seed of its own."""
+    return replace(config, train=replace(config.train, sample_every=0, keep_last=1), run=replace(config.run, dir=None, seed=0))
+
+
+def sweep(plan: Plan, arms: Sequence[Arm], device: torch.device, say: Say, finished: Callable[[], None]) -> int:
+    """Train and measure all that is missing in ``plan.out``; 0, or the exit code of a signal, heard after the checkpoint.
+
+    ``finished()`` is called after every run. InputError for a folder of another sweep, and before any training for parts that do not
+    fit; RunError for a run that cannot be measured any more.
+    """
+    require(os.environ.get("WORLD_SIZE", "1") == "1", "WORLD_SIZE", os.environ.get("WORLD_SIZE"), "a sweep is one process",
+            "start latte ablate without torchrun")  # fmt: skip
+    runs = {arm.run: arm for arm in arms}
+    with run_lock(plan.out), StopRequest() as stop:
+        agree(plan)
+        todo = [(arm, seed) for seed in plan.seeds for arm in runs.values() if missing(plan, read_points(plan.out), arm, seed)]
+        say(f"{len(runs)} arms, {len(plan.seeds)} seeds: {len(todo)} of {len(runs) * len(plan.seeds)} runs are to be trained")
+        materials = open_material([arm.config for arm, _ in todo], device, plan.heldout) if todo else {}
+        for arm in {arm.run: arm for arm, _ in todo}.values():
+            fresh(plan, arm, plan.seeds[0])
+        for number, (arm, seed) in enumerate(todo, 1):
+            code = stop.code or train(plan, arm, seed, materials[arm.config.data], device, stop, lambda line, n=number: say(
+                f"run {n} of {len(todo)}: {line}"))  # fmt: skip
+            if code:
+                return code
+            finished()
+    return 0
+
+
+def agree(plan: Plan) -> None:
+    """Note what the runs have in common, or InputError with every difference from what is noted already."""
+    file, mine = plan.out / COMMON, plan.common()
+    if file.exists():
+        try:
+            noted = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise InputError(f"{file} cannot be read ({error}); give another --out") from error
+        lines = [f"  {key}: there it is {noted.get(key)!r}, you gave {mine.get(key)!r}" for key in {**noted, **mine}
+                 if noted.get(key) != mine.get(key)]  # fmt: skip
+        if lines:
+            raise InputError("\n".join([f"--out {plan.out} holds a sweep of another recipe; give its own settings, or another --out:", *lines]))
+    else:
+        with reported("the sweep's settings", file):
+            commit_file(file, json.dumps(mine, indent=1) + "\n")
+
+
+def read_points(out: Path) -> dict[tuple[str, int], dict[int, Point]]:
+    """results.jsonl -> (arm's run, seed) -> step -> Point. Half a line of a killed process is passed over."""
+    found: dict[tuple[str, int], dict[int, Point]] = {}
+    path = out / RESULTS
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
+        try:
+            point = Point(**json.loads(line))
+        except (ValueError, TypeError):
+            continue
+        found.setdefault((point.arm, point.seed), {})[point.step] = point
+    return found
+
+
+def missing(plan: Plan, points: Mapping[tuple[str, int], Mapping[int, Point]], arm: Arm, seed: int) -> list[int]:
+    """The steps of a run that are not measured yet."""
+    return [step for step in plan.steps if step not in points.get((arm.run, seed), {})]
+
+
+def folder(plan: Plan, arm: Arm, seed: int) -> Path:
+    """Where a run lives."""
+    return plan.out / arm.run / f"seed-{seed}"
+
+
+def fresh(plan: Plan, arm: Arm, seed: int) -> Any:
+    """The arm's model before its first step; InputError for a DiT that is not given or does not fit."""
+    model = build_model(arm.config.model, seed)
+    if arm.mapping is not None:
+        if plan.dit is None:
+            raise InputError("--axes init starts from the weights of a DiT, but --dit is missing; give its file, e.g. DiT-XL-2-256x256.pt")
+        init_from_dit(model, plan.dit, arm.mapping)
+    return model
+
+
+def train(plan: Plan, arm: Arm, seed: int, material: Material, device: torch.device, stop: StopRequest, say: Say) -> int:
+    """Take one run from point to point, measuring at each; 0 or the exit code of a signal."""
+    where, todo = folder(plan, arm, seed), missing(plan, read_points(plan.out), arm, seed)
+    config = replace(arm.config, run=replace(arm.config.run, dir=str(where), seed=seed))
+    check_classes(config.model.num_classes, material.dataset.classes)
+    job = Job(config, fresh(plan, arm, seed), material.dataset, material.codec, device)
+    where.mkdir(parents=True, exist_ok=True)
+    for step in todo:
+        short = replace(config, train=replace(config.train, steps=step))
+        with open(where / "train.log", "a", encoding="utf-8") as log, redirect_stderr(log):
+            result = replace(job, config=short).train()
+        if result["interrupted"]:
+            return result["interrupted"]
+        if result["step"] != step:
+            raise RunError(f"{where} is at step {result['step']}, but step {step} is not in {plan.out / RESULTS} and can be measured no "
+                           f"more; delete {where} to train it again")  # fmt: skip
+        point = measure(plan, arm, seed, job, material, result)
+        append(plan.out / RESULTS, point)
+        graded = "" if point.label_accuracy is None else f", {point.label_accuracy:.0%} of the clips obey"
+        say(f"{arm.run} seed {seed} step {step} of {plan.steps[-1]}: held-out loss {point.heldout_loss:.4f}{graded}")
+        if stop.code:
+            return stop.code
+    return 0
+
+
+def measure(plan: Plan, arm: Arm, seed: int, job: Job, material: Material, result: Mapping[str, Any]) -> Point:
+    """The averaged weights of the checkpoint that ``result`` of training names, examined."""
+    checkpoint = load_checkpoint(Path(result["checkpoint"]), only={"ema"})
+    job.model.load_state_dict(checkpoint.tensors["ema"])
+    loss, accuracy = heldout_loss(job.model, arm.config, material.exam), None
+    if material.codec is not None and can_grade(arm.config, material.dataset):
+        accuracy = label_accuracy(job.model, arm.config, material.codec, plan.graded)
+    return Point(arm.run, seed, result["step"], loss, accuracy, checkpoint.state["tally"]["seconds"])
+
+
+def append(path: Path, point: Point) -> None:
+    """Add a line, on the disk before this returns; RunError when it refuses."""
+    with reported("the results", path), open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(asdict(point)) + "\n")
+        file.flush()
+        os.fsync(file.fileno())

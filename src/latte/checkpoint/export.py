@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Weights out: our own folder, the released Latte's file, or diffusers' folder.
+
+To add a layout: a function (model, place, facts) and one line in TARGETS.
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+
+from latte.checkpoint.atomic import commit_folder, reported
+from latte.checkpoint.diffusers import save_diffusers
+from latte.checkpoint.official import save_official
+from latte.checkpoint.run import tensors_sha256
+from latte.checks import InputError, choose
+from latte.model.latte import Latte
+from latte.model.text import LatteText
+
+WEIGHTS, CARD = "model.safetensors", "config.json"
+Model = Latte | LatteText
+
+
+def export(model: Model, place: str | Path, target: str, facts: Mapping[str, Any]) -> None:
+    """Write ``model`` to the new file or folder ``place`` in the layout ``target`` of TARGETS.
+
+    ``facts`` (diffusion, codec, classes, ...) stand beside the configuration in our own layout. InputError when ``place`` is taken, or
+    the layout cannot hold this model; RunError when the disk refuses.
+    """
+    write, place = choose("--to", target, TARGETS), Path(place)
+    if place.is_file() or (place.is_dir() and any(place.iterdir())):
+        raise InputError(f"{place} is there already; give a new place, or remove it first")
+    write(model, place, facts)
+
+
+def save_ours(model: Model, folder: Path, facts: Mapping[str, Any]) -> None:
+    """model.safetensors and config.json, which ``from_pretrained`` of the model's class reads."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    card = json.dumps({**asdict(model.config), **facts, "weights_sha256": tensors_sha256(tensors)}, indent=2) + "\n"
+
+    def write(place: Path) -> None:
+        save_file(tensors, place / WEIGHTS)
+        (place / CARD).write_text(card, encoding="utf-8")
+
+    with reported("the weights", folder, sum(tensor.nbytes for tensor in tensors.values())):
+        commit_folder(folder, write)
+
+
+def to_official(model: Model, path: Path, facts: Mapping[str, Any]) -> None:
+    """The released Latte's file."""
+    if not isinstance(model, Latte):
+        raise InputError("--to is 'official', which holds models of classes or of nothing, but this is a text-to-video model; "
+                         "give --to diffusers")  # fmt: skip
+    save_official(model, path)
+
+
+def to_diffusers(model: Model, folder: Path, facts: Mapping[str, Any]) -> None:
+    """The transformer folder of a LattePipeline."""
+    if not isinstance(model, LatteText):
+        raise InputError("--to is 'diffusers', which knows Latte as a text-to-video model only, but this one reads no captions; "
+                         "give --to official")  # fmt: skip
+    save_diffusers(model, folder)
+
+
+TARGETS: dict[str, Callable[[Model, Path, Mapping[str, Any]], None]] = {
+    "latte": save_ours,
+    "official": to_official,
+    "diffusers": to_diffusers,
+}

@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``latte convert``: checkpoints in and out."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from latte.checks import InputError
+from latte.cli.options import Debug, Json, show, speak
+
+if TYPE_CHECKING:
+    from latte.checkpoint.export import Model
+    from latte.checkpoint.layout import Coverage
+
+SOURCES = "A weight file, a model's folder, a hub id (OWNER/NAME or OWNER/NAME/FILE), or a run folder."
+Source = Annotated[str, typer.Argument(metavar="SRC", help=SOURCES, show_default=False)]
+Place = Annotated[Path, typer.Argument(metavar="DST", help="A new folder, or with --to official a new file.", show_default=False)]
+To = Annotated[str, typer.Option(metavar="NAME", help="latte (our own folder), official (the released file) or diffusers.")]
+Heads = Annotated[int | None, typer.Option(help="Attention heads, for widths other than those of Table 4.")]
+Missing = Annotated[list[str] | None, typer.Option(metavar="PATTERN", help="Our names that may be missing, e.g. 'time_blocks.*'.")]
+Unexpected = Annotated[list[str] | None, typer.Option(metavar="PATTERN", help="The file's names that may be left over.")]
+
+
+def convert(
+    source: Source,
+    place: Place,
+    to: To = "latte",
+    heads: Heads = None,
+    allow_missing: Missing = None,
+    allow_unexpected: Unexpected = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Convert weights from any known layout to another, with a report of every tensor. Nothing in a file is ever run."""
+    from latte.checkpoint.export import TARGETS, export
+    from latte.checks import choose
+    from latte.config import RUN_FILE
+
+    speak()
+    choose("--to", to, TARGETS)
+    if (Path(source) / RUN_FILE).is_file():
+        model, report, facts = from_run(Path(source))
+    else:
+        model, report, facts = from_weights(source, heads, allow_missing or [], allow_unexpected or [])
+    export(model, place, to, facts)
+    result = {"out": str(place), "layout": report.layout, "used": report.used, "missing": report.missing, "unexpected": report.unexpected,
+              "mismatched": report.mismatched, "dropped": report.dropped}  # fmt: skip
+    show(result, as_json, [str(report), str(place)])
+
+
+def from_weights(source: str, heads: int | None, missing: list[str], unexpected: list[str]) -> "tuple[Model, Coverage, dict[str, Any]]":
+    """Foreign weights, or a folder of ours, with what our own folder says beside the model's keys."""
+    from dataclasses import asdict
+
+    from latte.autoencoder.codec import CodecConfig
+    from latte.checkpoint.weights import load_foreign
+    from latte.diffusion.process import DiffusionConfig
+    from latte.generate import SampleConfig
+
+    loaded = load_foreign(source, heads, missing, unexpected)
+    codec = CodecConfig()  # the released models share the latents of Stable Diffusion's autoencoder; its decoder is the user's choice
+    facts = {"diffusion": asdict(DiffusionConfig()), "codec": {"name": codec.name, "path": codec.path, "identity": None}, "classes": [],
+             "sample": asdict(SampleConfig())}  # fmt: skip
+    return loaded.model(), loaded.report, {**facts, **{key: loaded.card[key] for key in facts if key in loaded.card}}
+
+
+def from_run(folder: Path) -> "tuple[Model, Coverage, dict[str, Any]]":
+    """The averaged weights of a run's newest checkpoint."""
+    from dataclasses import asdict
+
+    from latte.checkpoint.layout import Understanding, build, compare
+    from latte.checkpoint.run import load_latest
+    from latte.config import load_run
+
+    config, _ = load_run(folder)
+    checkpoint = load_latest(folder, only={"ema"})
+    if checkpoint is None:
+        raise InputError(f"run {folder} has no checkpoint yet; train it first: latte train {folder}")
+    model, tensors = build(config.model), checkpoint.tensors["ema"]
+    found = Understanding(config.model, {name: name for name in tensors})
+    state, report = compare(str(folder), f"run, step {checkpoint.step}", tensors, found, model.state_dict())
+    report.refuse((), ())
+    model.load_state_dict(state)
+    known = checkpoint.state["facts"]
+    facts = {"diffusion": asdict(config.diffusion), "classes": known.get("classes", []), "sample": asdict(config.sample),
+             "codec": {"name": config.codec.name, "path": config.codec.path, "identity": known.get("codec")}}  # fmt: skip
+    return model, report, facts

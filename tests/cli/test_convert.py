@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``latte convert``: weights in from every layout, out to every layout, and one line with exit 2 for what does not go."""
+
+import json
+
+import pytest
+import torch
+from reference.official import dit_state, released_state
+from safetensors.torch import load_file
+from support import wake
+
+from latte.checkpoint.weights import load_foreign
+from latte.model.latte import Latte
+from latte.model.text import LatteText, TextConfig
+from latte.trained import load_trained
+
+
+@pytest.fixture
+def released(tmp_path):
+    state = released_state(classes=5)
+    torch.save({"ema": state}, tmp_path / "ucf.pt")
+    return state
+
+
+def test_released_file_to_our_folder_and_back_bit_for_bit(latte, released, tmp_path):
+    answer = latte("convert", "ucf.pt", "ours", "--heads", 4, "--json")
+    assert answer.code == 0
+    found = answer.json
+    assert found.keys() >= {"out", "used", "missing", "unexpected"}
+    assert (found["out"], len(found["used"]), found["missing"], found["unexpected"]) == ("ours", len(released) - 2, [], [])
+    assert "51 tensors used, 0 missing" in answer.err, "the report is on stderr"
+    assert latte("convert", "ours", "again.pt", "--to", "official").code == 0
+    again = torch.load(tmp_path / "again.pt", weights_only=True)["ema"]
+    assert all(torch.equal(again[name], released[name]) for name in found["used"])
+    model = Latte.from_pretrained(tmp_path / "ours")
+    assert torch.equal(model.final_linear.weight, released["final_layer.linear.weight"])
+    card = json.loads((tmp_path / "ours" / "config.json").read_text())
+    assert card["codec"] == {"name": "kl", "path": None, "identity": None}
+    assert card["diffusion"]["num_steps"] == 1000
+
+
+def test_a_run_goes_out_and_comes_back_with_what_it_knows(latte, run_folder, tmp_path):
+    assert latte("convert", run_folder, "ours").code == 0
+    ours, run = load_trained(tmp_path / "ours", "cpu"), load_trained(run_folder, "cpu")
+    assert (ours.weights, ours.classes, ours.codec.identity, ours.diffusion) == (
+        run.weights,
+        run.classes,
+        run.codec.identity,
+        run.diffusion,
+    )
+    assert latte("convert", run_folder, "out.pt", "--to", "official").code == 0
+    assert latte("convert", "out.pt", "back", "--heads", run.model.config.dimensions[2]).code == 0
+    assert all(
+        torch.equal(tensor, run.model.state_dict()[name]) for name, tensor in load_file(tmp_path / "back" / "model.safetensors").items()
+    )
+    assert latte("convert", "ours", "twice").code == 0
+    assert load_trained(tmp_path / "twice", "cpu").classes == run.classes
+
+
+def test_text_to_video_to_diffusers_and_back(latte, tmp_path):
+    model = wake(LatteText(TextConfig(depth=1, width=32, heads=2, latent_size=8, num_frames=4, caption_channels=12)))
+    model.save_pretrained(tmp_path / "ours")
+    assert latte("convert", "ours", "transformer", "--to", "diffusers").code == 0
+    assert load_foreign(tmp_path / "transformer").layout == "LatteT2V"
+    assert latte("convert", "transformer", "back").code == 0
+    back = LatteText.from_pretrained(tmp_path / "back")
+    assert back.config == model.config
+    assert all(torch.equal(tensor, back.state_dict()[name]) for name, tensor in model.state_dict().items())
+    wrong = latte("convert", "ours", "x.pt", "--to", "official")
+    assert (wrong.code, len(wrong.errors)) == (2, 1)
+    assert "give --to diffusers" in wrong.errors[0]
+
+
+def test_named_gaps_are_allowed(latte, released, tmp_path):
+    del released["blocks.1.attn.qkv.bias"]
+    torch.save({**released, "more": torch.ones(1)}, tmp_path / "ucf.pt")
+    assert latte("convert", "ucf.pt", "ours", "--heads", 4).code == 2
+    answer = latte("convert", "ucf.pt", "ours", "--heads", 4, "--allow-missing", "blocks.1.*", "--allow-unexpected", "more", "--json")
+    assert (answer.code, answer.json["missing"], answer.json["unexpected"]) == (0, ["blocks.1.branches.time.qkv.bias"], ["more"])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["ucf.pt", "ours"], "give heads="),
+        (["ucf.pt", "ours", "--heads", 5], "give a divisor of it"),
+        (["ucf.pt", "ours", "--to", "oficial"], "did you mean 'official'"),
+        (["ucf.pt", "x", "--heads", 4, "--to", "diffusers"], "give --to official"),
+        (["ucf.pt", "taken", "--heads", 4], "taken is there already"),
+        (["nothing.pt", "ours"], "neither a file, a folder nor a hub id"),
+        (["empty", "ours"], "holds none of"),
+        (["evil.pt", "ours"], "nothing in them was run: a call of __builtin__.exec"),
+        (["owner/name", "ours"], "hub"),
+    ],
+)
+def test_what_does_not_go_is_one_line_and_exit_2(words, message, latte, released, tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return exec, ("open('marker', 'w').close()",)
+
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "thesis.tex").touch()
+    (tmp_path / "empty").mkdir()
+    torch.save({"ema": released, "x": Evil()}, tmp_path / "evil.pt")
+    before = sorted(tmp_path.rglob("*"))
+    answer = latte("convert", *words)
+    assert (answer.code, len(answer.errors)) == (2, 1)
+    assert message in answer.errors[0]
+    assert sorted(tmp_path.rglob("*")) == before, "nothing was written, nothing was run"
+
+
+def test_a_dit_becomes_a_start(latte, tmp_path):
+    torch.save(dit_state(), tmp_path / "dit.pt")
+    answer = latte("convert", "dit.pt", "start", "--heads", 4, "--json")
+    assert (answer.code, answer.json["layout"]) == (0, "DiT")
+    assert set(answer.json["dropped"]) == {"pos_embed", "y_embedder.embedding_table.weight"}
