@@ -55,6 +55,7 @@ def test_a_joint_step_trains_the_spatial_path_and_leaves_time_to_the_clip():
     assert all(p.grad is None or not p.grad.any() for p in model.blocks[1].parameters())
     assert all(p.grad.any() for p in model.blocks[0].parameters())
     model.zero_grad()
-    task = Task(model, model, build_process(DiffusionConfig()), OBJECTIVES["paper"], None, 0, 2, None, torch.device("cpu"), torch.float32, 2)
+    process, cpu = build_process(DiffusionConfig()), torch.device("cpu")
+    task = Task(model, model, process, OBJECTIVES["paper"], None, 0, 2, None, cpu, torch.float32, 2)
     assert backward(task, 1, [0, 1], batch.video, batch.label).isfinite().all()
     assert all(p.grad.any() for p in model.parameters())

@@ -8,10 +8,12 @@ results.jsonl; ablation.json holds what all runs of the folder have in common.
 
 import json
 import os
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stderr
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -28,15 +30,19 @@ from latte.config import RunConfig, flat
 from latte.train.signals import StopRequest
 
 RESULTS, COMMON = "results.jsonl", "ablation.json"
+PLACES = ("run.dir", "run.seed", "data.root", "codec.path")  # data and codec may move: the runs know them by their content
 Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class Plan:
-    """``base`` is the recipe; measured are ``points`` steps of each run, by ``heldout`` clips and, where labels say what moves where,
+    """``base`` is the recipe ``run`` with the settings ``words``. Measured are ``points`` steps of each run, by ``heldout`` clips and, where labels say what moves where,
     ``graded`` generated ones. ``dit`` is the file that the arms of axis init start from. InputError for what cannot be."""
 
     base: RunConfig
+    run: str
+    words: tuple[str, ...]
+    axes: tuple[str, ...]
     out: Path
     seeds: tuple[int, ...]
     points: int = 8
@@ -45,8 +51,8 @@ class Plan:
     dit: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("points", "heldout", "graded"):
-            require(getattr(self, name) >= 1, f"--{name}", getattr(self, name), "it counts something", "give 1 or more")
+        for name, least in (("points", 1), ("heldout", 1), ("graded", 0)):
+            require(getattr(self, name) >= least, f"--{name}", getattr(self, name), "it counts something", f"give {least} or more")
         require(len(self.seeds) > 0, "--seeds", "empty", "every arm is trained with each of them", "give e.g. 0,1,2")
         require(len(set(self.seeds)) == len(self.seeds), "--seeds", self.seeds, "a seed is there twice", "give different ones, e.g. 0,1,2")
 
@@ -58,8 +64,21 @@ class Plan:
 
     def common(self) -> dict[str, Any]:
         """What all runs of ``out`` share, as plain data."""
-        settings = {key: value for key, value in flat(self.base).items() if not key.startswith("run.")}
-        return json.loads(json.dumps({**settings, "--points": self.points, "--heldout": self.heldout, "--graded": self.graded}))
+        settings = {key: value for key, value in flat(self.base).items() if key not in PLACES}
+        asked = {"--points": self.points, "--heldout": self.heldout, "--graded": self.graded}
+        return json.loads(json.dumps(settings | asked))
+
+    def command(self) -> str:
+        """The command line of this sweep."""
+        given = [f"--{name}={value}" for name, value in (("dit", self.dit), ("out", self.out)) if value is not None]
+        seeds = ",".join(map(str, self.seeds))
+        counts = [f"--points={self.points}", f"--heldout={self.heldout}", f"--graded={self.graded}"]
+        return shlex.join(["latte", "ablate", self.run, f"--axes={','.join(self.axes)}", f"--seeds={seeds}", *counts, *given, *self.words])
+
+    def train_command(self, arm: Arm) -> str:
+        """The command that trains an arm outside the sweep, on the held-out clips, too, where those are files."""
+        settings = [f"{key}={'null' if value is None else value}" for key, value in arm.overrides.items()]
+        return shlex.join(["latte", "train", self.run, *self.words, *settings, f"run.seed={self.seeds[0]}", f"run.dir=runs/{arm.run}"])
 
 
 @dataclass(frozen=True)
@@ -95,6 +114,8 @@ def sweep(plan: Plan, arms: Sequence[Arm], device: torch.device, say: Say, finis
         materials = open_material([arm.config for arm, _ in todo], device, plan.heldout) if todo else {}
         for arm in {arm.run: arm for arm, _ in todo}.values():
             fresh(plan, arm, plan.seeds[0])
+        with reported("the sweep's settings", plan.out):
+            commit_file(plan.out / COMMON, json.dumps(plan.common(), indent=1) + "\n")
         for number, (arm, seed) in enumerate(todo, 1):
             code = stop.code or train(plan, arm, seed, materials[arm.config.data], device, stop, lambda line, n=number: say(
                 f"run {n} of {len(todo)}: {line}"))  # fmt: skip
@@ -105,20 +126,18 @@ def sweep(plan: Plan, arms: Sequence[Arm], device: torch.device, say: Say, finis
 
 
 def agree(plan: Plan) -> None:
-    """Note what the runs have in common, or InputError with every difference from what is noted already."""
+    """InputError with every difference between the settings and those that the folder's runs were trained with, if there are any."""
     file, mine = plan.out / COMMON, plan.common()
-    if file.exists():
-        try:
-            noted = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise InputError(f"{file} cannot be read ({error}); give another --out") from error
-        lines = [f"  {key}: there it is {noted.get(key)!r}, you gave {mine.get(key)!r}" for key in {**noted, **mine}
-                 if noted.get(key) != mine.get(key)]  # fmt: skip
-        if lines:
-            raise InputError("\n".join([f"--out {plan.out} holds a sweep of another recipe; give its own settings, or another --out:", *lines]))
-    else:
-        with reported("the sweep's settings", file):
-            commit_file(file, json.dumps(mine, indent=1) + "\n")
+    if not file.exists():
+        return
+    try:
+        noted = dict(json.loads(file.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{file} cannot be read ({error}); give another --out") from error
+    lines = [f"  {key}: there it is {noted.get(key)!r}, you gave {mine.get(key)!r}" for key in {**noted, **mine}
+             if noted.get(key) != mine.get(key)]  # fmt: skip
+    if lines:
+        raise InputError("\n".join([f"--out {plan.out} holds a sweep of another recipe; give its own settings, or another --out:", *lines]))
 
 
 def read_points(out: Path) -> dict[tuple[str, int], dict[int, Point]]:
@@ -184,7 +203,7 @@ def measure(plan: Plan, arm: Arm, seed: int, job: Job, material: Material, resul
     checkpoint = load_checkpoint(Path(result["checkpoint"]), only={"ema"})
     job.model.load_state_dict(checkpoint.tensors["ema"])
     loss, accuracy = heldout_loss(job.model, arm.config, material.exam), None
-    if material.codec is not None and can_grade(arm.config, material.dataset):
+    if plan.graded and material.codec is not None and can_grade(arm.config, material.dataset):
         accuracy = label_accuracy(job.model, arm.config, material.codec, plan.graded)
     return Point(arm.run, seed, result["step"], loss, accuracy, checkpoint.state["tally"]["seconds"])
 
@@ -195,3 +214,27 @@ def append(path: Path, point: Point) -> None:
         file.write(json.dumps(asdict(point)) + "\n")
         file.flush()
         os.fsync(file.fileno())
+
+
+def summary(plan: Plan, arms: Sequence[Arm]) -> list[dict[str, Any]]:
+    """One entry per arm of every axis, medians over the seeds that have come to the last step; the numbers are None before the first has."""
+    points, entries = read_points(plan.out), []
+    for arm in arms:
+        last = {seed: found[plan.steps[-1]] for seed in plan.seeds if plan.steps[-1] in (found := points.get((arm.run, seed), {}))}
+        losses = [point.heldout_loss for point in last.values()]
+        shares = [point.label_accuracy for point in last.values() if point.label_accuracy is not None]
+        entries.append({
+            "name": arm.name,
+            "axis": arm.axis,
+            "run": str(plan.out / arm.run),
+            "baseline": arm.run == BASELINE,
+            "seeds": list(last),
+            "heldout_loss": median(losses) if losses else None,
+            "heldout_range": [min(losses), max(losses)] if losses else None,
+            "label_accuracy": median(shares) if shares else None,
+            "label_range": [min(shares), max(shares)] if shares else None,
+            "parameters": arm.cost.parameters,
+            "operations": arm.cost.operations,
+            "seconds": round(median(point.seconds for point in last.values()), 1) if last else None,
+        })  # fmt: skip
+    return entries

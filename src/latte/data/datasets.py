@@ -16,6 +16,7 @@ from torch import Tensor
 
 from latte.checks import InputError, choose, require
 from latte.data.clips import ClipRule, centre_crop_resize, choose_frames, flip_horizontal, to_float
+from latte.data.layouts import LAYOUTS, check_layout
 from latte.data.media import read_frames
 from latte.data.procedural import DIRECTIONS, draw_scene, render
 from latte.data.quarantine import ScanResult, require_clips, scan, write_quarantine
@@ -75,6 +76,7 @@ class Dataset(Protocol):
 @dataclass(frozen=True)
 class DataConfig:
     """Which clips, at which size. ``kind`` "folder": videos below ``root`` (labels from <root>/<class>/<clip> unless ``labels`` is off);
+    "faceforensics", "skytimelapse", "ucf101", "taichi": the paper's sets in their own layouts (layouts.py);
     "procedural": drawn from ``seed``, ``num_clips`` of them (None: no end); "latents": shards made by ``latte data encode`` in ``root``.
 
     ``frames``, ``interval``, ``rule``, ``fps`` choose the frames (see clips.ClipRule); ``flip`` mirrors every second clip at random. A key
@@ -121,7 +123,7 @@ class DataConfig:
 _FILES = {"seed": "it belongs to procedural clips", "num_clips": "it belongs to procedural clips"}
 _DRAWN = {"root": "procedural clips need no files", "interval": "their speed does not depend on it", "rule": "all frames are drawn",
           "fps": "all frames are drawn", "flip": "a mirror would turn left into right"}  # fmt: skip
-UNREAD = {"folder": _FILES, "procedural": _DRAWN, "latents": _FILES}
+UNREAD = {"folder": _FILES, **dict.fromkeys(LAYOUTS, _FILES), "procedural": _DRAWN, "latents": _FILES}
 
 
 class FolderDataset:
@@ -136,7 +138,11 @@ class FolderDataset:
     def __init__(self, config: DataConfig, cache_dir: str | os.PathLike | None = None):
         if config.root is None:
             raise InputError("data.root is missing; give the folder that holds the videos, e.g. data.root=/path/to/videos")
-        found = scan(config.root, config.clip_rule, config.labels, cache_dir)
+        layout = LAYOUTS.get(config.kind)
+        labelled = config.labels and (layout is None or layout.num_classes is not None)
+        found = scan(config.root, config.clip_rule, labelled, cache_dir)
+        if layout:
+            check_layout(config.kind, found)
         require_clips(found)
         self.config, self.clips, self.quarantined = config, found.clips, found.quarantined
         self.classes = list(found.classes)
@@ -210,8 +216,13 @@ def _latents(config: DataConfig, codec_identity: str | None) -> Dataset:
     return LatentDataset(config, codec_identity)
 
 
+def _videos(config: DataConfig, cache_dir: str | os.PathLike | None, codec_identity: str | None) -> Dataset:
+    return FolderDataset(config, cache_dir)
+
+
 DATASETS = {
-    "folder": lambda config, cache_dir, codec_identity: FolderDataset(config, cache_dir),
+    "folder": _videos,
+    **dict.fromkeys(LAYOUTS, _videos),
     "procedural": lambda config, cache_dir, codec_identity: ProceduralDataset(config),
     "latents": lambda config, cache_dir, codec_identity: _latents(config, codec_identity),
 }

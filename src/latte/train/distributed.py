@@ -15,6 +15,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 from latte.checks import InputError, RunError
 from latte.runtime import rank, world_size
@@ -35,7 +37,7 @@ class Group:
         """Replace each tensor by its sum over the processes."""
         if self.size > 1:
             for work in [dist.all_reduce(tensor, async_op=True) for tensor in tensors]:
-                work.wait()
+                work.wait()  # pyright: ignore[reportOptionalMemberAccess]
 
     def equalise(self, tensors: Sequence[Tensor]) -> None:
         """Give every process the first one's values."""
@@ -76,8 +78,8 @@ def process_group(device: torch.device) -> Iterator[Group]:
     if world_size() == 1:
         yield Group()
         return
-    store, number, size = next(dist.rendezvous("env://", timeout=TIMEOUT))
-    store = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    store, number, size = next(rendezvous("env://", timeout=TIMEOUT))
+    store = PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     backend = "gloo"
     if device.type == "cuda":
         torch.cuda.set_device(device)

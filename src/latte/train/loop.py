@@ -106,14 +106,14 @@ def train(
     Raises InputError for parts that do not fit each other or the run, RunError for a full disk or a loss that is not finite.
     """
     device, run_dir, code = torch.device(device), Path(run_dir), 0
-    dataset = JointDataset(dataset, config.num_images) if config.num_images else dataset
+    clips = JointDataset(dataset, config.num_images) if config.num_images else dataset
     dtype = resolve_dtype(config.dtype, device)
     with process_group(device) as group, run_lock(run_dir) if group.rank == 0 else nullcontext():
         check_parts(model, codec, dataset, config, group)
         model.to(device).train()
         group.equalise([*model.parameters(), *model.buffers()])
         learner = Learner(model, config.lr, config.weight_decay, config.ema_decay)
-        common = {**run_facts(model, codec, dataset, config.global_batch, seed), **(facts or {})}
+        common = {**run_facts(model, codec, clips, config.global_batch, seed), **(facts or {})}
         settings = {name: getattr(config, name) for name in SETTINGS}
         state, saved = restore(run_dir, learner, common, settings, group)
         step = state.get("step", 0)
@@ -126,7 +126,7 @@ def train(
         tally = Tally(device, state.get("tally", {}))
         with (
             StopRequest() as stop,
-            Loader(dataset, seed, config.global_batch, step, config.steps, group.rank, group.size) as loader,
+            Loader(clips, seed, config.global_batch, step, config.steps, group.rank, group.size) as loader,
             MetricsFile(run_dir / "metrics.jsonl", step, group.rank == 0) as metrics,
             Progress(step, config.steps, group.rank == 0) as progress,
         ):

@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The sweep as one HTML page: per axis the curves, the arms with their cost, and the paper's conclusions beside what was measured here."""
+
+import platform
+from collections.abc import Iterator, Mapping, Sequence
+from statistics import median
+from typing import Any
+
+import torch
+
+from latte import __version__, report
+from latte.ablate.axes import BASELINE, Arm, LeftOut
+from latte.ablate.findings import FINDINGS, RULE, UNMEASURED, Claim, Finding, verdict
+from latte.ablate.sweep import Plan, Point, read_points, summary
+
+Points = Mapping[tuple[str, int], Mapping[int, Point]]
+MEASURES = {"heldout_loss": ("held-out loss", 1), "label_accuracy": ("label obedience", -1)}  # 1: lower values are better
+
+
+def values(points: Points, arm: Arm, plan: Plan, measure: str, step: int) -> dict[int, float]:
+    """Seed -> what was measured of ``arm`` at ``step``, for the seeds that have it."""
+    found = {seed: points.get((arm.run, seed), {}).get(step) for seed in plan.seeds}
+    numbers = {seed: getattr(point, measure) for seed, point in found.items() if point is not None}
+    return {seed: number for seed, number in numbers.items() if number is not None}
+
+
+def curve(points: Points, arm: Arm, plan: Plan, measure: str) -> report.Series:
+    """The median over seeds as a line; at every point it goes down to the lowest seed and up to the highest, too."""
+    x: list[float] = []
+    y: list[float] = []
+    for step in plan.steps:
+        numbers = list(values(points, arm, plan, measure, step).values())
+        if numbers:
+            middle = median(numbers)
+            line = [middle, min(numbers), max(numbers), middle] if len(numbers) > 1 else [middle]
+            x += [step] * len(line)
+            y += line
+    return report.Series(label(arm), x, y)
+
+
+def label(arm: Arm) -> str:
+    """The arm's name, marked when it is the baseline."""
+    return f"{arm.name} (baseline)" if arm.run == BASELINE else arm.name
+
+
+def curves(points: Points, arms: Sequence[Arm], plan: Plan) -> Iterator[report.Html]:
+    """A plot for each measure that there is."""
+    several = len(plan.seeds) > 1
+    caption = "Line: median over seeds; upright strokes: lowest to highest seed. The numbers list both." if several else "One seed."
+    for measure, (name, sign) in MEASURES.items():
+        series = [one for arm in arms if (one := curve(points, arm, plan, measure)).x]
+        if series:
+            yield report.line_plot(f"{arms[0].axis}: {name}", series, "step", name, log_y=sign == 1, caption=caption)
+
+
+def ranged(middle: float | None, spread: Sequence[float] | None) -> str:
+    """'0.31 (0.3 to 0.33)'; a dash for nothing, one number for one seed."""
+    if middle is None or spread is None:
+        return "-"
+    low, high = spread
+    return report.number(middle) + (f" ({report.number(low)} to {report.number(high)})" if low < high else "")
+
+
+def costs(arms: Sequence[Arm], entries: Sequence[Mapping[str, Any]]) -> report.Html:
+    """The table of the arms: what they cost and where they ended."""
+    columns = ["arm", "parameters", "operations per clip", "training, s", "held-out loss", "label obedience", "seeds"]
+    rows = [
+        (label(arm), entry["parameters"], entry["operations"], "-" if entry["seconds"] is None else report.number(entry["seconds"]),
+         ranged(entry["heldout_loss"], entry["heldout_range"]), ranged(entry["label_accuracy"], entry["label_range"]), len(entry["seeds"]))
+        for arm, entry in zip(arms, entries, strict=True)
+    ]  # fmt: skip
+    return report.table(columns, rows)
+
+
+def judged(claim: Claim, finding: Finding, arms: Sequence[Arm], points: Points, plan: Plan) -> tuple[str, str, str, str]:
+    """A row: the claim, where the paper makes it, and the verdict by each measure."""
+    step, row = plan.steps[0 if claim.early else -1], []
+    for measure, (_, sign) in MEASURES.items():
+        found = {arm.name: values(points, arm, plan, measure, step) for arm in arms}
+        known = finding.comparable or measure != "heldout_loss"
+        row.append(verdict(claim.pairs, found, sign) if known else UNMEASURED)
+    return claim.text, claim.place, row[0], row[1]
+
+
+def claims(finding: Finding, arms: Sequence[Arm], points: Points, plan: Plan) -> list[tuple[str, str, str, str]]:
+    """The rows of an axis."""
+    return [judged(claim, finding, arms, points, plan) for claim in finding.claims_about([arm.name for arm in arms])]
+
+
+VERDICTS = ["the paper concludes", "where", "here, by held-out loss", "here, by label obedience"]
+
+
+def axis_section(axis: str, arms: Sequence[Arm], left: Sequence[LeftOut], points: Points, plan: Plan) -> report.Html:
+    """Everything about one axis."""
+    mine = [arm for arm in arms if arm.axis == axis]
+    finding = FINDINGS.get(axis, Finding())
+    rows = claims(finding, mine, points, plan)
+    absent = [(one.name, one.reason) for one in left if one.axis == axis]
+    trainable = [plan.train_command(arm) for arm in mine if arm.mapping is None]
+    return report.section(
+        f"Axis {axis}",
+        *([report.prose(finding.note)] if finding.note else []),
+        *curves(points, mine, plan),
+        costs(mine, summary(plan, mine)),
+        *([report.table(VERDICTS, rows)] if rows else [report.prose("The paper draws no conclusion about this axis.")]),
+        *([report.prose("Left out:"), report.table(["arm", "why"], absent)] if absent else []),
+        report.prose("One run of each arm, by itself:"),
+        report.command("\n".join(trainable)),
+    )
+
+
+def method(plan: Plan, arms: Sequence[Arm]) -> report.Html:
+    """How it was measured, and by which rule the verdicts are given."""
+    base = plan.base
+    if base.data.kind == "procedural":
+        source = "procedural clips of a seed that no training draws"
+    else:
+        source = "the tenth of the videos with the smallest hashes of their names, which no arm is trained on"
+    graded = ""
+    if any(entry["label_accuracy"] is not None for entry in summary(plan, arms)):
+        graded = (f" Label obedience: the share of {plan.graded} generated clips ({base.sample.sampler}, {base.sample.steps} steps, "
+                  f"guidance {base.sample.guidance:g}) whose shape moves where the label says.")  # fmt: skip
+    text = (f"Every run has {plan.steps[-1]:,} steps of {base.train.global_batch} clips; of one seed all arms see the same clips in the same "
+            f"order. Measured after {', '.join(f'{step:,}' for step in plan.steps)} steps with the averaged weights. Held-out loss: mean "
+            f"squared error of the predicted noise on {plan.heldout} clips ({source}), clips, timesteps and noise the same for all.")  # fmt: skip
+    return report.section("How it was measured", report.prose(text + graded), report.prose(RULE), report.command(plan.command()))
+
+
+def show(plan: Plan, arms: Sequence[Arm], left: Sequence[LeftOut], device: torch.device) -> report.Html:
+    """The page, of whatever has been measured so far."""
+    points = read_points(plan.out)
+    runs = {(arm.run, seed): points.get((arm.run, seed), {}) for arm in arms for seed in plan.seeds}
+    done = [found[plan.steps[-1]] for found in runs.values() if plan.steps[-1] in found]
+    rows = [(axis, *row) for axis in plan.axes
+            for row in claims(FINDINGS.get(axis, Finding()), [arm for arm in arms if arm.axis == axis], points, plan)]  # fmt: skip
+    machine = {"device": device, "threads": torch.get_num_threads(), "system": platform.platform(), "python": platform.python_version(),
+               "torch": torch.__version__, "latte": __version__}  # fmt: skip
+    return report.page(
+        f"Ablation of {plan.run}",
+        f"{', '.join(plan.axes)}: {len({arm.run for arm in arms})} arms with {len(plan.seeds)} seeds each, the paper's conclusions beside ours.",
+        report.tiles({
+            "runs finished": f"{len(done)} of {len(runs)}",
+            "steps each": f"{plan.steps[-1]:,}",
+            "seconds of training in all": report.number(sum(max((point.seconds for point in found.values()), default=0) for found in runs.values()), 6),
+        }),
+        *([report.section("The paper's conclusions", report.table(["axis", *VERDICTS], rows))] if rows else []),
+        method(plan, arms),
+        *(axis_section(axis, arms, left, points, plan) for axis in plan.axes),
+        report.section("This machine", report.table(["", ""], list(machine.items()))),
+    )  # fmt: skip
