@@ -66,7 +66,7 @@ def pair(tmp_path_factory) -> tuple[Path, list]:
     for rank in range(2):
         children.append(FORKS.Process(target=one_of_two, args=(rank, port, str(folder), (2, 6), theirs[rank]), daemon=True))
         children[-1].start()
-    assert all(pipe.poll(120) for pipe in ours)
+    assert all(pipe.poll(200) for pipe in ours)
     results = [pipe.recv() for pipe in ours]
     for child in children:
         child.join(30)

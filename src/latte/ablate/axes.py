@@ -7,7 +7,7 @@ changes nothing is the baseline, which all axes share.
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 
 from latte.checkpoint.dit import MAPPINGS
 from latte.checks import InputError, choose, require
@@ -17,7 +17,7 @@ from latte.diffusion.loss import OBJECTIVES
 from latte.diffusion.samplers import SAMPLERS
 from latte.model.conditioning import CONDITIONINGS
 from latte.model.cost import Cost, count
-from latte.model.latte import SIZES
+from latte.model.latte import SIZES, ModelConfig
 from latte.model.patches import PATCHES
 from latte.model.positions import TEMPORAL_POSITIONS
 from latte.model.variants import VARIANTS
@@ -88,7 +88,8 @@ def sizes(base: RunConfig) -> dict[str, Overrides]:
 
 def starts(base: RunConfig) -> dict[str, Overrides]:
     """Random weights, and DiT's by every mapping."""
-    return {"scratch": {}} | {f"dit-{name}": {INIT: name} for name in MAPPINGS}
+    arms: dict[str, Overrides] = {f"dit-{name}": {INIT: name} for name in MAPPINGS}
+    return {"scratch": {}, **arms}
 
 
 AXES: dict[str, Callable[[RunConfig], dict[str, Overrides]]] = {
@@ -135,13 +136,19 @@ def apply(base: RunConfig, overrides: Overrides) -> RunConfig:
     return replace(base, **{section: replace(getattr(base, section), **values) for section, values in parts.items()})
 
 
+@lru_cache(maxsize=256)
+def cost_of(config: ModelConfig) -> Cost:
+    """``count``, once for each model; InputError for a model that cannot be built."""
+    return count(config)
+
+
 def make_arm(base: RunConfig, axis: str, name: str, overrides: Overrides) -> Arm:
     """The arm with its cost; InputError when the base cannot have it (the model is tried, without storage)."""
     settings = {key: value for key, value in overrides.items() if key != INIT}
     config, mapping = apply(base, settings), overrides.get(INIT)
     same = config == base and mapping is None
     return Arm(axis, name, BASELINE if same else f"{axis}-{name}", config, {} if same else settings,
-               None if mapping is None else str(mapping), count(config.model))  # fmt: skip
+               None if mapping is None else str(mapping), cost_of(config.model))  # fmt: skip
 
 
 def make_arms(base: RunConfig, axes: Sequence[str]) -> tuple[list[Arm], list[LeftOut]]:

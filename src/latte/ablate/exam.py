@@ -35,8 +35,9 @@ class Part:
     """The clips ``indices`` of ``dataset``, in that order, as a data set of their own."""
 
     def __init__(self, dataset: Dataset, indices: Sequence[int], keys: Sequence[str]):
-        self.dataset, self.indices, self.keys = dataset, indices, keys
+        self.dataset, self.indices = dataset, indices
         self.classes, self.latent = dataset.classes, dataset.latent
+        self.digest = hashlib.sha256("\n".join(keys).encode()).hexdigest()
 
     @property
     def quarantined(self) -> Sequence[dict[str, str]]:
@@ -56,7 +57,7 @@ class Part:
 
     def describe(self) -> dict[str, Any]:
         """The whole data set's description, and which clips of it these are."""
-        return {**self.dataset.describe(), "clips": len(self), "part": hashlib.sha256("\n".join(self.keys).encode()).hexdigest()}
+        return {**self.dataset.describe(), "clips": len(self), "part": self.digest}
 
 
 def keys_of(dataset: Dataset) -> list[str]:

@@ -7,6 +7,7 @@ Runs of two arms with the same seed saw the same data in the same order, so they
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from statistics import median
 
 HOLDS, FAILS, WITHIN = "holds", "does not hold", "within the spread over seeds"
@@ -47,7 +48,7 @@ class Finding:
         """The claims, once the arms and their order are known."""
         if self.ascending is None:
             return self.claims
-        pairs = tuple((after, before) for before, after in zip(names, names[1:], strict=False))
+        pairs = tuple((after, before) for before, after in pairwise(names))
         return (*self.claims, Claim(self.ascending.text, self.ascending.place, pairs))
 
 
@@ -65,7 +66,7 @@ FINDINGS = {
         "Compression patches make fewer tokens, so this arm also does fewer operations.",
     ),
     "conditioning": Finding((Claim("S-AdaLN is clearly better than all tokens.", "Fig. 6f", (("s_adaln", "all_tokens"),)),)),
-    "temporal_position": Finding((Claim("Absolute positions are slightly better than rotary ones.", "Fig. 6b", (("absolute", "rotary"),)),)),
+    "temporal_position": Finding((Claim("Absolute positions are slightly better than rotary.", "Fig. 6b", (("absolute", "rotary"),)),)),
     "objective": Finding(
         note="The paper trains one objective. The held-out loss is the error of the noise that a prediction stands for, so paper, v and "
         "min_snr can be compared; rectified_flow adds noise along another path, and its number (the error of its velocity) cannot be set "

@@ -120,9 +120,10 @@ def method(plan: Plan, arms: Sequence[Arm]) -> report.Html:
     if any(entry["label_accuracy"] is not None for entry in summary(plan, arms)):
         graded = (f" Label obedience: the share of {plan.graded} generated clips ({base.sample.sampler}, {base.sample.steps} steps, "
                   f"guidance {base.sample.guidance:g}) whose shape moves where the label says.")  # fmt: skip
-    text = (f"Every run has {plan.steps[-1]:,} steps of {base.train.global_batch} clips; of one seed all arms see the same clips in the same "
-            f"order. Measured after {', '.join(f'{step:,}' for step in plan.steps)} steps with the averaged weights. Held-out loss: mean "
-            f"squared error of the predicted noise on {plan.heldout} clips ({source}), clips, timesteps and noise the same for all.")  # fmt: skip
+    steps = ", ".join(f"{step:,}" for step in plan.steps)
+    text = (f"Every run has {plan.steps[-1]:,} steps of {base.train.global_batch} clips; of one seed all arms see the same clips in the "
+            f"same order. Measured after {steps} steps with the averaged weights. Held-out loss: mean squared error of the predicted "
+            f"noise on {plan.heldout} clips ({source}); clips, timesteps and noise are the same for all.")  # fmt: skip
     return report.section("How it was measured", report.prose(text + graded), report.prose(RULE), report.command(plan.command()))
 
 
@@ -133,15 +134,16 @@ def show(plan: Plan, arms: Sequence[Arm], left: Sequence[LeftOut], device: torch
     done = [found[plan.steps[-1]] for found in runs.values() if plan.steps[-1] in found]
     rows = [(axis, *row) for axis in plan.axes
             for row in claims(FINDINGS.get(axis, Finding()), [arm for arm in arms if arm.axis == axis], points, plan)]  # fmt: skip
+    seconds = sum(max((point.seconds for point in found.values()), default=0.0) for found in runs.values())
     machine = {"device": device, "threads": torch.get_num_threads(), "system": platform.platform(), "python": platform.python_version(),
                "torch": torch.__version__, "latte": __version__}  # fmt: skip
     return report.page(
         f"Ablation of {plan.run}",
-        f"{', '.join(plan.axes)}: {len({arm.run for arm in arms})} arms with {len(plan.seeds)} seeds each, the paper's conclusions beside ours.",
+        f"{', '.join(plan.axes)}: {len({arm.run for arm in arms})} arms, {len(plan.seeds)} seeds; the paper's conclusions beside ours.",
         report.tiles({
             "runs finished": f"{len(done)} of {len(runs)}",
             "steps each": f"{plan.steps[-1]:,}",
-            "seconds of training in all": report.number(sum(max((point.seconds for point in found.values()), default=0) for found in runs.values()), 6),
+            "seconds of training in all": f"{seconds:,.0f}",
         }),
         *([report.section("The paper's conclusions", report.table(["axis", *VERDICTS], rows))] if rows else []),
         method(plan, arms),

@@ -12,6 +12,7 @@ import shlex
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stderr
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -19,7 +20,7 @@ from typing import Any
 import torch
 
 from latte.ablate.axes import BASELINE, Arm
-from latte.ablate.exam import Material, can_grade, heldout_loss, label_accuracy, open_material
+from latte.ablate.exam import Material, Part, can_grade, heldout_loss, label_accuracy, open_material
 from latte.build import Job, build_model, check_classes
 from latte.checkpoint.atomic import commit_file, reported
 from latte.checkpoint.dit import init_from_dit
@@ -27,6 +28,7 @@ from latte.checkpoint.lock import run_lock
 from latte.checkpoint.run import load_checkpoint
 from latte.checks import InputError, RunError, require
 from latte.config import RunConfig, flat
+from latte.data.datasets import Dataset
 from latte.train.signals import StopRequest
 
 RESULTS, COMMON = "results.jsonl", "ablation.json"
@@ -36,8 +38,11 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Plan:
-    """``base`` is the recipe ``run`` with the settings ``words``. Measured are ``points`` steps of each run, by ``heldout`` clips and, where labels say what moves where,
-    ``graded`` generated ones. ``dit`` is the file that the arms of axis init start from. InputError for what cannot be."""
+    """``base`` is the recipe ``run`` with the settings ``words``.
+
+    Every run is measured at ``points`` steps, by ``heldout`` clips and, where labels say what moves where, by ``graded`` generated
+    ones. ``dit`` is the file that the arms of axis init start from. InputError for what cannot be.
+    """
 
     base: RunConfig
     run: str
@@ -106,38 +111,50 @@ def sweep(plan: Plan, arms: Sequence[Arm], device: torch.device, say: Say, finis
     """
     require(os.environ.get("WORLD_SIZE", "1") == "1", "WORLD_SIZE", os.environ.get("WORLD_SIZE"), "a sweep is one process",
             "start latte ablate without torchrun")  # fmt: skip
-    runs = {arm.run: arm for arm in arms}
+    runs, points = {arm.run: arm for arm in arms}, read_points(plan.out)
+    todo = [(arm, seed) for seed in plan.seeds for arm in runs.values() if missing(plan, points, arm, seed)]
+    materials = open_material([arm.config for arm in runs.values()], device, plan.heldout) if todo else {}
+    common = agree(plan, [material.dataset for material in materials.values()])
+    say(f"{len(runs)} arms, {len(plan.seeds)} seeds: {len(todo)} of {len(runs) * len(plan.seeds)} runs are to be trained")
+    for arm in {arm.run: arm for arm, _ in todo}.values():
+        check_classes(arm.config.model.num_classes, materials[arm.config.data].dataset.classes)
+        fresh(plan, arm, plan.seeds[0])
     with run_lock(plan.out), StopRequest() as stop:
-        agree(plan)
-        todo = [(arm, seed) for seed in plan.seeds for arm in runs.values() if missing(plan, read_points(plan.out), arm, seed)]
-        say(f"{len(runs)} arms, {len(plan.seeds)} seeds: {len(todo)} of {len(runs) * len(plan.seeds)} runs are to be trained")
-        materials = open_material([arm.config for arm, _ in todo], device, plan.heldout) if todo else {}
-        for arm in {arm.run: arm for arm, _ in todo}.values():
-            fresh(plan, arm, plan.seeds[0])
-        with reported("the sweep's settings", plan.out):
-            commit_file(plan.out / COMMON, json.dumps(plan.common(), indent=1) + "\n")
+        if todo:
+            with reported("the sweep's settings", plan.out):
+                commit_file(plan.out / COMMON, json.dumps(common, indent=1) + "\n")
         for number, (arm, seed) in enumerate(todo, 1):
-            code = stop.code or train(plan, arm, seed, materials[arm.config.data], device, stop, lambda line, n=number: say(
-                f"run {n} of {len(todo)}: {line}"))  # fmt: skip
+            begin = f"run {number} of {len(todo)}: {arm.run} seed {seed}"
+            tell = partial(_tell, say, begin)
+            code = stop.code or train(plan, arm, seed, materials[arm.config.data], device, stop, tell)
             if code:
                 return code
             finished()
     return 0
 
 
-def agree(plan: Plan) -> None:
-    """InputError with every difference between the settings and those that the folder's runs were trained with, if there are any."""
+def _tell(say: Say, begin: str, line: str) -> None:
+    say(f"{begin} {line}")
+
+
+def agree(plan: Plan, datasets: Sequence[Dataset]) -> dict[str, Any]:
+    """What all runs of the folder have in common; InputError with every difference from what its runs were trained with, if there are any.
+
+    ``datasets``: those of the arms, none when nothing is to be trained.
+    """
     file, mine = plan.out / COMMON, plan.common()
+    if parts := {dataset.digest for dataset in datasets if isinstance(dataset, Part)}:
+        mine["training clips"] = sorted(parts)
     if not file.exists():
-        return
+        return mine
     try:
         noted = dict(json.loads(file.read_text(encoding="utf-8")))
     except (ValueError, TypeError) as error:
         raise InputError(f"{file} cannot be read ({error}); give another --out") from error
-    lines = [f"  {key}: there it is {noted.get(key)!r}, you gave {mine.get(key)!r}" for key in {**noted, **mine}
-             if noted.get(key) != mine.get(key)]  # fmt: skip
+    lines = [f"  {key}: there it is {noted.get(key)!r}, you gave {value!r}" for key, value in mine.items() if noted.get(key) != value]
     if lines:
         raise InputError("\n".join([f"--out {plan.out} holds a sweep of another recipe; give its own settings, or another --out:", *lines]))
+    return mine
 
 
 def read_points(out: Path) -> dict[tuple[str, int], dict[int, Point]]:
@@ -177,7 +194,6 @@ def train(plan: Plan, arm: Arm, seed: int, material: Material, device: torch.dev
     """Take one run from point to point, measuring at each; 0 or the exit code of a signal."""
     where, todo = folder(plan, arm, seed), missing(plan, read_points(plan.out), arm, seed)
     config = replace(arm.config, run=replace(arm.config.run, dir=str(where), seed=seed))
-    check_classes(config.model.num_classes, material.dataset.classes)
     job = Job(config, fresh(plan, arm, seed), material.dataset, material.codec, device)
     where.mkdir(parents=True, exist_ok=True)
     for step in todo:
@@ -192,7 +208,7 @@ def train(plan: Plan, arm: Arm, seed: int, material: Material, device: torch.dev
         point = measure(plan, arm, seed, job, material, result)
         append(plan.out / RESULTS, point)
         graded = "" if point.label_accuracy is None else f", {point.label_accuracy:.0%} of the clips obey"
-        say(f"{arm.run} seed {seed} step {step} of {plan.steps[-1]}: held-out loss {point.heldout_loss:.4f}{graded}")
+        say(f"step {step} of {plan.steps[-1]}: held-out loss {point.heldout_loss:.4f}{graded}")
         if stop.code:
             return stop.code
     return 0
@@ -217,7 +233,7 @@ def append(path: Path, point: Point) -> None:
 
 
 def summary(plan: Plan, arms: Sequence[Arm]) -> list[dict[str, Any]]:
-    """One entry per arm of every axis, medians over the seeds that have come to the last step; the numbers are None before the first has."""
+    """One entry per arm of every axis: medians over the seeds that have come to the last step, None before the first has."""
     points, entries = read_points(plan.out), []
     for arm in arms:
         last = {seed: found[plan.steps[-1]] for seed in plan.seeds if plan.steps[-1] in (found := points.get((arm.run, seed), {}))}

@@ -61,8 +61,11 @@ def fetch(source: str | Path) -> Path:
     InputError when there is neither.
     """
     path, name = Path(source), str(source)
-    if path.exists():
-        return path
+    try:
+        if path.exists():
+            return path
+    except (OSError, ValueError) as error:  # a name that no file can have
+        raise InputError(f"weights {name[:100]!r} cannot be looked for ({error.__class__.__name__}); check the path") from None
     if not HUB_ID.fullmatch(name) or ".." in path.parts:
         raise InputError(f"weights {name!r} are neither a file, a folder nor a hub id (owner/name or owner/name/file); check the path")
     from huggingface_hub import hf_hub_download, snapshot_download
@@ -175,9 +178,11 @@ def read_zip(file: BinaryIO, branches: tuple[str, ...]) -> tuple[Tensors, dict[s
     with zipfile.ZipFile(file) as archive:
         names = [entry.filename for entry in archive.infolist()]
         root = names[0].partition("/")[0] + "/" if names else ""
+        if len(set(names)) != len(names):
+            raise Refused("an archive with two entries of one name")
         for name in names:
-            if not name.startswith(root) or not ENTRIES.fullmatch(name.removeprefix(root)) or names.count(name) > 1:
-                raise Refused(f"an archive with the entry {name!r}, which no checkpoint has")
+            if not name.startswith(root) or not ENTRIES.fullmatch(name.removeprefix(root)):
+                raise Refused(f"an archive with the entry {name[:100]!r}, which no checkpoint has")
         if f"{root}byteorder" in names and entry_bytes(archive, f"{root}byteorder", 16) != b"little":
             raise Refused("numbers in big-endian order")
         with archive.open(stored(archive, f"{root}data.pkl", MAX_PICKLE)) as source:

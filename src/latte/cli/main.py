@@ -14,7 +14,7 @@ from typer.core import TyperGroup
 
 from latte import __version__
 from latte.checks import InputError, RunError
-from latte.cli import ablate, config, convert, data, demo, doctor, plan, sample, train
+from latte.cli import ablate, config, convert, data, demo, doctor, evaluate, plan, sample, train
 from latte.cli.options import DEBUG
 
 
@@ -79,6 +79,7 @@ def _start(
 app.command("demo")(demo.demo)
 app.command("train", context_settings=train.OVERRIDABLE)(train.train)
 app.command("sample")(sample.sample)
+app.command("evaluate")(evaluate.evaluate)
 app.command("plan", context_settings=plan.OVERRIDABLE)(plan.plan)
 app.command("convert")(convert.convert)
 app.command("ablate", context_settings=ablate.OVERRIDABLE)(ablate.ablate)

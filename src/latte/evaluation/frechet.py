@@ -82,7 +82,8 @@ def gaussian(bank: Tensor, name: str = "feature") -> Gaussian:
     """Summary of ``bank`` (n k), any floating type, n >= 1; InputError for nan, inf or a wrong shape, naming the row."""
     check_bank(name, bank, rows=1)
     means = ((chunk, chunk.mean(0)) for chunk in float64_chunks(name, bank))
-    return reduce(merge, (Gaussian(len(chunk), mean, shrink(chunk - mean)) for chunk, mean in means))
+    whole = reduce(merge, (Gaussian(len(chunk), mean, chunk - mean) for chunk, mean in means))
+    return Gaussian(whole.num, whole.mean, shrink(whole.root))
 
 
 def frechet_of(a: Gaussian, b: Gaussian, ddof: int) -> float:

@@ -14,9 +14,12 @@ from torch import Tensor, nn
 from latte.model.positions import AbsoluteTime, RotaryTime
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The one attention function: (b h l k) queries, keys, values -> (b h l k), softmax(q k' / sqrt(k)) v."""
-    return F.scaled_dot_product_attention(q, k, v)
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """The one attention function: (b h l k) queries, keys, values -> (b h l k), softmax(q k' / sqrt(k)) v.
+
+    ``mask`` is bool, True where a key may be seen, and broadcasts to (b h l l).
+    """
+    return F.scaled_dot_product_attention(q, k, v, mask)
 
 
 class Attention(nn.Module):

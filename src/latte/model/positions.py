@@ -18,7 +18,7 @@ BASE = 10000.0
 
 def sincos(positions: Tensor, width: int) -> Tensor:
     """(l,) positions -> (l, width) as [sin, cos] of width/2 frequencies, float64."""
-    omega = BASE ** -(torch.arange(width // 2, dtype=torch.float64) / (width // 2))
+    omega = BASE ** -(torch.arange(width // 2, dtype=torch.float64, device="cpu") / (width // 2))
     angle = positions.double()[:, None] * omega
     return torch.cat([angle.sin(), angle.cos()], dim=1)
 
@@ -26,14 +26,14 @@ def sincos(positions: Tensor, width: int) -> Tensor:
 @lru_cache(maxsize=32)
 def spatial_table(rows: int, columns: int, width: int) -> Tensor:
     """(rows columns, width) float32, row by row: the first half of the width codes the column, the second the row."""
-    y, x = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
+    y, x = torch.meshgrid(torch.arange(rows, device="cpu"), torch.arange(columns, device="cpu"), indexing="ij")
     return torch.cat([sincos(x.flatten(), width // 2), sincos(y.flatten(), width // 2)], dim=1).float()
 
 
 @lru_cache(maxsize=32)
 def temporal_table(frames: int, width: int) -> Tensor:
     """(frames, width) float32, [sin, cos] of the frame index."""
-    return sincos(torch.arange(frames), width).float()
+    return sincos(torch.arange(frames, device="cpu"), width).float()
 
 
 class AbsoluteTime(nn.Module):

@@ -1,0 +1,422 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The ablation: arms follow the tables, a sweep trains exactly what ``latte train`` would, and verdicts keep their rule."""
+
+import json
+import os
+import signal
+from dataclasses import replace
+from xml.dom.minidom import parseString
+
+import numpy as np
+import pytest
+import torch
+
+from latte.ablate import exam, sweep
+from latte.ablate.axes import AXES, BASELINE, make_arms
+from latte.ablate.exam import Exam, Part, held_out, heldout_loss, label_accuracy, make_exam, open_material, other_clips
+from latte.ablate.findings import FAILS, FINDINGS, HOLDS, ONE_SEED, UNMEASURED, WITHIN, Finding, compare, verdict
+from latte.ablate.page import show
+from latte.ablate.sweep import Plan, read_points, settle, summary
+from latte.build import Job, build, build_model
+from latte.checkpoint.dit import MAPPINGS
+from latte.checks import InputError, RunError
+from latte.config import load_run
+from latte.data.datasets import build_dataset
+from latte.data.procedural import DIRECTIONS, draw_scene, render
+from latte.data.writers import write_mp4
+from latte.diffusion.loss import OBJECTIVES
+from latte.diffusion.process import build_process
+from latte.model.conditioning import CONDITIONINGS
+from latte.model.cost import count
+from latte.model.latte import SIZES
+from latte.model.patches import PATCHES
+from latte.model.positions import TEMPORAL_POSITIONS
+from latte.model.variants import VARIANTS
+from support import noise, wake
+from tiny import WORDS
+
+CPU = torch.device("cpu")
+TABLES = {"variant": VARIANTS, "patch": PATCHES, "conditioning": CONDITIONINGS, "temporal_position": TEMPORAL_POSITIONS,
+          "objective": OBJECTIVES, "size": SIZES}  # fmt: skip
+
+
+def base(*words, run="shapes"):
+    return settle(load_run(run, [*WORDS, "data.frames=4", *words])[0])
+
+
+def plan_for(tmp_path, *words, axes=("temporal_position",), **changes):
+    given = {"seeds": (0, 1), "points": 2, "heldout": 3, "graded": 2, **changes}
+    return Plan(base("train.steps=4", *words), "shapes", (), axes, tmp_path / "sweep", **given)
+
+
+def run(plan, **changes):
+    """Sweep -> (exit code, its lines)."""
+    lines = []
+    return sweep.sweep(plan, make_arms(plan.base, plan.axes)[0], CPU, lines.append, **{"finished": lambda: None, **changes}), lines
+
+
+def lines_of(plan):
+    """results.jsonl without times."""
+    lines = [json.loads(line) for line in (plan.out / "results.jsonl").read_text().splitlines()]
+    return sorted(json.dumps({key: value for key, value in line.items() if key != "seconds"}) for line in lines)
+
+
+@pytest.mark.parametrize("axis", TABLES)
+def test_a_line_added_to_a_table_is_an_arm(axis, monkeypatch):
+    named = named_size()
+    before = [arm.name for arm in make_arms(named, [axis])[0]]
+    assert before == [str(name) for name in TABLES[axis]]
+    monkeypatch.setitem(TABLES[axis], "novelty", replace_like(axis))
+    assert [arm.name for arm in make_arms(named, [axis])[0]] == [*before, "novelty"]
+
+
+def named_size():
+    """A recipe with a size of Table 4, the smallest."""
+    return settle(load_run("ffs", ["model.size=S", "model.latent_size=32"])[0])
+
+
+def replace_like(axis):
+    """A new value for a table that differs in nothing that matters."""
+    first = next(iter(TABLES[axis].values()))
+    return (4, 64, 4) if axis == "size" else first  # blocks, width, heads
+
+
+@pytest.mark.parametrize("axis", sorted(set(AXES) - {"interval"}))
+def test_every_axis_holds_the_baseline_once_and_its_arms_differ(axis):
+    recipe = base()
+    arms, _ = make_arms(recipe, [axis])
+    assert [arm.config for arm in arms if arm.run == BASELINE] == [recipe]
+    assert len({(str(arm.config), arm.mapping) for arm in arms}) == len({arm.run for arm in arms}) == len(arms)
+    assert all(arm.cost == count(arm.config.model) for arm in arms)
+
+
+@pytest.mark.parametrize("mine", VARIANTS)
+def test_variants_of_an_explicit_depth_have_about_its_parameters(mine):
+    arms, _ = make_arms(base("model.depth=10", f"model.variant={mine}"), ["variant"])
+    weights = [arm.config.model.depth * arm.config.model.variant_spec.weight for arm in arms]
+    assert len(weights) == len(VARIANTS)
+    assert all(abs(weight - 10 * VARIANTS[mine].weight) <= 22 for weight in weights), "a block more or less"
+    assert [arm.config.model.depth for arm in arms if arm.name == str(mine)] == [10]
+
+
+def test_variants_of_a_named_size_keep_the_papers_depths():
+    arms, _ = make_arms(named_size(), ["variant"])
+    assert [arm.config.model.dimensions[0] for arm in arms] == [12, 12, 10, 10, 12]
+    assert {arm.config.model.depth for arm in arms} == {None}
+
+
+def test_sizes_ascend_and_scaled_ones_keep_the_width_of_a_head():
+    scaled, _ = make_arms(base("model.width=32", "model.heads=4"), ["size"])
+    assert [arm.name for arm in scaled] == ["x0.5", "x0.75", "x1"]
+    assert {arm.config.model.dimensions[1] // arm.config.model.dimensions[2] for arm in scaled} == {8}
+    for arms in (scaled, make_arms(named_size(), ["size"])[0]):
+        parameters = [arm.cost.parameters for arm in arms]
+        assert parameters == sorted(set(parameters))
+
+
+@pytest.mark.parametrize("mine", OBJECTIVES)
+def test_every_objective_gets_a_sampler_that_reads_its_prediction(mine):
+    sampler = "flow" if mine == "rectified_flow" else "ddim"
+    arms, _ = make_arms(base(f"diffusion.objective={mine}", f"sample.sampler={sampler}"), ["objective"])
+    for arm in arms:
+        config, material = arm.config, open_material([arm.config], CPU, 1)[arm.config.data]
+        assert label_accuracy(build_model(config.model, 0), config, material.codec, 1) in (0.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("words", "axes", "told"),
+    [
+        ((), ["variants"], "did you mean 'variant'"),
+        ((), ["patch", "patch"], "more than once"),
+        ((), ["interval"], "data.kind"),
+        (("model.heads=1",), ["size"], "nothing to compare"),
+        (("data.frames=3",), ["patch"], "tubes hold 2 frames"),
+    ],
+)
+def test_what_cannot_be_swept_is_one_line(words, axes, told):
+    with pytest.raises(InputError, match=told) as found:
+        make_arms(base(*words), axes)
+    assert "\n" not in str(found.value)
+
+
+def test_values_that_a_recipe_cannot_have_are_left_out_with_the_reason():
+    arms, left = make_arms(base("model.heads=1", "model.width=16"), ["variant"])
+    assert [arm.name for arm in arms] == ["1", "2", "3", "joint"]
+    assert [(one.axis, one.name) for one in left] == [("variant", "4")]
+    assert "splits the heads" in left[0].reason
+
+
+def test_the_paper_is_quoted_for_known_axes_and_arms_only():
+    assert FINDINGS.keys() <= AXES.keys()
+    recipe, named = base(), named_size()
+    for axis, finding in FINDINGS.items():
+        names = {arm.name for arm in make_arms(named if axis in ("interval", "size") else recipe, [axis])[0]}
+        assert {name for claim in finding.claims for pair in claim.pairs for name in pair} <= names
+    ascending = FINDINGS["size"].claims_about(["S", "B", "L"])[0]
+    assert ascending.pairs == (("B", "S"), ("L", "B"))
+    assert Finding().claims_about(["a"]) == ()
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "expected"),
+    [
+        ([1.0, 1.1, 1.2], [2.0, 2.1, 2.2], HOLDS),  # always one apart
+        ([2.0, 2.1, 2.2], [1.0, 1.1, 1.2], FAILS),
+        ([1.0, 5.0, 9.0], [2.0, 6.1, 10.0], HOLDS),  # seeds differ by more than the arms do, but in pairs it is clear
+        ([1.0, 1.0, 1.0], [1.1, 1.2, 1.5], WITHIN),  # differences of 0.1 to 0.5 vary by more than their median
+        ([1.0, 1.0, 1.0], [1.0, 1.0, 1.0], WITHIN),
+        ([1.0], [2.0], ONE_SEED),
+        ([], [2.0], UNMEASURED),
+    ],
+)
+def test_the_verdict_keeps_its_rule(first, second, expected):
+    values = {"a": dict(enumerate(first)), "b": dict(enumerate(second))}
+    assert verdict([("a", "b")], values, 1) == expected
+    turned = {"a": {seed: -value for seed, value in values["a"].items()}, "b": {seed: -value for seed, value in values["b"].items()}}
+    assert verdict([("a", "b")], turned, -1) == expected, "higher is better: the same, turned round"
+    assert verdict([("b", "a")], values, 1) == {HOLDS: FAILS, FAILS: HOLDS}.get(expected, expected)
+
+
+def test_a_verdict_on_several_pairs_needs_all_of_them_and_fails_by_one():
+    low, mid, high, unclear = ({0: v, 1: v + e} for v, e in ((1.0, 0.1), (2.0, 0.1), (3.0, 0.1), (1.0, 4.0)))
+    values = {"low": low, "mid": mid, "high": high, "unclear": unclear}
+    assert verdict([("low", "mid"), ("low", "high")], values, 1) == HOLDS
+    assert verdict([("low", "mid"), ("high", "mid")], values, 1) == FAILS
+    assert verdict([("low", "mid"), ("low", "unclear")], values, 1) == WITHIN
+    assert verdict([], values, 1) == UNMEASURED
+    assert compare({0: 1.0, 1: 1.0}, {1: 2.0, 2: 2.0}, 1) is None, "one seed in common"
+
+
+@pytest.fixture
+def videos(tmp_path):
+    """Eight videos of 16 x 16, of 12 frames, but the first of 6."""
+    for index in range(8):
+        frames = 6 if index == 0 else 12
+        write_mp4(tmp_path / "videos" / f"{index}.mp4", render(draw_scene(0, index, frames), frames, 16, 16))
+    return tmp_path / "videos"
+
+
+def test_held_out_videos_are_never_trained_on_and_all_intervals_share_them(videos, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    words = ("data.kind=folder", f"data.root={videos}", "data.labels=false", "model.num_classes=null")
+    arms, _ = make_arms(base(*words), ["interval"])
+    assert [arm.name for arm in arms] == ["1", "2", "3"]
+    materials = open_material([arm.config for arm in arms], CPU, 5)
+    draw = torch.Generator()
+    kept = [[part.dataset.clip(index, draw).key for index in range(len(part.dataset))] for part in materials.values()]
+    assert kept[0] == kept[1] == kept[2], "one data order for all"
+    assert "0.mp4" not in kept[0], "too short for interval 3, so no arm has it"
+    held = held_out([f"{index}.mp4" for index in range(1, 8)])
+    assert len(held) == 1
+    assert {*kept[0], *held} == {f"{index}.mp4" for index in range(1, 8)}
+    assert {part.dataset.digest for part in materials.values()} == {materials[arms[0].config.data].dataset.digest}
+    assert materials[arms[0].config.data].exam.z0.shape == (5, 4, 3, 16, 16)
+    assert [len(held_out([str(k) for k in range(n)])) for n in (2, 30, 100)] == [1, 3, 10]
+    with pytest.raises(InputError, match="one is held out"):
+        held_out(["alone"])
+
+
+def test_a_part_is_a_data_set():
+    whole = build_dataset(base().data)
+    part = Part(whole, [5, 2], ["e", "b"])
+    draw = torch.Generator().manual_seed(0)
+    assert torch.equal(part.clip(1, draw).video, whole.clip(2, draw).video)
+    assert torch.equal(part.still(0, torch.Generator().manual_seed(1)).video, whole.still(5, torch.Generator().manual_seed(1)).video)
+    assert (len(part), part.classes, part.latent, part.describe()["clips"]) == (2, whole.classes, whole.latent, 2)
+    assert part.describe() != Part(whole, [5, 2], ["e", "c"]).describe()
+
+
+def test_the_exam_is_the_same_for_everyone_and_spreads_timesteps_evenly():
+    config = base()
+    first, second = (make_exam(other_clips(config.data), open_material([config], CPU, 1)[config.data].codec, 1000, 8) for _ in range(2))
+    assert all(torch.equal(getattr(first, name), getattr(second, name)) for name in ("z0", "label", "t", "eps"))
+    assert first.t.sort().values.tolist() == [62, 187, 312, 437, 562, 687, 812, 937]
+    trained = build_dataset(config.data).clip(0, torch.Generator()).video
+    assert all(not torch.equal(trained, clip) for clip in first.z0)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_the_heldout_loss_agrees_with_a_slow_loop(objective):
+    sampler = "flow" if objective == "rectified_flow" else "ddim"
+    config = base(f"diffusion.objective={objective}", f"sample.sampler={sampler}")
+    model, process = wake(build_model(config.model, 0)).eval(), build_process(config.diffusion)
+    test = Exam(noise(5, 4, 3, 16, 16, seed=1), torch.tensor([0, 1, 2, 3, 0]), torch.tensor([0, 250, 500, 750, 999]),
+                noise(5, 4, 3, 16, 16, seed=2))  # fmt: skip
+    slow = []
+    for z0, label, t, eps in zip(test.z0.double(), test.label, test.t, test.eps.double(), strict=True):
+        a, s = process.signal[t].item(), process.noise[t].item()
+        zt = a * z0 + s * eps
+        with torch.no_grad():
+            output = model(zt.float()[None], t[None], label[None])[0, :, :3].double()
+        error = {"paper": output - eps, "min_snr": output - eps, "v": a * output + s * zt - eps, "rectified_flow": output - (eps - z0)}
+        slow.append(error[objective].square().mean().item())
+    assert heldout_loss(model, config, test) == pytest.approx(np.mean(slow), rel=1e-4)
+    one_by_one = replace(config, train=replace(config.train, micro_batch=1))
+    assert heldout_loss(model, one_by_one, test) == pytest.approx(np.mean(slow), rel=1e-4)
+
+
+def test_obedience_counts_the_clips_that_move_as_asked(monkeypatch):
+    config = base()
+    moving = [render(draw_scene(1, index, 4), 4, 32, 32) for index in range(8)]
+    moving[3] = moving[0]  # asked to go right, goes up
+    monkeypatch.setattr(exam, "generate", lambda model, process, codec, seeds, labels, *rest, **more: zip(seeds, moving, strict=True))
+    assert list(DIRECTIONS)[3] == "right"
+    assert label_accuracy(build_model(config.model, 0), config, None, 8) == 7 / 8
+
+
+def test_a_sweep_trains_what_latte_train_would_and_does_nothing_twice(tmp_path, monkeypatch):
+    plan = plan_for(tmp_path)
+    code, lines = run(plan)
+    assert code == 0
+    assert len(lines) == 1 + 2 * 2 * 2
+    found = read_points(plan.out)
+    assert {key: sorted(steps) for key, steps in found.items()} == {
+        (arm, seed): [2, 4] for arm in (BASELINE, "temporal_position-rotary") for seed in (0, 1)
+    }
+    words = [*WORDS, "data.frames=4", "train.steps=4", "model.temporal_position=rotary", "run.seed=1", f"run.dir={tmp_path / 'alone'}"]
+    whole = build(load_run("shapes", words)[0], "cpu").train()
+    part = json.loads((plan.out / "temporal_position-rotary/seed-1/checkpoints/step-4/manifest.json").read_text())
+    alone = json.loads((tmp_path / "alone/checkpoints/step-4/manifest.json").read_text())
+    for name in ("model.safetensors", "ema.safetensors", "optimizer.safetensors"):
+        assert part["files"][name] == alone["files"][name], f"{whole['weights_sha256']}: bit for bit"
+    before = lines_of(plan)
+    monkeypatch.setattr(Job, "train", lambda self: pytest.fail("trained again"))
+    assert run(plan)[1] == ["2 arms, 2 seeds: 0 of 4 runs are to be trained"]
+    assert lines_of(plan) == before
+    assert [entry["seeds"] for entry in summary(plan, make_arms(plan.base, plan.axes)[0])] == [[0, 1], [0, 1]]
+
+
+@pytest.mark.parametrize("when", ["training", "measuring"])
+def test_a_signal_stops_a_sweep_that_then_ends_as_if_it_had_not(tmp_path, monkeypatch, when):
+    whole = plan_for(tmp_path / "whole", seeds=(0,), graded=0)
+    assert run(whole)[0] == 0
+    cut = plan_for(tmp_path / "cut", seeds=(0,), graded=0)
+    calls = []
+    name, true = ("train", Job.train) if when == "training" else ("measure", sweep.measure)
+
+    def interrupted(*arguments):
+        calls.append(when)
+        if len(calls) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return true(*arguments)
+
+    class Stopping(torch.utils.data.Dataset):
+        """The data set, whose third clip asks the process to stop."""
+
+        def __init__(self, inner):
+            self.inner, self.clips = inner, 0
+
+        def __getattr__(self, attribute):
+            return getattr(self.inner, attribute)
+
+        def __len__(self):
+            return len(self.inner)
+
+        def clip(self, index, draw):
+            self.clips += 1
+            if self.clips == 18:
+                calls.append(when)
+                os.kill(os.getpid(), signal.SIGTERM)
+            return self.inner.clip(index, draw)
+
+    with monkeypatch.context() as patch:
+        if when == "measuring":
+            patch.setattr(sweep, name, interrupted)
+        else:
+            true_open = sweep.open_material
+            patch.setattr(sweep, "open_material", lambda *a: {k: replace(m, dataset=Stopping(m.dataset)) for k, m in true_open(*a).items()})
+        assert run(cut)[0] == 143
+    assert calls, "the signal was sent"
+    assert len(lines_of(cut)) < len(lines_of(whole))
+    assert run(cut)[0] == 0
+    assert lines_of(cut) == lines_of(whole)
+
+
+def test_half_a_line_of_results_is_measured_again_and_a_gap_is_told(tmp_path):
+    plan = plan_for(tmp_path, seeds=(0,), graded=0)
+    run(plan)
+    file, before = plan.out / "results.jsonl", lines_of(plan)
+    lines = file.read_text().splitlines(keepends=True)
+    file.write_text("".join(lines[:-1]) + lines[-1][:20] + "\n")
+    assert run(plan)[0] == 0
+    assert sorted(set(before)) == sorted({line for line in lines_of_whole(file)})
+    file.write_text("".join(lines[1:]))
+    with pytest.raises(RunError, match="step 2 is not in .* delete"):
+        run(plan)
+
+
+def lines_of_whole(file):
+    """The whole lines of results.jsonl without times."""
+    for line in file.read_text().splitlines():
+        if line.endswith("}"):
+            yield json.dumps({key: value for key, value in json.loads(line).items() if key != "seconds"})
+
+
+def test_another_recipe_in_the_same_folder_is_refused_with_every_difference(tmp_path):
+    run(plan_for(tmp_path, seeds=(0,), graded=0))
+    before = sorted(path.name for path in (tmp_path / "sweep").iterdir())
+    with pytest.raises(InputError) as found:
+        run(plan_for(tmp_path, "train.lr=0.5", "data.seed=7", seeds=(0,), graded=0, points=1))
+    assert all(key in str(found.value) for key in ("train.lr", "data.seed", "--points"))
+    assert before == sorted(path.name for path in (tmp_path / "sweep").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"), [({"points": 0}, "--points"), ({"seeds": ()}, "--seeds"), ({"seeds": (1, 1)}, "twice"), ({"heldout": 0}, "--heldout")]
+)
+def test_counts_that_cannot_be_are_refused(tmp_path, changes, told):
+    with pytest.raises(InputError, match=told):
+        plan_for(tmp_path, **changes)
+
+
+def test_the_init_axis_needs_a_dit(tmp_path):
+    plan = plan_for(tmp_path, axes=("init",))
+    assert [arm.mapping for arm in make_arms(plan.base, ["init"])[0]] == [None, *MAPPINGS]
+    with pytest.raises(InputError, match="--dit is missing"):
+        run(plan)
+    assert not plan.out.exists()
+
+
+def test_the_init_arms_start_from_the_dit(tmp_path):
+    from safetensors.torch import save_file
+
+    plan = plan_for(tmp_path, "model.width=32", "model.heads=2", axes=("init",))
+    plan = replace(plan, dit=str(tmp_path / "dit.safetensors"))
+    width, patch = 32, 3 * 4 * 4
+    shapes = {"x_embedder.proj.weight": (width, 3, 4, 4), "x_embedder.proj.bias": (width,), "y_embedder.embedding_table.weight": (11, width),
+              "t_embedder.mlp.0.weight": (width, 256), "t_embedder.mlp.0.bias": (width,), "t_embedder.mlp.2.weight": (width, width),
+              "t_embedder.mlp.2.bias": (width,), "final_layer.linear.weight": (2 * patch, width), "final_layer.linear.bias": (2 * patch,),
+              "final_layer.adaLN_modulation.1.weight": (2 * width, width), "final_layer.adaLN_modulation.1.bias": (2 * width,)}  # fmt: skip
+    for k in range(2):
+        for part, out, inner in (("attn.qkv", 3, 1), ("attn.proj", 1, 1), ("mlp.fc1", 4, 1), ("mlp.fc2", 1, 4), ("adaLN_modulation.1", 6, 1)):
+            shapes |= {f"blocks.{k}.{part}.weight": (out * width, inner * width), f"blocks.{k}.{part}.bias": (out * width,)}
+    save_file({name: noise(*shape, seed=index) for index, (name, shape) in enumerate(shapes.items())}, plan.dit)
+    arms, _ = make_arms(plan.base, ["init"])
+    scratch, everywhere = (sweep.fresh(plan, arm, 0) for arm in arms[:2])
+    assert arms[1].run == "init-dit-all"
+    theirs = noise(3 * width, width, seed=list(shapes).index("blocks.1.attn.qkv.weight"))
+    assert torch.equal(everywhere.state_dict()["blocks.1.branches.time.qkv.weight"], theirs)
+    assert not torch.equal(scratch.state_dict()["blocks.1.branches.time.qkv.weight"], theirs)
+
+
+def test_the_page_shows_every_arm_and_judges_every_claim(tmp_path):
+    plan = plan_for(tmp_path, axes=("variant", "temporal_position"), graded=0)
+    arms, left = make_arms(plan.base, plan.axes)
+    empty = show(plan, arms, left, CPU)
+    assert parseString(empty) and UNMEASURED in empty
+    plan.out.mkdir()
+    with open(plan.out / "results.jsonl", "w", encoding="utf-8") as file:
+        for place, name in enumerate(dict.fromkeys(arm.run for arm in arms)):
+            for seed in plan.seeds:
+                for step in plan.steps:
+                    loss = 0.1 + 0.1 * place + 0.001 * seed
+                    point = {"arm": name, "seed": seed, "step": step, "heldout_loss": loss, "label_accuracy": None, "seconds": 1.0}
+                    file.write(json.dumps(point) + "\n")
+    page = show(plan, arms, left, CPU)
+    text = " ".join(node.data for node in parseString(page).getElementsByTagName("main")[0].getElementsByTagName("td") for node in node.childNodes)
+    assert HOLDS in text and FAILS in text, "variant 1 is best; variant 4 is not the worst of the four against ... "
+    for arm in arms:
+        assert arm.name in text
+    assert page.count("<svg") == 2, "held-out loss alone: nothing was graded"
+    assert f"latte ablate shapes --axes={','.join(plan.axes)}" in page
+    assert "latte train shapes model.variant=3 model.depth=2 run.seed=0 run.dir=runs/variant-3" in page
