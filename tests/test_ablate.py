@@ -5,23 +5,25 @@ import json
 import os
 import signal
 from dataclasses import replace
+from itertools import product
 from xml.dom.minidom import parseString
 
 import numpy as np
 import pytest
 import torch
+from support import noise, wake
 
 from latte.ablate import exam, sweep
 from latte.ablate.axes import AXES, BASELINE, make_arms
 from latte.ablate.exam import Exam, Part, held_out, heldout_loss, label_accuracy, make_exam, open_material, other_clips
 from latte.ablate.findings import FAILS, FINDINGS, HOLDS, ONE_SEED, UNMEASURED, WITHIN, Finding, compare, verdict
 from latte.ablate.page import show
-from latte.ablate.sweep import Plan, read_points, settle, summary
+from latte.ablate.sweep import Plan, Point, read_points, settle, summary
 from latte.build import Job, build, build_model
 from latte.checkpoint.dit import MAPPINGS
 from latte.checks import InputError, RunError
 from latte.config import load_run
-from latte.data.datasets import build_dataset
+from latte.data.datasets import ProceduralDataset, build_dataset
 from latte.data.procedural import DIRECTIONS, draw_scene, render
 from latte.data.writers import write_mp4
 from latte.diffusion.loss import OBJECTIVES
@@ -32,7 +34,6 @@ from latte.model.latte import SIZES
 from latte.model.patches import PATCHES
 from latte.model.positions import TEMPORAL_POSITIONS
 from latte.model.variants import VARIANTS
-from support import noise, wake
 from tiny import WORDS
 
 CPU = torch.device("cpu")
@@ -56,8 +57,8 @@ def run(plan, **changes):
 
 
 def lines_of(plan):
-    """results.jsonl without times."""
-    lines = [json.loads(line) for line in (plan.out / "results.jsonl").read_text().splitlines()]
+    """The whole lines of results.jsonl without times."""
+    lines = [json.loads(line) for line in (plan.out / "results.jsonl").read_text().splitlines() if line.endswith("}")]
     return sorted(json.dumps({key: value for key, value in line.items() if key != "seconds"}) for line in lines)
 
 
@@ -286,48 +287,23 @@ def test_a_sweep_trains_what_latte_train_would_and_does_nothing_twice(tmp_path, 
     assert [entry["seeds"] for entry in summary(plan, make_arms(plan.base, plan.axes)[0])] == [[0, 1], [0, 1]]
 
 
-@pytest.mark.parametrize("when", ["training", "measuring"])
-def test_a_signal_stops_a_sweep_that_then_ends_as_if_it_had_not(tmp_path, monkeypatch, when):
-    whole = plan_for(tmp_path / "whole", seeds=(0,), graded=0)
+@pytest.mark.parametrize(("owner", "name", "call"), [(ProceduralDataset, "clip", 18), (sweep, "measure", 3)])
+def test_a_signal_stops_a_sweep_that_then_ends_as_if_it_had_not(tmp_path, monkeypatch, owner, name, call):
+    whole, cut = (plan_for(tmp_path / folder, seeds=(0,), graded=0) for folder in ("whole", "cut"))
     assert run(whole)[0] == 0
-    cut = plan_for(tmp_path / "cut", seeds=(0,), graded=0)
-    calls = []
-    name, true = ("train", Job.train) if when == "training" else ("measure", sweep.measure)
+    true, calls = getattr(owner, name), []
 
-    def interrupted(*arguments):
-        calls.append(when)
-        if len(calls) == 3:
+    def stopping(*arguments):
+        calls.append(name)
+        if len(calls) == call:  # in the middle of training the first arm, or of measuring the second
             os.kill(os.getpid(), signal.SIGTERM)
         return true(*arguments)
 
-    class Stopping(torch.utils.data.Dataset):
-        """The data set, whose third clip asks the process to stop."""
-
-        def __init__(self, inner):
-            self.inner, self.clips = inner, 0
-
-        def __getattr__(self, attribute):
-            return getattr(self.inner, attribute)
-
-        def __len__(self):
-            return len(self.inner)
-
-        def clip(self, index, draw):
-            self.clips += 1
-            if self.clips == 18:
-                calls.append(when)
-                os.kill(os.getpid(), signal.SIGTERM)
-            return self.inner.clip(index, draw)
-
     with monkeypatch.context() as patch:
-        if when == "measuring":
-            patch.setattr(sweep, name, interrupted)
-        else:
-            true_open = sweep.open_material
-            patch.setattr(sweep, "open_material", lambda *a: {k: replace(m, dataset=Stopping(m.dataset)) for k, m in true_open(*a).items()})
+        patch.setattr(owner, name, stopping)
         assert run(cut)[0] == 143
-    assert calls, "the signal was sent"
-    assert len(lines_of(cut)) < len(lines_of(whole))
+    assert len(calls) >= call, "the signal was sent"
+    assert 0 < len(lines_of(cut)) < len(lines_of(whole))
     assert run(cut)[0] == 0
     assert lines_of(cut) == lines_of(whole)
 
@@ -339,17 +315,10 @@ def test_half_a_line_of_results_is_measured_again_and_a_gap_is_told(tmp_path):
     lines = file.read_text().splitlines(keepends=True)
     file.write_text("".join(lines[:-1]) + lines[-1][:20] + "\n")
     assert run(plan)[0] == 0
-    assert sorted(set(before)) == sorted({line for line in lines_of_whole(file)})
+    assert lines_of(plan) == before
     file.write_text("".join(lines[1:]))
-    with pytest.raises(RunError, match="step 2 is not in .* delete"):
+    with pytest.raises(RunError, match=r"step 2 is not in .* delete"):
         run(plan)
-
-
-def lines_of_whole(file):
-    """The whole lines of results.jsonl without times."""
-    for line in file.read_text().splitlines():
-        if line.endswith("}"):
-            yield json.dumps({key: value for key, value in json.loads(line).items() if key != "seconds"})
 
 
 def test_another_recipe_in_the_same_folder_is_refused_with_every_difference(tmp_path):
@@ -362,7 +331,8 @@ def test_another_recipe_in_the_same_folder_is_refused_with_every_difference(tmp_
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"), [({"points": 0}, "--points"), ({"seeds": ()}, "--seeds"), ({"seeds": (1, 1)}, "twice"), ({"heldout": 0}, "--heldout")]
+    ("changes", "told"),
+    [({"points": 0}, "--points"), ({"seeds": ()}, "--seeds"), ({"seeds": (1, 1)}, "twice"), ({"heldout": 0}, "--heldout")],
 )
 def test_counts_that_cannot_be_are_refused(tmp_path, changes, told):
     with pytest.raises(InputError, match=told):
@@ -383,12 +353,19 @@ def test_the_init_arms_start_from_the_dit(tmp_path):
     plan = plan_for(tmp_path, "model.width=32", "model.heads=2", axes=("init",))
     plan = replace(plan, dit=str(tmp_path / "dit.safetensors"))
     width, patch = 32, 3 * 4 * 4
-    shapes = {"x_embedder.proj.weight": (width, 3, 4, 4), "x_embedder.proj.bias": (width,), "y_embedder.embedding_table.weight": (11, width),
-              "t_embedder.mlp.0.weight": (width, 256), "t_embedder.mlp.0.bias": (width,), "t_embedder.mlp.2.weight": (width, width),
-              "t_embedder.mlp.2.bias": (width,), "final_layer.linear.weight": (2 * patch, width), "final_layer.linear.bias": (2 * patch,),
-              "final_layer.adaLN_modulation.1.weight": (2 * width, width), "final_layer.adaLN_modulation.1.bias": (2 * width,)}  # fmt: skip
+    shapes = {"x_embedder.proj.weight": (width, 3, 4, 4), "x_embedder.proj.bias": (width,)}
+    shapes |= {"y_embedder.embedding_table.weight": (11, width), "t_embedder.mlp.0.weight": (width, 256), "t_embedder.mlp.0.bias": (width,)}
+    shapes |= {"t_embedder.mlp.2.weight": (width, width), "t_embedder.mlp.2.bias": (width,)}
+    shapes |= {"final_layer.linear.weight": (2 * patch, width), "final_layer.linear.bias": (2 * patch,)}
+    shapes |= {"final_layer.adaLN_modulation.1.weight": (2 * width, width), "final_layer.adaLN_modulation.1.bias": (2 * width,)}
     for k in range(2):
-        for part, out, inner in (("attn.qkv", 3, 1), ("attn.proj", 1, 1), ("mlp.fc1", 4, 1), ("mlp.fc2", 1, 4), ("adaLN_modulation.1", 6, 1)):
+        for part, out, inner in (
+            ("attn.qkv", 3, 1),
+            ("attn.proj", 1, 1),
+            ("mlp.fc1", 4, 1),
+            ("mlp.fc2", 1, 4),
+            ("adaLN_modulation.1", 6, 1),
+        ):
             shapes |= {f"blocks.{k}.{part}.weight": (out * width, inner * width), f"blocks.{k}.{part}.bias": (out * width,)}
     save_file({name: noise(*shape, seed=index) for index, (name, shape) in enumerate(shapes.items())}, plan.dit)
     arms, _ = make_arms(plan.base, ["init"])
@@ -403,20 +380,22 @@ def test_the_page_shows_every_arm_and_judges_every_claim(tmp_path):
     plan = plan_for(tmp_path, axes=("variant", "temporal_position"), graded=0)
     arms, left = make_arms(plan.base, plan.axes)
     empty = show(plan, arms, left, CPU)
-    assert parseString(empty) and UNMEASURED in empty
+    assert UNMEASURED in empty
+    parseString(empty)
     plan.out.mkdir()
-    with open(plan.out / "results.jsonl", "w", encoding="utf-8") as file:
-        for place, name in enumerate(dict.fromkeys(arm.run for arm in arms)):
-            for seed in plan.seeds:
-                for step in plan.steps:
-                    loss = 0.1 + 0.1 * place + 0.001 * seed
-                    point = {"arm": name, "seed": seed, "step": step, "heldout_loss": loss, "label_accuracy": None, "seconds": 1.0}
-                    file.write(json.dumps(point) + "\n")
+    losses = {BASELINE: 0.1, "variant-2": 0.2, "variant-3": 0.5, "variant-4": 0.4, "variant-joint": 0.3, "temporal_position-rotary": 0.1}
+    for arm, seed, step in product(losses, plan.seeds, plan.steps):
+        sweep.append(plan.out / "results.jsonl", Point(arm, seed, step, losses[arm] + 0.01 * seed, None, 1.0))
     page = show(plan, arms, left, CPU)
-    text = " ".join(node.data for node in parseString(page).getElementsByTagName("main")[0].getElementsByTagName("td") for node in node.childNodes)
-    assert HOLDS in text and FAILS in text, "variant 1 is best; variant 4 is not the worst of the four against ... "
-    for arm in arms:
-        assert arm.name in text
+    rows = [[cell.firstChild.data for cell in row.getElementsByTagName("td")] for row in parseString(page).getElementsByTagName("tr")]
+    found = {row[1]: row[3:] for row in rows if row[:1] in (["variant"], ["temporal_position"])}
+    assert found == {
+        "Variant 1 is the best of the four.": [HOLDS, UNMEASURED],
+        "Variant 4 is the worst of the four.": [FAILS, UNMEASURED],
+        "Absolute positions are slightly better than rotary.": [WITHIN, UNMEASURED],
+    }
+    assert {"1 (baseline)", "2", "3", "4", "joint", "absolute (baseline)", "rotary"} <= {row[0] for row in rows if row}
+    assert next([row[0], row[4]] for row in rows if row and row[0] == "3") == ["3", "0.505 (0.5 to 0.51)"]
     assert page.count("<svg") == 2, "held-out loss alone: nothing was graded"
     assert f"latte ablate shapes --axes={','.join(plan.axes)}" in page
     assert "latte train shapes model.variant=3 model.depth=2 run.seed=0 run.dir=runs/variant-3" in page

@@ -133,9 +133,13 @@ def _from_folder(folder: Path, name: str, device: torch.device, codec_path: str 
                    _checked(SampleConfig, parts[1], folder), found)  # fmt: skip
 
 
-def save_trained(trained: Trained, folder: Path) -> None:
-    """Write a weights folder that ``load_trained`` and ``Latte.from_pretrained`` read; RunError when the disk refuses."""
-    tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in trained.model.state_dict().items()}
+def save_trained(trained: Trained, folder: Path, half: bool = False) -> None:
+    """Write a weights folder that ``load_trained`` and ``Latte.from_pretrained`` read; RunError when the disk refuses.
+
+    ``half`` stores float16, half the bytes; it is read back as float32.
+    """
+    dtype = torch.float16 if half else torch.float32
+    tensors = {key: tensor.detach().to("cpu", dtype).contiguous() for key, tensor in trained.model.state_dict().items()}
     card = {
         **asdict(trained.model.config),
         "diffusion": asdict(trained.diffusion),
@@ -173,7 +177,7 @@ def _fill(config: ModelConfig, tensors: Mapping[str, Tensor], where: str) -> Lat
                if key in tensors and tensors[key].shape != tensor.shape]  # fmt: skip
     if faults:
         raise InputError(f"{where} {faults[0]} ({len(faults)} faults in all); its weights belong to another configuration of the model")
-    model.load_state_dict(tensors, assign=True)
+    model.load_state_dict({key: tensor.float() for key, tensor in tensors.items()}, assign=True)
     return model.requires_grad_(False).eval()
 
 

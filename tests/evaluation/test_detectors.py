@@ -102,6 +102,14 @@ def test_published_detectors_state_their_protocol():
     assert all(80 < len(spec.card) < 500 for spec in DETECTORS.values())
 
 
+def test_each_i3d_has_the_norm_eps_of_its_published_code(monkeypatch):
+    monkeypatch.setattr(detectors, "find_weights", lambda name, network, path, sha256: name)
+    monkeypatch.setattr(detectors, "load_converted", lambda name, network: (name, network.eps))
+    assert DETECTORS["i3d"].open(None, None) == ("i3d", 1e-3)
+    assert DETECTORS["i3d400"].open(None, None) == ("i3d400", 1e-5)
+    assert DETECTORS["inception"].open(None, None) == ("inception", 1e-3)
+
+
 @pytest.mark.parametrize("unit", ["clip", "frame"])
 @pytest.mark.parametrize("group", [1, 3])
 def test_features_do_not_depend_on_the_batch(unit, group):

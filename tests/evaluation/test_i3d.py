@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """I3D against a plain port, its public names, its limits; published FVD values where the weights are at hand."""
 
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +11,8 @@ from reference.i3d import PlainI3D, names_of_hassony2, tensorflow_variables, wak
 from support import noise
 
 from latte.checks import InputError
-from latte.evaluation import detectors, i3d
-from latte.evaluation.detector_files import FILES, cache_dir, rename
+from latte.evaluation import i3d
+from latte.evaluation.detector_files import FILES, cache_dir, import_weights, load_converted, rename
 from latte.evaluation.detectors import Pixels
 from latte.evaluation.frechet import frechet_distance
 from latte.evaluation.layers import Conv, channels_last, fold_norms, max_pool_same, same_padding
@@ -107,13 +108,17 @@ def test_clips_it_cannot_read_are_refused(ours, shape):
 
 
 def published_i3d(name):
-    """The network ``name`` with its real weights, or a skip that says what is missing."""
+    """The network ``name`` with its real weights and the TF graph's eps, or a skip that says what is missing."""
     file = next(file for file in FILES if file.detector == name)
     places = [*cache_dir().glob(f"{name}-{file.sha256[:8]}.safetensors"), Path(__file__).parents[3] / "shared" / "weights" / file.name]
     found = [place for place in places if place.is_file()]
     if not found:
         pytest.skip(f"{file.name} is neither in {cache_dir()} nor in ../shared/weights")
-    return detectors.DETECTORS[name].open(None if found[0].suffix == ".safetensors" else found[0], None).network
+    if found[0].suffix == ".safetensors":
+        return load_converted(found[0], i3d.NETWORK).network
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LATTE_DETECTOR_DIR", folder)
+        return load_converted(import_weights(name, i3d.NETWORK, found[0]), i3d.NETWORK).network
 
 
 def constant_clips_fvd(network, frames, pixels):

@@ -58,6 +58,7 @@ class Plan:
     def __post_init__(self) -> None:
         for name, least in (("points", 1), ("heldout", 1), ("graded", 0)):
             require(getattr(self, name) >= least, f"--{name}", getattr(self, name), "it counts something", f"give {least} or more")
+        require(len(self.axes) > 0, "--axes", "empty", "it says what to vary", "give e.g. variant,patch")
         require(len(self.seeds) > 0, "--seeds", "empty", "every arm is trained with each of them", "give e.g. 0,1,2")
         require(len(set(self.seeds)) == len(self.seeds), "--seeds", self.seeds, "a seed is there twice", "give different ones, e.g. 0,1,2")
 

@@ -30,10 +30,11 @@ def describe_run(run_dir: Path, config: Mapping[str, object], device: torch.devi
 
     Raises RunError when the folder cannot be written.
     """
-    command = command or shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    program = Path(sys.argv[0])
+    command = command or shlex.join([*(["python", "-m", "latte"] if program.name == "__main__.py" else [program.name]), *sys.argv[1:]])
     now = datetime.now(UTC).isoformat(timespec="seconds")
     with reported("the run's description", run_dir):
-        commit_file(run_dir / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True))
+        commit_file(run_dir / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False))
         commit_file(run_dir / "env.json", json.dumps({"started": now, **environment(device)}, indent=2) + "\n")
         with open(run_dir / "command.txt", "a", encoding="utf-8") as file:
             file.write(f"{now} {command}\n")

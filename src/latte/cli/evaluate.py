@@ -84,7 +84,7 @@ def evaluate(
         config = EvaluateConfig(protocol, seed, clips, allow_fewer, allow_mixed, detector, detector_sha256, group, device, processes, split,
                                 data_version)  # fmt: skip
     if not real or not fake:
-        raise InputError("REAL or FAKE is missing; give two folders, e.g. latte evaluate REAL FAKE --protocol clean, or --from-manifest FILE")
+        raise InputError("REAL or FAKE is missing; give two folders (latte evaluate REAL FAKE --protocol clean), or --from-manifest FILE")
     out = out or Path("evaluations") / f"{Path(fake).resolve().name}-{config.protocol}"
     sides, generation, model = open_sides(real, fake, config, out, codec_path, sample_seed)
     replay = {"model": model, "sample_seed": sample_seed, "codec_path": codec_path}
@@ -92,7 +92,7 @@ def evaluate(
     if "value" in result:
         now = read_report(out / "manifest.json")
         if before:
-            result["replay"] = check_replay(before, now)
+            result["replayed"] = check_replay(before, now)
         if other:
             result["comparison"] = compare_with(now, other, str(compare))
     show(result, as_json, lines(result))
@@ -168,8 +168,8 @@ def lines(result: dict[str, Any]) -> list[str]:
         rows.append(("extrapolated to endless sets", f"{result['infinity']:.6g}"))
     if result["dropped"]:
         rows.append(("videos left out", f"{result['dropped']} (see dropped.jsonl)"))
-    if isinstance(result["replay"], str):
-        rows.append(("replay", result["replay"]))
+    if "replayed" in result:
+        rows.append(("replay", result["replayed"]))
     if "comparison" in result:
         told = result["comparison"]
         overlap = ", intervals overlap" if told["overlap"] else ""

@@ -37,10 +37,12 @@ class FrameCodec(Protocol):
     """What encoding asks of a codec (latte.autoencoder.codec.Codec has it)."""
 
     name: str
-    identity: str
     channels: int
     downscale: int
     stochastic: bool
+
+    @property
+    def identity(self) -> str: ...
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]: ...
 

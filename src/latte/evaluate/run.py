@@ -110,8 +110,8 @@ def evaluate(sides: Mapping[str, Side], config: EvaluateConfig, out: Path, *, un
     manifest = make_manifest(plan, sides, detector, scores, notes, run)
     result |= {**plain(scores), "manifest": manifest, "manifest_hash": manifest_hash(manifest), "card": detector.card}
     roots = {side: sides[side].root for side in SIDES}
-    result["replay"] = {**roots, "config": asdict(config), **(replay or {})}
-    write_report(out / "manifest.json", result)
+    again = {**roots, "config": asdict(config), **(replay or {})}
+    write_report(out / "manifest.json", {**result, "replay": again})
     page = write_page(out, plan, sides, banks, scores, detector, result)
     return {**result, "manifest": str(out / "manifest.json"), "report": str(page)}
 

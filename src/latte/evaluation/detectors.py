@@ -139,10 +139,10 @@ DETECTORS: dict[str, DetectorSpec] = {
         min_frames=i3d.MIN_FRAMES,
     ),
     "i3d400": DetectorSpec(
-        published("i3d400", i3d.NETWORK),
+        published("i3d400", i3d.PORTED),
         LOGITS,
         Pixels(),
-        f"{I3D_CARD} VideoGPT's conversion of the same TF-Hub weights; norm eps 1e-3 as in the TF graph, where VideoGPT's code has 1e-5.",
+        f"{I3D_CARD} VideoGPT's conversion of the same TF-Hub weights, with the norm eps of its code, TATS's and cd-fvd's: 1e-5, not 1e-3.",
         min_frames=i3d.MIN_FRAMES,
     ),
     "inception": DetectorSpec(

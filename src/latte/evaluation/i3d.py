@@ -131,3 +131,4 @@ SCHEMES = {
 }
 
 NETWORK = Network(I3D, SCHEMES, NORM_EPS)
+PORTED = Network(I3D, SCHEMES, 1e-5)  # as VideoGPT, TATS and cd-fvd run the same weights: PyTorch's default eps

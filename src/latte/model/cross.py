@@ -24,7 +24,7 @@ class SplitAttention(nn.Module):
         """Tokens x (b s d) look at ``source`` (b l d), or at themselves -> (b s d); ``mask`` (b l) is True where they may look."""
         source = x if source is None else source
         q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in (self.q(x), self.k(source), self.v(source)))
-        y = attend(q, k, v) if mask is None else F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None])
+        y = attend(q, k, v, None if mask is None else mask[:, None, None])
         return self.proj(y.transpose(1, 2).flatten(2))
 
 

@@ -39,6 +39,7 @@ class Group:
             for work in [dist.all_reduce(tensor, async_op=True) for tensor in tensors]:
                 work.wait()  # pyright: ignore[reportOptionalMemberAccess]
 
+    @torch.no_grad()
     def equalise(self, tensors: Sequence[Tensor]) -> None:
         """Give every process the first one's values."""
         if self.size > 1:

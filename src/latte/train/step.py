@@ -61,20 +61,26 @@ def backward(task: Task, step: int, positions: Sequence[int], video: Tensor, lab
 
 def part_loss(task: Task, step: int, positions: Sequence[int], video: Tensor, label: Tensor | None) -> Loss:
     """The objective of one micro batch, per clip."""
-    z0 = encode(task, step, positions, video.to(task.device))
+    z0 = encode(task, step, positions, place(video, task.device))
     streams = [generator(task.seed, "train", step, position) for position in positions]
     t = torch.cat([draw_timesteps(task.process, 1, stream) for stream in streams])
-    eps = torch.stack([torch.randn(z0.shape[1:], generator=stream) for stream in streams]).to(task.device)
+    eps = torch.stack([torch.randn(z0.shape[1:], generator=stream) for stream in streams])
     if label is not None:
         p = task.model.config.class_dropout
-        label = torch.cat([drop_labels(one, p, stream) for one, stream in zip(label.split(1), streams, strict=True)]).to(task.device)
+        label = torch.cat([drop_labels(one, p, stream) for one, stream in zip(label.split(1), streams, strict=True)])
+        label = place(label, task.device)
 
     def denoise(zt: Tensor, t: Tensor) -> Tensor:
         with torch.autocast(task.device.type, task.dtype, enabled=task.dtype != torch.float32):
             output = task.forward(zt, t, label, task.num_images)
         return output.float()
 
-    return task.objective(denoise, task.process, z0, t.to(task.device), eps)
+    return task.objective(denoise, task.process, z0, place(t, task.device), place(eps, task.device))
+
+
+def place(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the CPU on ``device``; by way of pinned memory, so that the host does not wait for the GPU's earlier work."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 @torch.no_grad()

@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Protocols are what was read of the published tools, and stay what they are."""
+
+import hashlib
+import json
+from dataclasses import FrozenInstanceError, replace
+
+import pytest
+
+from latte.checks import InputError
+from latte.evaluation import protocols
+from latte.evaluation.detectors import DETECTORS
+from latte.evaluation.protocols import CLEAN, PROTOCOLS, FrameRule, Protocol, find_protocol, nonstandard
+
+# A change of any of these is another measurement: raise the protocol's version, then its hash here.
+GOLDEN = {
+    "styleganv-fvd2048-16f": (1, "dd7901511e1d5f42"),
+    "styleganv-fvd2048-128f": (1, "654fa5d97e0851b5"),
+    "latte-paper": (1, "af6ffbf193cc5367"),
+    "latte-paper-taichi": (1, "99de7a23740a57c0"),
+    "latte-paper-jpeg75": (1, "7fa8983191259d1d"),
+    "tats": (1, "b9bd05abe06f402b"),
+    "videogpt": (1, "5e7d592b77369975"),
+    "cdfvd-i3d": (1, "0a85d8262db2a340"),
+    "clean": (1, "838e0be2bfb059c2"),
+    "clean-128f": (1, "64a3a572759bc4c9"),
+    "clean-fid": (1, "1d6a860ee374b6d5"),
+    "clean-is": (1, "c9847572050255bd"),
+    "styleganv-isv2048-ucf": (1, "4d462bb9a087e51b"),
+    "random-i3d": (1, "4268ef4c0c2e9a89"),
+}
+PUBLISHED = {  # clips, stride real, stride fake, ddof, order, shortest, detector, crop before the network
+    "styleganv-fvd2048-16f": (2048, 1, 1, 0, "path", 16, "i3d", "none"),
+    "latte-paper": (2048, 3, 1, 0, "hash", 48, "i3d", "none"),
+    "latte-paper-taichi": (2048, 6, 1, 0, "hash", 96, "i3d", "none"),
+    "tats": (2048, 1, 1, 1, "hash", 16, "i3d400", "none"),
+    "videogpt": (256, 1, 1, 1, "hash", 16, "i3d400", "centre"),
+    "cdfvd-i3d": (2048, 1, 1, 0, "hash", 16, "i3d400", "none"),
+    "clean": (2048, 1, 1, 1, "hash", 16, "i3d", "none"),
+}
+
+
+def digest(protocol: Protocol) -> str:
+    return hashlib.sha256(json.dumps(protocol.describe(), sort_keys=True).encode()).hexdigest()[:16]
+
+
+@pytest.mark.parametrize("name", sorted(GOLDEN))
+def test_a_protocol_never_changes_without_its_version(name):
+    assert (PROTOCOLS[name].version, digest(PROTOCOLS[name])) == GOLDEN[name]
+
+
+def test_every_protocol_has_a_golden_hash():
+    assert set(PROTOCOLS) - {"builtin"} == set(GOLDEN)
+
+
+@pytest.mark.parametrize("name", sorted(PUBLISHED))
+def test_published_protocols_are_what_was_read(name):
+    p = PROTOCOLS[name]
+    found = (p.clips, p.stride_real, p.stride_fake, p.ddof, p.order, p.needed("real"), p.detector, p.pixels.crop)
+    assert found == PUBLISHED[name]
+    assert p.frames == 16
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS.values(), ids=PROTOCOLS)
+def test_its_detector_has_the_layer_and_can_read_its_clips(protocol):
+    spec = DETECTORS[protocol.detector]
+    assert protocol.layer in spec.layers
+    assert spec.min_frames <= protocol.frames <= (spec.max_frames or protocol.frames) or spec.unit == "frame"
+
+
+@pytest.mark.parametrize("stride", [1, 2, 3, 6])
+@pytest.mark.parametrize("shortest", ["span", "frames x stride"])
+def test_starts_are_counted_as_by_trying_them_all(stride, shortest):
+    protocol = Protocol("x", "i3d", "logits", CLEAN.pixels, "", frames=4, stride_real=stride, shortest=shortest)
+    for frames in range(40):
+        fits = [start for start in range(frames) if start + 3 * stride < frames]
+        if shortest == "frames x stride" and frames < 4 * stride:
+            fits = []
+        assert protocol.starts("real", frames) == len(fits)
+
+
+def test_any_change_changes_the_name():
+    changed = nonstandard(CLEAN, clips=100)
+    assert (changed.name, changed.clips, changed.standard, CLEAN.standard) == ("clean-nonstandard", 100, False, True)
+    assert nonstandard(CLEAN, clips=2048) is CLEAN
+    assert nonstandard(changed, clips=50).name == "clean-nonstandard"
+
+
+def test_a_protocol_is_frozen():
+    with pytest.raises(FrozenInstanceError):
+        CLEAN.clips = 3
+
+
+def test_unknown_names_and_missing_detectors_are_refused(monkeypatch):
+    with pytest.raises(InputError, match="did you mean 'latte-paper'"):
+        find_protocol("late-paper")
+    monkeypatch.delitem(protocols.DETECTORS, "i3d400")
+    with pytest.raises(InputError, match="i3d400"):
+        find_protocol("tats")
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"start_real": "middle"}, "start_real"),
+        ({"order": "random"}, "order"),
+        ({"metrics": ("fdv",)}, "did you mean 'fvd'"),
+        ({"stride_fake": 0}, "strides"),
+        ({"clips": 1}, "clips is 1"),
+        ({"shortest": "long"}, "shortest"),
+    ],
+)
+def test_impossible_protocols_are_refused(changes, told):
+    with pytest.raises(InputError, match=told):
+        replace(CLEAN, **changes)
+    with pytest.raises(InputError, match=r"frame\.order"):
+        FrameRule(256, "resize")
