@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Seconds and memory of a Frechet distance: python benchmarks/frechet.py [--rows 50000 --features 2048] (default: FVD's 2048 x 400).
 
-The banks are standard normal, so the value must lie near its expectation D (D + 5) / (2 N), which is printed beside it.
+The banks are standard normal, so the value must lie near its expectation D (D + 5) / (2 N), which is printed beside it. On a busy
+machine read ``processor_s``, the seconds of all threads together.
 """
 
 import argparse
@@ -45,12 +46,14 @@ def main(argv: Sequence[str] | None = None) -> dict:
     line = {
         "what": "frechet",
         "machine": measure.machine(torch.device("cpu")),
+        "device": "cpu",
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "commit": measure.commit(),
         "repeats": options.repeats,
         "median_s": round(median(walls), 4),
         "best_s": round(min(walls), 4),
+        "spread": round((max(walls) - min(walls)) / median(walls), 4),
         "processor_s": round(median(processors), 4),
         "peak_gib": round(peak_bytes() / 2**30, 3),
         "value": value,

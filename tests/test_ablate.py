@@ -16,8 +16,8 @@ from support import noise, wake
 from latte.ablate import exam, sweep
 from latte.ablate.axes import AXES, BASELINE, make_arms
 from latte.ablate.exam import Exam, Part, held_out, heldout_loss, label_accuracy, make_exam, open_material, other_clips
-from latte.ablate.findings import FAILS, FINDINGS, HOLDS, ONE_SEED, UNMEASURED, WITHIN, Finding, compare, verdict
-from latte.ablate.page import show
+from latte.ablate.findings import EQUAL, FAILS, FINDINGS, HOLDS, ONE_SEED, UNMEASURED, WITHIN, Claim, Finding, verdict
+from latte.ablate.page import judged, show
 from latte.ablate.sweep import Plan, Point, read_points, settle, summary
 from latte.build import Job, build, build_model
 from latte.checkpoint.dit import MAPPINGS
@@ -165,7 +165,7 @@ def test_the_paper_is_quoted_for_known_axes_and_arms_only():
         ([2.0, 2.1, 2.2], [1.0, 1.1, 1.2], FAILS),
         ([1.0, 5.0, 9.0], [2.0, 6.1, 10.0], HOLDS),  # seeds differ by more than the arms do, but in pairs it is clear
         ([1.0, 1.0, 1.0], [1.1, 1.2, 1.5], WITHIN),  # differences of 0.1 to 0.5 vary by more than their median
-        ([1.0, 1.0, 1.0], [1.0, 1.0, 1.0], WITHIN),
+        ([0.5, 0.0, 1.0], [0.5, 0.0, 1.0], EQUAL),
         ([1.0], [2.0], ONE_SEED),
         ([], [2.0], UNMEASURED),
     ],
@@ -185,7 +185,7 @@ def test_a_verdict_on_several_pairs_needs_all_of_them_and_fails_by_one():
     assert verdict([("low", "mid"), ("high", "mid")], values, 1) == FAILS
     assert verdict([("low", "mid"), ("low", "unclear")], values, 1) == WITHIN
     assert verdict([], values, 1) == UNMEASURED
-    assert compare({0: 1.0, 1: 1.0}, {1: 2.0, 2: 2.0}, 1) is None, "one seed in common"
+    assert verdict([("a", "b")], {"a": {0: 1.0, 1: 1.0}, "b": {1: 2.0, 2: 2.0}}, 1) == ONE_SEED, "one seed in common"
 
 
 @pytest.fixture
@@ -376,6 +376,24 @@ def test_the_init_arms_start_from_the_dit(tmp_path):
     assert not torch.equal(scratch.state_dict()["blocks.1.branches.time.qkv.weight"], theirs)
 
 
+def test_losses_of_other_clips_and_other_noise_are_not_compared(tmp_path):
+    plan = plan_for(tmp_path, axes=("objective",))
+    arms, left = make_arms(plan.base, plan.axes)
+    plan.out.mkdir()
+    for arm, seed, step in product(arms, plan.seeds, plan.steps):
+        sweep.append(plan.out / "results.jsonl", Point(arm.run, seed, step, 1.0, 0.0, 1.0))
+    figures = parseString(show(plan, arms, left, CPU)).getElementsByTagName("svg")
+    shown = [{title.firstChild.data for title in figure.getElementsByTagName("title")} for figure in figures]
+    assert shown == [{"paper (baseline)", "v", "rectified_flow", "min_snr"}, {"paper (baseline)", "v", "min_snr"}], (
+        "obedience of 0 is told in words"
+    )
+    faster = replace(arms[1], config=replace(arms[1].config, data=replace(plan.base.data, seed=1)))
+    claim = Claim("", "", (("paper", "v"),))
+    found = {(arm.run, seed): {4: Point(arm.run, seed, 4, 1.0 + place, 0.5, 1.0)} for place, arm in enumerate(arms) for seed in plan.seeds}
+    assert judged(claim, arms, found, plan)[2:] == (HOLDS, EQUAL)
+    assert judged(claim, [arms[0], faster], found, plan)[2:] == (UNMEASURED, EQUAL)
+
+
 def test_the_page_shows_every_arm_and_judges_every_claim(tmp_path):
     plan = plan_for(tmp_path, axes=("variant", "temporal_position"), graded=0)
     arms, left = make_arms(plan.base, plan.axes)
@@ -392,10 +410,10 @@ def test_the_page_shows_every_arm_and_judges_every_claim(tmp_path):
     assert found == {
         "Variant 1 is the best of the four.": [HOLDS, UNMEASURED],
         "Variant 4 is the worst of the four.": [FAILS, UNMEASURED],
-        "Absolute positions are slightly better than rotary.": [WITHIN, UNMEASURED],
+        "Absolute positions are slightly better than rotary.": [EQUAL, UNMEASURED],
     }
     assert {"1 (baseline)", "2", "3", "4", "joint", "absolute (baseline)", "rotary"} <= {row[0] for row in rows if row}
     assert next([row[0], row[4]] for row in rows if row and row[0] == "3") == ["3", "0.505 (0.5 to 0.51)"]
-    assert page.count("<svg") == 2, "held-out loss alone: nothing was graded"
+    assert page.count("<svg") == 4, "held-out loss and its difference from the baseline; nothing was graded"
     assert f"latte ablate shapes --axes={','.join(plan.axes)}" in page
     assert "latte train shapes model.variant=3 model.depth=2 run.seed=0 run.dir=runs/variant-3" in page

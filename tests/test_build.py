@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A configuration becomes objects that fit together, or the numbers that do not are told; a plan needs neither data nor weights."""
+"""A configuration becomes objects that fit together, or the numbers that do not are told."""
 
 import pytest
 import torch
 
 import latte.runtime
-from latte.autoencoder.codec import CODECS
-from latte.build import build, build_model, plan
+from latte.build import build, build_model
 from latte.checks import InputError
 from latte.config import RunConfig, load_run
 from latte.data.media import write_mp4
@@ -69,27 +68,6 @@ def test_a_size_that_the_codec_or_the_patches_do_not_divide_is_told_with_the_nea
         config("data.resolution=100")
     with pytest.raises(InputError, match=r"model.latent_size is 9, but patches are 2 x 2"):
         config("data.resolution=72")
-
-
-@pytest.mark.parametrize("name", list(CODECS))
-def test_a_plan_needs_neither_data_nor_weights(name):
-    found = plan(config(f"codec.name={name}", "codec.path=nowhere", "data.root=nowhere", "data.resolution=64", "model.size=S"))
-    codec = CODECS[name]
-    assert found.latent == (16, codec.channels, 64 // codec.downscale, 64 // codec.downscale)
-    assert found.tokens == 16 * (64 // codec.downscale // 2) ** 2
-
-
-def test_the_plan_of_the_paper_is_the_papers():
-    found = plan(config(recipe="ffs"))
-    assert found.parameters == found.table3.parameters == 673_681_568
-    assert found.table3.operations_g == pytest.approx(5572.695048, abs=1e-6)
-    assert found.tokens == 16 * 16 * 16
-    assert found.clips_seen == 150_000 * 40
-
-
-def test_tubes_count_as_one_token():
-    words = ["model.size=S", "data.resolution=64"]
-    assert plan(config(*words, "model.patch=compression", "model.tube=4")).tokens == plan(config(*words)).tokens // 4
 
 
 def test_the_weights_are_a_function_of_the_seed_alone():

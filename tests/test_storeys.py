@@ -25,7 +25,7 @@ STOREYS = (
     ("checkpoint",),
     ("train", "generate", "evaluate", "album"),
     ("config",),
-    ("recipes", "build", "trained"),
+    ("recipes", "build", "trained", "plan"),
     ("demo", "ablate", "bench"),
     ("cli", "ui"),
     ("__main__",),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""RunConfig -> live objects: a run to train, or a plan of what it costs.
+"""RunConfig -> live objects: a run to train.
 
 That the parts fit together in number is settled in ``latte.config``; here meet those that only the data and the weights can tell.
 """
@@ -23,28 +23,12 @@ from latte.data.media import contact_sheet
 from latte.diffusion.loss import OBJECTIVES
 from latte.diffusion.process import build_process
 from latte.generate import generate
-from latte.model.cost import Table3, count, table3
 from latte.model.latte import Latte, ModelConfig
 from latte.runtime import generator, rank, resolve_device, resolve_dtype
 from latte.train.loop import train
 
 LOG = logging.getLogger(__name__)
 SHEET_CLIPS = 4
-
-
-@dataclass(frozen=True)
-class Plan:
-    """``operations`` are those of one clip's forward pass, exact; ``table3`` counts both as the paper did.
-
-    ``latent`` is (frames, channels, height, width); ``tokens`` those of one clip; ``clips_seen`` steps x global batch.
-    """
-
-    parameters: int
-    operations: int
-    table3: Table3
-    latent: tuple[int, int, int, int]
-    tokens: int
-    clips_seen: int
 
 
 @dataclass(frozen=True)
@@ -79,15 +63,6 @@ class Job:
             record=asdict(config),
             sample=sheets(config, self.codec, dataset.classes, self.device, folder / "samples") if self.codec else None,
         )
-
-
-def plan(config: RunConfig) -> Plan:
-    """What a run costs; needs neither its data nor its weights."""
-    model, cost = config.model, count(config.model)
-    latent = (model.num_frames, model.latent_channels, *model.grid_size)
-    tokens = model.num_frames // (model.tube if model.patch == "compression" else 1) * model.grid_size[0] * model.grid_size[1]
-    return Plan(cost.parameters, cost.operations, table3(model), latent, tokens // model.patch_size**2,
-                config.train.steps * config.train.global_batch)  # fmt: skip
 
 
 def build(config: RunConfig, device: str = "auto") -> Job:

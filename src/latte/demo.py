@@ -28,7 +28,7 @@ from latte.runtime import resolve_device, resolve_dtype
 from latte.trained import Trained, load_trained
 
 NAMES = tuple(DIRECTIONS)
-SMALL = ("model.depth=6", "model.width=96", "model.heads=4", "train.global_batch=16", "train.ema_decay=0.98", "train.log_every=1")
+SMALL = ("model.depth=6", "model.width=96", "data.resolution=32", "train.global_batch=16", "train.lr=2e-3", "train.ema_decay=0.98")
 PROBE_STEPS = 12  # the first of them are slower: caches, memory, threads
 WINDOW = 20  # steps that the drawn mean of the loss covers
 Tell = Callable[[str, int, int], Callable[[int, int], None]]
@@ -149,7 +149,7 @@ def learn(config: DemoConfig, device: str, say: Callable[[str], None]) -> Learnt
     the rest, resumed from their checkpoint. Leaves with 130 or 143 when a signal stops it, everything saved."""
     began, run = time.perf_counter(), config.out / "run"
     changes = [*SMALL, *config.overrides]
-    words = [*changes, f"run.dir={run}", f"run.seed={config.seed}", "train.sample_every=0", "train.keep_last=1"]
+    words = [*changes, f"run.dir={run}", f"run.seed={config.seed}", "train.sample_every=0", "train.keep_last=1", "train.log_every=1"]
 
     def train(steps: int) -> tuple[Job, list[dict[str, float]]]:
         job = build(load_run("shapes", [*words, f"train.steps={steps}"])[0], device)
@@ -234,7 +234,7 @@ def show(
             report.prose(f"{sizes} parameters from nothing, {learnt.job.config.train.global_batch} procedural clips a step."),
             report.line_plot("Training loss", curve, "step", "loss", log_y=True),
             report.command(learnt.command),
-            report.media(after.sheet, f"What it draws after {learnt.steps[-1]} steps (averaged weights)."),
+            report.media(after.sheet, f"What it draws after {learnt.steps[-1]:,} steps. Shapes come first; their motion takes longer."),
             *graded(after.grades),
         ),
         report.section("This machine", report.table(["what", "seconds"], times), report.table(["", ""], list(machine.items()))),

@@ -30,7 +30,6 @@ TINY = (
     "data.frames=3",
     "data.resolution=32",
     "train.global_batch=2",
-    "train.log_every=1",
 )
 
 

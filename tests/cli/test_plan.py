@@ -6,12 +6,28 @@ import json
 import pytest
 
 from latte.cli import doctor
+from tiny import WORDS
 
 
 def test_plan_answers_with_the_papers_figures(latte):
     found = latte("plan", "ffs", "--json").json
     assert {"parameters", "operations", "table3"} <= found.keys()
     assert (found["parameters"], round(found["table3"]["operations_g"], 6)) == (673_681_568, 5572.695048)
+
+
+def test_plan_answers_with_memory_batch_disk_and_on_request_the_time(latte):
+    words = ("plan", "shapes", *WORDS, "train.steps=8", "train.micro_batch=2", "--device", "cpu", "--processes", 2)
+    found = latte(*words, "--json").json
+    assert {"weights", "gradients", "optimizer", "ema", "activations", "total"} <= found["memory"].keys()
+    assert found["memory"]["weights"] == found["memory"]["gradients"] == found["memory"]["ema"] == 4 * found["parameters"]
+    assert (found["batch"]["global_batch"], found["batch"]["processes"], found["batch"]["accumulation"]) == (4, 2, 1)
+    assert found["disk"]["kept"] == 3 * found["disk"]["checkpoint"]
+    assert found["time"] is None
+    assert "hours" not in latte(*words).out
+    measured = latte(*words, "--measure")
+    assert "hours in all" in measured.out
+    assert "4 = 2 processes x 2 clips x 1 accumulated" in measured.out
+    assert latte(*words, "--measure", "--json").json["time"].keys() >= {"step_seconds", "hours"}
 
 
 @pytest.mark.parametrize(("size", "parameters"), [("S", 32_480_672), ("B", 129_547_040)])

@@ -147,7 +147,7 @@ def test_equal_distributions_score_the_bias_floor(k, n):
     assert sum(values) / 8 == pytest.approx(k * (k + 5) / (2 * n), rel=0.05)
 
 
-@pytest.mark.parametrize(("k", "n"), [(32, 256), (100, 1000), (200, 1024), (100, 256)])
+@pytest.mark.parametrize(("k", "n"), [(4, 4000), (32, 256), (100, 1000), (200, 1024), (100, 256)])
 def test_printed_bias_floor_is_the_law(k, n):
     white = noise(n, k, dtype=torch.float64)
     assert bias_floor(white, n, n) == pytest.approx(k * (k + 5) / (2 * n), rel=0.05)

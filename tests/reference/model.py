@@ -129,9 +129,11 @@ def latte(config, weights, z, t, labels, num_images=0):
         for r in range(rows):
             for q in range(columns):
                 patch = tube[:, :, r * p : (r + 1) * p, q * p : (q + 1) * p].transpose(0, 1)
-                x[f, r * columns + q] = (kernel * patch).sum((1, 2, 3, 4)) + w["patch.proj.bias"] + torch.cat([sincos(q, d // 2), sincos(r, d // 2)])
+                place = torch.cat([sincos(q, d // 2), sincos(r, d // 2)])
+                x[f, r * columns + q] = (kernel * patch).sum((1, 2, 3, 4)) + w["patch.proj.bias"] + place
     frames //= s
-    features = torch.tensor([g(t * math.exp(-math.log(10000) * i / 128)) for g in (math.cos, math.sin) for i in range(128)], dtype=torch.float64)
+    angles = [t * math.exp(-math.log(10000) * i / 128) for i in range(128)]
+    features = torch.tensor([g(angle) for g in (math.cos, math.sin) for angle in angles], dtype=torch.float64)
     base = linear(w, "time_embedding.fc2", silu(linear(w, "time_embedding.fc1", features)))
     table = w.get("label_embedding.table.weight")
     rows_of_c = [base if table is None else base + table[label] for label in (labels or [None])]

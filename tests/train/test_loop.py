@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The loop: what it writes, what it refuses, and what it does when a number, the disk or the data go wrong."""
 
-import functools
 import json
 import os
 import resource
@@ -18,7 +17,9 @@ from latte.checkpoint.run import list_checkpoints, load_checkpoint
 from latte.checks import InputError, RunError
 from latte.data.datasets import DataConfig, build_dataset
 from latte.diffusion.loss import OBJECTIVES
+from latte.train import optim
 from latte.train.loop import TrainConfig
+from latte.train.optim import FiniteGuard
 from training import FORKS, SHORT, TINY, Latents, curve, run, tiny_model
 
 
@@ -98,13 +99,15 @@ def test_samples_are_drawn_from_the_average_after_the_checkpoint(tmp_path):
 
 @pytest.mark.filterwarnings("ignore")  # of the tracer, about itself
 def test_a_compiled_model_is_saved_under_its_own_names(tmp_path, monkeypatch):
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    compiler, seen = torch.compile, []
+    monkeypatch.setattr(torch, "compile", lambda model: seen.append(model) or compiler(model, backend="eager"))
     compiled = run(tmp_path / "compiled", replace(SHORT, steps=2, compile=True))
     plain = run(tmp_path / "plain", replace(SHORT, steps=2))
     for result in (compiled, plain):
         tensors = load_checkpoint(Path(result["checkpoint"])).tensors
         assert tensors["model"].keys() == tiny_model().state_dict().keys()
     assert compiled["weights_sha256"] == plain["weights_sha256"]
+    assert len(seen) == 1
 
 
 def test_frames_and_the_latents_of_their_codec_make_a_run_each(tmp_path):
@@ -197,6 +200,19 @@ def test_a_number_that_is_none_ends_the_run_and_is_never_kept(tmp_path, place, b
         assert all(value.isfinite().all() for part in tensors.values() for value in part.values())
     assert all(abs(line["loss"]) < 10 for line in curve(tmp_path))
     assert curve(tmp_path)[-1]["step"] == 6
+
+
+@pytest.mark.parametrize("often", ["log_every", "sample_every", "checkpoint_every"])
+def test_where_looking_has_to_wait_a_bad_number_is_found_before_anything_is_kept(tmp_path, monkeypatch, often):
+    """As on a GPU, where the guard does not look at every step: before a line, a sample and a checkpoint it does."""
+    monkeypatch.setattr(optim, "FiniteGuard", lambda device, at_once: FiniteGuard(device, at_once=False))
+    config = replace(SHORT, **{"log_every": 100, "sample_every": 100, "checkpoint_every": 100, often: 3})
+    sampled = []
+    with pytest.raises(RunError, match="of step 8 is not a finite number"):
+        run(tmp_path, config, dataset=Poisoned(float("nan")), sample=lambda model, step: sampled.append(step))
+    kept = [path.name for path in list_checkpoints(tmp_path)]
+    found = {"log_every": [line["step"] for line in curve(tmp_path)][1:], "sample_every": sampled, "checkpoint_every": kept}
+    assert found[often] == ([3, 6] if often != "checkpoint_every" else ["step-3", "step-6"])
 
 
 def test_after_a_failure_the_same_command_goes_on(tmp_path):

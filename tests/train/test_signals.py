@@ -48,8 +48,10 @@ def test_the_first_signal_saves_at_the_end_of_the_step_and_leaves(tmp_path, numb
     began = time.monotonic()
     os.kill(child.pid, number)
     child.join(30)
+    took = time.monotonic() - began
+    child.kill()
     assert child.exitcode == code
-    assert time.monotonic() - began < 10
+    assert took < 10
     step = int(latest_checkpoint(tmp_path).name.removeprefix("step-"))
     assert step >= 3
     assert [line["step"] for line in curve(tmp_path)] == list(range(1, step + 1))
@@ -70,8 +72,10 @@ def test_the_second_signal_leaves_at_once():
     began = time.monotonic()
     os.kill(child.pid, signal.SIGINT)
     child.join(20)
+    took = time.monotonic() - began
+    child.kill()  # of no effect on one that has left
     assert child.exitcode == 130
-    assert time.monotonic() - began < 5
+    assert took < 5
 
 
 def test_handlers_are_put_back_and_another_thread_sets_none():

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from statistics import median
 
-HOLDS, FAILS, WITHIN = "holds", "does not hold", "within the spread over seeds"
+HOLDS, FAILS, WITHIN, EQUAL = "holds", "does not hold", "within the spread over seeds", "no difference at all"
 ONE_SEED, UNMEASURED = "one seed shows no spread", "not measured"
 RULE = (
     "A is better than B when the median over seeds of the difference (same seed against same seed) is larger than the range of that "
@@ -34,15 +34,11 @@ class Claim:
 
 @dataclass(frozen=True)
 class Finding:
-    """The paper's claims about an axis, and what else its reader must know. ``ascending``: besides, each arm beats the one before it.
-
-    ``comparable`` is False where the arms' held-out losses are those of different clips.
-    """
+    """The paper's claims about an axis, and what else its reader must know. ``ascending``: besides, each arm beats the one before it."""
 
     claims: tuple[Claim, ...] = ()
     note: str = ""
     ascending: Claim | None = None
-    comparable: bool = True
 
     def claims_about(self, names: Sequence[str]) -> tuple[Claim, ...]:
         """The claims, once the arms and their order are known."""
@@ -80,7 +76,6 @@ FINDINGS = {
         (Claim("Intervals differ early in training and hardly matter in the end.", "Fig. 6a", ()),),
         "Every arm is measured on its own clips, the same videos at its interval, and faster ones are harder to predict: these losses "
         "cannot be compared. It takes a score of generated clips.",
-        comparable=False,
     ),
     "size": Finding(ascending=Claim("The larger the model, the better.", "Fig. 8", ())),
     "init": Finding(
@@ -93,23 +88,25 @@ FINDINGS = {
 }
 
 
-def compare(better: Mapping[int, float], worse: Mapping[int, float], sign: int) -> int | None:
-    """1 when ``better`` is ahead by RULE, -1 when it is behind, 0 when the seeds do not tell; None with fewer than two common seeds.
+def gaps_of(better: Mapping[int, float], worse: Mapping[int, float], sign: int) -> list[float]:
+    """By how much ``better`` is ahead, for each seed that both have; ``sign``: 1 when lower values are better, -1 when higher ones are."""
+    return [sign * (worse[seed] - better[seed]) for seed in better if seed in worse]
 
-    Both map a seed to a value; ``sign`` is 1 when lower values are better, -1 when higher ones are.
-    """
-    gaps = [sign * (worse[seed] - better[seed]) for seed in better if seed in worse]
-    if len(gaps) < 2:
-        return None
-    middle, spread = median(gaps), max(gaps) - min(gaps)
-    return 0 if abs(middle) <= spread else 1 if middle > 0 else -1
+
+def clear(gaps: Sequence[float]) -> int:
+    """1 when the gaps show by RULE that the first is better, -1 that it is worse, 0 when the seeds do not tell."""
+    middle = median(gaps)
+    return 0 if abs(middle) <= max(gaps) - min(gaps) else 1 if middle > 0 else -1
 
 
 def verdict(pairs: Sequence[tuple[str, str]], values: Values, sign: int) -> str:
-    """HOLDS, FAILS or WITHIN by RULE, UNMEASURED when an arm is missing, ONE_SEED when there is nothing to judge a spread by."""
+    """HOLDS, FAILS or WITHIN by RULE, and what cannot be judged: EQUAL, ONE_SEED (no spread), UNMEASURED (an arm is missing)."""
     if not pairs or any(not values.get(name) for pair in pairs for name in pair):
         return UNMEASURED
-    found = [compare(values[better], values[worse], sign) for better, worse in pairs]
-    if None in found:
+    gaps = [gaps_of(values[better], values[worse], sign) for better, worse in pairs]
+    if min(map(len, gaps)) < 2:
         return ONE_SEED
+    if not any(map(any, gaps)):
+        return EQUAL
+    found = [clear(one) for one in gaps]
     return FAILS if -1 in found else HOLDS if all(found) else WITHIN

@@ -2,7 +2,8 @@
 """The sweep as one HTML page: per axis the curves, the arms with their cost, and the paper's conclusions beside what was measured here."""
 
 import platform
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -12,9 +13,11 @@ from latte import __version__, report
 from latte.ablate.axes import BASELINE, Arm, LeftOut
 from latte.ablate.findings import FINDINGS, RULE, UNMEASURED, Claim, Finding, verdict
 from latte.ablate.sweep import Plan, Point, read_points, summary
+from latte.data.datasets import DataConfig
+from latte.diffusion.loss import OBJECTIVES
 
 Points = Mapping[tuple[str, int], Mapping[int, Point]]
-MEASURES = {"heldout_loss": ("held-out loss", 1), "label_accuracy": ("label obedience", -1)}  # 1: lower values are better
+MEASURES = {"heldout_loss": 1, "label_accuracy": -1}  # 1: lower values are better
 
 
 def values(points: Points, arm: Arm, plan: Plan, measure: str, step: int) -> dict[int, float]:
@@ -24,18 +27,22 @@ def values(points: Points, arm: Arm, plan: Plan, measure: str, step: int) -> dic
     return {seed: number for seed, number in numbers.items() if number is not None}
 
 
-def curve(points: Points, arm: Arm, plan: Plan, measure: str) -> report.Series:
-    """The median over seeds as a line; at every point it goes down to the lowest seed and up to the highest, too."""
+def trace(name: str, steps: Sequence[int], at: Callable[[int], Mapping[int, float]]) -> report.Series:
+    """The median over seeds of ``at(step)`` as a line; at every point it goes down to the lowest seed and up to the highest, too."""
     x: list[float] = []
     y: list[float] = []
-    for step in plan.steps:
-        numbers = list(values(points, arm, plan, measure, step).values())
-        if numbers:
+    for step in steps:
+        if numbers := list(at(step).values()):
             middle = median(numbers)
             line = [middle, min(numbers), max(numbers), middle] if len(numbers) > 1 else [middle]
             x += [step] * len(line)
             y += line
-    return report.Series(label(arm), x, y)
+    return report.Series(name, x, y)
+
+
+def yardstick(arm: Arm) -> tuple[DataConfig, bool]:
+    """Held-out losses of two arms can be compared when this is the same: the clips, and the path along which noise is added."""
+    return arm.config.data, OBJECTIVES[arm.config.diffusion.objective].prediction == "flow"
 
 
 def label(arm: Arm) -> str:
@@ -44,13 +51,33 @@ def label(arm: Arm) -> str:
 
 
 def curves(points: Points, arms: Sequence[Arm], plan: Plan) -> Iterator[report.Html]:
-    """A plot for each measure that there is."""
-    several = len(plan.seeds) > 1
-    caption = "Line: median over seeds; upright strokes: lowest to highest seed. The numbers list both." if several else "One seed."
-    for measure, (name, sign) in MEASURES.items():
-        series = [one for arm in arms if (one := curve(points, arm, plan, measure)).x]
-        if series:
-            yield report.line_plot(f"{arms[0].axis}: {name}", series, "step", name, log_y=sign == 1, caption=caption)
+    """The held-out loss, its difference from the baseline's, and label obedience, as far as they are measured."""
+    caption = "Line: median over seeds; upright strokes: lowest to highest seed." if len(plan.seeds) > 1 else "One seed."
+    axis, base = arms[0].axis, next(arm for arm in arms if arm.run == BASELINE)
+
+    def read(arm: Arm, measure: str) -> Callable[[int], dict[int, float]]:
+        return lambda step: values(points, arm, plan, measure, step)
+
+    def gap(arm: Arm, step: int) -> dict[int, float]:
+        mine, theirs = read(arm, "heldout_loss")(step), read(base, "heldout_loss")(step)
+        return {seed: mine[seed] - theirs[seed] for seed in mine if seed in theirs}
+
+    alike = [arm for arm in arms if yardstick(arm) == yardstick(base)]
+    ordered = [*alike, *(arm for arm in arms if arm not in alike)]  # so that an arm has one colour in all plots
+    losses = [trace(label(arm), plan.steps, read(arm, "heldout_loss")) for arm in ordered]
+    gaps = [trace(label(arm), plan.steps, partial(gap, arm)) for arm in alike]
+    obeyed = [trace(label(arm), plan.steps, read(arm, "label_accuracy")) for arm in ordered]
+    if any(one.x for one in losses):
+        yield report.line_plot(f"{axis}: held-out loss", losses, "step", "held-out loss", log_y=True, caption=caption)
+    if any(one.x for one in gaps[1:]):
+        name = f"{axis}: held-out loss less that of {base.name}"
+        yield report.line_plot(name, gaps, "step", "difference", caption=f"Seed by seed; below 0 is better. {caption}")
+    if any(y for one in obeyed for y in one.y):
+        yield report.line_plot(f"{axis}: label obedience", obeyed, "step", "share of clips", caption=caption)
+    elif any(one.x for one in obeyed):
+        yield report.prose(
+            "Label obedience is 0 for every arm at every point: so short a training of so small a model draws no clear shape."
+        )
 
 
 def ranged(middle: float | None, spread: Sequence[float] | None) -> str:
@@ -72,19 +99,19 @@ def costs(arms: Sequence[Arm], entries: Sequence[Mapping[str, Any]]) -> report.H
     return report.table(columns, rows)
 
 
-def judged(claim: Claim, finding: Finding, arms: Sequence[Arm], points: Points, plan: Plan) -> tuple[str, str, str, str]:
+def judged(claim: Claim, arms: Sequence[Arm], points: Points, plan: Plan) -> tuple[str, str, str, str]:
     """A row: the claim, where the paper makes it, and the verdict by each measure."""
-    step, row = plan.steps[0 if claim.early else -1], []
-    for measure, (_, sign) in MEASURES.items():
+    step, named, row = plan.steps[0 if claim.early else -1], {arm.name: arm for arm in arms}, []
+    alike = len({yardstick(named[name]) for pair in claim.pairs for name in pair if name in named}) == 1
+    for measure, sign in MEASURES.items():
         found = {arm.name: values(points, arm, plan, measure, step) for arm in arms}
-        known = finding.comparable or measure != "heldout_loss"
-        row.append(verdict(claim.pairs, found, sign) if known else UNMEASURED)
+        row.append(verdict(claim.pairs, found, sign) if alike or measure != "heldout_loss" else UNMEASURED)
     return claim.text, claim.place, row[0], row[1]
 
 
 def claims(finding: Finding, arms: Sequence[Arm], points: Points, plan: Plan) -> list[tuple[str, str, str, str]]:
     """The rows of an axis."""
-    return [judged(claim, finding, arms, points, plan) for claim in finding.claims_about([arm.name for arm in arms])]
+    return [judged(claim, arms, points, plan) for claim in finding.claims_about([arm.name for arm in arms])]
 
 
 VERDICTS = ["the paper concludes", "where", "here, by held-out loss", "here, by label obedience"]

@@ -2,7 +2,7 @@
 """``latte ablate``: the paper's ablations as one sweep from one recipe."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -10,6 +10,8 @@ from latte.checks import InputError
 from latte.cli.options import OVERRIDABLE, Debug, Device, Json, Overrides, Run, show, speak, table
 
 __all__ = ["OVERRIDABLE", "ablate"]
+
+COLUMNS = ("axis", "arm", "held-out loss", "label obedience", "parameters", "operations per clip", "training s")
 
 Axes = Annotated[
     str,
@@ -77,13 +79,19 @@ def ablate(
     code = sweep(plan, arms, found, say, write)
     write()
     entries = summary(plan, arms)
-    columns = ("axis", "name", "heldout_loss", "label_accuracy", "parameters", "operations", "seconds")
-    lines = table([columns, *(tuple(entry[key] for key in columns) for entry in entries)])
+    lines = table([COLUMNS, *(cells(entry) for entry in entries)])
     stopped = [f"stopped; go on with: {plan.command()}"] if code else []
     result = {"out": str(where), "report": str(page), "arms": entries, "left_out": [vars(one) for one in left]}
     show(result, as_json, [*lines, *stopped, f"see: {page}"])
     if code:
         raise typer.Exit(code)
+
+
+def cells(entry: dict[str, Any]) -> tuple[str, ...]:
+    """An arm's line of the table."""
+    loss, share, seconds = (entry[key] for key in ("heldout_loss", "label_accuracy", "seconds"))
+    return (entry["axis"], entry["name"], "-" if loss is None else f"{loss:.4f}", "-" if share is None else f"{share:.1%}",
+            f"{entry['parameters']:,}", f"{entry['operations']:,}", "-" if seconds is None else f"{seconds:g}")  # fmt: skip
 
 
 def say(line: str) -> None:

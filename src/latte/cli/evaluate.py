@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """``latte evaluate``: a score with its protocol, interval, floor and manifest; and the same score again from the manifest."""
 
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -112,6 +113,7 @@ def open_sides(real: str, fake: str, config: "EvaluateConfig", out: Path, codec_
     if model:
         fake = str(out / SAMPLES)
         generation = sample_fakes(model, out / SAMPLES, asked.clips, common_rate(sides["real"]), seed, config.device, codec_path)
+        model = str(Path(model).absolute()) if Path(model).exists() else model  # a replay may start elsewhere
     sides["fake"] = open_side("fake", fake, out / PROBES, codec_path, device)
     return sides, {**album_facts(fake), **generation}, model
 
@@ -151,7 +153,16 @@ def sample_fakes(model: str, folder: Path, count: int, fps: float | None, seed: 
 
     write_album(folder, wishes, draw, facts, config.batch, config.fps)
     rule = "none" if trained.model.config.num_classes is None else "classes in turn"
-    return {"weights": "EMA", "class_rule": rule, "sampling_seed": seed}
+    return {"step": step_of(Path(model)), "weights": "EMA", "class_rule": rule, "sampling_seed": seed}
+
+
+def step_of(model: Path) -> int | None:
+    """The training step of a run's last good checkpoint, or of a checkpoint; None for other weights, which do not say."""
+    from latte.checkpoint.run import latest_checkpoint
+
+    found = latest_checkpoint(model, only={"ema"}) if (model / "checkpoints").is_dir() else model
+    match = re.fullmatch(r"step-(\d+)", found.name if found else "")
+    return int(match[1]) if match else None
 
 
 def lines(result: dict[str, Any]) -> list[str]:

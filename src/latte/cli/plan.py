@@ -1,25 +1,65 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``latte plan``: what a run costs, before anything runs and without its data or weights."""
+"""``latte plan``: what a run costs, before it runs and without its data or weights."""
 
 from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated
 
-from latte.cli.options import OVERRIDABLE, Debug, Json, Overrides, Run, show, table
+import typer
+
+from latte.cli.options import OVERRIDABLE, Debug, Device, Json, Overrides, Run, show, table
+
+if TYPE_CHECKING:
+    from latte.plan import Plan
 
 __all__ = ["OVERRIDABLE", "plan"]
 
+Measure = Annotated[bool, typer.Option("--measure", help="Train three steps on random latents and tell how long the run will take.")]
+Processes = Annotated[int | None, typer.Option(metavar="N", help="Devices that will train together; those of torchrun by default.")]
 
-def plan(run: Run, overrides: Overrides = None, as_json: Json = False, debug: Debug = False) -> None:
-    """Parameters and operations of a run's model, exactly and by the paper's counting rule."""
-    from latte.build import plan as plan_of
+
+def plan(
+    run: Run,
+    overrides: Overrides = None,
+    measure: Measure = False,
+    processes: Processes = None,
+    device: Device = "auto",
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Parameters and operations of a run's model, exactly and by the paper's counting rule; its memory, batches, disk and time."""
     from latte.config import load_run
+    from latte.plan import plan as plan_of
 
-    found = plan_of(load_run(run, overrides or [])[0])
-    rows = [
+    found = plan_of(load_run(run, overrides or [])[0], device, processes, measure)
+    show(asdict(found), as_json, table(rows(found)))
+
+
+def rows(found: "Plan") -> list[tuple[str, str]]:
+    """What people read, line by line."""
+    memory, batch, disk = found.memory, found.batch, found.disk
+    fixed = (
+        f"weights {size(memory.weights)}, gradients {size(memory.gradients)}, AdamW {size(memory.optimizer)}, average {size(memory.ema)}"
+    )
+    ways = f"{size(memory.without_checkpointing)}, with gradient checkpointing {size(memory.with_checkpointing)}"
+    split = f"{batch.processes} processes x {batch.micro_batch} clips x {batch.accumulation} accumulated"
+    epochs = "" if batch.epochs is None else f", {batch.epochs:,.1f} epochs of {batch.clips:,}"
+    lines = [
         ("parameters", f"{found.parameters:,}"),
         ("operations per clip", f"{found.operations:,}"),
         ("as in Table 3", f"{found.table3.parameters:,} parameters, {found.table3.operations_g:,.6f} G operations"),
         ("latent", " x ".join(map(str, found.latent)) + " (frames, channels, height, width)"),
         ("tokens per clip", f"{found.tokens:,}"),
-        ("clips seen in training", f"{found.clips_seen:,}"),
+        ("global batch", f"{batch.global_batch} = {split}"),
+        ("clips seen in training", f"{batch.clips_seen:,}{epochs}"),
+        ("memory of a step", f"{size(memory.total)} per device: {fixed}, activations {size(memory.activations)}"),
+        ("activations", f"{ways} ({batch.micro_batch} clips, {memory.dtype})"),
+        ("disk", f"{size(disk.checkpoint)} a checkpoint, {size(disk.kept)} for all that are kept"),
     ]
-    show(asdict(found), as_json, table(rows))
+    if found.time:
+        lines.append(("time", f"{found.time.step_seconds:.3f} s a step on {found.time.device}, {found.time.hours:,.1f} hours in all"))
+    return lines
+
+
+def size(number: int) -> str:
+    """Bytes for people, in MiB or GiB."""
+    return f"{number / 2**30:.2f} GiB" if number >= 2**30 else f"{number / 2**20:.1f} MiB"

@@ -122,7 +122,7 @@ def work(jobs: Sequence[Job], sides: Mapping[str, Side], detector: Detector, rul
         log.info("extract: %s of %s parts", done, len(jobs))
 
 
-def _work_elsewhere(jobs: Sequence[Job], sides: Mapping[str, Side], open_detector: Open, rule: FrameRule, threads: int) -> str | None:
+def work_elsewhere(jobs: Sequence[Job], sides: Mapping[str, Side], open_detector: Open, rule: FrameRule, threads: int) -> str | None:
     """``work`` in a process of its own; what is the user's to mend comes back as text."""
     torch.set_num_threads(threads)
     try:
@@ -150,7 +150,7 @@ def extract(
         parts = [missing[len(missing) * i // processes : len(missing) * (i + 1) // processes] for i in range(processes)]
         rest = sides, open_detector, plan.protocol.frame, torch.get_num_threads()
         with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
-            told = [future.result() for future in [pool.submit(_work_elsewhere, part, *rest) for part in parts if part]]
+            told = [future.result() for future in [pool.submit(work_elsewhere, part, *rest) for part in parts if part]]
         for message in filter(None, told):
             raise InputError(message)
     found = {}

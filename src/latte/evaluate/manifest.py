@@ -42,6 +42,7 @@ def make_manifest(plan: Plan, sides: Mapping[str, Side], detector: Detector, sco
     dropped = {side: [{"id": bad["id"], "reason": bad["reason"]} for bad in plan.dropped if bad["side"] == side] for side in SIDES}
     first = "as decoded" if frame.size is None else f"{frame.order}, lanczos with antialias to {frame.size}, then "
     copied = "" if frame.jpeg is None else f"jpeg {frame.jpeg} (4:2:0), then "
+    splits = f"{protocol.splits} splits, " + ("plan order" if protocol.shuffle is None else f"shuffled by seed {protocol.shuffle}")
     here = environment(detector.device)
     return {
         "preset": {"name": protocol.name, "version": protocol.version},
@@ -71,8 +72,8 @@ def make_manifest(plan: Plan, sides: Mapping[str, Side], detector: Detector, sco
             "dropped": dropped,
         },
         "statistic": {
-            "num_real": scores.num_real, "num_fake": scores.num_fake, "ddof": protocol.ddof, "root": ROOT, "accumulation": "float64",
-            "interval": LEVEL, "interval_method": METHOD,
+            "num_real": scores.num_real, "num_fake": scores.num_fake, "ddof": protocol.ddof,
+            "root": splits if scores.metric == "is" else ROOT, "accumulation": "float64", "interval": LEVEL, "interval_method": METHOD,
         },
         "generation": {key: notes.get("generation", {}).get(key) for key in GROUPS["generation"]},
         "run": {

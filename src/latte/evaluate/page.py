@@ -39,7 +39,7 @@ def write_page(out: Path, plan: Plan, sides: Mapping[str, Side], banks: Mapping[
         report.section("Protocol card", *card(plan, detector)),
         report.section("The data", *data(plan, written["manifest"])),
         report.section("Manifest", report.prose("Every field but those of the last group decides the hash."),
-                       report.table(["group", "field", "value"], [(group, field, str(written["manifest"][group][field]))
+                       report.table(["group", "field", "value"], [(group, field, words(written["manifest"][group][field]))
                                                                   for group, fields in GROUPS.items() for field in fields]),
                        report.command(f"latte evaluate --from-manifest {out / 'manifest.json'}")),
     )  # fmt: skip
@@ -70,6 +70,15 @@ def figures(scores: Scores, name: str) -> list[report.Html]:
     return parts
 
 
+def words(value: object) -> str:
+    """Plain data for people: 'real: h264 (8); fake: not stated'."""
+    if isinstance(value, Mapping):
+        return "; ".join(f"{key}: {words(part)}" for key, part in value.items())
+    if isinstance(value, list | tuple):
+        return ", ".join(words(part) for part in value) or "none"
+    return "not stated" if value is None else str(value)
+
+
 def picture(side: Side, clip: PlannedClip, count: int) -> np.ndarray:
     """``count`` frames of the clip, evenly spread, uint8 (t PIXELS PIXELS c)."""
     indices = clip.indices
@@ -90,7 +99,7 @@ def extremes(out: Path, plan: Plan, side: Side, banks: Mapping[str, Tensor], det
     clips = plan.side("fake")
     far = distances_from_real(banks["real"], banks["fake"]).reshape(len(clips), detector.rows(plan.protocol.frames)).mean(1).tolist()
     order = sorted(range(len(clips)), key=lambda i: (-far[i], i))
-    told = "Distance of a fake clip from the real mean in standard deviations of the real features (covariance shrunk by a tenth)."
+    told = "Distance of a fake clip from the real mean in standard deviations of the real features; 1 is that of a usual real clip."
     parts = [report.prose(told)]
     for name, picked in (("worst", order[:EXTREME]), ("best", order[::-1][:EXTREME])):
         captions = [f"{clips[i].id[-60:]}: {report.number(far[i], 3)}" for i in picked]
@@ -100,7 +109,7 @@ def extremes(out: Path, plan: Plan, side: Side, banks: Mapping[str, Tensor], det
 
 def card(plan: Plan, detector: Detector) -> list[report.Html]:
     """What the protocol fixes, and what its detector sees and does not see."""
-    rows = [(key, str(value)) for key, value in plan.protocol.describe().items() if key not in ("name", "note")]
+    rows = [(key, words(value)) for key, value in plan.protocol.describe().items() if key not in ("name", "note")]
     changed = [] if plan.protocol.standard else [report.prose("Changed from the published protocol: compares only with the same changes.")]
     weights = f"{detector.source}, SHA-256 {detector.sha256[:16]}"
     about = [report.prose(text) for text in (f"{detector.name}: {detector.card}", f"Weights: {weights}.")]

@@ -103,7 +103,8 @@ def find_floor(distance: Callable[[Tensor, Tensor], float], metric: str, real: T
 def distances_from_real(real: Tensor, fake: Tensor) -> Tensor:
     """(n k), (m k) -> (m,) float64: how far each fake row lies from the real mean, in standard deviations of the real side.
 
-    The covariance is shrunk towards a multiple of the identity (a tenth), so that it can be inverted when n < k.
+    The root mean square over the whitened features, so that a row of the real distribution lies at about 1. The
+    covariance is shrunk towards a multiple of the identity (a tenth), so that it can be inverted when n < k.
     """
     rows = torch.cat(list(float64_chunks("real", real)))
     mean = rows.mean(0)
@@ -113,4 +114,4 @@ def distances_from_real(real: Tensor, fake: Tensor) -> Tensor:
     if level == 0:
         return torch.zeros(len(fake), dtype=torch.float64)
     values, vectors = torch.linalg.eigh(0.9 * covariance + 0.1 * level * torch.eye(len(mean), dtype=torch.float64))
-    return torch.cat([(((chunk - mean) @ vectors).square() / values).sum(1).sqrt() for chunk in float64_chunks("fake", fake)])
+    return torch.cat([(((chunk - mean) @ vectors).square() / values).mean(1).sqrt() for chunk in float64_chunks("fake", fake)])

@@ -34,9 +34,20 @@ ALBUM, MOSAIC = "album.json", "clips.gif"  # latte sample writes both beside its
 class Side(Interface):
     """What planning and extraction ask of a side. It travels to other processes."""
 
-    root: str
-    sources: tuple[Source, ...]
-    broken: tuple[dict[str, str], ...]
+    @property
+    def root(self) -> str:
+        """The folder."""
+        ...
+
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        """Its videos."""
+        ...
+
+    @property
+    def broken(self) -> tuple[dict[str, str], ...]:
+        """{"id", "reason"} of what cannot be read."""
+        ...
 
     def read(self, id: str, indices: Sequence[int]) -> np.ndarray:
         """Frames ``indices`` of video ``id`` -> uint8 (t h w c)."""

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from latte.checks import InputError, choose, require
-from latte.evaluation import c3d, i3d, inception
+from latte.evaluation import builtin, c3d, i3d, inception
 from latte.evaluation.detector_files import Weights, find_weights, load_converted, tensors_sha256
 from latte.evaluation.layers import Network, channels_last
 from latte.runtime import generator
@@ -125,6 +125,12 @@ def random_i3d(path: Path | None = None, sha256: str | None = None, seed: int = 
     return Weights(channels_last(network).eval(), digest, f"random-i3d seed {seed}", 0, digest)
 
 
+def builtin_weights(path: Path | None = None, sha256: str | None = None) -> Weights:
+    """The built-in detector with the weights in the package; other weights under its name would be another detector."""
+    require(path is None and sha256 is None, "the detector's path", path or sha256, "builtin reads the package's own file", "leave it out")
+    return load_converted(builtin.WEIGHTS, builtin.NETWORK)
+
+
 I3D_CARD = (
     "Kinetics-400 action logits of 16 or more frames at 224 x 224. Sees the kind of action and scene, texture and gross motion. "
     "Known to favour single-frame quality over motion; blind to detail above 224 pixels and to anything that leaves the action as likely."
@@ -169,6 +175,13 @@ DETECTORS: dict[str, DetectorSpec] = {
         "I3D with random zero-mean filters: needs no download, for tests and quick looks. Sees another kind of scene, gross colour and "
         "strong noise. At 24 clips a side blurred, shuffled, frozen and generated clips scored like real ones. Compares with nothing else.",
         min_frames=i3d.MIN_FRAMES,
+    ),
+    "builtin": DetectorSpec(
+        builtin_weights,
+        {"features": builtin.NUM_FEATURES},
+        Pixels(builtin.SIZE),
+        "CARD Compares with nothing else.",
+        min_frames=builtin.MIN_FRAMES,
     ),
 }
 

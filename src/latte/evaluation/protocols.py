@@ -15,7 +15,6 @@ from latte.evaluation.detectors import DETECTORS, Pixels
 STARTS = ("random", "first")
 ORDERS = ("hash", "path")
 SHORTEST = ("span", "frames x stride")
-FILTERS = ("lanczos", "none")
 FIGURES = ("fvd", "kvd", "jedi", "fid", "kid", "is", "precision", "recall")
 
 
@@ -24,17 +23,15 @@ class FrameRule:
     """What is done to frames before the detector sees them. ``size`` None leaves them as they are in the file.
 
     ``order`` "crop, resize" cuts the largest centred square and resizes it (Latte's tools), "resize, crop" resizes the shorter side and
-    cuts the square out of that (StyleGAN-V's). ``jpeg`` is the quality of a copy through JPEG (4:2:0), None for none.
+    cuts the square out of that (StyleGAN-V's); the filter is Pillow's Lanczos. ``jpeg`` is the quality of a copy through JPEG (4:2:0), None for none.
     """
 
     size: int | None = None
     order: str = "crop, resize"
-    filter: str = "lanczos"
     jpeg: int | None = None
 
     def __post_init__(self) -> None:
         choose("frame.order", self.order, dict.fromkeys(("crop, resize", "resize, crop")))
-        choose("frame.filter", self.filter, dict.fromkeys(FILTERS))
 
 
 @dataclass(frozen=True)

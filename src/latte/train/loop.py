@@ -17,6 +17,7 @@ from torch import nn
 
 from latte.autoencoder.codec import Codec
 from latte.checkpoint.atomic import reported
+from latte.checkpoint.dit import MAPPINGS
 from latte.checkpoint.lock import run_lock
 from latte.checkpoint.record import describe_run
 from latte.checkpoint.run import save_checkpoint, tensors_sha256
@@ -33,6 +34,7 @@ from latte.train.monitor import MetricsFile, Progress, Tally
 from latte.train.optim import Learner, learning_rate
 from latte.train.resume import restore, run_facts
 from latte.train.signals import StopRequest
+from latte.train.start import start_from
 from latte.train.step import Task, backward
 
 TRAINING_DTYPES = {name: DTYPES.get(name) for name in ("auto", "fp32", "bf16")}  # fp16 gradients underflow without loss scaling
@@ -62,6 +64,9 @@ class TrainConfig:
     num_images: int = 0  # stills behind every clip (joint training, Sec. 3.3.4)
     dtype: str = "auto"
     compile: bool = False
+    gradient_checkpointing: bool = False  # keep only what goes into each block, compute the rest again for backward
+    init: str | None = None  # a DiT (file or hub id) that a fresh run starts from
+    init_mapping: str = "all"  # where its blocks go
     checkpoint_every: int = 10_000
     keep_last: int = 3
     sample_every: int = 0  # 0: no samples while training
@@ -79,6 +84,8 @@ class TrainConfig:
         require(self.clip_norm is None or self.clip_norm > 0, "train.clip_norm", self.clip_norm, "it is a norm",
                 "give a number above 0, or null to clip nothing")  # fmt: skip
         choose("train.dtype", self.dtype, TRAINING_DTYPES)
+        choose("train.init_mapping", self.init_mapping, MAPPINGS)
+        require(self.init != "", "train.init", self.init, "it names a DiT", "give a file or a hub id, or null for random weights")
 
 
 def train(
@@ -98,6 +105,7 @@ def train(
 ) -> dict[str, Any]:
     """Train ``model`` in place to ``config.steps``, going on from the newest good checkpoint in ``run_dir`` if there is one.
 
+    With ``config.init`` a run without checkpoints starts from that DiT, with the report in ``run_dir``/init.txt.
     ``codec`` may be None for a dataset of latents. ``facts`` (plain data) adds to what a resumed run must have in common with the
     run it goes on with; ``record`` is written to config.yaml. ``sample(ema_model, step)`` is called every ``sample_every`` steps and
     after the last, in the first process. SIGINT and SIGTERM save at the end of the step and leave.
@@ -110,7 +118,10 @@ def train(
     dtype = resolve_dtype(config.dtype, device)
     with process_group(device) as group, run_lock(run_dir) if group.rank == 0 else nullcontext():
         check_parts(model, codec, dataset, config, group)
+        if config.init:
+            group.first(start_from, model, config.init, config.init_mapping, run_dir)
         model.to(device).train()
+        model.gradient_checkpointing = config.gradient_checkpointing
         group.equalise([*model.parameters(), *model.buffers()])
         learner = Learner(model, config.lr, config.weight_decay, config.ema_decay)
         common = {**run_facts(model, codec, clips, config.global_batch, seed), **(facts or {})}

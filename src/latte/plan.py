@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run costs, before it runs: parameters and operations, memory, batches, disk, and on request the time, from a few real steps.
+
+Counting needs neither data nor weights; only the number of epochs looks at the data, if they are there.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from latte.checks import require
+from latte.config import RunConfig
+from latte.data.datasets import build_dataset
+from latte.diffusion.process import build_process
+from latte.model.cost import Table3, count, table3
+from latte.model.latte import Latte
+from latte.model.memory import activations, states
+from latte.runtime import resolve_device, resolve_dtype, world_size
+from latte.train.loop import TrainConfig
+from latte.train.measure import step_seconds
+
+
+@dataclass(frozen=True)
+class Batch:
+    """``global_batch`` = processes x micro_batch x accumulation (the last micro batch may be smaller); ``epochs`` None without data."""
+
+    global_batch: int
+    processes: int
+    micro_batch: int
+    accumulation: int
+    clips_seen: int
+    clips: int | None
+    epochs: float | None
+
+    @property
+    def share(self) -> int:
+        """Clips per step of one process."""
+        return self.global_batch // self.processes
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on each device in a training step, ``activations`` as configured; the codec's own and the kernels' buffers come on top.
+
+    ``without_checkpointing`` and ``with_checkpointing`` are the activations of one micro batch both ways, ``dtype`` that of the matrix
+    products.
+    """
+
+    weights: int
+    gradients: int
+    optimizer: int
+    ema: int
+    activations: int
+    total: int
+    without_checkpointing: int
+    with_checkpointing: int
+    dtype: str
+
+
+@dataclass(frozen=True)
+class Disk:
+    """Bytes of tensors in one checkpoint, and in all that are kept; while one is saved, it comes on top."""
+
+    checkpoint: int
+    kept: int
+
+
+@dataclass(frozen=True)
+class Time:
+    """Median seconds of a measured step, and hours of the whole run at that pace."""
+
+    step_seconds: float
+    hours: float
+    device: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """``operations`` are those of one clip's forward pass, exact; ``table3`` counts both as the paper did.
+
+    ``latent`` is (frames, channels, height, width); ``tokens`` those of one clip; ``clips_seen`` steps x global batch; ``time`` is
+    None unless it was measured.
+    """
+
+    parameters: int
+    operations: int
+    table3: Table3
+    latent: tuple[int, int, int, int]
+    tokens: int
+    clips_seen: int
+    memory: Memory
+    batch: Batch
+    disk: Disk
+    time: Time | None
+
+
+def plan(config: RunConfig, device: str = "auto", processes: int | None = None, measure: bool = False) -> Plan:
+    """What a run costs on ``processes`` devices like ``device`` (None: as many as there are now).
+
+    ``measure`` trains three steps on ``device``. InputError for processes that cannot share the global batch, and for data that exist
+    but do not fit.
+    """
+    model, cost, where = config.model, count(config.model), resolve_device(device)
+    latent = (model.num_frames, model.latent_channels, *model.grid_size)
+    tokens = model.num_frames // (model.tube if model.patch == "compression" else 1) * model.grid_size[0] * model.grid_size[1]
+    batch, held = batches(config, world_size() if processes is None else processes), states(model)
+    kept, time = min(config.train.keep_last, -(-config.train.steps // config.train.checkpoint_every)), None
+    if measure:
+        objective = config.diffusion.objective
+        seconds = step_seconds(Latte(model), build_process(config.diffusion), objective, config.train, batch.share, where)
+        time = Time(seconds, seconds * config.train.steps / 3600, where.type)
+    return Plan(cost.parameters, cost.operations, table3(model), latent, tokens // model.patch_size**2, batch.clips_seen,
+                memory(config, batch, device), batch, Disk(held.checkpoint, kept * held.checkpoint), time)  # fmt: skip
+
+
+def batches(config: RunConfig, processes: int) -> Batch:
+    """How the global batch is divided, and how often the data are seen."""
+    train: TrainConfig = config.train
+    require(processes >= 1, "processes", processes, "it counts devices", "give 1 or more")
+    require(train.global_batch % processes == 0, "train.global_batch", train.global_batch, f"{processes} processes share it evenly",
+            f"give a multiple of {processes}")  # fmt: skip
+    share, seen = train.global_batch // processes, train.steps * train.global_batch
+    micro = min(train.micro_batch or share, share)
+    there = config.data.root is not None and Path(config.data.root).exists()
+    clips = len(build_dataset(config.data)) if there else config.data.num_clips
+    return Batch(train.global_batch, processes, micro, -(-share // micro), seen, clips, seen / clips if clips else None)
+
+
+def memory(config: RunConfig, batch: Batch, device: str) -> Memory:
+    """Memory of one training step with the precision that it has on ``device``."""
+    train, dtype = config.train, resolve_dtype(config.train.dtype, resolve_device(device))
+    held, found = states(config.model), activations(config.model, batch.micro_batch, train.num_images, dtype)
+    mine = found.checkpointed if train.gradient_checkpointing else found.plain
+    total = held.weights + held.gradients + held.optimizer + held.ema + mine
+    return Memory(held.weights, held.gradients, held.optimizer, held.ema, mine, total, found.plain, found.checkpointed,
+                  str(dtype).removeprefix("torch."))  # fmt: skip

@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``latte evaluate``: its JSON, its refusals in one line with exit 2, replay, comparison, and a model as FAKE."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+import tiny_detector
+from latte.data.media import write_mp4
+from latte.evaluate import page
+from latte.evaluation import protocols
+from latte.evaluation.detectors import DETECTORS
+from tiny_detector import TINY, draw_clip, write_side
+
+TINY3 = replace(TINY, name="tiny3", frames=3)
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch):
+    """The tiny protocols and their detector, known by name; small pictures on the page."""
+    monkeypatch.setattr(page, "PIXELS", 16)
+    monkeypatch.setitem(DETECTORS, "tiny", tiny_detector.SPEC)
+    for protocol in (TINY, TINY3):
+        monkeypatch.setitem(protocols.PROTOCOLS, protocol.name, protocol)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    root = tmp_path_factory.mktemp("videos")
+    write_side(root / "real", range(7))
+    write_side(root / "fake", range(50, 57))
+    return root
+
+
+@pytest.fixture
+def sides(made, tmp_path):
+    """Fresh copies of real/ and fake/ in the working folder."""
+    for side in ("real", "fake"):
+        shutil.copytree(made / side, tmp_path / side)
+    return tmp_path
+
+
+def test_a_score_with_its_manifest_and_again_from_it(latte, sides):
+    first = latte("evaluate", "real", "fake", "--protocol", "tiny", "--device", "cpu", "--json")
+    assert first.code == 0, first.err
+    found = first.json
+    assert {"protocol", "metric", "value", "interval", "floor", "manifest", "manifest_hash", "report"} <= set(found)
+    assert Path(found["manifest"]).parent == Path("evaluations/fake-tiny")
+    again = latte("evaluate", "--from-manifest", found["manifest"], "--out", "again", "--json").json
+    assert (again["value"], again["manifest_hash"], again["replayed"]) == (found["value"], found["manifest_hash"], "exact")
+    both = latte("evaluate", "real", "fake", "--protocol", "tiny", "--compare", found["manifest"])
+    assert both.code == 0, both.err
+    assert f"fvd (tiny, manifest {found['manifest_hash']})" in both.out
+    assert "difference +0, intervals overlap" in both.out
+
+    other = latte("evaluate", "real", "fake", "--protocol", "tiny3", "--compare", found["manifest"])
+    assert other.code == 2
+    assert len(other.errors) == 1
+    assert "preset.name is 'tiny3'" in other.errors[0]
+    write_mp4(sides / "real" / "03.mp4", draw_clip(999), 8)
+    changed = latte("evaluate", "--from-manifest", found["manifest"], "--out", "third")
+    assert changed.code == 2
+    assert "not those of the manifest" in changed.errors[0]
+
+
+def other_rate(root):
+    for path in (root / "fake").iterdir():
+        path.unlink()
+    write_side(root / "fake", range(50, 57), fps=25)
+
+
+REFUSALS = {
+    "too few": (lambda root: [(root / "fake" / f"0{i}.mp4").unlink() for i in range(3)], "takes 6 clips of each side"),
+    "duplicate": (lambda root: shutil.copy(root / "fake" / "00.mp4", root / "fake" / "copy.mp4"), "have the same content"),
+    "overlap": (lambda root: shutil.copy(root / "real" / "00.mp4", root / "fake" / "taken.mp4"), "overlap in 1 videos"),
+    "short fake": (lambda root: write_mp4(root / "fake" / "short.mp4", draw_clip(70, 3), 8), "has 3 frames, 4 are needed"),
+    "broken fake": (lambda root: (root / "fake" / "bad.mp4").write_bytes(b"nothing"), "cannot be read, first 'bad.mp4'"),
+    "mixed rates": (other_rate, "frame rates differ: real 8 and fake 25"),
+    "no folder": (lambda root: shutil.rmtree(root / "real"), "REAL is 'real', but there is no such folder"),
+    "empty folder": (lambda root: (shutil.rmtree(root / "real"), (root / "real").mkdir()), "it holds no video"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_bad_sides_are_refused_in_one_line(latte, sides, name):
+    change, told = REFUSALS[name]
+    change(sides)
+    found = latte("evaluate", "real", "fake", "--protocol", "tiny", "--out", "out")
+    assert found.code == 2
+    assert len(found.errors) == 1
+    assert told in found.errors[0]
+    assert not (sides / "out" / "manifest.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["real", "fake", "--protocol", "tinny"], "did you mean 'tiny'"),
+        (["real"], "REAL or FAKE is missing"),
+        (["real", "fake", "--processes", 0], "--processes is 0"),
+        (["real", "fake", "--group", 0], "--group is 0"),
+        (["real", "fake", "--clips", 1], "--clips is 1"),
+        (["real", "fake", "--until", "plans"], "did you mean 'plan'"),
+        (["real", "fake", "--compare", "none.json"], "not a manifest of latte evaluate"),
+        (["builtin", "fake"], "REAL is 'builtin', which is a model"),
+    ],
+)
+def test_bad_words_are_refused_in_one_line(latte, sides, words, told):
+    found = latte("evaluate", *words, *([] if "--protocol" in words else ["--protocol", "tiny"]))
+    assert found.code == 2
+    assert told in found.errors[0]
+
+
+def test_an_unknown_weight_file_is_refused(latte, sides):
+    (sides / "i3d.pt").write_bytes(b"not these weights")
+    (sides / "real" / "bad.mp4").write_bytes(b"nothing")
+    words = ["real", "fake", "--protocol", "clean", "--clips", 6, "--detector", "i3d.pt"]
+    for side in ("real", "fake"):
+        shutil.rmtree(sides / side)
+        write_side(sides / side, range(6) if side == "real" else range(50, 56), frames=16)
+    found = latte("evaluate", *words)
+    assert found.code == 2
+    assert len(found.errors) == 1
+    assert "SHA-256" in found.errors[0] or "sha256" in found.errors[0]
+
+
+def test_what_was_asked_for_is_allowed_under_another_name(latte, sides):
+    other_rate(sides)
+    (sides / "real" / "06.mp4").unlink()
+    (sides / "real" / "05.mp4").write_bytes(b"nothing")
+    found = latte("evaluate", "real", "fake", "--protocol", "tiny", "--allow-fewer", "--allow-mixed", "--out", "out", "--json")
+    assert found.code == 0, found.err
+    assert (found.json["protocol"], found.json["clips"]) == ("tiny-nonstandard", {"real": 5, "fake": 5})
+    assert "left out: real 05.mp4" in found.err
+    manifest = json.loads((sides / "out" / "manifest.json").read_text())["manifest"]
+    assert [bad["id"] for bad in manifest["data"]["dropped"]["real"]] == ["05.mp4"]
+    assert manifest["pixels"]["codec"] == {side: {"codec": {"h264": n}, "fps": {fps: n}} for side, n, fps in
+                                           (("real", 5, "8"), ("fake", 7, "25"))}  # fmt: skip
+
+
+def test_stages_alone(latte, sides):
+    planned = latte("evaluate", "real", "fake", "--protocol", "tiny", "--out", "out", "--until", "plan", "--json").json
+    assert sorted(path.name for path in (sides / "out").iterdir()) == ["clips.jsonl", "dropped.jsonl", "probes"]
+    scored = latte("evaluate", "real", "fake", "--protocol", "tiny", "--out", "out", "--json").json
+    assert planned["plan_sha256"] == scored["plan_sha256"]
+
+
+def test_a_model_is_sampled_resumed_and_scored(latte, sides, run_folder):
+    words = ["evaluate", "real", run_folder, "--protocol", "tiny3", "--out", "out", "--device", "cpu", "--sample-seed", 3, "--json"]
+    first = latte(*words)
+    assert first.code == 0, first.err
+    clips = sorted((sides / "out" / "samples").glob("seed-*.mp4"))
+    labels = ["0-up", "1-down", "2-left", "3-right", "0-up", "1-down"]
+    assert [path.name for path in clips] == [f"seed-{seed:04d}-{label}.mp4" for seed, label in enumerate(labels, start=3)]
+    stamps = [path.stat().st_mtime_ns for path in clips[1:]]
+    clips[0].unlink()
+    again = latte(*words)
+    assert again.json["value"] == first.json["value"]
+    assert [path.stat().st_mtime_ns for path in clips[1:]] == stamps
+    made = json.loads((sides / "out" / "manifest.json").read_text())["manifest"]["generation"]
+    assert (made["class_rule"], made["sampling_seed"], made["weights"], made["step"], made["steps"]) == ("classes in turn", 3, "EMA", 2, 3)
+    replayed = latte("evaluate", "--from-manifest", "out/manifest.json", "--out", "elsewhere", "--json")
+    assert replayed.code == 0, replayed.err
+    assert (replayed.json["replayed"], replayed.json["value"]) == ("exact", first.json["value"])
