@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import pairwise
-from itertools import pairwise
 
 import measure
 import torch
@@ -85,8 +84,8 @@ def turn_hue(clip: Tensor, degrees: float, _: torch.Generator) -> Tensor:
 
 Damage = Callable[[Tensor, float, torch.Generator], Tensor]
 DAMAGES: dict[str, tuple[Damage | None, str, tuple[float, ...]]] = {
-    "blur": (blur, "sigma, pixels", (0, 0.5, 1, 2, 4)),
-    "noise": (noise, "std, grey levels", (0, 4, 8, 16, 32)),
+    "blur": (blur, "sigma, pixels", (0, 1, 2, 3, 4)),
+    "noise": (noise, "std, grey levels", (0, 8, 16, 32, 64)),
     "shuffled": (shuffle, "share of frames", (0, 0.25, 0.5, 0.75, 1)),
     "frozen": (freeze, "share of frames", (0, 0.25, 0.5, 0.75, 1)),
     "speed": (None, "factor", (1, 0.85, 0.7, 0.5, 0.25)),
@@ -101,25 +100,6 @@ def damaged(name: str, strength: float, count: int, frames: int) -> Tensor:
         return draw_clips(FAKE_SEED, count, frames, strength)
     clips = draw_clips(FAKE_SEED, count, frames)
     return torch.stack([damage(clip, strength, generator("sensitivity", name, index)) for index, clip in enumerate(clips)])
-
-
-def measure_kind(name: str, detector: Detector, real: Tensor, clean: Tensor, frames: int, shared: dict) -> dict:
-    """Print a line per strength of damage ``name`` and the summary, which is returned; ``real`` and ``clean`` are banks (n k)."""
-    _, unit, strengths = DAMAGES[name]
-    found, began = [], time.perf_counter()
-    for i, strength in enumerate(strengths):
-        bank = detector(damaged(name, strength, len(clean), frames)) if i else clean
-        found.append(half_sample_interval(frechet_distance, real, bank))
-        line = {"what": f"sensitivity {name}", "strength": strength, "unit": unit, "above": found[-1].low > found[0].high}
-        line |= {key: round(getattr(found[-1], key), 4) for key in ("value", "low", "high")}
-        print(json.dumps(line | shared), flush=True)
-    above = [interval.low > found[0].high for interval in found]
-    summary: dict = {"what": f"sensitivity {name} summary", "unit": unit}
-    summary["rises"] = all(a.value < b.value for a, b in pairwise(found))
-    summary["above_from"] = next((strengths[i] for i in range(len(found)) if all(above[i:])), None)
-    summary["seconds"] = round(time.perf_counter() - began, 1)
-    print(json.dumps(summary | shared), flush=True)
-    return summary
 
 
 def measure_kind(name: str, detector: Detector, real: Tensor, clean: Tensor, frames: int, shared: dict) -> dict:

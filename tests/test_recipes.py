@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import pytest
 
-from latte.build import plan
 from latte.config import load_run, recipes
 from latte.model.latte import SIZES
+from latte.plan import plan
 
 PAPER = {  # kind, classes, guidance, clipping from step on: video only, joint
     "ffs": ("faceforensics", None, 1.0, 20_000, 500_000),

@@ -29,7 +29,7 @@ from latte.trained import Trained, load_trained
 
 NAMES = tuple(DIRECTIONS)
 SMALL = ("model.depth=6", "model.width=96", "data.resolution=32", "train.global_batch=16", "train.lr=2e-3", "train.ema_decay=0.98")
-PROBE_STEPS = 12  # the first of them are slower: caches, memory, threads
+PROBE_STEPS = 6  # the first of them is slower: caches, memory, threads
 WINDOW = 20  # steps that the drawn mean of the loss covers
 Tell = Callable[[str, int, int], Callable[[int, int], None]]
 
@@ -160,8 +160,9 @@ def learn(config: DemoConfig, device: str, say: Callable[[str], None]) -> Learnt
     say(f"training a small new model: {PROBE_STEPS} steps to see how fast this machine is")
     first = train(PROBE_STEPS)[1]
     pace = (first[-1]["seconds"] - first[1]["seconds"]) / (first[-1]["step"] - first[1]["step"])
-    steps = PROBE_STEPS + max(1, round(config.seconds / pace))
-    say(f"{pace:.3f} s a step: going on to step {steps}, about {config.seconds:.0f} s")
+    left = config.seconds - first[-1]["seconds"]
+    steps = PROBE_STEPS + max(1, round(left / pace))
+    say(f"{pace:.3f} s a step: going on to step {steps}, about {max(left, pace):.0f} s")
     job, lines = train(steps)
     command = " ".join(["latte train shapes", *changes, f"train.steps={steps}", f"run.seed={config.seed}", "run.dir=runs/small"])
     return Learnt(job, command, [int(line["step"]) for line in lines], [line["loss"] for line in lines], time.perf_counter() - began)

@@ -347,15 +347,16 @@ def test_a_run_describes_itself_without_the_environments_secrets(tmp_path, monke
     monkeypatch.setenv("HF_TOKEN", "hf_canary_in_a_coal_mine")
     config = {"train": {"lr": 1e-4, "size": (32, 48), "none": None}, "data": {"root": "é"}}
     describe_run(tmp_path, config, torch.device("cpu"), "latte train ffs")
-    describe_run(tmp_path, config, torch.device("cpu"))
+    for program in ("/somewhere/bin/latte", "/somewhere/latte/__main__.py"):
+        monkeypatch.setattr(sys, "argv", [program, "train", "my run.yaml"])
+        describe_run(tmp_path, config, torch.device("cpu"))
     written = yaml.safe_load((tmp_path / "config.yaml").read_text("utf-8"))
     assert written == {"train": {"lr": 1e-4, "size": [32, 48], "none": None}, "data": {"root": "é"}}
     environment = json.loads((tmp_path / "env.json").read_text())
     assert environment["packages"]["torch"] == torch.__version__
     assert environment["device"] == "cpu"
-    first, second = (tmp_path / "command.txt").read_text().splitlines()
-    assert first.endswith(" latte train ffs")
-    assert second.split()[1] == Path(sys.argv[0]).name
+    commands = [line.partition(" ")[2] for line in (tmp_path / "command.txt").read_text().splitlines()]
+    assert commands == ["latte train ffs", "latte train 'my run.yaml'", "python -m latte train 'my run.yaml'"]
     assert all("canary" not in file.read_text("utf-8") for file in tmp_path.iterdir())
 
 

@@ -16,7 +16,7 @@ from latte import demo
 from latte.autoencoder.codec import CodecConfig, build_codec
 from latte.cli.demo import free_folder
 from latte.cli.main import app
-from latte.data.media import probe
+from latte.data.media import probe, read_frames
 from latte.data.procedural import DIRECTIONS, Motion, draw_scene, read_motion, render
 from latte.diffusion.process import DiffusionConfig
 from latte.generate import SampleConfig
@@ -94,9 +94,17 @@ def test_the_command_on_the_page_draws_the_same_clips(finished, tiny_model, tmp_
     done = CliRunner().invoke(app, [*command, "--out", str(tmp_path / "again"), "--json"])
     assert done.exit_code == 0, done.output
     clips = json.loads(done.stdout.splitlines()[-1])["clips"]
-    pairs = list(zip(clips, finished[1]["clips"], strict=True))
-    assert [Path(a["path"]).name == Path(b["path"]).name for a, b in pairs] == [True] * 4
-    assert [Path(a["path"]).read_bytes() == Path(b["path"]).read_bytes() for a, b in pairs] == [True] * 4
+    again, before = ([frames_of(Path(clip["path"])) for clip in some] for some in (clips, finished[1]["clips"]))
+    assert [Path(clip["path"]).name for clip in clips] == [Path(clip["path"]).name for clip in finished[1]["clips"]]
+    distances = np.array([[np.abs(a - b).mean() for b in before] for a in again])
+    assert distances.diagonal().max() < 0.5  # the same to rounding, which a busy machine's threads may do in another order
+    assert distances[~np.eye(4, dtype=bool)].min() > 5
+
+
+def frames_of(path):
+    """All frames of a video as int64 (t h w c)."""
+    info = probe(path)
+    return read_frames(info, range(info.frames)).astype(np.int64)
 
 
 def test_a_finished_folder_is_not_trained_in_again(finished, tiny_model):

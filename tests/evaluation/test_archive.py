@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Weight files are read without being run: honest ones give their tensors back, hostile ones are refused and leave no mark."""
 
+import argparse
 import io
 import os
 import pickle
@@ -160,6 +161,20 @@ def test_hostile_pickles_are_refused_and_leave_no_mark(kind, container, tmp_path
     assert marker.exists()
 
 
+@pytest.mark.parametrize(
+    ("value", "wanted"),
+    [
+        (argparse.Namespace(lr=1), "an object of argparse.Namespace"),
+        (Obey(os.getcwd), f"a call of {os.getcwd.__module__}.getcwd"),
+        (np.float64(1), "a call of numpy"),
+    ],
+)
+def test_what_a_file_asks_for_is_named(value, wanted, tmp_path):
+    torch.save({"weight": noise(2), "arguments": value}, tmp_path / "x.pt")
+    with pytest.raises(InputError, match=wanted):
+        read_tensors(tmp_path / "x.pt")
+
+
 def tensor_pickle(numel, offset, size, stride, calls=1):
     """A checkpoint's pickle with one tensor of these measures (storage '0', float32)."""
     out = io.BytesIO()
@@ -205,6 +220,10 @@ def test_tensors_that_reach_outside_are_refused(numel, offset, size, stride, rea
         ({"data.pkl": b"\x80\x02)R."}, zipfile.ZIP_STORED, "refused"),
         ({"data.pkl": b"\x80\x02h\x07."}, zipfile.ZIP_STORED, "refused"),
         ({"data.pkl": b"\x80\x02}(]K\x01u."}, zipfile.ZIP_STORED, "plain dict"),
+        ({"data.pkl": b"\x80\x02](K\x01K\x02e(K\x03e."}, zipfile.ZIP_STORED, "no tensors"),
+        ({"data.pkl": b"\x80\x02K\x01K\x02a."}, zipfile.ZIP_STORED, "plain list"),
+        ({"data.pkl": b"\x80\x02]}b."}, zipfile.ZIP_STORED, "not a module"),
+        ({"data.pkl": b"\x80\x02" + b"N" * 200_001 + b"."}, zipfile.ZIP_STORED, "more than 200000 opcodes"),
         ({"data.pkl": b""}, zipfile.ZIP_STORED, "refused"),
         ({"data.pkl": tensor_pickle(4, 0, (4,), (1,), calls=2), "data/0": bytes(16)}, zipfile.ZIP_STORED, "refused"),
     ],

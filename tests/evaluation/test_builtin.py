@@ -36,13 +36,14 @@ def card() -> dict:
 
 def test_the_weights_never_change(detector):
     """New weights would make other figures under the same protocol: they need a new version of it."""
-    assert detector.tensors_sha256 == "IDENTITY"
+    assert detector.tensors_sha256 == "dd715091b0c5c4bc40658250cd56d63609838676e1ed9911361584cfa01a1a23"
 
 
 def test_size_and_card(detector, card):
     assert WEIGHTS.stat().st_size <= 1_500_000
     assert card["parameters"] == sum(p.numel() for p in detector.network.parameters())
-    assert all(card["figures"][f"{name}_8_frames"] >= 0.95 for name in ("direction", "shape", "colour"))
+    least = {"direction": 0.99, "colour": 0.99, "shape": 0.8}  # a triangle is told from the rest, a circle from a square less surely
+    assert all(card["figures"][f"{name}_{frames}_frames"] >= share for name, share in least.items() for frames in (8, 16))
     assert "ompares with nothing else" in detector.card
 
 
@@ -56,7 +57,8 @@ def test_it_needs_no_download(monkeypatch, tmp_path):
 @pytest.mark.parametrize("frames", [8, 16])
 def test_it_knows_unseen_scenes(detector, frames):
     found = measure(detector.network, 64, frames, UNSEEN)
-    assert min(found[name] for name in ("direction", "shape", "colour")) >= 0.9
+    assert min(found["direction"], found["colour"]) >= 0.95
+    assert found["shape"] >= 0.65  # 0.33 by chance
     assert max(found["speed_error"], found["size_error"]) < 0.5  # guessing the middle is wrong by about 0.5 and more
 
 
@@ -156,12 +158,13 @@ def test_a_fresh_training_is_a_function_of_its_seed(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), two.state_dict().values(), strict=True))
 
 
-def test_the_trained_file_is_a_detector(tmp_path, monkeypatch):
+def test_the_trained_file_is_a_detector(detector, tmp_path, monkeypatch):
     out = tmp_path / "new.safetensors"
     monkeypatch.setattr("latte.train.detector.measure", lambda model, frames: {"direction": 0.25})
-    card = make_weights(out, replace(SMALL, steps=2))
+    make_weights(tmp_path / "first.safetensors", replace(SMALL, steps=1))
+    card = make_weights(out, replace(SMALL, steps=2), tmp_path / "first.safetensors")
+    assert card["before"]["config"]["steps"] == 1
     assert (card["config"]["steps"], card["figures"]["direction_16_frames"]) == (2, 0.25)
     monkeypatch.setattr(builtin, "WEIGHTS", out)
-    other = build_detector("builtin")
-    assert other.tensors_sha256 != "IDENTITY"
+    assert detector.tensors_sha256 != (other := build_detector("builtin")).tensors_sha256
     assert other(torch.zeros(1, 4, 64, 64, 3, dtype=torch.uint8)).shape == (1, 128)

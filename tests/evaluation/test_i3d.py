@@ -15,7 +15,7 @@ from latte.evaluation import i3d
 from latte.evaluation.detector_files import FILES, cache_dir, import_weights, load_converted, rename
 from latte.evaluation.detectors import Pixels
 from latte.evaluation.frechet import frechet_distance
-from latte.evaluation.layers import Conv, channels_last, fold_norms, max_pool_same, same_padding
+from latte.evaluation.layers import Conv, channels_last, convolve, fold_norms, max_pool_same, same_padding
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +96,15 @@ def test_pools_pad_with_zeros(length, kernel, stride):
     pads = [amount for n, k, s in list(zip(x.shape[2:], kernel, stride, strict=True))[::-1] for amount in same_padding(n, k, s)]
     expected = torch.nn.functional.max_pool3d(torch.nn.functional.pad(x, pads), kernel, stride)
     assert torch.equal(max_pool_same(x, kernel, stride), expected)
+
+
+@pytest.mark.parametrize("axes", [2, 3])
+def test_both_kernels_convolve_alike(axes):
+    x, weight, bias = noise(1, 5, *(6,) * axes), noise(4, 5, *(3,) * axes, seed=1), noise(4)
+    found = convolve(x, weight, bias, [2] * axes, [1] * axes)
+    with torch.backends.mkldnn.flags(enabled=False, allow_tf32=None):
+        expected = convolve(x, weight, bias, [2] * axes, [1] * axes)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("shape", [(8, 224, 224), (7, 224, 224), (9, 256, 256), (9, 192, 192)])

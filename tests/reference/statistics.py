@@ -1,10 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The scores written out: SciPy's matrix square root and loops over pairs, float64, nothing shared with latte.evaluation."""
+"""Feature banks to score, and the scores written out: SciPy's matrix square root and loops over pairs, in float64.
+
+Shares nothing with latte.evaluation.
+"""
 
 import math
 
 import numpy as np
 import scipy.linalg
+import torch
+
+
+def bank(n: int, k: int, seed: int = 0, offset: float = 0.0) -> torch.Tensor:
+    """Correlated features (n k) whose spectrum falls off; the correlation is the same for every ``seed``."""
+    mix = torch.randn(k, k, generator=torch.Generator().manual_seed(99), dtype=torch.float64)
+    rows = torch.randn(n, k, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return rows @ (mix * torch.arange(1, k + 1, dtype=torch.float64) ** -0.5) + offset
 
 
 def frechet_sqrtm(x: np.ndarray, y: np.ndarray, ddof: int) -> float:

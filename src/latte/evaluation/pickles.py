@@ -13,7 +13,7 @@ from typing import IO, Any
 
 import torch
 
-MAX_OPCODES = 1_000_000  # a network of 344 tensors takes 12,000
+MAX_OPCODES = 200_000  # a network of 344 tensors takes 12,000
 DTYPES = {
     "FloatStorage": torch.float32,
     "DoubleStorage": torch.float64,

@@ -23,7 +23,8 @@ class FrameRule:
     """What is done to frames before the detector sees them. ``size`` None leaves them as they are in the file.
 
     ``order`` "crop, resize" cuts the largest centred square and resizes it (Latte's tools), "resize, crop" resizes the shorter side and
-    cuts the square out of that (StyleGAN-V's); the filter is Pillow's Lanczos. ``jpeg`` is the quality of a copy through JPEG (4:2:0), None for none.
+    cuts the square out of that (StyleGAN-V's); the filter is Pillow's Lanczos. ``jpeg`` is the quality of a copy through JPEG (4:2:0),
+    None for none.
     """
 
     size: int | None = None

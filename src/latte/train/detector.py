@@ -28,6 +28,7 @@ from latte.runtime import generator
 
 TRAIN_SEED, TEST_SEED = 7_100_000, 8_100_000  # scenes that no recipe draws
 POOL_FRAMES = 16
+WHITENED = 640  # clips of the pool from which the features' scale is taken
 CLASSES = ("direction", "shape", "colour")
 
 
@@ -85,7 +86,7 @@ def targets(labels: Tensor) -> tuple[Tensor, Tensor]:
 
 def loss_of(model: BuiltinDetector, clips: Tensor, labels: Tensor) -> Tensor:
     """Mean cross-entropies of the classes and squared errors of the measures, summed."""
-    answers = model.answers(model(to_input(clips)))
+    answers = model.answers(to_input(clips))
     speed, size = targets(labels)
     classes = sum(functional.cross_entropy(answers[name], labels[:, i].long()) for i, name in enumerate(CLASSES))
     return classes + functional.mse_loss(answers["speed"][:, 0], speed) + functional.mse_loss(answers["size"][:, 0], size)
@@ -112,14 +113,28 @@ def fit(config: DetectorConfig, start: dict[str, Tensor] | None = None, log_ever
         optimiser.step()
         if step % log_every == 0 or step == config.steps - 1:
             print(f"step {step} loss {loss.item():.4f} {time.process_time() - started:.0f} processor seconds", flush=True)
-    return model.eval()
+    whiten(model.eval(), pool[0][:WHITENED])
+    return model
+
+
+@torch.no_grad()
+def whiten(model: BuiltinDetector, clips: Tensor) -> None:
+    """Fill the last layer: the 128 greatest principal components of the standardised moments over ``clips`` (b t h w c), to variance 1."""
+    bank = torch.cat([model.summary(to_input(part)) for part in clips.split(16)]).double()
+    scale, mean = bank.std(0).clamp(min=1e-3), bank.mean(0)
+    rows = (bank - mean) / scale
+    variance, axes = torch.linalg.eigh(rows.T @ rows / len(rows))
+    count = model.whiten.out_features
+    matrix = (axes[:, -count:] / (variance[-count:].clamp(min=0) + 1e-3).sqrt() / scale[:, None]).T
+    model.whiten.weight.copy_(matrix)
+    model.whiten.bias.copy_(-matrix @ mean)
 
 
 @torch.no_grad()
 def measure(model: BuiltinDetector, num_clips: int = 512, frames: int = 8, seed: int = TEST_SEED) -> dict[str, float]:
     """Share of right answers on unseen scenes, and the mean absolute error of speed and size (their range is 2)."""
     clips, labels = procedural_clips(seed, num_clips, frames)
-    parts = [model.answers(model(to_input(part))) for part in clips.split(16)]
+    parts = [model.answers(to_input(part)) for part in clips.split(16)]
     answers = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     result = {name: (answers[name].argmax(1) == labels[:, i]).float().mean().item() for i, name in enumerate(CLASSES)}
     errors = zip(("speed", "size"), targets(labels), strict=True)
@@ -127,7 +142,7 @@ def measure(model: BuiltinDetector, num_clips: int = 512, frames: int = 8, seed:
 
 
 def make_weights(out: Path, config: DetectorConfig, start: Path | None = None) -> dict:
-    """Train (on from the file ``start``), measure the float16 weights that are stored, write them to ``out`` with their card in the metadata; the card."""
+    """Train (on from ``start``), measure the float16 weights that are stored, write them to ``out`` with their card; the card."""
     started, processor = time.perf_counter(), time.process_time()
     with safe_open(start, "pt") if start else nullcontext() as file:
         before = json.loads(file.metadata()["card"]) if file else None
