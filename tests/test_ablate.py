@@ -334,6 +334,15 @@ def test_half_a_line_of_results_is_measured_again_and_a_gap_is_told(tmp_path):
         run(plan)
 
 
+def test_a_run_that_fails_does_not_keep_the_others_from_theirs(tmp_path):
+    plan = plan_for(tmp_path, seeds=(0,), graded=0)
+    arms, _ = make_arms(plan.base, plan.axes)
+    wild = replace(arms[0], config=replace(arms[0].config, train=replace(plan.base.train, lr=1e30)))
+    with pytest.raises(RunError, match=r"baseline seed 0: .* finite"):
+        sweep.sweep(plan, [wild, arms[1]], CPU, lambda line: None, lambda: None)
+    assert list(read_points(plan.out)) == [("temporal_position-rotary", 0)]
+
+
 def test_another_recipe_in_the_same_folder_is_refused_with_every_difference(tmp_path):
     run(plan_for(tmp_path, seeds=(0,), graded=0))
     before = sorted(path.name for path in (tmp_path / "sweep").iterdir())

@@ -240,7 +240,7 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> Html:
 
 
 def media(path: Path, caption: str = "", *, beside: Path | None = None, width: int | None = None) -> Html:
-    """A picture, gif or mp4 as a figure, shown ``width`` pixels wide with hard pixel edges when given.
+    """A picture, gif or mp4 (which plays by itself) as a figure, ``width`` pixels wide with hard pixel edges when given.
 
     The file goes into the page as a data URI; with ``beside`` (the page's folder, which must hold it) the page only names it.
     """
@@ -253,7 +253,7 @@ def media(path: Path, caption: str = "", *, beside: Path | None = None, width: i
         source = quote(path.resolve().relative_to(beside.resolve()).as_posix())
     looks = {"src": source, "width": width, "class": "pixels" if width else None}
     if kind.startswith("video/"):
-        play = dict.fromkeys(("controls", "loop", "muted", "autoplay", "playsinline"), "")
+        play = dict.fromkeys(("autoplay", "loop", "muted", "playsinline"), "")
         shown = tag("video", {**looks, **play}, caption)
     else:
         shown = tag("img", {**looks, "alt": caption})

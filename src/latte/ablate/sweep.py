@@ -108,7 +108,7 @@ def sweep(plan: Plan, arms: Sequence[Arm], device: torch.device, say: Say, finis
     """Train and measure all that is missing in ``plan.out``; 0, or the exit code of a signal, heard after the checkpoint.
 
     ``finished()`` is called after every run. InputError for a folder of another sweep, and before any training for parts that do not
-    fit; RunError for a run that cannot be measured any more.
+    fit; RunError, once the others are done, for runs that failed (a loss that is not finite, a full disk) or cannot be measured any more.
     """
     require(os.environ.get("WORLD_SIZE", "1") == "1", "WORLD_SIZE", os.environ.get("WORLD_SIZE"), "a sweep is one process",
             "start latte ablate without torchrun")  # fmt: skip
@@ -120,6 +120,7 @@ def sweep(plan: Plan, arms: Sequence[Arm], device: torch.device, say: Say, finis
     for arm in {arm.run: arm for arm, _ in todo}.values():
         check_classes(arm.config.model.num_classes, materials[arm.config.data].dataset.classes)
         fresh(plan, arm, plan.seeds[0])
+    failures: list[str] = []
     with run_lock(plan.out), StopRequest() as stop:
         if todo:
             with reported("the sweep's settings", plan.out):
@@ -127,10 +128,17 @@ def sweep(plan: Plan, arms: Sequence[Arm], device: torch.device, say: Say, finis
         for number, (arm, seed) in enumerate(todo, 1):
             begin = f"run {number} of {len(todo)}: {arm.run} seed {seed}"
             tell = partial(_tell, say, begin)
-            code = stop.code or train(plan, arm, seed, materials[arm.config.data], device, stop, tell)
+            try:
+                code = stop.code or train(plan, arm, seed, materials[arm.config.data], device, stop, tell)
+            except RunError as error:
+                tell(f"failed: {error}")
+                failures.append(f"{arm.run} seed {seed}: {error}")
+                continue
             if code:
                 return code
             finished()
+    if failures:
+        raise RunError("\n".join(failures))
     return 0
 
 
