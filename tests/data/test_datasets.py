@@ -15,6 +15,7 @@ from latte.checks import InputError
 from latte.data import quarantine
 from latte.data.clips import ClipRule
 from latte.data.datasets import DATASETS, DataConfig, FolderDataset, ProceduralDataset, build_dataset, scan, write_quarantine
+from latte.data.layouts import LAYOUTS
 from latte.data.media import Unreadable
 from latte.data.sampler import items_of_step, load_batch
 from latte.runtime import generator
@@ -284,7 +285,7 @@ def test_wrong_or_unread_keys_are_refused_by_name(wrong):
 
 
 def test_every_kind_of_data_set_is_in_the_table():
-    assert set(DATASETS) == {"folder", "procedural", "latents"}
+    assert set(DATASETS) == {"folder", "procedural", "latents", *LAYOUTS}
     assert DataConfig(resolution=[48, 64]).size == (48, 64)
 
 

@@ -139,7 +139,7 @@ CLEAN = Protocol(
     "Recommended: equal strides, random starts on both sides, frames as decoded, half-pixel bilinear to 224, covariance over N - 1.",
     start_fake="random",
 )  # fmt: skip
-PORT = "with the weights that VideoGPT converted from TF-Hub (norm eps 1e-3 as in the TF graph; its port has 1e-5)"
+PORT = "with the weights that VideoGPT converted from TF-Hub and its port's norm eps of 1e-5 (the TF graph has 1e-3)"
 INCEPTION = DETECTORS["inception"].pixels
 ALL = (
     STYLEGANV,
