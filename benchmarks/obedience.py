@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """How often a model trained on procedural clips does what its label says: python benchmarks/obedience.py RUN [--every].
 
-Draws ``--count`` clips (seeds 0, 1, ...; the classes in turn) as the run's ``sample`` settings say, and measures the motion of the
+Draws ``--count`` clips (seeds from ``--seed`` on; the classes in turn) as the run's ``sample`` settings say, and measures the motion of the
 shape by pixels. A line per checkpoint with ``--every``, otherwise one for the newest; a folder of weights or 'builtin' serves, too.
 """
 
@@ -17,18 +17,19 @@ from latte.data.procedural import read_motion
 from latte.trained import load_trained
 
 
-def measure(source: str | Path, count: int) -> dict:
-    """Shares of ``count`` clips: ``obeys`` the label, one shape in every frame (``coherent``)."""
+def measure(source: str | Path, count: int, seed: int) -> dict:
+    """Shares of ``count`` clips, the first of ``seed``: ``obeys`` the label, one shape in every frame (``coherent``)."""
     began, trained = time.perf_counter(), load_trained(source, device="cpu")
     names = trained.classes
     labels = [index % len(names) for index in range(count)]
-    motions = [read_motion(clip) for _, clip in trained.generate(range(count), labels)]
+    motions = [read_motion(clip) for _, clip in trained.generate(range(seed, seed + count), labels)]
     right = [motion.direction == names[label] for motion, label in zip(motions, labels, strict=True)]
     by_class = {name: sum(right[index :: len(names)]) / len(right[index :: len(names)]) for index, name in enumerate(names)}
     return {
         "what": "obedience",
         "model": str(source),
         "clips": count,
+        "seed": seed,
         "sampler": trained.sample.sampler,
         "steps": trained.sample.steps,
         "guidance": trained.sample.guidance,
@@ -52,13 +53,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model")
     parser.add_argument("--count", type=int, default=256)
+    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--every", action="store_true", help="all the checkpoints of the run")
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     checkpoints = sorted(list_checkpoints(Path(options.model)), key=lambda path: int(path.name.split("-")[1])) if options.every else []
     for source in checkpoints or [options.model]:
-        line = measure(source, options.count)
+        line = measure(source, options.count, options.seed)
         if checkpoints:
             line |= effort(Path(options.model), int(Path(source).name.split("-")[1]))
         print(json.dumps(line), flush=True)
