@@ -97,8 +97,9 @@ def test_the_command_on_the_page_draws_the_same_clips(finished, tiny_model, tmp_
     again, before = ([frames_of(Path(clip["path"])) for clip in some] for some in (clips, finished[1]["clips"]))
     assert [Path(clip["path"]).name for clip in clips] == [Path(clip["path"]).name for clip in finished[1]["clips"]]
     distances = np.array([[np.abs(a - b).mean() for b in before] for a in again])
-    assert distances.diagonal().max() < 0.5  # the same to rounding, which a busy machine's threads may do in another order
-    assert distances[~np.eye(4, dtype=bool)].min() > 5
+    # the same to rounding, which depends on where memory happens to lie, and which an untrained model and the codec of mp4 enlarge
+    assert distances.diagonal().max() < 2
+    assert distances[~np.eye(4, dtype=bool)].min() > 50
 
 
 def frames_of(path):
