@@ -25,14 +25,16 @@ from latte.checks import InputError, RunError
 from latte.data.datasets import DataConfig
 from latte.data.encoding import encode_dataset
 from latte.data.media import read_frames, write_mp4
+from latte.data.procedural import draw_scene, render
 from latte.evaluate import bank, page
 from latte.evaluate.bank import apply_frame_rule, extract, plan_jobs, work_elsewhere
 from latte.evaluate.manifest import GROUPS, compare, manifest_hash, read_report, write_report
 from latte.evaluate.run import EvaluateConfig, check_replay, evaluate
-from latte.evaluate.scores import distances_from_real, score
+from latte.evaluate.scores import builtin_score, distances_from_real, score
 from latte.evaluate.sources import open_side
 from latte.evaluation import protocols
-from latte.evaluation.detectors import DETECTORS
+from latte.evaluation.detectors import DETECTORS, build_detector
+from latte.evaluation.frechet import frechet_distance
 from latte.evaluation.plan import make_plan
 from latte.evaluation.protocols import FrameRule
 from latte.runtime import generator
@@ -342,6 +344,20 @@ def test_short_banks_leave_out_what_they_cannot_give():
     draw = partial(torch.randn, generator=generator(2, "short"))
     scores = score(draw(3, 2), draw(3, 2), TINY)
     assert (scores.interval, scores.infinity, scores.floor, scores.is_noise) == (None, None, None, False)
+
+
+def test_the_builtin_score_of_clips_in_memory():
+    real, fake = ([render(draw_scene(seed, i, 8), 8, 64, 64) for i in range(12)] for seed in (1, 2))
+    detector = build_detector("builtin")
+    expected = frechet_distance(detector(np.stack(real)), detector(np.stack(fake)))
+    assert builtin_score(real, fake) == pytest.approx(expected, rel=1e-9)
+    assert builtin_score(real, [torch.from_numpy(clip) for clip in fake]) == builtin_score(real, fake)
+    assert abs(builtin_score(real, real)) < 1e-6 * expected
+    assert builtin_score(real, [np.repeat(clip[:1], 8, 0) for clip in real]) > 1.5 * expected
+    with pytest.raises(InputError, match=r"numbers of frames is \[4, 8\]"):
+        builtin_score(real, [clip[:4] for clip in fake])
+    with pytest.raises(InputError, match="needs two clips"):
+        builtin_score(real, fake[:1])
 
 
 def test_extract_refuses_a_clip_that_vanished(folders, tmp_path, monkeypatch):

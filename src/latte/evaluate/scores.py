@@ -2,17 +2,20 @@
 """Banks -> figures: the protocol's metrics, how sure the first of them is, and the floor under which it says nothing.
 
 One process, float64, rows in the plan's order.
-Axes: n real rows, m fake rows, k features.
+Axes: n real rows, m fake rows, k features; t frames, h w c height width channels.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from latte.checks import require
+from latte.evaluation.detectors import build_detector
 from latte.evaluation.frechet import bias_floor, float64_chunks, frechet_distance
-from latte.evaluation.protocols import Protocol
+from latte.evaluation.protocols import PROTOCOLS, Protocol
 from latte.evaluation.statistics import (
     Extrapolation,
     Interval,
@@ -115,3 +118,18 @@ def distances_from_real(real: Tensor, fake: Tensor) -> Tensor:
         return torch.zeros(len(fake), dtype=torch.float64)
     values, vectors = torch.linalg.eigh(0.9 * covariance + 0.1 * level * torch.eye(len(mean), dtype=torch.float64))
     return torch.cat([(((chunk - mean) @ vectors).square() / values).mean(1).sqrt() for chunk in float64_chunks("fake", fake)])
+
+
+def builtin_score(real: Sequence[Tensor | np.ndarray], fake: Sequence[Tensor | np.ndarray]) -> float:
+    """Frechet distance of the built-in detector's features of two lists of clips, each uint8 (t h w c); less is better.
+
+    For comparing models with one another, on the CPU, no download. Its bias falls with the number of clips: only scores of equally many
+    clips, of equally many frames, compare. InputError unless both lists hold two or more clips, all of them with the same number of frames.
+    """
+    shorter = min(len(real), len(fake))
+    require(shorter >= 2, "the shorter list's length", shorter, "a covariance needs two clips", "generate more")
+    lengths = sorted({len(clip) for clip in (*real, *fake)})
+    require(len(lengths) == 1, "the clips' numbers of frames", lengths, "both sides are measured alike", "cut all clips to one length")
+    detector = build_detector(PROTOCOLS["builtin"].detector)
+    banks = {name: torch.cat([detector(torch.as_tensor(clip)[None]) for clip in side]) for name, side in (("real", real), ("fake", fake))}
+    return frechet_distance(banks["real"], banks["fake"], PROTOCOLS["builtin"].ddof)
