@@ -152,9 +152,9 @@ def test_wrong_latents_are_refused():
 
 
 def test_the_table_holds_what_is_documented():
-    assert set(CODECS) == {"kl", "taef2", "pixels", "builtin"}
+    assert set(CODECS) == {"kl", "kl_temporal", "taef2", "pixels", "builtin"}
     assert {name: (codec.channels, codec.downscale) for name, codec in CODECS.items()} == {
-        "kl": (4, 8), "taef2": (32, 8), "pixels": (3, 1), "builtin": (4, 8)}  # fmt: skip
+        "kl": (4, 8), "kl_temporal": (4, 8), "taef2": (32, 8), "pixels": (3, 1), "builtin": (4, 8)}  # fmt: skip
 
 
 @pytest.mark.parametrize(

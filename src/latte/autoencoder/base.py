@@ -31,8 +31,10 @@ class Codec(ABC):
 
     def __init__(self, network: nn.Module, chunk: int = 16, device: str | torch.device = "cpu"):
         self.device, self.chunk = torch.device(device), chunk
-        network = network.eval().requires_grad_(False).to(self.device, torch.float32)
-        self.network: Any = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.network: Any = network.eval().requires_grad_(False).to(self.device, torch.float32)
+        for weight in self.network.parameters():
+            if weight.ndim == 4:  # of convolutions over a frame; the format is not defined for others
+                weight.data = weight.data.contiguous(memory_format=torch.channels_last)
 
     @classmethod
     @abstractmethod

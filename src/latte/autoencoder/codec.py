@@ -15,6 +15,7 @@ from latte.autoencoder.builtin import BuiltinCodec
 from latte.autoencoder.kl import KLCodec
 from latte.autoencoder.pixels import PixelCodec
 from latte.autoencoder.taef2 import Taef2Codec
+from latte.autoencoder.temporal import TemporalCodec
 from latte.checks import choose, require
 
 __all__ = ["CODECS", "Codec", "CodecConfig", "build_codec"]
@@ -40,4 +41,4 @@ def build_codec(config: CodecConfig, device: str | torch.device = "cpu") -> Code
     return CODECS[config.name].load(config.path, config.chunk, device)
 
 
-CODECS: dict[str, type[Codec]] = {codec.name: codec for codec in (KLCodec, Taef2Codec, PixelCodec, BuiltinCodec)}
+CODECS: dict[str, type[Codec]] = {codec.name: codec for codec in (KLCodec, TemporalCodec, Taef2Codec, PixelCodec, BuiltinCodec)}

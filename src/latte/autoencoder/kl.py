@@ -2,11 +2,13 @@
 """The KL autoencoder of Stable Diffusion (layout of 1.4), 8x smaller each way, 4 channels: the codec of the paper.
 
 Encoding samples the posterior; scale 0.18215 unless the weights' own config.json says otherwise (Latte, Sec. 4.1).
-The network is diffusers' ``AutoencoderKL``, imported when used; its files are read here, strictly.
+The network is diffusers' ``AutoencoderKL``, imported when used; its files are read here, strictly. ``temporal.py`` has the same
+encoder behind another decoder.
 Axes: n frames, c channels, h height, w width.
 """
 
 import json
+from abc import abstractmethod
 from pathlib import Path
 from typing import Any, Self
 
@@ -17,27 +19,36 @@ from latte.autoencoder.base import Codec
 from latte.autoencoder.files import fill_network, read_tensors
 from latte.checks import InputError, require
 
-LAYOUT = "AutoencoderKL"
 WEIGHT_FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.fp16.safetensors", "diffusion_pytorch_model.bin")
 OLD_NAMES = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
 
 
-class KLCodec(Codec):
-    """diffusers' AutoencoderKL as a codec; ``encode`` samples with a generator and takes the mean without."""
+class Posterior(Codec):
+    """A network of diffusers whose encoder gives a normal distribution: ``encode`` samples it with a generator, takes the mean without.
 
-    name, channels, downscale, scale, stochastic = "kl", 4, 8, 0.18215, True
+    ``layout`` is the network's class in diffusers, ``places`` the folders of a pipeline that may hold one, the likeliest first.
+    """
+
+    layout: str
+    places: tuple[str, ...]
+    channels, downscale, scale, stochastic = 4, 8, 0.18215, True
 
     def __init__(self, network: Any, chunk: int = 16, device: str | torch.device = "cpu"):
         super().__init__(network, chunk, device)
         self.scale = network.config["scaling_factor"]
 
+    @staticmethod
+    @abstractmethod
+    def network_class() -> Any:
+        """diffusers' class, imported when asked for."""
+
     @classmethod
     def load(cls, path: str | None, chunk: int, device: str | torch.device) -> Self:
-        """``path``: a folder or a hub id that holds the autoencoder itself, or a whole pipeline with it in ``vae``."""
+        """``path``: a folder or a hub id that holds the autoencoder itself, or a whole pipeline with it in one of ``places``."""
         if path is None:
-            raise InputError(f"codec.path is missing, but codec 'kl' needs {LAYOUT} weights; give a folder or a hub id")
-        config_file, weights_file = _find(path)
-        network = _build(config_file)
+            raise InputError(f"codec.path is missing, but codec {cls.name!r} needs {cls.layout} weights; give a folder or a hub id")
+        config_file, weights_file = _find(path, cls)
+        network = _build(config_file, cls)
         tensors = {_renamed(name): tensor for name, tensor in read_tensors(weights_file, "codec.path").items()}
         return cls(fill_network(network, tensors, weights_file, "codec.path"), chunk, device)
 
@@ -45,17 +56,29 @@ class KLCodec(Codec):
         posterior = self.network.encode(frames).latent_dist
         return (posterior.mean if noise is None else posterior.mean + posterior.std * noise) * self.scale
 
+
+class KLCodec(Posterior):
+    """diffusers' AutoencoderKL as a codec: every frame by itself."""
+
+    name, layout, places = "kl", "AutoencoderKL", ("vae/", "")
+
+    @staticmethod
+    def network_class() -> Any:
+        from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+
+        return AutoencoderKL
+
     def decode_frames(self, latent: Tensor) -> Tensor:
         return self.network.decode(latent / self.scale).sample
 
 
-def _find(path: str) -> tuple[Path, Path]:
-    """(config.json, weight file) in the folder or hub repository ``path`` or its ``vae``, or an InputError saying what is not there."""
+def _find(path: str, codec: type[Posterior]) -> tuple[Path, Path]:
+    """(config.json, weight file) of ``codec`` in the folder or hub repository ``path``, or an InputError saying what is not there."""
     local = Path(path).is_dir()
     if not local and (path.count("/") != 1 or path.startswith((".", "/", "~"))):
         raise InputError(f"codec.path is {path!r}, which is no folder here and no hub id (owner/name); give one of the two")
     reasons: list[str] = []
-    for folder in ("vae/", ""):
+    for folder in codec.places:
         config = _fetch(path, f"{folder}config.json", local, reasons)
         if config:
             weights = next((file for name in WEIGHT_FILES if (file := _fetch(path, folder + name, local, reasons))), None)
@@ -63,7 +86,9 @@ def _find(path: str) -> tuple[Path, Path]:
                 return config, weights
             raise InputError(f"codec.path: {path} has {folder}config.json but no {WEIGHT_FILES[0]}; it is half downloaded, fetch it again")
     why = f" ({reasons[-1]})" if reasons else ""
-    raise InputError(f"codec.path: {path} has no config.json, neither directly nor in vae{why}; give the folder or hub id of an {LAYOUT}")
+    inside = " or ".join(place.rstrip("/") for place in codec.places if place)
+    raise InputError(f"codec.path: {path} has no config.json, neither directly nor in {inside}{why}; give the folder or hub id of an "
+                     f"{codec.layout}")  # fmt: skip
 
 
 def _fetch(path: str, name: str, local: bool, reasons: list[str]) -> Path | None:
@@ -81,21 +106,20 @@ def _fetch(path: str, name: str, local: bool, reasons: list[str]) -> Path | None
         return None
 
 
-def _build(file: Path) -> nn.Module:
-    """An empty AutoencoderKL as ``file``, a config.json, describes it; InputError unless it has this codec's layout."""
-    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-
+def _build(file: Path, codec: type[Posterior]) -> nn.Module:
+    """An empty network as ``file``, a config.json, describes it; InputError unless it has this codec's layout."""
     network: Any = None
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
         layout = config.get("_class_name", "another layout")
-        if layout == LAYOUT:
-            network = AutoencoderKL.from_config({key: value for key, value in config.items() if key[0] != "_"})
+        if layout == codec.layout:
+            network = codec.network_class().from_config({key: value for key, value in config.items() if key[0] != "_"})
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise InputError(f"codec.path: {file} does not describe an {LAYOUT} ({error}); fetch it again") from error
-    rule = f"codec 'kl' is an {LAYOUT} of 4 channels, 8 times smaller, without shift"
+        raise InputError(f"codec.path: {file} does not describe an {codec.layout} ({error}); fetch it again") from error
+    rule = f"codec {codec.name!r} is an {codec.layout} of 4 channels, 8 times smaller, without shift"
     require(network is not None, f"layout in {file}", layout, rule, "give another folder or codec.name")
-    found = (network.config["latent_channels"], 2 ** (len(network.config["block_out_channels"]) - 1), network.config["shift_factor"] or 0)
+    shape = network.config
+    found = (shape["latent_channels"], 2 ** (len(shape["block_out_channels"]) - 1), shape.get("shift_factor") or 0)
     require(found == (4, 8, 0), f"(channels, times, shift) in {file}", found, rule, "give another folder or codec.name")
     return network
 
