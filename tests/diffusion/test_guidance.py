@@ -6,7 +6,7 @@ import torch
 from support import noise
 
 from latte.checks import InputError
-from latte.diffusion.guidance import NULL_LABEL, conditional, guided
+from latte.diffusion.guidance import NULL_LABEL, conditional, guided, guided_pair
 
 LABEL = torch.tensor([2, 0, 5])
 T = torch.tensor([700, 700, 700])
@@ -93,3 +93,26 @@ def test_an_unconditional_model_is_its_own_denoiser_and_cannot_be_guided():
 def test_bad_settings_are_refused(scale, window):
     with pytest.raises(InputError, match="guidance"):
         guided(Model(), LABEL, scale, window)
+
+
+def caption_model(z, t, text, mask):
+    """Learned variance; answers with the mean of what it may read."""
+    read = (text * mask[..., None]).sum((1, 2)) / mask.sum(1)
+    own = torch.sin(z * (read.view(-1, 1, 1, 1, 1) + 2))
+    return torch.cat([own, own + 1], 2)
+
+
+def test_any_condition_guides_as_labels_do():
+    z, (text, null) = noise(3, 2, 4, 2, 2), noise(2, 3, 5, 6)
+    full, short = torch.ones(3, 5, dtype=torch.bool), torch.arange(5) < torch.tensor([[1], [1], [2]])
+    out = guided_pair(caption_model, (text, full), (null, short), 7.5)(z, T)
+    c, u = caption_model(z, T, text, full), caption_model(z, T, null, short)
+    assert torch.equal(out, torch.cat([(u + 7.5 * (c - u))[:, :, :4], c[:, :, 4:]], 2))
+    assert torch.equal(guided_pair(caption_model, (text, full), (null, short), 1.0)(z, T), c)
+    labelled = guided_pair(Model(), (LABEL,), (torch.full_like(LABEL, NULL_LABEL),), 4.0)
+    assert torch.equal(labelled(z, T), guided(Model(), LABEL, 4.0)(z, T))
+
+
+def test_a_null_caption_of_another_length_is_refused():
+    with pytest.raises(InputError, match=r"shapes of the null condition is \[\(3, 4, 6\)\].*pad both to one length"):
+        guided_pair(caption_model, (noise(3, 5, 6),), (noise(3, 4, 6),), 2.0)
