@@ -20,8 +20,8 @@ from latte.runtime import generator
 from latte.train.loop import TrainConfig, train
 
 TINY = ModelConfig(depth=2, width=16, heads=2, num_frames=3, latent_size=4, latent_channels=4, num_classes=3, class_dropout=0.3)
-SHORT = TrainConfig(steps=12, global_batch=4, lr=1e-3, ema_decay=0.9, clip_norm=0.5, clip_start=3, warmup_steps=4, checkpoint_every=3,
-                    keep_last=2, log_every=2, dtype="fp32")  # fmt: skip
+SHORT = TrainConfig(steps=12, global_batch=4, lr=1e-3, ema_decay=0.9, ema_warmup=True, clip_norm=0.5, clip_start=3, warmup_steps=4,
+                    checkpoint_every=3, keep_last=2, log_every=2, dtype="fp32")  # fmt: skip
 
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["torch._dynamo", "latte.train.loop"])  # torch imports its tracer with the first optimiser

@@ -25,7 +25,7 @@ def walk(model: nn.Module, ema: EMA, steps: range) -> list[torch.Tensor]:
     for step in steps:
         with torch.no_grad():
             model.weight.copy_(noise(2, 3, seed=step))
-        ema.update()
+        ema.update(step)
         seen.append(model.weight.detach().double())
     return seen
 
@@ -58,7 +58,7 @@ def test_what_is_not_trained_stays_as_it_was():
     with torch.no_grad():
         model.bias.add_(1)
         model.table.add_(1)
-    ema.update()
+    ema.update(1)
     assert torch.equal(ema.model.bias, bias)
     assert torch.equal(ema.model.table, torch.arange(3.0))
 
@@ -72,3 +72,16 @@ def test_going_on_from_its_state_is_bit_for_bit_never_stopping():
     walk(model, ema, range(7, 12))
     walk(other, again, range(7, 12))
     assert torch.equal(ema.model.weight, again.model.weight)
+
+
+@pytest.mark.parametrize("decay", [0.9999, 0.5])
+def test_a_warm_up_lets_go_of_the_fresh_weights(decay):
+    """The decay of step n is (1 + n) / (10 + n) until that reaches ``decay``: 2/11 at the first step, 0.5 from the eighth on."""
+    model = layer()
+    ema = EMA(model, decay, warmup=True)
+    expected = model.weight.detach().double()
+    for step in range(1, 31):
+        (weight,) = walk(model, ema, range(step, step + 1))
+        share = min(decay, (1 + step) / (10 + step))
+        expected = share * expected + (1 - share) * weight
+    torch.testing.assert_close(ema.model.weight.double(), expected, rtol=0, atol=3e-6)

@@ -27,8 +27,8 @@ from training import FORKS, SHORT, TINY, Latents, curve, run, tiny_model
     "wrong",
     [
         {"steps": 0}, {"global_batch": 0}, {"micro_batch": 0}, {"lr": 0.0}, {"lr": float("nan")}, {"weight_decay": -1.0},
-        {"warmup_steps": -1}, {"ema_decay": 1.0}, {"clip_norm": 0.0}, {"clip_start": -1}, {"dtype": "fp16"}, {"checkpoint_every": 0},
-        {"keep_last": 0}, {"num_images": -1}, {"sample_every": -1}, {"log_every": 0},
+        {"warmup_steps": -1}, {"decay_steps": -1}, {"ema_decay": 1.0}, {"clip_norm": 0.0}, {"clip_start": -1}, {"dtype": "fp16"},
+        {"checkpoint_every": 0}, {"keep_last": 0}, {"num_images": -1}, {"sample_every": -1}, {"log_every": 0},
     ],
 )  # fmt: skip
 def test_a_setting_out_of_range_is_refused_by_name(wrong):

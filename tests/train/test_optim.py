@@ -60,6 +60,12 @@ def test_the_rate_rises_in_a_line_and_stays():
     assert learning_rate(1, 2.0, 0) == 2.0
 
 
+def test_the_rate_falls_at_the_end_and_never_reaches_zero():
+    rates = [learning_rate(step, 8.0, 2, decay_steps=3, steps=8) for step in range(1, 9)]
+    assert rates == [4.0, 8.0, 8.0, 8.0, 8.0, 6.0, 4.0, 2.0]
+    assert all(learning_rate(step, 1.0, 5, decay_steps=20, steps=8) > 0 for step in range(1, 9))
+
+
 def test_clipping_scales_the_whole_gradient_and_reports_the_norm_before():
     model = with_gradient(layer(), 1)
     before = [parameter.grad.clone() for parameter in model.parameters()]

@@ -39,7 +39,8 @@ from latte.train.step import Task, backward
 
 TRAINING_DTYPES = {name: DTYPES.get(name) for name in ("auto", "fp32", "bf16")}  # fp16 gradients underflow without loss scaling
 
-SETTINGS = ("lr", "weight_decay", "warmup_steps", "ema_decay", "clip_norm", "clip_start")  # may change in a run, with a notice
+# What may change in a run, with a notice.
+SETTINGS = ("lr", "weight_decay", "warmup_steps", "decay_steps", "ema_decay", "ema_warmup", "clip_norm", "clip_start")
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,9 @@ class TrainConfig:
     lr: float = 1e-4
     weight_decay: float = 0.0
     warmup_steps: int = 0
+    decay_steps: int = 0  # the last steps, in which the rate falls to 0; the paper's is constant
     ema_decay: float = 0.9999
+    ema_warmup: bool = False  # a short average first, so that early samples are not those of fresh weights
     clip_norm: float | None = 0.1  # null: the norm is measured only
     clip_start: int = 0  # steps before clipping begins
     num_images: int = 0  # stills behind every clip (joint training, Sec. 3.3.4)
@@ -75,7 +78,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name in ("steps", "global_batch", "checkpoint_every", "keep_last", "log_every"):
             require(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "it counts something", "give 1 or more")
-        for name in ("weight_decay", "warmup_steps", "clip_start", "num_images", "sample_every"):
+        for name in ("weight_decay", "warmup_steps", "decay_steps", "clip_start", "num_images", "sample_every"):
             require(getattr(self, name) >= 0, f"train.{name}", getattr(self, name), "it cannot be negative", "give 0 or more")
         require(self.micro_batch is None or self.micro_batch >= 1, "train.micro_batch", self.micro_batch, "it counts clips",
                 "give 1 or more, or null for all at once")  # fmt: skip
@@ -123,7 +126,7 @@ def train(
         model.to(device).train()
         model.gradient_checkpointing = config.gradient_checkpointing
         group.equalise([*model.parameters(), *model.buffers()])
-        learner = Learner(model, config.lr, config.weight_decay, config.ema_decay)
+        learner = Learner(model, config.lr, config.weight_decay, config.ema_decay, config.ema_warmup)
         common = {**run_facts(model, codec, clips, config.global_batch, seed), **(facts or {})}
         settings = {name: getattr(config, name) for name in SETTINGS}
         state, saved = restore(run_dir, learner, common, settings, group)
@@ -144,7 +147,7 @@ def train(
             while step < config.steps and not code:
                 waited, batch, step = loader.waited, next(loader), step + 1
                 numbers = backward(task, step, positions, batch.video, batch.label)
-                rate = learning_rate(step, config.lr, config.warmup_steps)
+                rate = learning_rate(step, config.lr, config.warmup_steps, config.decay_steps, config.steps)
                 numbers = learner.update(step, numbers, rate, config.clip_norm if step > config.clip_start else None, group)
                 tally.add(numbers, config.global_batch, loader.waited - waited)
                 code = group.largest(stop.code)

@@ -23,9 +23,14 @@ def build_optimizer(model: nn.Module, lr: float, weight_decay: float) -> torch.o
     return torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay, fused=parameters[0].device.type in FUSED_DEVICES)
 
 
-def learning_rate(step: int, lr: float, warmup_steps: int) -> float:
-    """The rate of step 1, 2, ...: linear up to ``lr`` over ``warmup_steps``, constant from there."""
-    return lr * min(1.0, step / max(warmup_steps, 1))
+def learning_rate(step: int, lr: float, warmup_steps: int, decay_steps: int = 0, steps: int = 0) -> float:
+    """The rate of step 1, 2, ... of ``steps``: linear up to ``lr`` over ``warmup_steps``, constant, down over the last ``decay_steps``.
+
+    The last step's is lr / (decay_steps + 1), the next would be 0 (the "trapezoid" of Haegele et al. 2024). 0 decay steps: the paper's.
+    """
+    rise = step / max(warmup_steps, 1)
+    fall = (steps + 1 - step) / (decay_steps + 1) if decay_steps else 1.0
+    return lr * min(1.0, rise, fall)
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float | None) -> Tensor:
@@ -63,8 +68,8 @@ def load_optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, t
 class Learner:
     """What changes while training, and so what a checkpoint holds: the model, its average, and the optimiser of both."""
 
-    def __init__(self, model: nn.Module, lr: float, weight_decay: float, ema_decay: float):
-        self.model, self.ema = model, EMA(model, ema_decay)
+    def __init__(self, model: nn.Module, lr: float, weight_decay: float, ema_decay: float, ema_warmup: bool = False):
+        self.model, self.ema = model, EMA(model, ema_decay, ema_warmup)
         self.optimizer = build_optimizer(model, lr, weight_decay)
         self.parameters = self.optimizer.param_groups[0]["params"]
         device = self.parameters[0].device
@@ -83,7 +88,7 @@ class Learner:
             settings["lr"] = lr
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self.ema.update()
+        self.ema.update(step)
         return numbers
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
