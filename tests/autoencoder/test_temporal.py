@@ -4,21 +4,17 @@
 import pytest
 import torch
 from diffusers import AutoencoderKLTemporalDecoder, LattePipeline
-from support import noise, wake
+from support import noise
 
 from latte.autoencoder.codec import CodecConfig, build_codec
 from latte.autoencoder.temporal import TemporalCodec
 from latte.checks import InputError
 from latte.runtime import generator
-
-TINY = {"down_block_types": ["DownEncoderBlock2D"] * 4, "block_out_channels": [32] * 4, "layers_per_block": 1}
+from tiny_pipeline import tiny_vae
 
 
 def tiny() -> AutoencoderKLTemporalDecoder:
-    """Random weights; the time mixers start as the mean of both ways, so time takes part."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return wake(AutoencoderKLTemporalDecoder(**TINY)).eval()
+    return tiny_vae("AutoencoderKLTemporalDecoder")
 
 
 @pytest.fixture(scope="module")

@@ -9,10 +9,12 @@ from reference.official import dit_state, released_state
 from safetensors.torch import load_file
 from support import wake
 
+from latte.checkpoint.pipeline import save_pipeline
 from latte.checkpoint.weights import load_foreign
 from latte.model.latte import Latte
 from latte.model.text import LatteText, TextConfig
 from latte.trained import load_trained
+from tiny_pipeline import tiny_codec, tiny_denoiser, tiny_t5
 
 
 @pytest.fixture
@@ -87,6 +89,7 @@ def test_named_gaps_are_allowed(latte, released, tmp_path):
         (["ucf.pt", "ours", "--to", "oficial"], "did you mean 'official'"),
         (["ucf.pt", "x", "--heads", 4, "--to", "diffusers"], "give --to official"),
         (["ucf.pt", "taken", "--heads", 4], "taken is there already"),
+        (["ucf.pt", "x", "--heads", 4, "--to", "pipeline"], "text to video, but this model reads no captions"),
         (["nothing.pt", "ours"], "neither a file, a folder nor a hub id"),
         (["empty", "ours"], "holds none of"),
         (["evil.pt", "ours"], "nothing in them was run: a call of __builtin__.exec"),
@@ -114,3 +117,25 @@ def test_a_dit_becomes_a_start(latte, tmp_path):
     answer = latte("convert", "dit.pt", "start", "--heads", 4, "--json")
     assert (answer.code, answer.json["layout"]) == (0, "DiT")
     assert set(answer.json["dropped"]) == {"pos_embed", "y_embedder.embedding_table.weight"}
+
+
+def test_a_pipeline_goes_in_and_out(latte, tmp_path):
+    pytest.importorskip("transformers", reason="needs the extra t2v")
+    from latte.diffusion.process import DiffusionConfig
+
+    model = tiny_denoiser()
+    save_pipeline(model, tiny_codec("AutoencoderKL", tmp_path / "vae"), *tiny_t5(), DiffusionConfig(), tmp_path / "in")
+    alone = latte("convert", "in", "out", "--to", "pipeline")
+    assert (alone.code, len(alone.errors)) == (2, 1)
+    assert "--text-encoder is None, but a pipeline holds its text encoder" in alone.errors[0]
+    half = latte("convert", "in", "out", "--to", "pipeline", "--text-encoder", "in")
+    assert (half.code, "--codec is None" in half.errors[0]) == (2, True)
+    assert latte("convert", "in", "out", "--to", "pipeline", "--text-encoder", "in", "--codec", "in").code == 0
+    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == [
+        "model_index.json", "scheduler", "text_encoder", "tokenizer", "transformer", "vae"]  # fmt: skip
+    state = load_foreign(tmp_path / "out").state_dict
+    assert all(torch.equal(state[name], tensor) for name, tensor in model.state_dict().items())
+    needless = latte("convert", "in", "ours", "--text-encoder", "in")
+    assert (needless.code, "nothing but a pipeline" in needless.errors[0]) == (2, True)
+    assert latte("convert", "in", "ours", "--codec", "in").code == 0
+    assert json.loads((tmp_path / "ours" / "config.json").read_text())["codec"]["path"] == "in"

@@ -51,7 +51,7 @@ def commit_folder(path: Path, write: Callable[[Path], None]) -> None:
     try:
         temporary.mkdir()
         write(temporary)
-        for file in temporary.iterdir():
+        for file in temporary.rglob("*"):
             sync(file)
         sync(temporary)
         if path.exists():

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weights out: our own folder, the released Latte's file, or diffusers' folder.
+"""Weights out: our own folder, the released Latte's file, diffusers' transformer, or a whole pipeline of diffusers.
 
 To add a layout: a function (model, place, facts) and one line in TARGETS.
 """
@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from latte.checkpoint.atomic import commit_folder, reported
 from latte.checkpoint.diffusers import save_diffusers
 from latte.checkpoint.official import save_official
+from latte.checkpoint.pipeline import to_pipeline
 from latte.checkpoint.run import tensors_sha256
 from latte.checks import InputError, choose
 from latte.model.latte import Latte
@@ -69,4 +70,5 @@ TARGETS: dict[str, Callable[[Model, Path, Mapping[str, Any]], None]] = {
     "latte": save_ours,
     "official": to_official,
     "diffusers": to_diffusers,
+    "pipeline": to_pipeline,
 }

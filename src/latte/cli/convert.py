@@ -16,7 +16,11 @@ if TYPE_CHECKING:
 SOURCES = "A weight file, a model's folder, a hub id (OWNER/NAME or OWNER/NAME/FILE), or a run folder."
 Source = Annotated[str, typer.Argument(metavar="SRC", help=SOURCES, show_default=False)]
 Place = Annotated[Path, typer.Argument(metavar="DST", help="A new folder, or with --to official a new file.", show_default=False)]
-To = Annotated[str, typer.Option(metavar="NAME", help="latte (our own folder), official (the released file) or diffusers.")]
+To = Annotated[str, typer.Option(metavar="NAME", help="latte (our own folder), official (the released file), diffusers or pipeline.")]
+CodecPath = Annotated[
+    str | None, typer.Option("--codec", metavar="PATH", help="The autoencoder's folder or hub id, where SRC does not say.")
+]
+TextPath = Annotated[str | None, typer.Option("--text-encoder", metavar="PATH", help="With --to pipeline: folder or hub id of the T5.")]
 Heads = Annotated[int | None, typer.Option(help="Attention heads, for widths other than those of Table 4.")]
 Missing = Annotated[list[str] | None, typer.Option(metavar="PATTERN", help="Our names that may be missing, e.g. 'time_blocks.*'.")]
 Unexpected = Annotated[list[str] | None, typer.Option(metavar="PATTERN", help="The file's names that may be left over.")]
@@ -26,6 +30,8 @@ def convert(
     source: Source,
     place: Place,
     to: To = "latte",
+    codec: CodecPath = None,
+    text_encoder: TextPath = None,
     heads: Heads = None,
     allow_missing: Missing = None,
     allow_unexpected: Unexpected = None,
@@ -34,7 +40,7 @@ def convert(
 ) -> None:
     """Convert weights from any known layout to another, with a report of every tensor. Nothing in a file is ever run."""
     from latte.checkpoint.export import TARGETS, export
-    from latte.checks import choose
+    from latte.checks import choose, require
     from latte.config import RUN_FILE
 
     speak()
@@ -43,6 +49,13 @@ def convert(
         model, report, facts = from_run(Path(source))
     else:
         model, report, facts = from_weights(source, heads, allow_missing or [], allow_unexpected or [])
+    if codec is not None:
+        facts["codec"] = {**facts["codec"], "path": codec}
+    if text_encoder is not None:
+        require(
+            to == "pipeline", "--text-encoder", text_encoder, "nothing but a pipeline has one in it", "leave it out, or give --to pipeline"
+        )
+        facts["text"] = {"name": "t5", **(facts.get("text") or {}), "path": text_encoder}
     export(model, place, to, facts)
     result = {"out": str(place), "layout": report.layout, "used": report.used, "missing": report.missing, "unexpected": report.unexpected,
               "mismatched": report.mismatched, "dropped": report.dropped}  # fmt: skip
