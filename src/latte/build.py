@@ -5,41 +5,53 @@ That the parts fit together in number is settled in ``latte.config``; here meet 
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from latte.autoencoder.codec import Codec, build_codec
 from latte.checkpoint.atomic import reported
+from latte.checkpoint.layout import build as build_network
 from latte.checks import InputError, require
 from latte.config import RunConfig
+from latte.data.captions import EMPTY, CaptionFeatures, encode_captions
 from latte.data.datasets import Dataset, build_dataset, write_quarantine
 from latte.data.latents import LatentDataset
 from latte.data.media import contact_sheet
+from latte.data.procedural import caption_of, split_combinations
 from latte.diffusion.loss import OBJECTIVES
 from latte.diffusion.process import build_process
-from latte.generate import generate
+from latte.generate import Prompts, generate
 from latte.model.latte import Latte, ModelConfig
-from latte.runtime import generator, rank, resolve_device, resolve_dtype
+from latte.model.text import LatteText, Network, TextConfig
+from latte.runtime import rank, resolve_device, resolve_dtype
+from latte.text_encoder import build_text_encoder
+from latte.train.condition import CaptionReader
 from latte.train.loop import train
 
 LOG = logging.getLogger(__name__)
 SHEET_CLIPS = 4
+SHEET_PROMPTS = 8
 
 
 @dataclass(frozen=True)
 class Job:
-    """A run, ready to train: the configuration and the objects made from it. ``codec`` is None when nothing needs one."""
+    """A run, ready to train: the configuration and the objects made from it. ``codec`` is None when nothing needs one.
+
+    ``captions`` are the features of the data's captions, and of those on the sample sheets; None for a model that reads no text.
+    """
 
     config: RunConfig
-    model: Latte
+    model: Network
     dataset: Dataset
     codec: Codec | None
     device: torch.device
+    captions: CaptionFeatures | None = None
 
     def train(self) -> dict[str, Any]:
         """Train or resume in ``run.dir``; what ``latte.train.loop.train`` returns. Unusable files are noted in its quarantine.jsonl."""
@@ -49,6 +61,7 @@ class Job:
             write_quarantine(folder / "quarantine.jsonl", dataset.quarantined)
             LOG.info("%d files cannot be used, see %s", len(dataset.quarantined), folder / "quarantine.jsonl")
         identity = self.codec.identity if self.codec else dataset.describe()["codec"]
+        text = {"text": {"encoder": self.captions.identity, "dropout": config.text.dropout}} if self.captions else {}
         return train(
             self.model,
             build_process(config.diffusion),
@@ -59,10 +72,17 @@ class Job:
             folder,
             seed=config.run.seed,
             device=self.device,
-            facts={"diffusion": asdict(config.diffusion), "classes": list(dataset.classes), "codec": identity},
+            facts={"diffusion": asdict(config.diffusion), "classes": list(dataset.classes), "codec": identity, **text},
             record=asdict(config),
-            sample=sheets(config, self.codec, dataset.classes, self.device, folder / "samples") if self.codec else None,
+            sample=self.sheets(self.codec, folder / "samples") if self.codec else None,
+            captions=CaptionReader(self.captions, config.text.dropout) if self.captions else None,
         )
+
+    def sheets(self, codec: Codec, folder: Path) -> Callable[[nn.Module, int], None]:
+        """What training calls now and then to draw the same few clips."""
+        if self.captions is None:
+            return sheets(self.config, codec, self.dataset.classes, self.device, folder)
+        return text_sheets(self.config, codec, self.captions, sheet_prompts(self.config, self.dataset), self.device, folder)
 
 
 def build(config: RunConfig, device: str = "auto") -> Job:
@@ -73,7 +93,8 @@ def build(config: RunConfig, device: str = "auto") -> Job:
     where = resolve_device(device)
     dataset, codec = open_data(config, where)
     check_classes(config.model.num_classes, dataset.classes)
-    return Job(config, build_model(config.model, config.run.seed), dataset, codec, where)
+    captions = read_captions(config, dataset, where)
+    return Job(config, build_model(config.network, config.run.seed), dataset, codec, where, captions)
 
 
 def open_data(config: RunConfig, device: torch.device) -> tuple[Dataset, Codec | None]:
@@ -100,11 +121,37 @@ def check_classes(num_classes: int | None, classes: list[str]) -> None:
                      f"set model.num_classes={len(classes)}, or null for an unconditional model")  # fmt: skip
 
 
-def build_model(config: ModelConfig, seed: int) -> Latte:
+def build_model(config: ModelConfig | TextConfig, seed: int) -> Network:
     """A fresh model whose weights are a function of ``seed``, whatever was drawn before."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(generator(seed, "weights").initial_seed())
-        return Latte(config)
+    return build_network(config, seed)
+
+
+def read_captions(config: RunConfig, dataset: Dataset, device: torch.device) -> CaptionFeatures | None:
+    """The features of all captions that training and its sample sheets need; None without ``text.name``.
+
+    The encoder is gone again before the denoiser is made. InputError for data without captions.
+    """
+    if config.text.name is None:
+        return None
+    if not dataset.captions:
+        raise InputError(f"text.name is {config.text.name}, but the data have no captions; give data with captions, or text.name=null")
+    encoder = build_text_encoder(config.text, device)
+    features = encode_captions(encoder, [*dataset.captions, *sheet_prompts(config, dataset)])
+    encoder.free()
+    return features
+
+
+def sheet_prompts(config: RunConfig, dataset: Dataset) -> list[str]:
+    """Captions for a sample sheet, spread over those of the data; the second half of them held out from training, if any are."""
+    held = sorted(caption_of(*combination) for combination in split_combinations(config.data.hold_out)[1])
+    room = SHEET_PROMPTS // 2 if held else SHEET_PROMPTS
+    return [*spread(dataset.captions, room), *spread(held, room)]
+
+
+def spread(items: Sequence[str], count: int) -> list[str]:
+    """At most ``count`` of the items, evenly spaced."""
+    count = min(count, len(items))
+    return [items[index * len(items) // count] for index in range(count)]
 
 
 def sheets(config: RunConfig, codec: Codec, classes: list[str], device: torch.device, folder: Path) -> Callable[[nn.Module, int], None]:
@@ -118,8 +165,28 @@ def sheets(config: RunConfig, codec: Codec, classes: list[str], device: torch.de
         assert isinstance(model, Latte)
         seeds = range(len(labels) if labels else SHEET_CLIPS)
         clips = [clip for _, clip in generate(model, process, codec, seeds, labels, config.sample, dtype=dtype)]
-        with reported("samples", folder):
-            folder.mkdir(parents=True, exist_ok=True)
-            contact_sheet(clips, captions=names).save(folder / f"step-{step:07d}.png")
+        save_sheet(folder, step, clips, names)
 
     return draw
+
+
+def text_sheets(
+    config: RunConfig, codec: Codec, captions: CaptionFeatures, prompts: Sequence[str], device: torch.device, folder: Path
+) -> Callable[[nn.Module, int], None]:
+    """As ``sheets``, with a prompt a row."""
+    process, dtype = build_process(config.diffusion), resolve_dtype(config.train.dtype, device)
+    told = Prompts(*captions(prompts), *captions([EMPTY] * len(prompts)))
+
+    def draw(model: nn.Module, step: int) -> None:
+        assert isinstance(model, LatteText)
+        clips = [clip for _, clip in generate(model, process, codec, range(len(prompts)), None, config.sample, dtype=dtype, prompts=told)]
+        save_sheet(folder, step, clips, prompts)
+
+    return draw
+
+
+def save_sheet(folder: Path, step: int, clips: Sequence[np.ndarray], names: Sequence[str] | None) -> None:
+    """``folder``/step-N.png; RunError when it cannot be written."""
+    with reported("samples", folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        contact_sheet(clips, captions=names).save(folder / f"step-{step:07d}.png")

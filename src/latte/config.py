@@ -23,7 +23,9 @@ from latte.data.datasets import DataConfig
 from latte.diffusion.process import DiffusionConfig
 from latte.generate import SampleConfig
 from latte.model.latte import ModelConfig
+from latte.model.text import TextConfig
 from latte.settings import Entry, Layer, in_words, read_environment, read_value, read_words, read_yaml, short
+from latte.text_encoder import TextEncoderConfig
 from latte.train.loop import TrainConfig
 
 VERSION = 1
@@ -59,6 +61,7 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
+    text: TextEncoderConfig = field(default_factory=TextEncoderConfig)
     run: RunSection = field(default_factory=RunSection)
 
     def __post_init__(self) -> None:
@@ -68,8 +71,29 @@ class RunConfig:
             given = self.model.grid_size if key == "latent_size" else getattr(self.model, key)
             if given != value:
                 problems.append(f"model.{key} is {getattr(self.model, key)}, but {reason}; leave model.{key} out, or change the other")
+        if self.text.name is not None:
+            problems += class_keys(self.model)
         if problems:
             raise InputError("\n".join(problems))
+
+    @property
+    def network(self) -> ModelConfig | TextConfig:
+        """The model's configuration: that of section ``model``, or with a text encoder that of the text model made from both sections."""
+        if self.text.name is None:
+            return self.model
+        shared = {name: getattr(self.model, name) for name in TEXT_KEYS}
+        text = self.text
+        return TextConfig(**shared, caption_channels=text.channels, gated_time=text.gated_time, table_size=text.table_size)
+
+
+TEXT_KEYS = {item.name for item in fields(ModelConfig)} & {item.name for item in fields(TextConfig)}
+
+
+def class_keys(model: ModelConfig) -> list[str]:
+    """A problem for every key of ``model`` that only a class model reads and that is not left at its default."""
+    set_here = [item for item in fields(ModelConfig) if item.name not in TEXT_KEYS and getattr(model, item.name) != item.default]
+    return [f"model.{item.name} is {getattr(model, item.name)!r}, but with text.name the model reads captions and has no such part; "
+            f"leave model.{item.name} out, or set text.name=null" for item in set_here]  # fmt: skip
 
 
 def derived(data: DataConfig, codec: CodecConfig) -> dict[str, tuple[Any, str]]:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Seeds and labels -> noise -> latents -> frames.
+"""Seeds and labels, or prompts -> noise -> latents -> frames.
 
 Every clip has a random stream of its own, so the clip of a seed is the same, to rounding, in whatever batch it is drawn.
-Axes: b batch, f latent frames, t frames, c channels, h height, w width.
+Axes: b batch, f latent frames, t frames, c channels, h height, w width, l tokens of a prompt, k their channels.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -16,10 +16,11 @@ from torch import Tensor
 from latte.autoencoder.codec import Codec
 from latte.checks import InputError, choose, require
 from latte.data.clips import to_uint8
-from latte.diffusion.guidance import guided
+from latte.diffusion.guidance import guided, guided_pair
+from latte.diffusion.loss import Denoiser
 from latte.diffusion.process import Flow, Process
 from latte.diffusion.samplers import SAMPLERS, sample
-from latte.model.latte import Latte
+from latte.model.text import LatteText, Network
 from latte.runtime import SampleNoise
 
 Progress = Callable[[int, int], None]
@@ -51,8 +52,26 @@ class SampleConfig:
             require(self.steps >= 1, "sample.steps", self.steps, "it counts steps", "give 1 or more")
 
 
+@dataclass(frozen=True)
+class Prompts:
+    """What a text model reads: features (b l k) and mask (b l) of each clip's prompt, and of what guidance leads away from.
+
+    All are padded to one length, so that a clip does not depend on the prompts beside its own.
+    """
+
+    text: Tensor
+    mask: Tensor
+    null_text: Tensor
+    null_mask: Tensor
+
+    def part(self, clips: slice, device: torch.device) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """((text, mask), (null text, null mask)) of some of the clips, on ``device``."""
+        text, mask, null_text, null_mask = (tensor[clips].to(device) for tensor in (self.text, self.mask, self.null_text, self.null_mask))
+        return (text, mask), (null_text, null_mask)
+
+
 def generate(
-    model: Latte,
+    model: Network,
     process: Process | Flow,
     codec: Codec,
     seeds: Sequence[int],
@@ -63,24 +82,25 @@ def generate(
     size: tuple[int, int] | None = None,
     dtype: torch.dtype = torch.float32,
     progress: Progress | None = None,
+    prompts: Prompts | None = None,
 ) -> Iterator[tuple[int, np.ndarray]]:
     """One clip per seed, in order, as (seed, uint8 (t h w c)), decoded and handed out batch by batch.
 
     ``labels``: one class per seed, -1 for none; None for all of them. ``frames`` and ``size`` (height, width in pixels) default to those
     the model was made for. ``dtype`` is that of matrix products. ``progress(done, all)`` counts denoising steps over all batches.
-    Raises InputError for labels that the model does not know and for sizes that the codec and the patches do not divide.
+    A text model reads ``prompts``, one per seed, instead of labels. Raises InputError for labels that the model does not know, for
+    prompts that are missing or not wanted, and for sizes that the codec and the patches do not divide.
     """
     config = config or SampleConfig()
     device = next(model.parameters()).device
-    numbers = check_labels(model, labels, len(seeds))
+    tell_model = condition(model, labels, prompts, len(seeds), config.guidance, dtype)
     frames = model.config.num_frames if frames is None else frames
     require(frames >= 1, "frames", frames, "a clip has at least one", "give 1 or more")
     shape = (frames, *latent_shape(model, codec, size))
     model.eval()
     batches = [slice(start, start + config.batch) for start in range(0, len(seeds), config.batch)]
     for index, part in enumerate(batches):
-        label = None if numbers is None else numbers[part].to(device)
-        denoise = guided(autocast(model, device, dtype), label, config.guidance)
+        denoise = tell_model(part)
         tell = None if progress is None else _share(progress, index, len(batches))
         noise = SampleNoise(seeds[part])
         z = sample(config.sampler, denoise, process, noise, shape, config.steps, config.eta, device, tell)
@@ -89,7 +109,24 @@ def generate(
         yield from zip(seeds[part], np.asarray(clips), strict=True)
 
 
-def check_labels(model: Latte, labels: Sequence[int] | None, count: int) -> Tensor | None:
+def condition(
+    model: Network, labels: Sequence[int] | None, prompts: Prompts | None, count: int, scale: float, dtype: torch.dtype
+) -> Callable[[slice], Denoiser]:
+    """Some of ``count`` clips -> the guided denoiser that is told their labels or prompts; InputError for what the model cannot be told."""
+    device = next(model.parameters()).device
+    call = autocast(model, device, dtype)
+    if not isinstance(model, LatteText):
+        if prompts is not None:
+            raise InputError("prompts were given, but this model reads no text; leave them out, or give a model of captions")
+        numbers = check_labels(model, labels, count)
+        return lambda part: guided(call, None if numbers is None else numbers[part].to(device), scale)
+    if prompts is None or labels is not None:
+        raise InputError("this model reads text: give it a prompt per clip, and no labels")
+    require(len(prompts.text) == count, "prompts", len(prompts.text), f"there are {count} seeds", "give one prompt per seed")
+    return lambda part: guided_pair(call, *prompts.part(part, device), scale)
+
+
+def check_labels(model: Network, labels: Sequence[int] | None, count: int) -> Tensor | None:
     """Labels as int64 (count,), or None for an unconditional model; InputError with the valid range for any other."""
     classes = model.config.num_classes
     if classes is None:
@@ -105,7 +142,7 @@ def check_labels(model: Latte, labels: Sequence[int] | None, count: int) -> Tens
     return torch.tensor(labels, dtype=torch.int64)
 
 
-def latent_shape(model: Latte, codec: Codec, size: tuple[int, int] | None) -> tuple[int, int, int]:
+def latent_shape(model: Network, codec: Codec, size: tuple[int, int] | None) -> tuple[int, int, int]:
     """(c, h, w) of the latent of frames of ``size``, or of the model's own when it is None; InputError for one that does not divide."""
     if size is None:
         return (model.config.latent_channels, *model.config.grid_size)
@@ -116,14 +153,14 @@ def latent_shape(model: Latte, codec: Codec, size: tuple[int, int] | None) -> tu
     return codec.latent_shape(*size)
 
 
-def autocast(model: Latte, device: torch.device, dtype: torch.dtype) -> Callable[..., Tensor]:
+def autocast(model: Network, device: torch.device, dtype: torch.dtype) -> Callable[..., Tensor]:
     """``model`` with its matrix products in ``dtype``; the model itself for float32."""
     if dtype == torch.float32:
         return model
 
-    def call(z: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
+    def call(z: Tensor, t: Tensor, *told: Tensor) -> Tensor:
         with torch.autocast(device.type, dtype):
-            return model(z, t, label)
+            return model(z, t, *told)
 
     return call
 

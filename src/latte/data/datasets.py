@@ -18,7 +18,7 @@ from latte.checks import InputError, choose, require
 from latte.data.clips import ClipRule, centre_crop_resize, choose_frames, flip_horizontal, to_float
 from latte.data.layouts import LAYOUTS, check_layout
 from latte.data.media import read_frames
-from latte.data.procedural import DIRECTIONS, draw_scene, render
+from latte.data.procedural import DIRECTIONS, caption_of, check_hold_out, draw_scene, render, split_combinations
 from latte.data.quarantine import ScanResult, require_clips, scan, write_quarantine
 
 __all__ = [
@@ -48,7 +48,10 @@ class Clip:
 
 
 class Dataset(Protocol):
-    """What the trainer and the sampler rely on. ``classes`` are names, [] without labels; ``latent``: is Clip.video a latent?"""
+    """What the trainer and the sampler rely on. ``classes`` are names, [] without labels; ``latent``: is Clip.video a latent?
+
+    ``captions`` are the distinct captions of all clips in a fixed order, [] when clips have none.
+    """
 
     classes: list[str]
     latent: bool
@@ -57,6 +60,9 @@ class Dataset(Protocol):
     def quarantined(self) -> Sequence[dict[str, str]]:
         """{"path", "reason"} of each candidate that was left out."""
         ...
+
+    @property
+    def captions(self) -> Sequence[str]: ...
 
     def __len__(self) -> int: ...
 
@@ -94,6 +100,7 @@ class DataConfig:
     labels: bool = True
     seed: int = 0
     num_clips: int | None = None
+    hold_out: int = 0
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
 
     def __post_init__(self) -> None:
@@ -107,6 +114,7 @@ class DataConfig:
         require(min(self.size) > 0, "data.resolution", self.resolution, "sizes are positive", "give e.g. 256 or [256, 320] (height, width)")
         require(self.num_clips is None or self.num_clips > 0, "data.num_clips", self.num_clips, "there is at least one clip",
                 "give 1 or more, or null for no end")  # fmt: skip
+        check_hold_out(self.hold_out)
         _ = self.clip_rule  # refuses impossible frames, interval, rule, fps
 
     @property
@@ -120,7 +128,7 @@ class DataConfig:
         return ClipRule(self.frames, self.interval, self.rule, self.fps)
 
 
-_FILES = {"seed": "it belongs to procedural clips", "num_clips": "it belongs to procedural clips"}
+_FILES = dict.fromkeys(("seed", "num_clips", "hold_out"), "it belongs to procedural clips")
 _DRAWN = {"root": "procedural clips need no files", "interval": "their speed does not depend on it", "rule": "all frames are drawn",
           "fps": "all frames are drawn", "flip": "a mirror would turn left into right"}  # fmt: skip
 UNREAD = {"folder": _FILES, **dict.fromkeys(LAYOUTS, _FILES), "procedural": _DRAWN, "latents": _FILES}
@@ -146,6 +154,7 @@ class FolderDataset:
         require_clips(found)
         self.config, self.clips, self.quarantined = config, found.clips, found.quarantined
         self.classes = list(found.classes)
+        self.captions: list[str] = []
 
     def __len__(self) -> int:
         return len(self.clips)
@@ -184,6 +193,7 @@ class ProceduralDataset:
     def __init__(self, config: DataConfig):
         self.config = config
         self.classes = list(DIRECTIONS) if config.labels else []
+        self.captions = sorted(caption_of(*combination) for combination in split_combinations(config.hold_out)[0])
         self.num_clips = config.num_clips or ENDLESS
         self.quarantined: tuple[dict[str, str], ...] = ()
 
@@ -193,7 +203,7 @@ class ProceduralDataset:
     def clip(self, index: int, generator: torch.Generator | None = None) -> Clip:
         """Clip ``index``; nothing is left to draw from ``generator``."""
         config = self.config
-        scene = draw_scene(config.seed, index, config.frames)
+        scene = draw_scene(config.seed, index, config.frames, config.hold_out)
         video = to_float(render(scene, config.frames, *config.size))
         return Clip(video, scene.label if config.labels else None, scene.caption, f"{config.seed}/{index}")
 
@@ -206,8 +216,9 @@ class ProceduralDataset:
     def describe(self) -> dict[str, Any]:
         """Everything that the clips are a function of."""
         config = self.config
+        held = {"hold_out": config.hold_out} if config.hold_out else {}
         return {"kind": "procedural", "clips": len(self), "classes": self.classes, "seed": config.seed, "resolution": list(config.size),
-                "frames": config.frames}  # fmt: skip
+                "frames": config.frames, **held}  # fmt: skip
 
 
 def _latents(config: DataConfig, codec_identity: str | None) -> Dataset:

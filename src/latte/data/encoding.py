@@ -88,11 +88,13 @@ def _procedural(config: DataConfig, cache_dir: str | os.PathLike | None) -> Sour
     require(config.num_clips is not None, "data.num_clips", None, "an endless set cannot be encoded", "give a number of clips")
     videos = [_procedural_video(config, index) for index in range(config.num_clips or 0)]
     identity = {"kind": "procedural", "seed": config.seed, "frames": config.frames}
+    if config.hold_out:
+        identity["hold_out"] = config.hold_out
     return Source(identity, videos, list(DIRECTIONS) if config.labels else [], [])
 
 
 def _procedural_video(config: DataConfig, index: int) -> Video:
-    scene = draw_scene(config.seed, index, config.frames)
+    scene = draw_scene(config.seed, index, config.frames, config.hold_out)
     record = Record(f"{config.seed}/{index}", scene.label if config.labels else None, scene.caption, config.frames)
     return Video(record, lambda frames: render(scene, config.frames, *config.size)[list(frames)], config.frames)
 

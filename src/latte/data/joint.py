@@ -26,12 +26,17 @@ def append_images(clip: Tensor, images: Tensor) -> Tensor:
 
 
 class JointDataset:
-    """``dataset`` with ``num_images`` stills behind each clip: video (f+i c H W), label [clip's, stills' ...] or None."""
+    """``dataset`` with ``num_images`` stills behind each clip: video (f+i c H W), label and caption [clip's, stills' ...] or None."""
 
     def __init__(self, dataset: Dataset, num_images: int):
         require(num_images >= 1, "train.num_images", num_images, "it counts stills", "give 1 or more, or 0 for clips alone")
         self.dataset, self.num_images = dataset, num_images
         self.classes, self.latent = dataset.classes, dataset.latent
+
+    @property
+    def captions(self) -> Sequence[str]:
+        """The data set's."""
+        return self.dataset.captions
 
     @property
     def quarantined(self) -> Sequence[dict[str, str]]:
@@ -48,7 +53,8 @@ class JointDataset:
         stills = [self.dataset.still(pick, generator) for pick in picks]
         video = append_images(clip.video, torch.cat([still.video for still in stills]))
         label = None if clip.label is None else [clip.label, *(still.label for still in stills)]
-        return replace(clip, video=video, label=label)
+        caption = None if clip.caption is None else [clip.caption, *(still.caption for still in stills)]
+        return replace(clip, video=video, label=label, caption=caption)
 
     def describe(self) -> dict[str, Any]:
         """The data set's description and the number of stills."""

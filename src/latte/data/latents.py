@@ -42,6 +42,7 @@ class LatentDataset:
         self._check(codec_identity)
         self.classes: list[str] = self.manifest["classes"] if config.labels else []
         self.videos, self.shard_of, self.quarantined = self._fitting()
+        self.captions = sorted({record.caption for record in self.videos if record.caption is not None})
         self._files: dict[str, Any] = {}
 
     def _check(self, codec_identity: str | None) -> None:

@@ -8,10 +8,13 @@ Axes: t frames, h height, w width, c channels.
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
+from itertools import product
 
 import numpy as np
 import torch
 
+from latte.checks import require
 from latte.runtime import generator
 
 DIRECTIONS = {"up": (0.0, -1.0), "down": (0.0, 1.0), "left": (-1.0, 0.0), "right": (1.0, 0.0)}
@@ -26,6 +29,8 @@ COLOURS = {
 }
 GROUND = (24, 26, 34)
 SUPERSAMPLE = 4
+Combination = tuple[str, str, str]
+"""Shape, colour, direction."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +47,7 @@ class Scene:
     @property
     def caption(self) -> str:
         """'a red square moves left'."""
-        return f"a {self.colour} {self.shape} moves {self.direction}"
+        return caption_of(self.shape, self.colour, self.direction)
 
     @property
     def label(self) -> int:
@@ -50,8 +55,33 @@ class Scene:
         return list(DIRECTIONS).index(self.direction)
 
 
-def draw_scene(seed: int, index: int, frames: int) -> Scene:
-    """The scene of clip ``index``: every attribute uniform, the whole path inside the frame."""
+@lru_cache(maxsize=64)
+def split_combinations(hold_out: int) -> tuple[tuple[Combination, ...], tuple[Combination, ...]]:
+    """(those that are drawn, those held out) of the 72 (shape, colour, direction): one in ``hold_out`` is never drawn, with 0 none.
+
+    Held out along diagonals, so that every shape, colour and direction, and for 6 and more every pair of them too, is still seen elsewhere.
+    """
+    check_hold_out(hold_out)
+    places = product(range(len(SHAPES)), range(len(COLOURS)), range(len(DIRECTIONS)))
+    ranked = sorted(places, key=lambda place: ((4 * place[0] + place[1] + place[2]) % len(COLOURS), place))
+    named = [(SHAPES[shape], list(COLOURS)[colour], list(DIRECTIONS)[direction]) for shape, colour, direction in ranked]
+    count = len(named) // hold_out if hold_out else 0
+    return tuple(named[count:]), tuple(named[:count])
+
+
+def check_hold_out(hold_out: int) -> None:
+    """InputError for a share that leaves nothing to draw, or holds nothing out."""
+    require(hold_out == 0 or 2 <= hold_out <= 72, "data.hold_out", hold_out, "one in so many of 72 combinations is held out",
+            "give 2 to 72, or 0 for none")  # fmt: skip
+
+
+def caption_of(shape: str, colour: str, direction: str) -> str:
+    """'a red square moves left'."""
+    return f"a {colour} {shape} moves {direction}"
+
+
+def draw_scene(seed: int, index: int, frames: int, hold_out: int = 0) -> Scene:
+    """The scene of clip ``index``: every attribute uniform, the whole path inside the frame; held-out combinations never appear."""
     u = torch.rand(8, generator=generator(seed, "scene", index), dtype=torch.float64).tolist()
     direction = list(DIRECTIONS)[index % len(DIRECTIONS)]
     size = 0.13 + 0.05 * u[2]
@@ -63,6 +93,9 @@ def draw_scene(seed: int, index: int, frames: int) -> Scene:
     lead = along if dx + dy > 0 else 1 - along
     start = (lead, across) if dx else (across, lead)
     shape, colour = SHAPES[int(u[0] * len(SHAPES))], list(COLOURS)[int(u[1] * len(COLOURS))]
+    if hold_out:
+        left = [(shape, colour) for shape, colour, way in split_combinations(hold_out)[0] if way == direction]
+        shape, colour = left[int(u[0] * len(left))]
     return Scene(shape, colour, direction, size, start, travel / max(frames - 1, 1))
 
 

@@ -21,7 +21,7 @@ from latte.checks import InputError, choose, require
 from latte.model.blocks import modulate
 from latte.model.conditioning import Modulation, TimestepEmbedding
 from latte.model.cross import CaptionProjection, SpaceBlock, TimeBlock
-from latte.model.latte import SIZES
+from latte.model.latte import SIZES, Latte
 from latte.model.patches import UniformPatch
 from latte.model.positions import sincos, temporal_table
 
@@ -78,6 +78,11 @@ class TextConfig:
     def tube(self) -> int:
         """Frames of a token: patches never span frames here."""
         return 1
+
+    @property
+    def num_classes(self) -> None:
+        """Classes are not what it is told."""
+        return
 
     @property
     def dimensions(self) -> tuple[int, int, int]:
@@ -228,3 +233,7 @@ class LatteText(nn.Module, PyTorchModelHubMixin, library_name="latte", tags=["te
                     "mask is False for all of a caption, but there must be something to look at; keep an empty prompt's end token"
                 )
         return text, mask
+
+
+Network = Latte | LatteText
+"""A denoiser of either kind: told a class, or a caption."""

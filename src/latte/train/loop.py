@@ -27,8 +27,9 @@ from latte.data.joint import JointDataset
 from latte.data.sampler import Loader
 from latte.diffusion.loss import Loss
 from latte.diffusion.process import NoisePath
-from latte.model.latte import Latte
+from latte.model.text import Network
 from latte.runtime import DTYPES, resolve_dtype
+from latte.train.condition import CaptionReader
 from latte.train.distributed import Group, process_group
 from latte.train.monitor import MetricsFile, Progress, Tally
 from latte.train.optim import Learner, learning_rate
@@ -92,7 +93,7 @@ class TrainConfig:
 
 
 def train(
-    model: Latte,
+    model: Network,
     process: NoisePath,
     objective: Callable[..., Loss],
     codec: Codec | None,
@@ -105,10 +106,12 @@ def train(
     facts: Mapping[str, object] | None = None,
     record: Mapping[str, object] | None = None,
     sample: Callable[[nn.Module, int], None] | None = None,
+    captions: CaptionReader | None = None,
 ) -> dict[str, Any]:
     """Train ``model`` in place to ``config.steps``, going on from the newest good checkpoint in ``run_dir`` if there is one.
 
-    With ``config.init`` a run without checkpoints starts from that DiT, with the report in ``run_dir``/init.txt.
+    With ``config.init`` a run without checkpoints starts from that image model, with the report in ``run_dir``/init.txt.
+    ``captions`` turns a batch's captions into what a text model reads; a class model is told the labels.
     ``codec`` may be None for a dataset of latents. ``facts`` (plain data) adds to what a resumed run must have in common with the
     run it goes on with; ``record`` is written to config.yaml. ``sample(ema_model, step)`` is called every ``sample_every`` steps and
     after the last, in the first process. SIGINT and SIGTERM save at the end of the step and leave.
@@ -146,7 +149,7 @@ def train(
         ):
             while step < config.steps and not code:
                 waited, batch, step = loader.waited, next(loader), step + 1
-                numbers = backward(task, step, positions, batch.video, batch.label)
+                numbers = backward(task, step, positions, batch.video, captions(batch.captions) if captions else batch.label)
                 rate = learning_rate(step, config.lr, config.warmup_steps, config.decay_steps, config.steps)
                 numbers = learner.update(step, numbers, rate, config.clip_norm if step > config.clip_start else None, group)
                 tally.add(numbers, config.global_batch, loader.waited - waited)
@@ -175,7 +178,7 @@ def train(
         }
 
 
-def check_parts(model: Latte, codec: Codec | None, dataset: Dataset, config: TrainConfig, group: Group) -> None:
+def check_parts(model: Network, codec: Codec | None, dataset: Dataset, config: TrainConfig, group: Group) -> None:
     """Refuse parts that cannot be trained together, before anything is written."""
     require(len(dataset) > 0, "data", "empty", "there is no clip to train on", "give data.root a folder with readable videos")
     if codec is None and not dataset.latent:

@@ -13,12 +13,12 @@ from latte.checkpoint.run import latest_checkpoint, load_checkpoint
 from latte.checks import InputError
 from latte.data.datasets import Dataset
 from latte.data.joint import JointDataset
-from latte.model.latte import Latte
+from latte.model.text import Network
 from latte.train.distributed import Group
 from latte.train.optim import Learner
 
 
-def run_facts(model: Latte, codec: Codec | None, dataset: Dataset | JointDataset, global_batch: int, seed: int) -> dict[str, object]:
+def run_facts(model: Network, codec: Codec | None, dataset: Dataset | JointDataset, global_batch: int, seed: int) -> dict[str, object]:
     """What makes a run this run, as plain data: model, the codec that made the latents, data, global batch, seed.
 
     InputError when ``codec`` is not the one that made a dataset of latents.

@@ -16,9 +16,10 @@ from latte.autoencoder.codec import Codec
 from latte.checks import InputError, require
 from latte.diffusion.loss import Loss, draw_timesteps
 from latte.diffusion.process import NoisePath
-from latte.model.conditioning import drop_labels
-from latte.model.latte import Latte
+from latte.model.latte import ModelConfig
+from latte.model.text import Network, TextConfig
 from latte.runtime import generator
+from latte.train.condition import Captions, Condition, Labels
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Task:
     matrix products, everything outside the model is float32; ``num_images`` stills ride behind every clip.
     """
 
-    model: Latte
+    model: Network
     forward: Callable[..., Tensor]
     process: NoisePath
     objective: Callable[..., Loss]
@@ -42,37 +43,34 @@ class Task:
     num_images: int = 0
 
 
-def backward(task: Task, step: int, positions: Sequence[int], video: Tensor, label: Tensor | None) -> Tensor:
+def backward(task: Task, step: int, positions: Sequence[int], video: Tensor, told: Tensor | Captions | None) -> Tensor:
     """Add the gradient of these clips' share of step ``step`` to the model's; their share of (loss, mse, vlb), (3,) on the device.
 
-    video (b f+i c H W), label (b,) or (b 1+i) int64 or None, and ``positions`` in the global batch belong together. InputError for
-    labels that the model does not have.
+    video (b f+i c H W), what the model is ``told`` (label (b,) or (b 1+i) int64 or None; or captions) and ``positions`` in the global
+    batch belong together. InputError for labels that the model does not have.
     """
     size = task.micro_batch or len(positions)
-    label = label_for(task.model, label)
+    condition = condition_for(task.model, told)
     total = torch.zeros(3, device=task.device)
     for start in range(0, len(positions), size):
         part = slice(start, start + size)
-        loss = part_loss(task, step, positions[part], video[part], None if label is None else label[part])
+        loss = part_loss(task, step, positions[part], video[part], condition.part(part))
         (loss.total.sum() / task.global_batch).backward()
         total += torch.stack([term.detach().float().sum() for term in loss]) / task.global_batch
     return total
 
 
-def part_loss(task: Task, step: int, positions: Sequence[int], video: Tensor, label: Tensor | None) -> Loss:
+def part_loss(task: Task, step: int, positions: Sequence[int], video: Tensor, condition: Condition) -> Loss:
     """The objective of one micro batch, per clip."""
     z0 = encode(task, step, positions, place(video, task.device))
     streams = [generator(task.seed, "train", step, position) for position in positions]
     t = torch.cat([draw_timesteps(task.process, 1, stream) for stream in streams])
     eps = torch.stack([torch.randn(z0.shape[1:], generator=stream) for stream in streams])
-    if label is not None:
-        p = task.model.config.class_dropout
-        label = torch.cat([drop_labels(one, p, stream) for one, stream in zip(label.split(1), streams, strict=True)])
-        label = place(label, task.device)
+    told = [None if given is None else place(given, task.device) for given in condition.drop(streams).inputs()]
 
     def denoise(zt: Tensor, t: Tensor) -> Tensor:
         with torch.autocast(task.device.type, task.dtype, enabled=task.dtype != torch.float32):
-            output = task.forward(zt, t, label, task.num_images)
+            output = task.forward(zt, t, *told, task.num_images)
         return output.float()
 
     return task.objective(denoise, task.process, z0, place(t, task.device), place(eps, task.device))
@@ -93,9 +91,19 @@ def encode(task: Task, step: int, positions: Sequence[int], video: Tensor) -> Te
     return torch.cat(clips).to(task.device, torch.float32)
 
 
-def label_for(model: Latte, label: Tensor | None) -> Tensor | None:
-    """The labels as ``model`` takes them: None for an unconditional one; InputError when a class model gets none or a wrong one."""
-    num_classes = model.config.num_classes
+def condition_for(model: Network, told: Tensor | Captions | None) -> Condition:
+    """Labels or captions as ``model`` takes them: no labels for an unconditional one; InputError when it gets none or the wrong ones."""
+    if isinstance(model.config, TextConfig):
+        if not isinstance(told, Captions):
+            raise InputError("text.name is set, but the data have no captions; give data.captions, or procedural clips")
+        return told
+    assert not isinstance(told, Captions)
+    return Labels(label_for(model.config, told), model.config.class_dropout)
+
+
+def label_for(config: ModelConfig, label: Tensor | None) -> Tensor | None:
+    """The labels as a class model takes them: None for an unconditional one; InputError when it gets none or a wrong one."""
+    num_classes = config.num_classes
     if num_classes is None:
         return None
     if label is None:
