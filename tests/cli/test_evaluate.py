@@ -6,13 +6,18 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+import safetensors.torch
+import torch
 
 import tiny_detector
 from latte.data.media import write_mp4
 from latte.evaluate import page
 from latte.evaluation import protocols
+from latte.evaluation.detector_files import file_sha256
 from latte.evaluation.detectors import DETECTORS
+from latte.evaluation.frechet import frechet_distance
 from tiny_detector import TINY, draw_clip, write_side
 
 TINY3 = replace(TINY, name="tiny3", frames=3)
@@ -112,6 +117,91 @@ def test_bad_words_are_refused_in_one_line(latte, sides, words, told):
     found = latte("evaluate", *words, *([] if "--protocol" in words else ["--protocol", "tiny"]))
     assert found.code == 2
     assert told in found.errors[0]
+
+
+def bank(seed, rows=60, shift=0.0):
+    return torch.randn(rows, 5, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) + shift
+
+
+def write_banks(root):
+    """The same two tables in every kind of file: name -> (real, fake)."""
+    found = {}
+    for side, table in (("real", bank(1)), ("fake", bank(2, 50, shift=3.0))):
+        np.save(root / f"{side}.npy", table.numpy())
+        np.savez(root / f"{side}.npz", features=table.numpy(), labels=np.zeros((len(table), 2)))
+        torch.save(table, root / f"{side}.pt")
+        torch.save({"names": ["a"], "epoch": torch.ones(3), "bank": {"x": table}}, root / f"{side}2.pt")
+        safetensors.torch.save_file({"features": table}, root / f"{side}.safetensors")
+    for name in ("{}.npy", "{}.npz", "{}.pt", "{}2.pt", "{}.safetensors"):
+        found[name] = (name.format("real"), name.format("fake"))
+    return found
+
+
+def test_features_made_elsewhere_are_scored_under_their_own_protocol(latte, sides):
+    values = []
+    for names in write_banks(sides).values():
+        found = latte("evaluate", *names, "--protocol", "external", "--out", f"out-{names[0]}", "--json")
+        assert found.code == 0, found.err
+        values.append(found.json["values"])
+        assert (found.json["protocol"], found.json["metric"], found.json["clips"]) == ("external", "frechet", {"real": 60, "fake": 50})
+        record = json.loads(Path(found.json["manifest"]).read_text())
+        assert record["banks"]["fake"]["sha256"] == file_sha256(sides / names[1])
+        assert names[1] in Path(found.json["report"]).read_text()
+    assert all(value == values[0] for value in values)
+    assert values[0]["frechet"] == pytest.approx(frechet_distance(bank(1), bank(2, 50, shift=3.0)))
+    assert values[0]["precision"] < 0.5
+    told = latte("evaluate", "real.npy", "fake.npy", "--protocol", "external")
+    assert "frechet (external, manifest" in told.out
+
+
+class Harmful:
+    def __reduce__(self):
+        return Path.touch, (Path("touched"),)
+
+
+def spoil(root):
+    write_banks(root)
+    np.save(root / "objects.npy", np.array([Harmful(), 1], dtype=object), allow_pickle=True)
+    torch.save({"x": Harmful()}, root / "harmful.pt")
+    np.savez(root / "two.npz", a=np.zeros((9, 2)), b=np.zeros((9, 2)))
+    np.save(root / "nan.npy", np.full((9, 5), np.nan))
+    np.save(root / "copy.npy", bank(1).numpy())
+    np.save(root / "wide.npy", np.random.RandomState(0).randn(9, 6))
+    np.save(root / "short.npy", np.zeros((3, 5)))
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["real.npy", "objects.npy"], "nothing in it was run"),
+        (["real.npy", "harmful.pt"], "nothing in it was run"),
+        (["real.npy", "two.npz"], "holds 2 tables"),
+        (["real.npy", "nan.npy"], "nan or inf in row 0"),
+        (["real.npy", "copy.npy"], "the same content"),
+        (["real.npy", "wide.npy"], "(5, 6)"),
+        (["real.npy", "short.npy"], "at least 8 rows"),
+        (["real.npy", "none.npy"], "does not exist"),
+        (["real.npy", "fake"], "not real.npy and fake"),
+        (["real", "fake"], "not real and fake"),
+        (["real.npy", "fake.npy", "--clips", 4], "--clips is about videos"),
+        (["real.npy", "fake.npy", "--protocol", "clean"], "give --protocol external"),
+    ],
+)
+def test_bad_features_are_refused_in_one_line(latte, sides, words, told):
+    spoil(sides)
+    found = latte("evaluate", *words, *([] if "--protocol" in words else ["--protocol", "external"]))
+    assert found.code == 2, found.out
+    assert len(found.errors) == 1
+    assert told in found.errors[0]
+    assert not (sides / "touched").exists()
+    assert not list(sides.rglob("external.json"))
+
+
+def test_rows_that_occur_twice_are_counted(latte, sides):
+    np.save(sides / "real.npy", bank(1).numpy())
+    np.save(sides / "twice.npy", torch.cat([bank(2), bank(2)[:7]]).numpy())
+    found = latte("evaluate", "real.npy", "twice.npy", "--protocol", "external", "--json")
+    assert [found.json["banks"][side]["repeated"] for side in ("real", "fake")] == [0, 7]
 
 
 def test_an_unknown_weight_file_is_refused(latte, sides):

@@ -19,8 +19,10 @@ if TYPE_CHECKING:
 
 SAMPLES, PROBES = "samples", "probes"
 Folder = "A folder of videos or of frame folders, or latent shards"
-Real = Annotated[str | None, typer.Argument(metavar="[REAL]", help=f"{Folder}.", show_default=False)]
-Fake = Annotated[str | None, typer.Argument(metavar="[FAKE]", help=f"{Folder}, or a model (a run folder, builtin).", show_default=False)]
+File = "or, with --protocol external, a file of features"
+Model = "or a model (a run folder, builtin)"
+Real = Annotated[str | None, typer.Argument(metavar="[REAL]", help=f"{Folder}, {File}.", show_default=False)]
+Fake = Annotated[str | None, typer.Argument(metavar="[FAKE]", help=f"{Folder}, {Model}, {File}.", show_default=False)]
 Protocol = Annotated[str, typer.Option(metavar="NAME", help="How to measure; the report shows what it fixes.")]
 Seed = Annotated[int, typer.Option(help="Decides clips and starts, together with each video's name.")]
 Clips = Annotated[int | None, typer.Option(help="Clips of each side; other than the protocol's makes it non-standard.")]
@@ -67,12 +69,19 @@ def evaluate(
     """Score FAKE against REAL: clips.jsonl, features, manifest.json and report.html in one folder."""
     from dataclasses import replace
 
+    from latte.evaluate.external import EXTERNAL, is_bank, score_files
     from latte.evaluate.manifest import compare as compare_with
     from latte.evaluate.manifest import read_report
     from latte.evaluate.run import EvaluateConfig, check_replay
     from latte.evaluate.run import evaluate as run
 
     speak()
+    if protocol == EXTERNAL.name or is_bank(real) or is_bank(fake):
+        about_videos = {"--from-manifest": from_manifest, "--compare": compare, "--clips": clips, "--detector": detector}
+        about_videos["--until"] = until != "score"
+        check_external(real, fake, protocol, [name for name, value in about_videos.items() if value])
+        result = score_files(str(real), str(fake), out or Path("evaluations") / f"{Path(str(fake)).stem}-{EXTERNAL.name}")
+        return show(result, as_json, lines(result))
     before = read_report(from_manifest) if from_manifest else None
     other = read_report(compare) if compare else None
     if before:
@@ -97,6 +106,20 @@ def evaluate(
         if other:
             result["comparison"] = compare_with(now, other, str(compare))
     show(result, as_json, lines(result))
+
+
+def check_external(real: str | None, fake: str | None, protocol: str, others: list[str]) -> None:
+    """InputError unless both sides are files of features, the protocol says so, and nothing else is asked for."""
+    from latte.evaluate.external import EXTERNAL, SUFFIXES, is_bank
+
+    if not (is_bank(real) and is_bank(fake)):
+        kinds = ", ".join(SUFFIXES)
+        raise InputError(f"--protocol {EXTERNAL.name} compares two files of features ({kinds}), not {real} and {fake}; give both")
+    if protocol != EXTERNAL.name:
+        raise InputError(f"{real} and {fake} are files of features, and --protocol {protocol} fixes how features are made; "
+                         f"give --protocol {EXTERNAL.name}")  # fmt: skip
+    if others:
+        raise InputError(f"{', '.join(others)} is about videos; leave it out when REAL and FAKE are files of features")
 
 
 def open_sides(real: str, fake: str, config: "EvaluateConfig", out: Path, codec_path: str | None,

@@ -35,14 +35,17 @@ Metric = Callable[[Tensor, Tensor, Protocol], float]
 METRICS: dict[str, Metric] = {
     "fvd": lambda real, fake, protocol: frechet_distance(real, fake, protocol.ddof),
     "fid": lambda real, fake, protocol: frechet_distance(real, fake, protocol.ddof),
+    "frechet": lambda real, fake, protocol: frechet_distance(real, fake, protocol.ddof),
     "kvd": lambda real, fake, protocol: kernel_distance(real, fake),
     "kid": lambda real, fake, protocol: kernel_distance(real, fake),
+    "kernel": lambda real, fake, protocol: kernel_distance(real, fake),
     "jedi": lambda real, fake, protocol: jedi_distance(real, fake),
     "precision": lambda real, fake, protocol: precision_recall(real, fake)[0],
     "recall": lambda real, fake, protocol: precision_recall(real, fake)[1],
     "is": lambda real, fake, protocol: inception_score(fake, min(protocol.splits, len(fake)), protocol.shuffle).mean,
 }
-DISTANCES = ("fvd", "fid", "kvd", "kid", "jedi")  # 0 for equal sides: only these have a floor and an extrapolation
+FRECHET = ("fvd", "fid", "frechet")
+DISTANCES = (*FRECHET, "kvd", "kid", "kernel", "jedi")  # 0 for equal sides: only these have a floor and an extrapolation
 
 
 @dataclass(frozen=True)
@@ -98,7 +101,7 @@ def find_floor(distance: Callable[[Tensor, Tensor], float], metric: str, real: T
     halves = distance(*random_halves(real, 0, "floor"))
     harmonic = 2 / (1 / rows + 1 / num_fake)
     white = width * (width + 5) / (2 * harmonic)
-    if metric in ("fvd", "fid") and rows >= 1.3 * width:
+    if metric in FRECHET and rows >= 1.3 * width:
         return Floor(bias_floor(real, rows, num_fake), "spectrum of the real side", halves, white)
     return Floor(halves / 2, "half of the real side against the other, halved", halves, white)
 

@@ -15,7 +15,7 @@ from latte.evaluation.detectors import DETECTORS, Pixels
 STARTS = ("random", "first")
 ORDERS = ("hash", "path")
 SHORTEST = ("span", "frames x stride")
-FIGURES = ("fvd", "kvd", "jedi", "fid", "kid", "is", "precision", "recall")
+FIGURES = ("fvd", "kvd", "jedi", "fid", "kid", "frechet", "kernel", "is", "precision", "recall")
 
 
 @dataclass(frozen=True)
