@@ -4,10 +4,14 @@
 import importlib
 import json
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
+
+from latte.data.media import write_mp4
+from latte.data.procedural import draw_scene, render
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 TINY = ["--device", "cpu", "--rounds", "3", "--seconds", "0.001", "--max-foreign", "1"]
@@ -45,6 +49,53 @@ def test_data_wait_measures_videos_and_latents(benchmark, capsys):
     lines = benchmark("data_wait").main([*TINY, *small, "model.depth=2", "model.width=16", "model.heads=2"])
     assert [line["what"] for line in lines] == ["data_wait videos", "data_wait latents"]
     assert all(line.keys() >= KEYS and 0 <= line["wait_share"] <= 1 for line in lines)
+
+
+def test_the_frechet_benchmark_prints_the_expected_value_beside_its_own(benchmark, capsys):
+    line = benchmark("frechet").main(["--rows", "600", "--features", "12", "--repeats", "1"])
+    assert json.loads(capsys.readouterr().out) == line
+    assert line.keys() >= KEYS | {"processor_s", "peak_gib"}
+    assert line["expected"] == pytest.approx(12 * 17 / 1200)
+    assert line["value"] == pytest.approx(line["expected"], rel=0.5)
+
+
+def test_the_i3d_benchmark_compares_equal_networks(benchmark, capsys, monkeypatch):
+    i3d = benchmark("i3d")
+    monkeypatch.setattr(i3d.measure, "interleave", one_round)
+    line = i3d.main([*TINY, "--frames", "9"])
+    assert json.loads(capsys.readouterr().out) == line
+    assert {*KEYS, "plain_over_ours", "ours_bf16_over_ours"} <= set(line)
+    assert line["difference"]["fp32"] < 1e-4 < line["difference"]["bf16"] < 0.2
+    assert line["operations"] > 1e10
+
+
+def one_round(tasks, device, rounds, seconds, max_foreign):
+    """What ``interleave`` gives, each task run once and none timed: all took a second."""
+    for task in tasks:
+        task.run()
+    return sys.modules["measure"].Times({task.name: [1.0] * 3 for task in tasks})
+
+
+def write_shapes(folder, count):
+    for index in range(count):
+        write_mp4(folder / f"{index}.mp4", render(draw_scene(3, index, 8), 8, 64, 64), 8)
+    return folder
+
+
+@pytest.mark.parametrize("videos", [False, True])
+def test_sensitivity_says_from_where_on_a_damage_is_seen(benchmark, capsys, tmp_path, videos):
+    words = ["--videos", str(write_shapes(tmp_path / "shapes", 9))] if videos else ["--clips", "4"]
+    (summary,) = benchmark("sensitivity").main([*words, "--frames", "8", "--kinds", "shuffled"])
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert len(lines) == 6
+    assert lines[-1] == summary
+    assert [line["strength"] for line in lines[:-1]] == [0, 0.25, 0.5, 0.75, 1]
+    assert summary["rises"] == all(a["value"] < b["value"] for a, b in pairwise(lines[:-1]))
+    assert lines[4]["value"] > 1.5 * lines[0]["value"]
+    assert (summary["clips"], summary["clips_of"]) == (4, "shapes" if videos else "procedural")
+    if videos:
+        with pytest.raises(SystemExit):
+            benchmark("sensitivity").main([*words, "--kinds", "speed"])
 
 
 def test_a_disturbed_machine_gives_no_figure(benchmark, capsys, monkeypatch):
