@@ -316,6 +316,14 @@ def test_the_page_is_well_formed_and_names_files_that_are_there(finished):
     assert "tiny" in tree.find(".//h1").text
 
 
+def test_plain_data_in_words():
+    traits = {"codec": {"h264": 8, "vp9": 1}, "fps": {"25": 9}}
+    assert page.words({"real": traits, "fake": None}) == "real: codec h264 (8), vp9 (1), fps 25 (9); fake: not stated"
+    assert page.words({"size": None, "order": "crop"}, absent="none") == "size: none; order: crop"
+    assert page.words({"real": [], "fake": [{"id": "a", "reason": "short"}]}) == "real: none; fake: id (a), reason (short)"
+    assert page.words(("fvd", 3)) == "fvd, 3"
+
+
 def test_worst_clips_lie_far_from_the_real_mean():
     draw = partial(torch.randn, generator=generator(0, "rows"), dtype=torch.float64)
     real, fake = draw(200, 5) * torch.tensor([1.0, 10, 1, 1, 1]), draw(6, 5)

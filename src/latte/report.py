@@ -38,9 +38,9 @@ figcaption,.tile span,details{font-size:14px}figcaption,details{margin-top:8px}
 figure,.tile,pre{background:var(--card);border:1px solid var(--rule);border-radius:10px;padding:12px 14px;margin:14px 0}
 figure img,figure video{display:block;max-width:100%;margin:0 auto;border-radius:4px}.pixels{image-rendering:pixelated}
 .row{display:grid;grid-template-columns:repeat(auto-fit,minmax(150px,1fr));gap:12px}.row>*{margin:0}
-.tile b{display:block;font-size:26px;line-height:1.2}
+.tile b{display:block;font-size:23px;line-height:1.25}
 .scroll{overflow-x:auto;margin:14px 0}table{border-collapse:collapse;font-size:15px}
-th,td{padding:5px 18px 5px 0;border-bottom:1px solid var(--rule);text-align:left;vertical-align:top}
+th,td{padding:5px 18px 5px 0;border-bottom:1px solid var(--rule);text-align:left;vertical-align:top}td:last-child{overflow-wrap:anywhere}
 .number{text-align:right;font-variant-numeric:tabular-nums}
 pre{overflow-x:auto;font:14px/1.5 ui-monospace,monospace}summary{cursor:pointer}
 svg{display:block;width:100%;height:auto}svg text{font:12px system-ui,sans-serif;fill:var(--soft)}

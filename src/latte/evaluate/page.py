@@ -70,13 +70,16 @@ def figures(scores: Scores, name: str) -> list[report.Html]:
     return parts
 
 
-def words(value: object) -> str:
-    """Plain data for people: 'real: h264 (8); fake: not stated'."""
+def words(value: object, absent: str = "not stated", depth: int = 0) -> str:
+    """Plain data for people: 'real: codec h264 (8), fps 25 (8); fake: not stated'. None is ``absent``."""
     if isinstance(value, Mapping):
-        return "; ".join(f"{key}: {words(part)}" for key, part in value.items())
+        if depth == 2:
+            return ", ".join(f"{key} ({words(part, absent, 3)})" for key, part in value.items())
+        parts = [f"{key}{'' if depth else ':'} {words(part, absent, depth + 1)}" for key, part in value.items()]
+        return (", " if depth else "; ").join(parts)
     if isinstance(value, list | tuple):
-        return ", ".join(words(part) for part in value) or "none"
-    return "not stated" if value is None else str(value)
+        return ", ".join(words(part, absent, depth + 1) for part in value) or "none"
+    return absent if value is None else str(value)
 
 
 def picture(side: Side, clip: PlannedClip, count: int) -> np.ndarray:
@@ -109,7 +112,7 @@ def extremes(out: Path, plan: Plan, side: Side, banks: Mapping[str, Tensor], det
 
 def card(plan: Plan, detector: Detector) -> list[report.Html]:
     """What the protocol fixes, and what its detector sees and does not see."""
-    rows = [(key, words(value)) for key, value in plan.protocol.describe().items() if key not in ("name", "note")]
+    rows = [(key, words(value, absent="none")) for key, value in plan.protocol.describe().items() if key not in ("name", "note")]
     changed = [] if plan.protocol.standard else [report.prose("Changed from the published protocol: compares only with the same changes.")]
     weights = f"{detector.source}, SHA-256 {detector.sha256[:16]}"
     about = [report.prose(text) for text in (f"{detector.name}: {detector.card}", f"Weights: {weights}.")]
