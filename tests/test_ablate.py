@@ -15,7 +15,18 @@ from support import noise, wake
 
 from latte.ablate import exam, sweep
 from latte.ablate.axes import AXES, BASELINE, make_arms
-from latte.ablate.exam import Exam, Part, held_out, heldout_loss, label_accuracy, make_exam, open_material, other_clips
+from latte.ablate.exam import (
+    Exam,
+    Part,
+    draw_clips,
+    held_out,
+    heldout_loss,
+    label_accuracy,
+    make_exam,
+    open_material,
+    other_clips,
+    real_clips,
+)
 from latte.ablate.findings import EQUAL, FAILS, FINDINGS, HOLDS, ONE_SEED, UNMEASURED, WITHIN, Claim, Finding, verdict
 from latte.ablate.page import judged, show
 from latte.ablate.sweep import Plan, Point, read_points, settle, summary
@@ -122,7 +133,7 @@ def test_every_objective_gets_a_sampler_that_reads_its_prediction(mine):
     arms, _ = make_arms(base(f"diffusion.objective={mine}", f"sample.sampler={sampler}"), ["objective"])
     for arm in arms:
         config, material = arm.config, open_material([arm.config], CPU, 1)[arm.config.data]
-        assert label_accuracy(build_model(config.model, 0), config, material.codec, 1) in (0.0, 1.0)
+        assert [clip.dtype for clip in draw_clips(build_model(config.model, 0), config, material.codec, 1)] == [np.uint8]
 
 
 @pytest.mark.parametrize(
@@ -257,13 +268,34 @@ def test_the_heldout_loss_agrees_with_a_slow_loop(objective):
     assert heldout_loss(model, one_by_one, test) == pytest.approx(np.mean(slow), rel=1e-6)
 
 
-def test_obedience_counts_the_clips_that_move_as_asked(monkeypatch):
-    config = base()
+def test_obedience_counts_the_clips_that_move_as_asked():
     moving = [render(draw_scene(1, index, 4), 4, 32, 32) for index in range(8)]
     moving[3] = moving[0]  # asked to go right, goes up
-    monkeypatch.setattr(exam, "generate", lambda model, process, codec, seeds, labels, *rest, **more: zip(seeds, moving, strict=True))
     assert list(DIRECTIONS)[3] == "right"
-    assert label_accuracy(build_model(config.model, 0), config, None, 8) == 7 / 8
+    assert label_accuracy(moving) == 7 / 8
+
+
+def test_clips_are_drawn_with_seeds_and_labels_in_turn(monkeypatch):
+    seen = []
+
+    def generate(model, process, codec, seeds, labels, *rest, **more):
+        seen.append((list(seeds), labels))
+        return ((seed, np.full(1, seed, np.uint8)) for seed in seeds)
+
+    monkeypatch.setattr(exam, "generate", generate)
+    for words in ((), ("model.num_classes=null",)):
+        config = base(*words)
+        assert [clip.tolist() for clip in draw_clips(build_model(config.model, 0), config, None, 6)] == [[seed] for seed in range(6)]
+    assert seen == [([0, 1, 2, 3, 4, 5], [0, 1, 2, 3, 0, 1]), ([0, 1, 2, 3, 4, 5], None)]
+
+
+def test_real_clips_come_from_the_training_set_each_once_before_any_twice():
+    data = replace(base().data, num_clips=5)
+    dataset, codec = build_dataset(data), open_material([base()], CPU, 1)[base().data].codec
+    found = real_clips(dataset, codec, 8)
+    all_of_them = {render(draw_scene(data.seed, index, data.frames), data.frames, *data.size).tobytes() for index in range(5)}
+    assert {clip.tobytes() for clip in found[:5]} == all_of_them
+    assert {clip.tobytes() for clip in found[5:]} < all_of_them
 
 
 def test_a_sweep_trains_what_latte_train_would_and_does_nothing_twice(tmp_path, monkeypatch):
@@ -294,7 +326,7 @@ def test_a_sweep_trains_what_latte_train_would_and_does_nothing_twice(tmp_path, 
     ema.load_state_dict(load_checkpoint(tmp_path / "alone/checkpoints/step-4", only={"ema"}).tensors["ema"])
     assert found["temporal_position-rotary", 1][4].heldout_loss == heldout_loss(ema, config, test), "the averaged weights"
     before = lines_of(plan)
-    monkeypatch.setattr(Job, "train", lambda self: pytest.fail("trained again"))
+    monkeypatch.setattr(Job, "train", lambda self, until: pytest.fail("trained again"))
     assert run(plan)[1] == ["2 arms, 2 seeds: 0 of 4 runs are to be trained"]
     assert lines_of(plan) == before
     assert [entry["seeds"] for entry in summary(plan, make_arms(plan.base, plan.axes)[0])] == [[0, 1], [0, 1]]
@@ -403,16 +435,20 @@ def test_losses_of_other_clips_and_other_noise_are_not_compared(tmp_path):
     arms, left = make_arms(plan.base, plan.axes)
     plan.out.mkdir()
     for arm, seed, step in product(arms, plan.seeds, plan.steps):
-        sweep.append(plan.out / "results.jsonl", Point(arm.run, seed, step, 1.0, 0.0, 1.0))
+        sweep.append(plan.out / "results.jsonl", Point(arm.run, seed, step, 1.0, 0.0, 1.0, 5.0))
     figures = parseString(show(plan, arms, left, CPU)).getElementsByTagName("svg")
     shown = [{title.firstChild.data for title in figure.getElementsByTagName("title")} for figure in figures]
     told = {"paper (baseline)", "v", "min_snr"}
-    assert shown == [told | {"rectified_flow"}, told], "obedience of 0 is told in words"
+    assert shown == [told | {"rectified_flow"}, told, told | {"rectified_flow"}], "obedience of 0 is told in words"
     faster = replace(arms[1], config=replace(arms[1].config, data=replace(plan.base.data, seed=1)))
     claim = Claim("", "", (("paper", "v"),))
-    found = {(arm.run, seed): {4: Point(arm.run, seed, 4, 1.0 + place, 0.5, 1.0)} for place, arm in enumerate(arms) for seed in plan.seeds}
-    assert judged(claim, arms, found, plan)[2:] == (HOLDS, EQUAL)
-    assert judged(claim, [arms[0], faster], found, plan)[2:] == (UNMEASURED, EQUAL)
+    found = {
+        (arm.run, seed): {4: Point(arm.run, seed, 4, 1.0 + place, 0.5, 1.0, 9.0 - place)}
+        for place, arm in enumerate(arms)
+        for seed in plan.seeds
+    }
+    assert judged(claim, arms, found, plan)[2:] == (HOLDS, EQUAL, FAILS)
+    assert judged(claim, [arms[0], faster], found, plan)[2:] == (UNMEASURED, EQUAL, FAILS)
 
 
 def test_the_page_shows_every_arm_and_judges_every_claim(tmp_path):
@@ -429,9 +465,9 @@ def test_the_page_shows_every_arm_and_judges_every_claim(tmp_path):
     rows = [[cell.firstChild.data for cell in row.getElementsByTagName("td")] for row in parseString(page).getElementsByTagName("tr")]
     found = {row[1]: row[3:] for row in rows if row[:1] in (["variant"], ["temporal_position"])}
     assert found == {
-        "Variant 1 is the best of the four.": [HOLDS, UNMEASURED],
-        "Variant 4 is the worst of the four.": [FAILS, UNMEASURED],
-        "Absolute positions are slightly better than rotary.": [EQUAL, UNMEASURED],
+        "Variant 1 is the best of the four.": [HOLDS, UNMEASURED, UNMEASURED],
+        "Variant 4 is the worst of the four.": [FAILS, UNMEASURED, UNMEASURED],
+        "Absolute positions are slightly better than rotary.": [EQUAL, UNMEASURED, UNMEASURED],
     }
     assert {"1 (baseline)", "2", "3", "4", "joint", "absolute (baseline)", "rotary"} <= {row[0] for row in rows if row}
     assert next([row[0], row[4]] for row in rows if row and row[0] == "3") == ["3", "0.505 (0.5 to 0.51)"]

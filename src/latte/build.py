@@ -53,8 +53,11 @@ class Job:
     device: torch.device
     captions: CaptionFeatures | None = None
 
-    def train(self) -> dict[str, Any]:
-        """Train or resume in ``run.dir``; what ``latte.train.loop.train`` returns. Unusable files are noted in its quarantine.jsonl."""
+    def train(self, until: int | None = None) -> dict[str, Any]:
+        """Train or resume in ``run.dir``, to step ``until`` at most; what ``latte.train.loop.train`` returns.
+
+        Unusable files are noted in its quarantine.jsonl.
+        """
         config, dataset = self.config, self.dataset
         folder = Path(config.run.dir or "runs/unnamed")
         if dataset.quarantined and rank() == 0:
@@ -76,6 +79,7 @@ class Job:
             record=asdict(config),
             sample=self.sheets(self.codec, folder / "samples") if self.codec else None,
             captions=CaptionReader(self.captions, config.text.dropout) if self.captions else None,
+            until=until,
         )
 
     def sheets(self, codec: Codec, folder: Path) -> Callable[[nn.Module, int], None]:

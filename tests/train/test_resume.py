@@ -44,6 +44,18 @@ def assert_same(run_dir: Path, clean: Path) -> None:
     assert curve(run_dir) == curve(clean)
 
 
+def test_looking_at_a_run_on_its_way_changes_no_bit_of_a_rate_that_falls(tmp_path):
+    """``until`` stops without bringing the end nearer, which would let the rate fall at once."""
+    falling = replace(SHORT, decay_steps=8)
+    run(tmp_path / "clean", falling)
+    for step in (3, 7, 99):
+        result = run(tmp_path / "seen", falling, until=step)
+        assert (result["step"], result["interrupted"]) == (min(step, SHORT.steps), 0)
+    assert_same(tmp_path / "seen", tmp_path / "clean")
+    rates = [line["lr"] for line in curve(tmp_path / "clean")]
+    assert rates[-1] == pytest.approx(SHORT.lr / 9)
+
+
 @pytest.mark.parametrize(
     "stops",
     [(1,), (3,), (7,), (11,), (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11)],

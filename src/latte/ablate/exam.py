@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every arm is measured by: the loss on clips that no training saw, and whether generated clips move where their label says.
+"""What every arm is measured by: the loss on clips that no training saw, and what generated clips look like.
 
 Clips, timesteps and noise of the held-out loss are the same for every arm, seed and step of training, and so are the seeds and labels of
-the generated clips. Procedural clips are held out by another data seed; of files, a tenth is held out by the hash of their keys.
+the generated clips: do they move where their label says, and how far are they from the training set's by the built-in score?
+Procedural clips are held out by another data seed; of files, a tenth is held out by the hash of their keys.
 Axes: n held-out clips, f frames, c channels, h height, w width.
 """
 
@@ -11,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,9 +20,11 @@ from latte.autoencoder.codec import Codec
 from latte.build import open_data
 from latte.checks import require
 from latte.config import RunConfig
+from latte.data.clips import to_uint8
 from latte.data.datasets import Clip, DataConfig, Dataset, FolderDataset, ProceduralDataset, build_dataset
 from latte.data.latents import LatentDataset
 from latte.data.procedural import DIRECTIONS, read_motion
+from latte.data.sampler import permuted
 from latte.diffusion.guidance import conditional
 from latte.diffusion.process import build_process
 from latte.generate import autocast, generate
@@ -87,15 +91,19 @@ class Exam:
 
 @dataclass(frozen=True)
 class Material:
-    """What an arm is trained on and measured by. ``codec`` is None for a data set of latents."""
+    """What an arm is trained on and measured by. ``codec`` is None for a data set of latents whose codec is not there.
+
+    ``real`` are clips of the training set, uint8 (f H W 3), that generated ones are compared with; none without a codec.
+    """
 
     dataset: Dataset
     codec: Codec | None
     exam: Exam
+    real: Sequence[np.ndarray] = ()
 
 
-def open_material(configs: Sequence[RunConfig], device: torch.device, clips: int) -> dict[DataConfig, Material]:
-    """The material of each different ``data`` among ``configs``, whose codec is the same.
+def open_material(configs: Sequence[RunConfig], device: torch.device, clips: int, graded: int = 0) -> dict[DataConfig, Material]:
+    """The material of each different ``data`` among ``configs``, whose codec is the same: ``clips`` held out, ``graded`` real ones.
 
     Arms with other intervals can use other videos: all of them train on the videos that every one of them can use, less those held out.
     """
@@ -106,7 +114,9 @@ def open_material(configs: Sequence[RunConfig], device: torch.device, clips: int
     materials = {}
     for data, (config, dataset, codec) in opened.items():
         kept, rest = (pick(dataset, wanted) for wanted in (shared - held, held)) if held else (dataset, other_clips(data))
-        materials[data] = Material(kept, codec, make_exam(rest, codec, config.diffusion.num_steps, clips))
+        encoder = None if dataset.latent else codec
+        real = real_clips(kept, codec, graded) if codec is not None else ()
+        materials[data] = Material(kept, codec, make_exam(rest, encoder, config.diffusion.num_steps, clips), real)
     return materials
 
 
@@ -119,6 +129,17 @@ def pick(dataset: Dataset, wanted: set[str]) -> Part:
 def other_clips(data: DataConfig) -> Dataset:
     """Procedural clips of another seed, without an end."""
     return build_dataset(replace(data, seed=data.seed + HELD_SEED, num_clips=None))
+
+
+@torch.no_grad()
+def real_clips(dataset: Dataset, codec: Codec, count: int) -> list[np.ndarray]:
+    """``count`` clips, uint8 (f H W 3), from all over the set; latents are decoded, as generated ones are."""
+    found = []
+    for index in range(count):
+        epoch, place = divmod(index, len(dataset))
+        clip = dataset.clip(permuted(place, len(dataset), 0, epoch), generator("real", "clip", index))
+        found.append(np.asarray(to_uint8(codec.decode(clip.video[None])[0] if dataset.latent else clip.video)))
+    return found
 
 
 @torch.no_grad()
@@ -163,10 +184,16 @@ def can_grade(config: RunConfig, dataset: Dataset) -> bool:
     return isinstance(dataset, ProceduralDataset) and dataset.classes == list(DIRECTIONS) and config.model.num_classes is not None
 
 
-def label_accuracy(model: Latte, config: RunConfig, codec: Codec, clips: int) -> float:
-    """Share of ``clips`` clips of seeds 0, 1, ... that move where their label says, drawn by the run's own sampler."""
-    asked = [index % len(DIRECTIONS) for index in range(clips)]
+def draw_clips(model: Latte, config: RunConfig, codec: Codec, count: int) -> list[np.ndarray]:
+    """``count`` clips, uint8 (f H W 3), of seeds 0, 1, ... and labels in turn, drawn by the run's own sampler."""
+    classes = config.model.num_classes
+    labels = None if classes is None else [index % classes for index in range(count)]
     dtype = resolve_dtype(config.train.dtype, next(model.parameters()).device)
-    drawn = generate(model, build_process(config.diffusion), codec, range(clips), asked, config.sample, dtype=dtype)
+    drawn = generate(model, build_process(config.diffusion), codec, range(count), labels, config.sample, dtype=dtype)
+    return [clip for _, clip in drawn]
+
+
+def label_accuracy(clips: Sequence[np.ndarray]) -> float:
+    """Share of ``draw_clips``'s clips that move where their label says."""
     names = list(DIRECTIONS)
-    return sum(read_motion(clip).direction == names[label] for (_, clip), label in zip(drawn, asked, strict=True)) / clips
+    return sum(read_motion(clip).direction == names[index % len(names)] for index, clip in enumerate(clips)) / len(clips)

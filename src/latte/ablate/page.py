@@ -12,12 +12,12 @@ import torch
 from latte import __version__, report
 from latte.ablate.axes import BASELINE, Arm, LeftOut
 from latte.ablate.findings import FINDINGS, RULE, UNMEASURED, Claim, Finding, verdict
-from latte.ablate.sweep import Plan, Point, read_points, summary
+from latte.ablate.sweep import RANGES, Plan, Point, read_points, summary
 from latte.data.datasets import DataConfig
 from latte.diffusion.loss import OBJECTIVES
 
 Points = Mapping[tuple[str, int], Mapping[int, Point]]
-MEASURES = {"heldout_loss": 1, "label_accuracy": -1}  # 1: lower values are better
+MEASURES = {"heldout_loss": 1, "label_accuracy": -1, "score": 1}  # 1: lower values are better
 
 
 def values(points: Points, arm: Arm, plan: Plan, measure: str, step: int) -> dict[int, float]:
@@ -51,7 +51,7 @@ def label(arm: Arm) -> str:
 
 
 def curves(points: Points, arms: Sequence[Arm], plan: Plan) -> Iterator[report.Html]:
-    """The held-out loss, its difference from the baseline's, and label obedience, as far as they are measured."""
+    """The held-out loss, its difference from the baseline's, label obedience and the built-in score, as far as they are measured."""
     caption = "Line: median over seeds; upright strokes: lowest to highest seed." if len(plan.seeds) > 1 else "One seed."
     axis, base = arms[0].axis, next(arm for arm in arms if arm.run == BASELINE)
 
@@ -67,6 +67,7 @@ def curves(points: Points, arms: Sequence[Arm], plan: Plan) -> Iterator[report.H
     losses = [trace(label(arm), plan.steps, read(arm, "heldout_loss")) for arm in ordered]
     gaps = [trace(label(arm), plan.steps, partial(gap, arm)) for arm in alike]
     obeyed = [trace(label(arm), plan.steps, read(arm, "label_accuracy")) for arm in ordered]
+    scored = [trace(label(arm), plan.steps, read(arm, "score")) for arm in ordered]
     if any(one.x for one in losses):
         yield report.line_plot(f"{axis}: held-out loss", losses, "step", "held-out loss", log_y=True, caption=caption)
     if any(one.x for one in gaps[1:]):
@@ -77,6 +78,10 @@ def curves(points: Points, arms: Sequence[Arm], plan: Plan) -> Iterator[report.H
     elif any(one.x for one in obeyed):
         yield report.prose(
             "Label obedience is 0 for every arm at every point: so short a training of so small a model draws no clear shape."
+        )
+    if any(one.x for one in scored):
+        yield report.line_plot(
+            f"{axis}: built-in score", scored, "step", "built-in score", log_y=True, caption=f"Less is better. {caption}"
         )
 
 
@@ -90,31 +95,31 @@ def ranged(middle: float | None, spread: Sequence[float] | None) -> str:
 
 def costs(arms: Sequence[Arm], entries: Sequence[Mapping[str, Any]]) -> report.Html:
     """The table of the arms: what they cost and where they ended."""
-    columns = ["arm", "parameters", "operations per clip", "training, s", "held-out loss", "label obedience", "seeds"]
+    columns = ["arm", "parameters", "operations per clip", "training, s", "held-out loss", "label obedience", "built-in score", "seeds"]
     rows = [
         (label(arm), entry["parameters"], entry["operations"], "-" if entry["seconds"] is None else report.number(entry["seconds"]),
-         ranged(entry["heldout_loss"], entry["heldout_range"]), ranged(entry["label_accuracy"], entry["label_range"]), len(entry["seeds"]))
+         *(ranged(entry[measure], entry[RANGES[measure]]) for measure in MEASURES), len(entry["seeds"]))
         for arm, entry in zip(arms, entries, strict=True)
     ]  # fmt: skip
     return report.table(columns, rows)
 
 
-def judged(claim: Claim, arms: Sequence[Arm], points: Points, plan: Plan) -> tuple[str, str, str, str]:
+def judged(claim: Claim, arms: Sequence[Arm], points: Points, plan: Plan) -> tuple[str, ...]:
     """A row: the claim, where the paper makes it, and the verdict by each measure."""
     step, named, row = plan.steps[0 if claim.early else -1], {arm.name: arm for arm in arms}, []
     alike = len({yardstick(named[name]) for pair in claim.pairs for name in pair if name in named}) == 1
     for measure, sign in MEASURES.items():
         found = {arm.name: values(points, arm, plan, measure, step) for arm in arms}
         row.append(verdict(claim.pairs, found, sign) if alike or measure != "heldout_loss" else UNMEASURED)
-    return claim.text, claim.place, row[0], row[1]
+    return claim.text, claim.place, *row
 
 
-def claims(finding: Finding, arms: Sequence[Arm], points: Points, plan: Plan) -> list[tuple[str, str, str, str]]:
+def claims(finding: Finding, arms: Sequence[Arm], points: Points, plan: Plan) -> list[tuple[str, ...]]:
     """The rows of an axis."""
     return [judged(claim, arms, points, plan) for claim in finding.claims_about([arm.name for arm in arms])]
 
 
-VERDICTS = ["the paper concludes", "where", "here, by held-out loss", "here, by label obedience"]
+VERDICTS = ["the paper concludes", "where", "here, by held-out loss", "here, by label obedience", "here, by built-in score"]
 
 
 def axis_section(axis: str, arms: Sequence[Arm], left: Sequence[LeftOut], points: Points, plan: Plan) -> report.Html:
@@ -148,6 +153,9 @@ def method(plan: Plan, arms: Sequence[Arm]) -> report.Html:
         graded = (f" Label obedience: the share of {plan.graded} generated clips ({base.sample.sampler}, {base.sample.steps} steps, "
                   f"guidance {base.sample.guidance:g}) whose shape moves where the label says.")  # fmt: skip
     steps = ", ".join(f"{step:,}" for step in plan.steps)
+    if any(entry["score"] is not None for entry in summary(plan, arms)):
+        graded += (f" Built-in score: Frechet distance of the built-in detector's features, {plan.graded} generated clips to as many "
+                   "training clips; with so few it is high for perfect clips, too, and compares with nothing but this page.")  # fmt: skip
     text = (f"Every run has {plan.steps[-1]:,} steps of {base.train.global_batch} clips; of one seed all arms see the same clips in the "
             f"same order. Measured after {steps} steps with the averaged weights. Held-out loss: mean squared error of the predicted "
             f"noise on {plan.heldout} clips ({source}); clips, timesteps and noise are the same for all.")  # fmt: skip

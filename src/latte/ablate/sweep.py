@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from latte.ablate.axes import BASELINE, Arm
-from latte.ablate.exam import Material, Part, can_grade, heldout_loss, label_accuracy, open_material
+from latte.ablate.exam import Material, Part, can_grade, draw_clips, heldout_loss, label_accuracy, open_material
 from latte.build import Job, build_model, check_classes
 from latte.checkpoint.atomic import commit_file, reported
 from latte.checkpoint.dit import init_from_dit
@@ -29,9 +29,12 @@ from latte.checkpoint.run import load_checkpoint
 from latte.checks import InputError, RunError, require
 from latte.config import RunConfig, flat
 from latte.data.datasets import Dataset
+from latte.evaluate.scores import builtin_score
+from latte.evaluation.builtin import MIN_FRAMES
 from latte.train.signals import StopRequest
 
 RESULTS, COMMON = "results.jsonl", "ablation.json"
+RANGES = {"heldout_loss": "heldout_range", "label_accuracy": "label_range", "score": "score_range"}  # of a measure: its range over seeds
 PLACES = ("run.dir", "run.seed", "data.root", "codec.path")  # data and codec may move: the runs know them by their content
 Say = Callable[[str], None]
 
@@ -40,8 +43,8 @@ Say = Callable[[str], None]
 class Plan:
     """``base`` is the recipe ``run`` with the settings ``words``.
 
-    Every run is measured at ``points`` steps, by ``heldout`` clips and, where labels say what moves where, by ``graded`` generated
-    ones. ``dit`` is the file that the arms of axis init start from. InputError for what cannot be.
+    Every run is measured at ``points`` steps, by ``heldout`` clips and by ``graded`` generated ones (0: none; 2 and more have a score,
+    as many training clips beside them). ``dit`` is the file that the arms of axis init start from. InputError for what cannot be.
     """
 
     base: RunConfig
@@ -89,7 +92,9 @@ class Plan:
 
 @dataclass(frozen=True)
 class Point:
-    """One line of results.jsonl. ``seconds`` are those of training so far; ``label_accuracy`` is None where it cannot be told."""
+    """One line of results.jsonl. ``seconds`` are those of training so far; ``label_accuracy`` and
+    ``score`` (the built-in detector's, less is better) are None where they cannot be told.
+    """
 
     arm: str
     seed: int
@@ -97,6 +102,7 @@ class Point:
     heldout_loss: float
     label_accuracy: float | None
     seconds: float
+    score: float | None = None
 
 
 def settle(config: RunConfig) -> RunConfig:
@@ -114,7 +120,7 @@ def sweep(plan: Plan, arms: Sequence[Arm], device: torch.device, say: Say, finis
             "start latte ablate without torchrun")  # fmt: skip
     runs, points = {arm.run: arm for arm in arms}, read_points(plan.out)
     todo = [(arm, seed) for seed in plan.seeds for arm in runs.values() if missing(plan, points, arm, seed)]
-    materials = open_material([arm.config for arm in runs.values()], device, plan.heldout) if todo else {}
+    materials = open_material([arm.config for arm in runs.values()], device, plan.heldout, plan.graded) if todo else {}
     common = agree(plan, [material.dataset for material in materials.values()])
     say(f"{len(runs)} arms, {len(plan.seeds)} seeds: {len(todo)} of {len(runs) * len(plan.seeds)} runs are to be trained")
     for arm in {arm.run: arm for arm, _ in todo}.values():
@@ -206,9 +212,8 @@ def train(plan: Plan, arm: Arm, seed: int, material: Material, device: torch.dev
     job = Job(config, fresh(plan, arm, seed), material.dataset, material.codec, device)
     where.mkdir(parents=True, exist_ok=True)
     for step in todo:
-        short = replace(config, train=replace(config.train, steps=step))
         with open(where / "train.log", "a", encoding="utf-8") as log, redirect_stderr(log):
-            result = replace(job, config=short).train()
+            result = job.train(until=step)
         if result["interrupted"]:
             return result["interrupted"]
         if result["step"] != step:
@@ -227,10 +232,12 @@ def measure(plan: Plan, arm: Arm, seed: int, job: Job, material: Material, resul
     """The averaged weights of the checkpoint that ``result`` of training names, examined."""
     checkpoint = load_checkpoint(Path(result["checkpoint"]), only={"ema"})
     job.model.load_state_dict(checkpoint.tensors["ema"])
-    loss, accuracy = heldout_loss(job.model, arm.config, material.exam), None
-    if plan.graded and material.codec is not None and can_grade(arm.config, material.dataset):
-        accuracy = label_accuracy(job.model, arm.config, material.codec, plan.graded)
-    return Point(arm.run, seed, result["step"], loss, accuracy, checkpoint.state["tally"]["seconds"])
+    loss, accuracy, score = heldout_loss(job.model, arm.config, material.exam), None, None
+    if plan.graded and material.codec is not None:
+        clips = draw_clips(job.model, arm.config, material.codec, plan.graded)
+        accuracy = label_accuracy(clips) if can_grade(arm.config, material.dataset) else None
+        score = builtin_score(material.real, clips) if plan.graded > 1 and len(clips[0]) >= MIN_FRAMES else None
+    return Point(arm.run, seed, result["step"], loss, accuracy, checkpoint.state["tally"]["seconds"], score)
 
 
 def append(path: Path, point: Point) -> None:
@@ -246,18 +253,17 @@ def summary(plan: Plan, arms: Sequence[Arm]) -> list[dict[str, Any]]:
     points, entries = read_points(plan.out), []
     for arm in arms:
         last = {seed: found[plan.steps[-1]] for seed in plan.seeds if plan.steps[-1] in (found := points.get((arm.run, seed), {}))}
-        losses = [point.heldout_loss for point in last.values()]
-        shares = [point.label_accuracy for point in last.values() if point.label_accuracy is not None]
+        found = {name: [getattr(point, name) for point in last.values() if getattr(point, name) is not None] for name in RANGES}
+        middles = {name: median(numbers) if numbers else None for name, numbers in found.items()}
+        ranges = {RANGES[name]: [min(numbers), max(numbers)] if numbers else None for name, numbers in found.items()}
         entries.append({
             "name": arm.name,
             "axis": arm.axis,
             "run": str(plan.out / arm.run),
             "baseline": arm.run == BASELINE,
             "seeds": list(last),
-            "heldout_loss": median(losses) if losses else None,
-            "heldout_range": [min(losses), max(losses)] if losses else None,
-            "label_accuracy": median(shares) if shares else None,
-            "label_range": [min(shares), max(shares)] if shares else None,
+            **middles,
+            **ranges,
             "parameters": arm.cost.parameters,
             "operations": arm.cost.operations,
             "seconds": round(median(point.seconds for point in last.values()), 1) if last else None,

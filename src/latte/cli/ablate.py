@@ -11,7 +11,7 @@ from latte.cli.options import OVERRIDABLE, Debug, Device, Json, Overrides, Run, 
 
 __all__ = ["OVERRIDABLE", "ablate"]
 
-COLUMNS = ("axis", "arm", "held-out loss", "label obedience", "parameters", "operations per clip", "training s")
+COLUMNS = ("axis", "arm", "held-out loss", "label obedience", "built-in score", "parameters", "operations per clip", "training s")
 
 Axes = Annotated[
     str,
@@ -27,7 +27,7 @@ Out = Annotated[Path | None, typer.Option(help="Folder of the sweep; runs/RUN-ab
 Dit = Annotated[str | None, typer.Option(metavar="PATH", help="The DiT that axis init starts from: a file or a hub id.")]
 Points = Annotated[int, typer.Option(help="How many times a run is measured, the last step included.")]
 Heldout = Annotated[int, typer.Option(help="Clips of the held-out loss.")]
-Graded = Annotated[int, typer.Option(help="Generated clips that are graded at every point, for procedural data; 0 for none.")]
+Graded = Annotated[int, typer.Option(help="Generated clips that are graded and scored at every point; 0 for none.")]
 TrainDtype = Annotated[str | None, typer.Option("--dtype", metavar="NAME", help="train.dtype: auto, fp32 or bf16.")]
 
 
@@ -89,9 +89,10 @@ def ablate(
 
 def cells(entry: dict[str, Any]) -> tuple[str, ...]:
     """An arm's line of the table."""
-    loss, share, seconds = (entry[key] for key in ("heldout_loss", "label_accuracy", "seconds"))
+    loss, share, score, seconds = (entry[key] for key in ("heldout_loss", "label_accuracy", "score", "seconds"))
     return (entry["axis"], entry["name"], "-" if loss is None else f"{loss:.4f}", "-" if share is None else f"{share:.1%}",
-            f"{entry['parameters']:,}", f"{entry['operations']:,}", "-" if seconds is None else f"{seconds:g}")  # fmt: skip
+            "-" if score is None else f"{score:.4g}", f"{entry['parameters']:,}", f"{entry['operations']:,}",
+            "-" if seconds is None else f"{seconds:g}")  # fmt: skip
 
 
 def say(line: str) -> None:

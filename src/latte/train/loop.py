@@ -107,6 +107,7 @@ def train(
     record: Mapping[str, object] | None = None,
     sample: Callable[[nn.Module, int], None] | None = None,
     captions: CaptionReader | None = None,
+    until: int | None = None,
 ) -> dict[str, Any]:
     """Train ``model`` in place to ``config.steps``, going on from the newest good checkpoint in ``run_dir`` if there is one.
 
@@ -114,12 +115,14 @@ def train(
     ``captions`` turns a batch's captions into what a text model reads; a class model is told the labels.
     ``codec`` may be None for a dataset of latents. ``facts`` (plain data) adds to what a resumed run must have in common with the
     run it goes on with; ``record`` is written to config.yaml. ``sample(ema_model, step)`` is called every ``sample_every`` steps and
-    after the last, in the first process. SIGINT and SIGTERM save at the end of the step and leave.
+    after the last, in the first process. SIGINT and SIGTERM save at the end of the step and leave; so does step ``until``, for callers
+    that look at a run on its way.
 
     Returns run, step, loss, checkpoint, weights_sha256 (of the average) and interrupted: 0, or the exit code 130 or 143.
     Raises InputError for parts that do not fit each other or the run, RunError for a full disk or a loss that is not finite.
     """
     device, run_dir, code = torch.device(device), Path(run_dir), 0
+    end = config.steps if until is None else min(until, config.steps)
     clips = JointDataset(dataset, config.num_images) if config.num_images else dataset
     dtype = resolve_dtype(config.dtype, device)
     with process_group(device) as group, run_lock(run_dir) if group.rank == 0 else nullcontext():
@@ -143,11 +146,11 @@ def train(
         tally = Tally(device, state.get("tally", {}))
         with (
             StopRequest() as stop,
-            Loader(clips, seed, config.global_batch, step, config.steps, group.rank, group.size) as loader,
+            Loader(clips, seed, config.global_batch, step, end, group.rank, group.size) as loader,
             MetricsFile(run_dir / "metrics.jsonl", step, group.rank == 0) as metrics,
             Progress(step, config.steps, group.rank == 0) as progress,
         ):
-            while step < config.steps and not code:
+            while step < end and not code:
                 waited, batch, step = loader.waited, next(loader), step + 1
                 numbers = backward(task, step, positions, batch.video, captions(batch.captions) if captions else batch.label)
                 rate = learning_rate(step, config.lr, config.warmup_steps, config.decay_steps, config.steps)
@@ -158,7 +161,7 @@ def train(
                     learner.guard.check()
                     metrics.write({"step": step, "lr": rate, "clips": step * config.global_batch, **tally.line()})
                 progress.update(step, tally)
-                if step % config.checkpoint_every == 0 or step == config.steps or code:
+                if step % config.checkpoint_every == 0 or step == end or code:
                     learner.guard.check()
                     with tally.pause():
                         metrics.sync()
@@ -174,7 +177,7 @@ def train(
             "loss": tally.latest_loss(),
             "checkpoint": str(saved) if saved else None,
             "weights_sha256": tensors_sha256(learner.ema.model.state_dict()),
-            "interrupted": code if step < config.steps else 0,
+            "interrupted": code if step < end else 0,
         }
 
 
