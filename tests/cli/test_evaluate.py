@@ -12,7 +12,8 @@ import safetensors.torch
 import torch
 
 import tiny_detector
-from latte.data.media import write_mp4
+from latte.data.media import probe, write_mp4
+from latte.data.procedural import draw_scene, render
 from latte.evaluate import page
 from latte.evaluation import protocols
 from latte.evaluation.detector_files import file_sha256
@@ -117,6 +118,45 @@ def test_bad_words_are_refused_in_one_line(latte, sides, words, told):
     found = latte("evaluate", *words, *([] if "--protocol" in words else ["--protocol", "tiny"]))
     assert found.code == 2
     assert told in found.errors[0]
+
+
+def write_shapes(folder, count, frames, side):
+    for index in range(count):
+        write_mp4(folder / f"{index:02d}.mp4", render(draw_scene(11, index, frames), frames, side, side), 8)
+    return folder
+
+
+def test_a_run_folder_is_sampled_and_scored(latte, run_folder, sides):
+    shutil.copytree(run_folder, sides / "run")
+    write_shapes(sides / "shapes", 6, 3, 16)
+    words = ["shapes", "run", "--protocol", "tiny3", "--sample-seed", 40, "--device", "cpu", "--json"]
+    first = latte("evaluate", *words, "--out", "out")
+    assert first.code == 0, first.err
+    clips = sorted((sides / "out" / "samples").glob("*.mp4"))
+    assert [clip.name.split("-")[1] for clip in clips] == [f"{seed:04d}" for seed in range(40, 46)]
+    assert probe(clips[0]).fps == 8  # the real side's
+    made = json.loads((sides / "out" / "manifest.json").read_text())["manifest"]["generation"]
+    assert (made["step"], made["weights"], made["class_rule"], made["sampling_seed"]) == (2, "EMA", "classes in turn", 40)
+    assert made["checkpoint_sha256"]
+    assert made["steps"] == 3
+    again = latte("evaluate", "--from-manifest", first.json["manifest"], "--out", "again", "--json")
+    assert again.code == 0, again.err
+    assert (again.json["replayed"], again.json["manifest_hash"]) == ("exact", first.json["manifest_hash"])
+    assert (sides / "again" / "samples" / clips[0].name).read_bytes() == clips[0].read_bytes()
+    step = latte("evaluate", "shapes", "run/checkpoints/step-2", *words[2:], "--out", "step")
+    assert step.json["value"] == first.json["value"]
+
+
+def test_the_builtin_model_is_scored_by_the_builtin_detector(latte, sides, monkeypatch):
+    write_shapes(sides / "shapes", 2, 8, 64)
+    monkeypatch.setitem(protocols.PROTOCOLS, "two", replace(protocols.PROTOCOLS["builtin"], name="two", frames=8, clips=2))
+    found = latte("evaluate", "shapes", "builtin", "--protocol", "two", "--device", "cpu", "--json")
+    assert found.code == 0, found.err
+    assert found.json["value"] > 0
+    assert Path(found.json["manifest"]).parent == Path("evaluations/builtin-two")
+    assert sorted(path.name[:9] for path in (sides / "evaluations/builtin-two/samples").glob("*.mp4")) == ["seed-0000", "seed-0001"]
+    replay = json.loads(Path(found.json["manifest"]).read_text())["replay"]
+    assert (replay["model"], replay["sample_seed"]) == ("builtin", 0)
 
 
 def bank(seed, rows=60, shift=0.0):
