@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from latte.checks import InputError
 from latte.config import DERIVED, HINTS, RunConfig, flat, load_run, recipes, schema, to_yaml
+from latte.model.text import TextConfig
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -115,6 +116,32 @@ def test_a_run_folder_reloads_to_the_same_configuration_wherever_it_lies(tmp_pat
         assert origins["run.dir"] == "the run folder"
         assert flat(again) | {"run.dir": ""} == flat(config) | {"run.dir": ""}
     assert load_run(tmp_path / "a", ["run.dir=else"])[0].run.dir == "else"
+
+
+def test_with_a_text_encoder_the_model_section_makes_a_text_model():
+    config, _ = load_run("shapes-text", ["model.depth=2", "text.table_size=16"])
+    assert config.network == TextConfig(depth=2, width=144, heads=4, num_frames=8, latent_size=8, caption_channels=64, table_size=16)
+    assert load_run("shapes")[0].network == load_run("shapes")[0].model
+
+
+@pytest.mark.parametrize(
+    ("word", "told"),
+    [
+        ("model.num_classes=4", "model.num_classes is 4"),
+        ("model.variant=3", "model.variant is 3"),
+        ("model.patch=compression", "model.patch is 'compression'"),
+        ("model.tube=4", "model.tube is 4"),
+        ("model.conditioning=all_tokens", "model.conditioning is 'all_tokens'"),
+        ("model.class_dropout=0.2", "model.class_dropout is 0.2"),
+        ("text.name=builtn", "did you mean 'builtin'"),
+        ("text.dropout=2", "text.dropout is 2"),
+        ("data.hold_out=1", "data.hold_out is 1"),
+    ],
+)
+def test_what_a_text_model_has_not_is_refused(word, told):
+    (line,) = refused("shapes-text", [word])
+    assert told in line
+    assert line.startswith("command line")
 
 
 @settings(max_examples=60, deadline=None)

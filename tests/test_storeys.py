@@ -22,7 +22,7 @@ STOREYS = (
     ("checks",),
     ("runtime", "settings"),
     ("model", "diffusion", "autoencoder", "data", "evaluation", "text_encoder", "report"),
-    ("checkpoint",),
+    ("checkpoint", "prompts"),
     ("train", "generate", "evaluate", "album"),
     ("config",),
     ("recipes", "build", "trained", "plan"),

@@ -12,6 +12,8 @@ from latte.build import build
 from latte.checks import InputError
 from latte.config import load_run
 from latte.model.latte import Latte
+from latte.model.text import LatteText
+from latte.text_encoder import BuiltinEncoder
 from latte.trained import load_trained, save_trained
 from tiny import CLASSES, WORDS, tiny_trained
 
@@ -44,6 +46,44 @@ def test_a_weights_folder_keeps_everything_and_from_pretrained_reads_it(tmp_path
     assert (one == other).all()
     plain = Latte.from_pretrained(str(tmp_path / "w"))
     assert all(torch.equal(tensor, trained.model.state_dict()[name]) for name, tensor in plain.state_dict().items())
+
+
+@pytest.fixture(scope="module")
+def text_run(tmp_path_factory):
+    """A run of two steps of a model that reads captions."""
+    folder = tmp_path_factory.mktemp("runs") / "words"
+    build(load_run("shapes-text", [*WORDS, "train.steps=2", f"run.dir={folder}"])[0], "cpu").train()
+    return folder
+
+
+def test_a_text_run_comes_back_with_its_reader_and_so_does_its_folder(text_run, tmp_path):
+    trained = load_trained(text_run, "cpu", prompts=["red"])
+    assert isinstance(trained.model, LatteText)
+    assert set(trained.reader.known.features) == {"", "red"}
+    save_trained(trained, tmp_path / "w")
+    again = load_trained(tmp_path / "w", "cpu")
+    assert (again.model.config, again.reader.config) == (trained.model.config, trained.reader.config)
+    assert again.reader.identity == trained.reader.identity
+    clips = [next(one.generate([7], prompts=["a red circle moves up"]))[1] for one in (trained, again)]
+    assert (clips[0] == clips[1]).all()
+    plain = LatteText.from_pretrained(str(tmp_path / "w"))
+    assert all(torch.equal(tensor, trained.model.state_dict()[name]) for name, tensor in plain.state_dict().items())
+
+
+def test_another_text_encoder_than_the_runs_is_refused(text_run, monkeypatch):
+    monkeypatch.setattr(BuiltinEncoder, "identity", "0" * 16)
+    with pytest.raises(InputError, match="the text encoder is 'builtin 0000000000000000', but the model learned with"):
+        load_trained(text_run, "cpu", prompts=["red"])
+
+
+def test_a_text_model_of_another_configuration_is_refused(text_run):
+    config = (text_run / "config.yaml").read_text()
+    try:
+        (text_run / "config.yaml").write_text(config.replace("gated_time: false", "gated_time: true"))
+        with pytest.raises(InputError, match=r"model.gated_time is True, but .* was trained with False"):
+            load_trained(text_run, "cpu")
+    finally:
+        (text_run / "config.yaml").write_text(config)
 
 
 def test_a_flipped_bit_in_the_weights_is_noticed(tmp_path):

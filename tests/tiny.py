@@ -13,6 +13,9 @@ from latte.autoencoder.codec import CodecConfig, build_codec
 from latte.diffusion.process import DiffusionConfig
 from latte.generate import SampleConfig
 from latte.model.latte import Latte, ModelConfig
+from latte.model.text import LatteText, TextConfig
+from latte.prompts import PromptReader
+from latte.text_encoder import TextEncoderConfig
 from latte.trained import Trained
 
 ROOT = Path(__file__).parents[1]
@@ -33,6 +36,15 @@ def tiny_trained(**changes: object) -> Trained:
     classes = CLASSES if config.num_classes else []
     sample = SampleConfig(sampler="ddim", steps=3, batch=2)
     return Trained("tiny", model, DiffusionConfig(), codec_config, build_codec(codec_config), classes, sample, "none")
+
+
+def tiny_text() -> Trained:
+    """A text model with random weights, in pixels, with the built-in text encoder."""
+    torch.manual_seed(0)
+    config = TextConfig(depth=1, width=16, heads=2, patch_size=4, num_frames=3, latent_size=16, latent_channels=3, caption_channels=64)
+    codec_config, reader = CodecConfig(name="pixels"), PromptReader(TextEncoderConfig(name="builtin"), "cpu")
+    return Trained("tiny", wake(LatteText(config), scale=0.2).eval(), DiffusionConfig(), codec_config, build_codec(codec_config), [],
+                   SampleConfig(sampler="ddim", steps=3, batch=2), "none", reader)  # fmt: skip
 
 
 def latte(*words: object, **environment: str) -> subprocess.CompletedProcess:

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """A folder of generated clips: one mp4 per seed, a gif of all of them, a contact sheet, and a record of what they are.
 
-The record (album.json) holds what the clips are a function of and the hash of each finished file. A second run into the same folder
-draws only what is missing, in the same batches, so that a killed job ends with the files of one that was never killed.
+The record (album.json) holds what the clips are a function of, their prompts if they have any, and the hash of each finished file. A
+second run into the same folder draws only what is missing, in the same batches, so that a killed job ends with the files of one that was
+never killed.
 Axes: t frames, h height, w width, c channels.
 """
 
@@ -28,16 +29,17 @@ MOST_SHOWN = 16  # clips on the sheet and in the gif
 
 @dataclass(frozen=True)
 class Wish:
-    """One clip to be drawn: its seed, its label (a number or None) and what to call the label."""
+    """One clip to be drawn: its seed, its label (a number or None) and what to call the label; or its prompt."""
 
     seed: int
     label: int | None = None
     word: str | None = None
+    prompt: str | None = None
 
     @property
     def file(self) -> str:
-        """'seed-0007-2-left.mp4'; whatever the class is called, this names a file in the folder and nothing else."""
-        word = re.sub(r"[^A-Za-z0-9_-]+", "-", self.word or "").strip("-")[:40]
+        """'seed-0007-2-left.mp4'; whatever the class or the prompt is called, this names a file in the folder and nothing else."""
+        word = re.sub(r"[^A-Za-z0-9_-]+", "-", self.word or self.prompt or "").strip("-")[:40].strip("-")
         number = "" if self.label is None or self.label < 0 else str(self.label)
         parts = ["seed", f"{self.seed:04d}", number, word]
         return "-".join(part for part in parts if part) + ".mp4"
@@ -59,13 +61,15 @@ def write_album(folder: Path, wishes: Sequence[Wish], draw: Draw, facts: Mapping
     record = _read_record(folder, json.loads(json.dumps(facts)))
     for start in range(0, len(wishes), batch):
         part = wishes[start : start + batch]
-        missing = {wish.file for wish in part if not _finished(folder, wish.file, record["files"])}
+        missing = {wish.file for wish in part if not _finished(folder, wish, record)}
         if not missing:
             continue
         for wish, (_, clip) in zip(part, draw(start // batch, part), strict=True):
             if wish.file in missing:
                 write_mp4(folder / wish.file, clip, fps)
                 record["files"][wish.file] = _hash(folder / wish.file)
+                if wish.prompt is not None:
+                    record.setdefault("prompts", {})[wish.file] = wish.prompt
                 with reported(RECORD, folder):
                     commit_file(folder / RECORD, json.dumps(record, indent=1, sort_keys=True) + "\n")
     return _show(folder, wishes[:MOST_SHOWN], fps)
@@ -78,18 +82,21 @@ def _read_record(folder: Path, facts: dict[str, Any]) -> dict[str, Any]:
         return {"format": FORMAT, "facts": facts, "files": {}}
     try:
         record = json.loads(path.read_text("utf-8"))
-        before, files = record["facts"], dict(record["files"])
+        before, files, prompts = record["facts"], dict(record["files"]), dict(record.get("prompts", {}))
         differing = {key: (before.get(key), facts.get(key)) for key in [*before, *facts] if before.get(key) != facts.get(key)}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise InputError(f"{path} is damaged; delete {folder}, or give another --out") from None
     if differing:
         what = ", ".join(f"{key} ({old} there, {new} now)" for key, (old, new) in differing.items())
         raise InputError(f"--out {folder} holds clips of other settings: {what}; give another --out")
-    return {**record, "files": files}
+    return {**record, "files": files, **({"prompts": prompts} if prompts else {})}
 
 
-def _finished(folder: Path, name: str, files: Mapping[str, str]) -> bool:
-    return name in files and (folder / name).is_file() and _hash(folder / name) == files[name]
+def _finished(folder: Path, wish: Wish, record: Mapping[str, Any]) -> bool:
+    """Is the file there, as it was written, and of the same prompt? Names are cut, so two prompts can share one."""
+    name, files = wish.file, record["files"]
+    same = record.get("prompts", {}).get(name) == wish.prompt
+    return same and name in files and (folder / name).is_file() and _hash(folder / name) == files[name]
 
 
 def _hash(path: Path) -> str:
@@ -103,7 +110,8 @@ def _show(folder: Path, wishes: Sequence[Wish], fps: float) -> tuple[Path, Path]
     for wish in wishes:
         info = probe(folder / wish.file)
         clips.append(read_frames(info, range(info.frames)))
-    captions = [f"seed {wish.seed}" + (f", {wish.word or wish.label}" if wish.label is not None else "") for wish in wishes]
+    names = [wish.prompt if wish.label is None else wish.word or str(wish.label) for wish in wishes]
+    captions = [f"seed {wish.seed}" + (f", {name}" if name else "") for wish, name in zip(wishes, names, strict=True)]
     sheet, gif = folder / "sheet.png", folder / "clips.gif"
     with reported("the contact sheet", sheet):
         contact_sheet(clips, captions=captions).save(sheet)

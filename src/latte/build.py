@@ -26,9 +26,10 @@ from latte.data.media import contact_sheet
 from latte.data.procedural import caption_of, split_combinations
 from latte.diffusion.loss import OBJECTIVES
 from latte.diffusion.process import build_process
-from latte.generate import Prompts, generate
+from latte.generate import generate
 from latte.model.latte import Latte, ModelConfig
 from latte.model.text import LatteText, Network, TextConfig
+from latte.prompts import Prompts
 from latte.runtime import rank, resolve_device, resolve_dtype
 from latte.text_encoder import build_text_encoder
 from latte.train.condition import CaptionReader

@@ -2,7 +2,7 @@
 """Seeds and labels, or prompts -> noise -> latents -> frames.
 
 Every clip has a random stream of its own, so the clip of a seed is the same, to rounding, in whatever batch it is drawn.
-Axes: b batch, f latent frames, t frames, c channels, h height, w width, l tokens of a prompt, k their channels.
+Axes: b batch, f latent frames, t frames, c channels, h height, w width.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -21,6 +21,7 @@ from latte.diffusion.loss import Denoiser
 from latte.diffusion.process import Flow, Process
 from latte.diffusion.samplers import SAMPLERS, sample
 from latte.model.text import LatteText, Network
+from latte.prompts import Prompts
 from latte.runtime import SampleNoise
 
 Progress = Callable[[int, int], None]
@@ -50,24 +51,6 @@ class SampleConfig:
         require(0 < self.fps <= 240, "sample.fps", self.fps, "it counts frames in a second", "give 1 to 240")
         if isinstance(self.steps, int):
             require(self.steps >= 1, "sample.steps", self.steps, "it counts steps", "give 1 or more")
-
-
-@dataclass(frozen=True)
-class Prompts:
-    """What a text model reads: features (b l k) and mask (b l) of each clip's prompt, and of what guidance leads away from.
-
-    All are padded to one length, so that a clip does not depend on the prompts beside its own.
-    """
-
-    text: Tensor
-    mask: Tensor
-    null_text: Tensor
-    null_mask: Tensor
-
-    def part(self, clips: slice, device: torch.device) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-        """((text, mask), (null text, null mask)) of some of the clips, on ``device``."""
-        text, mask, null_text, null_mask = (tensor[clips].to(device) for tensor in (self.text, self.mask, self.null_text, self.null_mask))
-        return (text, mask), (null_text, null_mask)
 
 
 def generate(

@@ -100,13 +100,15 @@ def place_code(place: int, channels: int) -> Tensor:
 class TextEncoderConfig:
     """Which encoder reads the captions; without a ``name`` the model is not told any. InputError on construction for a value out of range.
 
-    ``length`` is the most tokens of a prompt (None: the encoder's own). In training a share ``dropout`` of the clips get the empty caption.
+    ``path`` is the folder or hub id of its weights, for those that have any. ``length`` is the most tokens of a prompt (None: the
+    encoder's own). In training a share ``dropout`` of the clips get the empty caption.
     ``gated_time`` and ``table_size`` are those of ``latte.model.text.TextConfig``: for a model that starts from an image model.
     """
 
     __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
 
     name: str | None = None
+    path: str | None = None
     length: int | None = None
     dropout: float = 0.1
     gated_time: bool = False
@@ -114,7 +116,7 @@ class TextEncoderConfig:
 
     def __post_init__(self) -> None:
         if self.name is None:
-            for key in ("length", "table_size"):
+            for key in ("path", "length", "table_size"):
                 require(getattr(self, key) is None, f"text.{key}", getattr(self, key), "there is no text encoder", "give text.name, too")
             require(not self.gated_time, "text.gated_time", True, "there is no text encoder", "give text.name, too")
         else:

@@ -2,8 +2,9 @@
 """A trained model with all that is needed to draw clips from it, out of a run folder, a weights folder, the hub or the package.
 
 A weights folder is ``model.safetensors`` and ``config.json``: the model's keys at the top (so ``Latte.from_pretrained`` reads it
-too), beside them diffusion, codec with its identity, classes, sampling defaults and the weights' hash. Weights are verified by hash
-and the codec by its identity, so that latents are never decoded by another autoencoder than the one the model learned.
+too), beside them diffusion, codec with its identity, classes, for a text model the text encoder with its identity, sampling defaults
+and the weights' hash. Weights are verified by hash, codec and text encoder by their identities, so that latents are never decoded by
+another autoencoder than the one the model learned, and prompts are read as its captions were.
 """
 
 import json
@@ -21,14 +22,18 @@ from torch import Tensor
 
 from latte.autoencoder.codec import Codec, CodecConfig, build_codec
 from latte.checkpoint.atomic import commit_folder, reported
+from latte.checkpoint.layout import build as build_network
 from latte.checkpoint.reading import fetch, read_tensors
 from latte.checkpoint.run import Checkpoint, load_checkpoint, load_latest, tensors_sha256
 from latte.checks import InputError, choose, require
 from latte.config import RUN_FILE, load_run
 from latte.diffusion.process import DiffusionConfig, build_process
 from latte.generate import SampleConfig, generate
-from latte.model.latte import Latte, ModelConfig
+from latte.model.latte import ModelConfig
+from latte.model.text import Network, TextConfig
+from latte.prompts import PromptReader
 from latte.runtime import resolve_device
+from latte.text_encoder import TextEncoderConfig
 
 BUILTIN = Path(__file__).with_name("builtin")
 WEIGHTS, CARD = "model.safetensors", "config.json"
@@ -37,26 +42,56 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Trained:
-    """``name`` is where it came from, in words; ``weights`` the hash of the weights; ``classes`` their names, in label order."""
+    """``name`` is where it came from, in words; ``weights`` the hash of the weights; ``classes`` their names, in label order.
+
+    ``reader`` turns prompts into what a text model reads; None for other models.
+    """
 
     name: str
-    model: Latte
+    model: Network
     diffusion: DiffusionConfig
     codec_config: CodecConfig
     codec: Codec
     classes: list[str]
     sample: SampleConfig
     weights: str
+    reader: PromptReader | None = None
 
-    def generate(self, seeds: Sequence[int], labels: Sequence[int | str] | None = None, **options: Any) -> Iterator[tuple[int, np.ndarray]]:
-        """(seed, uint8 (t h w c)) for every seed; labels are names or numbers. ``options`` are those of ``latte.generate.generate``."""
+    def generate(
+        self,
+        seeds: Sequence[int],
+        labels: Sequence[int | str] | None = None,
+        prompts: Sequence[str] | None = None,
+        negative: str = "",
+        **options: Any,
+    ) -> Iterator[tuple[int, np.ndarray]]:
+        """(seed, uint8 (t h w c)) for every seed; labels are names or numbers. ``options`` are those of ``latte.generate.generate``.
+
+        A text model wants ``prompts``, one per seed, and is led away from ``negative``. InputError for prompts to another model, and for
+        none to this one.
+        """
         options.setdefault("config", self.sample)
         numbers = None if labels is None else [self.label(label) for label in labels]
-        return generate(self.model, build_process(self.diffusion), self.codec, seeds, numbers, **options)
+        self.check_prompts(prompts is not None)
+        told = self.reader(prompts, negative) if self.reader and prompts is not None else None
+        return generate(self.model, build_process(self.diffusion), self.codec, seeds, numbers, prompts=told, **options)
+
+    def check_prompts(self, given: bool) -> None:
+        """InputError unless prompts are ``given`` to a text model, and to no other."""
+        if given and self.reader is None:
+            raise InputError(
+                f"a prompt was given, but {self.name} reads no text; leave it out, or give a model that was trained on captions"
+            )
+        if self.reader and not given:
+            raise InputError(
+                f"{self.name} reads text, but no prompt was given; say what it is to show, e.g. --prompt 'a red square moves left'"
+            )
 
     def label(self, word: int | str) -> int:
         """A class's name, or its number, as a number; 'none' and -1 are the null class. InputError that lists the classes for any other."""
         count = self.model.config.num_classes
+        if self.reader:
+            raise InputError(f"label {word!r} was given, but {self.name} reads text; give a prompt instead")
         if count is None:
             raise InputError(f"label {word!r} was given, but {self.name} is unconditional; leave the labels out")
         names: dict[int | str, int] = {"none": -1, **{name: number for number, name in enumerate(self.classes)}}
@@ -76,65 +111,88 @@ class Trained:
         return f"0 to {count - 1}" + (f" ({', '.join(self.classes)})" if self.classes else "")
 
 
-def load_trained(source: str | Path = "builtin", device: str = "auto", codec_path: str | None = None) -> Trained:
+@dataclass(frozen=True)
+class Places:
+    """Where the parts of a model go, and where they are when they have moved. ``prompts`` are read before the denoiser is."""
+
+    device: torch.device
+    codec: str | None
+    text_encoder: str | None
+    prompts: Sequence[str]
+
+
+def load_trained(
+    source: str | Path = "builtin",
+    device: str = "auto",
+    codec_path: str | None = None,
+    text_encoder_path: str | None = None,
+    prompts: Sequence[str] = (),
+) -> Trained:
     """'builtin', a run folder, a checkpoint folder of one, a weights folder or a hub id -> Trained, on ``device``.
 
-    A run gives its averaged (EMA) weights. ``codec_path`` says where the codec's weights are when they have moved. InputError when
-    anything is missing, altered, of another configuration, or belongs to another codec.
+    A run gives its averaged (EMA) weights. ``codec_path`` and ``text_encoder_path`` say where their weights are when they have moved.
+    A text model's ``prompts`` are read here, before the denoiser takes its memory; others can still be read later. InputError when
+    anything is missing, altered, of another configuration, or belongs to another codec or text encoder.
     """
-    where, path = resolve_device(device), BUILTIN if str(source) == "builtin" else Path(source)
+    where = Places(resolve_device(device), codec_path, text_encoder_path, prompts)
+    path = BUILTIN if str(source) == "builtin" else Path(source)
     if (path / RUN_FILE).is_file():
-        return _from_run(path, load_latest(path, only={"ema"}), where, codec_path)
+        return _from_run(path, load_latest(path, only={"ema"}), where)
     if path.parent.name == "checkpoints" and (path.parents[1] / RUN_FILE).is_file():
-        return _from_run(path.parents[1], load_checkpoint(path, only={"ema"}), where, codec_path)
+        return _from_run(path.parents[1], load_checkpoint(path, only={"ema"}), where)
     if (path / CARD).is_file():
-        return _from_folder(path, str(source), where, codec_path)
+        return _from_folder(path, str(source), where)
     if not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
-        return _from_folder(fetch(source), str(source), where, codec_path)
+        return _from_folder(fetch(source), str(source), where)
     if str(source) == "builtin":
         raise InputError(f"MODEL is 'builtin', but this installation has no {BUILTIN / CARD}; install latte again, or give a run folder")
     kinds = f"a run folder ({RUN_FILE}), a weights folder ({CARD}), a hub id (owner/name) or builtin"
     raise InputError(f"MODEL is {str(source)!r}, which is not {kinds}; give one of these")
 
 
-def _from_run(folder: Path, checkpoint: Checkpoint | None, device: torch.device, codec_path: str | None) -> Trained:
+def _from_run(folder: Path, checkpoint: Checkpoint | None, where: Places) -> Trained:
     config, _ = load_run(folder)
     if checkpoint is None:
         raise InputError(f"run {folder} has no checkpoint yet; train it first: latte train {folder}")
     facts = checkpoint.state["facts"]
-    for part, now in (("model", asdict(config.model)), ("diffusion", asdict(config.diffusion))):
+    for part, now in (("model", asdict(config.network)), ("diffusion", asdict(config.diffusion))):
         before = facts.get(part, {})
         for key, value in json.loads(json.dumps(now)).items():
             rule = f"{checkpoint.path} was trained with {before.get(key)!r}"
             require(before.get(key) == value, f"{part}.{key}", value, rule, f"put that back into {folder / RUN_FILE}")
-    model = _fill(config.model, checkpoint.tensors["ema"], str(checkpoint.path))
-    codec = _open_codec(config.codec, facts.get("codec"), device, codec_path)
-    return Trained(str(folder), model.to(device), config.diffusion, config.codec, codec, facts.get("classes", []), config.sample,
-                   tensors_sha256(checkpoint.tensors["ema"]))  # fmt: skip
+    reader = _open_reader(config.text, facts.get("text", {}).get("encoder"), where) if config.text.name else None
+    model = _fill(config.network, checkpoint.tensors["ema"], str(checkpoint.path))
+    codec = _open_codec(config.codec, facts.get("codec"), where)
+    return Trained(str(folder), model.to(where.device), config.diffusion, config.codec, codec, facts.get("classes", []), config.sample,
+                   tensors_sha256(checkpoint.tensors["ema"]), reader)  # fmt: skip
 
 
-def _from_folder(folder: Path, name: str, device: torch.device, codec_path: str | None) -> Trained:
+def _from_folder(folder: Path, name: str, where: Places) -> Trained:
     try:
         card = json.loads((folder / CARD).read_text("utf-8"))
-        shape = {field.name: card[field.name] for field in fields(ModelConfig)}
+        kind = TextConfig if "caption_channels" in card else ModelConfig
+        shape = {field.name: card[field.name] for field in fields(kind)}
+        text = card.get("text") or {"name": "t5"}  # what the released models read, whose files do not say
+        text_keys, text_identity = {key: value for key, value in text.items() if key != "identity"}, text.get("identity")
         identity, wanted, classes = card["codec"]["identity"], card["weights_sha256"], [str(name) for name in card["classes"]]
         codec_keys = {key: card["codec"][key] for key in ("name", "path")}
         parts = card["diffusion"], card["sample"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(f"{folder / CARD} is not the card of a Latte model ({type(error).__name__}: {error}); give a folder that "
                          "latte wrote") from None  # fmt: skip
-    model_config, codec_config = _checked(ModelConfig, shape, folder), _checked(CodecConfig, codec_keys, folder)
+    model_config, codec_config = _checked(kind, shape, folder), _checked(CodecConfig, codec_keys, folder)
+    reader = _open_reader(_checked(TextEncoderConfig, text_keys, folder), text_identity, where) if kind is TextConfig else None
     tensors, _ = read_tensors(folder / WEIGHTS)
     model = _fill(model_config, tensors, str(folder / WEIGHTS))
     found = tensors_sha256(tensors)
     require(found == wanted, str(folder / WEIGHTS), found[:16], f"{CARD} says {str(wanted)[:16]}", "fetch the folder again: it was altered")
-    codec = _open_codec(codec_config, identity, device, codec_path)
-    return Trained(name, model.to(device), _checked(DiffusionConfig, parts[0], folder), codec_config, codec, classes,
-                   _checked(SampleConfig, parts[1], folder), found)  # fmt: skip
+    codec = _open_codec(codec_config, identity, where)
+    return Trained(name, model.to(where.device), _checked(DiffusionConfig, parts[0], folder), codec_config, codec, classes,
+                   _checked(SampleConfig, parts[1], folder), found, reader)  # fmt: skip
 
 
 def save_trained(trained: Trained, folder: Path, half: bool = False) -> None:
-    """Write a weights folder that ``load_trained`` and ``Latte.from_pretrained`` read; RunError when the disk refuses.
+    """Write a weights folder that ``load_trained`` and ``from_pretrained`` of the model's class read; RunError when the disk refuses.
 
     ``half`` stores float16, half the bytes; it is read back as float32.
     """
@@ -146,6 +204,7 @@ def save_trained(trained: Trained, folder: Path, half: bool = False) -> None:
         "codec": {"name": trained.codec.name, "path": trained.codec_config.path, "identity": trained.codec.identity},
         "classes": trained.classes,
         "sample": asdict(trained.sample),
+        **({"text": {**asdict(trained.reader.config), "identity": trained.reader.identity}} if trained.reader else {}),
         "weights_sha256": tensors_sha256(tensors),
     }
 
@@ -167,10 +226,10 @@ def _checked(kind: type[T], values: object, folder: Path) -> T:
         raise InputError(f"{folder / CARD}: {what + ': ' if what else ''}{first['msg']}; give a folder that latte wrote") from None
 
 
-def _fill(config: ModelConfig, tensors: Mapping[str, Tensor], where: str) -> Latte:
+def _fill(config: ModelConfig | TextConfig, tensors: Mapping[str, Tensor], where: str) -> Network:
     """The model of ``config`` with these weights; InputError naming the first tensor that is missing, too many or of another shape."""
     with torch.device("meta"):
-        model = Latte(config)
+        model = build_network(config)
     wanted = model.state_dict()
     faults = [f"lacks {key}" for key in wanted if key not in tensors] + [f"has {key} too many" for key in tensors if key not in wanted]
     faults += [f"has {key} of shape {tuple(tensors[key].shape)} instead of {tuple(tensor.shape)}" for key, tensor in wanted.items()
@@ -181,9 +240,17 @@ def _fill(config: ModelConfig, tensors: Mapping[str, Tensor], where: str) -> Lat
     return model.requires_grad_(False).eval()
 
 
-def _open_codec(config: CodecConfig, identity: str | None, device: torch.device, path: str | None) -> Codec:
+def _open_reader(config: TextEncoderConfig, identity: str | None, where: Places) -> PromptReader:
+    """The reader of prompts, which has read those that are known."""
+    reader = PromptReader(replace(config, path=where.text_encoder or config.path), where.device, identity)
+    if where.prompts:
+        reader.learn(where.prompts)
+    return reader
+
+
+def _open_codec(config: CodecConfig, identity: str | None, where: Places) -> Codec:
     """The codec, refused unless it is the one whose latents the model learned."""
-    codec = build_codec(replace(config, path=path or config.path), device)
+    codec = build_codec(replace(config, path=where.codec or config.path), where.device)
     require(identity in (None, codec.identity), "codec", f"{codec.name} {codec.identity}", f"the model learned the latents of {identity}",
             "give the weights it was trained with by --codec-path")  # fmt: skip
     return codec

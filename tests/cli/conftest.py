@@ -4,6 +4,7 @@
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
@@ -49,8 +50,18 @@ def latte(capfd, tmp_path, monkeypatch) -> Callable[..., Answer]:
 @pytest.fixture(scope="session")
 def run_folder(tmp_path_factory):
     """A finished run of two steps. Copy it before changing it."""
-    folder = tmp_path_factory.mktemp("runs") / "tiny"
+    return train(tmp_path_factory.mktemp("runs") / "tiny", "shapes")
+
+
+@pytest.fixture(scope="session")
+def text_run_folder(tmp_path_factory):
+    """A finished run of two steps of a model that reads captions. Copy it before changing it."""
+    return train(tmp_path_factory.mktemp("runs") / "words", "shapes-text")
+
+
+def train(folder: Path, recipe: str) -> Path:
+    """``folder``, with the smallest run of a recipe in it."""
     with pytest.raises(SystemExit) as left:
-        app(args=["train", "shapes", *WORDS, "train.steps=2", "--out", str(folder)], prog_name="latte")
+        app(args=["train", recipe, *WORDS, "train.steps=2", "--out", str(folder)], prog_name="latte")
     assert not left.value.code
     return folder

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """``latte sample``: files, keys, labels, and the refusals of the command line."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -68,6 +69,53 @@ def test_wrong_options_are_told_in_one_line(latte, run_folder, words, told):
     assert found.code == 2, found.err
     assert len(found.errors) == 1
     assert told in found.errors[0]
+
+
+def test_prompts_from_the_command_line_and_a_file(latte, text_run_folder, tmp_path):
+    (tmp_path / "more.txt").write_text("a green circle moves up\n\n  a blue square moves down \n")
+    words = ["--prompt", "a red square moves left", "--prompts", "more.txt", "--count", 2, "--seed", 7, "--negative", "noise", "--json"]
+    found = latte("sample", text_run_folder, *words)
+    assert found.code == 0, found.err
+    prompts = ["a red square moves left", "a green circle moves up", "a blue square moves down"]
+    assert [(clip["seed"], clip["prompt"]) for clip in found.json["clips"]] == [(7 + i, prompts[i // 2]) for i in range(6)]
+    paths = [Path(clip["path"]) for clip in found.json["clips"]]
+    assert paths[2].name == "seed-0009-a-green-circle-moves-up.mp4"
+    record = json.loads((paths[0].parent / "album.json").read_text())
+    assert record["prompts"] == {path.name: prompts[i // 2] for i, path in enumerate(paths)}
+    assert (record["facts"]["negative"], len(record["facts"]["text_encoder"])) == ("noise", 16)
+    assert latte("sample", text_run_folder, *words).json == found.json
+    other = latte("sample", text_run_folder, "--prompt", "a red square moves left", "--seed", 7, "--json")
+    assert Path(other.json["sheet"]).parent != paths[0].parent, "another negative is another album"
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ([], "reads text, but no prompt was given"),
+        (["--labels", "up"], "reads text, but no prompt was given"),
+        (["--prompt", "red", "--labels", "up"], "--labels is 'up'"),
+        (["--prompt", "word " * 9], "has 10 tokens and text.length is 8"),
+        (["--prompt", "red", "--negative", "word " * 9], "has 10 tokens"),
+        (["--prompts", "none.txt"], "cannot be read"),
+        (["--prompts", "empty.txt"], "no line of it holds a prompt"),
+        (["--prompts", "bytes.txt"], "cannot be read"),
+        (["--prompt", "red", "--count", 0], "--count is 0"),
+        (["--prompt", "red", "--seed", -3], "--seed is -3"),
+    ],
+)
+def test_wrong_prompts_are_told_in_one_line(latte, text_run_folder, tmp_path, words, told):
+    (tmp_path / "empty.txt").write_text("\n  \n")
+    (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe\xfa")
+    found = latte("sample", text_run_folder, *words)
+    assert (found.code, len(found.errors)) == (2, 1), found.err
+    assert told in found.errors[0]
+
+
+@pytest.mark.parametrize("words", [["--prompt", "red"], ["--negative", "red"]])
+def test_a_prompt_for_a_model_that_reads_none_is_refused(latte, run_folder, words):
+    found = latte("sample", run_folder, *words)
+    assert (found.code, len(found.errors)) == (2, 1)
+    assert "reads no text" in found.errors[0]
 
 
 def test_a_damaged_checkpoint_is_told_or_passed_over(latte, run_folder, tmp_path):

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from latte.data.procedural import COLOURS, DIRECTIONS, GROUND, SHAPES, draw_scene, read_motion, render
+from latte.checks import InputError
+from latte.data.procedural import COLOURS, DIRECTIONS, GROUND, SHAPES, draw_scene, read_motion, render, split_combinations
 
 SIZES = [(8, 32, 32), (8, 64, 64), (16, 48, 40)]
 
@@ -52,6 +53,39 @@ def test_labels_captions_and_attributes_are_even():
     assert set(counts) == set(product(SHAPES, COLOURS))
     assert sum((n - 80) ** 2 / 80 for n in counts.values()) < 40.8, "chi-squared with 17 degrees of freedom, 0.1 % level"
     assert scenes[0].caption == f"a {scenes[0].colour} {scenes[0].shape} moves {scenes[0].direction}"
+
+
+@pytest.mark.parametrize("n", [2, 3, 6, 10, 72])
+def test_one_combination_in_n_is_held_out_and_never_drawn(n):
+    drawn, held = split_combinations(n)
+    assert (len(held), len({*drawn, *held})) == (72 // n, 72)
+    scenes = [draw_scene(0, index, 8, hold_out=n) for index in range(3000)]
+    seen = Counter((scene.shape, scene.colour, scene.direction) for scene in scenes)
+    assert set(seen) == set(drawn)
+    assert Counter(scene.direction for scene in scenes) == dict.fromkeys(DIRECTIONS, 750)
+    assert min(seen.values()) > 750 / 18 / 2, "even enough"
+
+
+def test_of_the_held_out_every_pair_of_attributes_is_still_drawn():
+    drawn, held = split_combinations(6)
+    for one, other in ((0, 1), (0, 2), (1, 2)):
+        assert {(place[one], place[other]) for place in drawn} == {(place[one], place[other]) for place in (*drawn, *held)}
+    for attribute in range(3):
+        assert len(set(Counter(place[attribute] for place in held).values())) == 1, "every value is held out equally often"
+
+
+def test_nothing_held_out_changes_nothing():
+    assert split_combinations(0)[1] == ()
+    scene = draw_scene(3, 14, 8)
+    assert (scene.caption, scene.size, scene.speed) == ("a magenta circle moves left", 0.14378584044262058, 0.06180921978474322)
+    other = draw_scene(3, 14, 8, hold_out=6)
+    assert (other.size, other.speed, other.start, other.direction) == (scene.size, scene.speed, scene.start, scene.direction)
+
+
+@pytest.mark.parametrize("n", [1, -6, 73])
+def test_a_share_that_cannot_be_held_out_is_refused(n):
+    with pytest.raises(InputError, match=f"data.hold_out is {n}"):
+        split_combinations(n)
 
 
 def test_the_speed_does_not_depend_on_the_frame_count():

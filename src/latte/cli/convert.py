@@ -75,7 +75,7 @@ def from_weights(source: str, heads: int | None, missing: list[str], unexpected:
     codec = CodecConfig()  # the released models share the latents of Stable Diffusion's autoencoder; its decoder is the user's choice
     facts = {"diffusion": asdict(DiffusionConfig()), "codec": {"name": codec.name, "path": codec.path, "identity": None}, "classes": [],
              "sample": asdict(SampleConfig())}  # fmt: skip
-    return loaded.model(), loaded.report, {**facts, **{key: loaded.card[key] for key in facts if key in loaded.card}}
+    return loaded.model(), loaded.report, {**facts, **{key: loaded.card[key] for key in (*facts, "text") if key in loaded.card}}
 
 
 def from_run(folder: Path) -> "tuple[Model, Coverage, dict[str, Any]]":
@@ -90,12 +90,14 @@ def from_run(folder: Path) -> "tuple[Model, Coverage, dict[str, Any]]":
     checkpoint = load_latest(folder, only={"ema"})
     if checkpoint is None:
         raise InputError(f"run {folder} has no checkpoint yet; train it first: latte train {folder}")
-    model, tensors = build(config.model), checkpoint.tensors["ema"]
-    found = Understanding(config.model, {name: name for name in tensors})
+    model, tensors = build(config.network), checkpoint.tensors["ema"]
+    found = Understanding(config.network, {name: name for name in tensors})
     state, report = compare(str(folder), f"run, step {checkpoint.step}", tensors, found, model.state_dict())
     report.refuse((), ())
     model.load_state_dict(state)
     known = checkpoint.state["facts"]
     facts = {"diffusion": asdict(config.diffusion), "classes": known.get("classes", []), "sample": asdict(config.sample),
              "codec": {"name": config.codec.name, "path": config.codec.path, "identity": known.get("codec")}}  # fmt: skip
+    if config.text.name:
+        facts["text"] = {**asdict(config.text), "identity": known["text"]["encoder"]}
     return model, report, facts

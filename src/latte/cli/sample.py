@@ -19,10 +19,15 @@ if TYPE_CHECKING:
 
 Model = Annotated[str, typer.Argument(metavar="[MODEL]", help="A run folder, a weights folder, a hub id, or builtin.")]
 Labels = Annotated[str | None, typer.Option(metavar="A,B,...", help="Class names or numbers, one after the other; all classes by default.")]
-Count = Annotated[int | None, typer.Option(help="How many clips; 4, or one per label, by default.")]
+Prompt = Annotated[list[str] | None, typer.Option(metavar="TEXT", help="What a text model is to show; give it as often as you like.")]
+PromptFile = Annotated[Path | None, typer.Option("--prompts", metavar="FILE", help="Prompts from a text file, one a line.")]
+Negative = Annotated[
+    str, typer.Option(metavar="TEXT", help="What guidance leads a text model away from; nothing in particular by default.")
+]
+Count = Annotated[int | None, typer.Option(help="How many clips; 4, or one per label, or one of each prompt by default.")]
 Steps = Annotated[str | None, typer.Option(metavar="N", help="Denoising steps: a number, or a respacing such as ddim50.")]
 SamplerName = Annotated[str | None, typer.Option(metavar="NAME", help="ddpm, ddim, dpmpp, unipc, euler, heun, or flow.")]
-Guidance = Annotated[float | None, typer.Option(help="Weight of the label; 1 is the plain model.")]
+Guidance = Annotated[float | None, typer.Option(help="Weight of the label or the prompt; 1 is the plain model.")]
 Eta = Annotated[float | None, typer.Option(help="Noise of ddim, 0 to 1.")]
 Seed = Annotated[int, typer.Option(help="Seed of the first clip; the others count on from it.")]
 Frames = Annotated[int | None, typer.Option(help="Frames of a clip; those the model was trained with by default.")]
@@ -31,11 +36,17 @@ Batch = Annotated[int | None, typer.Option(help="Clips drawn at once.")]
 Fps = Annotated[float | None, typer.Option(help="Frames a second of the files.")]
 Out = Annotated[Path | None, typer.Option(help="Folder; samples/NAME-HASH by default. Clips that are there already are kept.")]
 CodecPath = Annotated[str | None, typer.Option(help="Where the autoencoder's weights are, if they have moved.")]
+TextPath = Annotated[
+    str | None, typer.Option("--text-encoder", metavar="PATH", help="Where the text encoder's weights are, if they have moved.")
+]
 
 
 def sample(
     model: Model = "builtin",
     labels: Labels = None,
+    prompt: Prompt = None,
+    prompts: PromptFile = None,
+    negative: Negative = "",
     count: Count = None,
     steps: Steps = None,
     sampler: SamplerName = None,
@@ -48,6 +59,7 @@ def sample(
     fps: Fps = None,
     out: Out = None,
     codec_path: CodecPath = None,
+    text_encoder: TextPath = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
     as_json: Json = False,
@@ -62,24 +74,33 @@ def sample(
 
     speak()
     chosen = {"steps": read_steps(steps), "sampler": sampler, "guidance": guidance, "eta": eta, "batch": batch, "fps": fps}
-    trained = load_trained(model, device, codec_path)
+    texts = [*(prompt or []), *(read_lines(prompts) if prompts else [])]
+    trained = load_trained(model, device, codec_path, text_encoder, [*texts, negative] if texts else [])
     config = replace(trained.sample, **{key: value for key, value in chosen.items() if value is not None})
-    wishes = wish(trained, labels, count, seed)
+    trained.check_prompts(bool(texts))
+    wishes = wish_texts(texts, count, seed) if texts else wish(trained, labels, count, seed)
+    if trained.reader is None:
+        require(not negative, "--negative", negative, f"{trained.name} reads no text", "leave it out")
+    require(labels is None or not texts, "--labels", labels, "this model reads text", "leave it out")
     precision = resolve_dtype(dtype, next(trained.model.parameters()).device)
     options = {"config": config, "frames": frames, "size": read_size(size), "dtype": precision}
     facts = {
         **{key: value for key, value in asdict(config).items() if key != "batch"},
         **{"weights": trained.weights, "codec": trained.codec.identity, "frames": frames, "size": options["size"], "dtype": str(precision)},
+        **({"text_encoder": trained.reader.identity, "negative": negative} if trained.reader else {}),
     }
     folder = out or Path("samples") / f"{Path(trained.name).name}-{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:8]}"
     batches = -(-len(wishes) // config.batch)
 
     def draw(number: int, part: Sequence["Wish"]) -> Iterator[tuple[int, Any]]:
         labels_of = [one.label for one in part if one.label is not None] or None
-        return trained.generate([one.seed for one in part], labels_of, progress=tell("sample", number, batches), **options)
+        prompts_of = [one.prompt for one in part if one.prompt is not None] or None
+        told = {"labels": labels_of, "prompts": prompts_of, "negative": negative}
+        return trained.generate([one.seed for one in part], progress=tell("sample", number, batches), **told, **options)
 
     sheet, gif = write_album(folder, wishes, draw, facts, config.batch, config.fps)
-    clips = [{"path": str(folder / one.file), "seed": one.seed, "label": one.word, "class": one.label} for one in wishes]
+    clips = [{"path": str(folder / one.file), "seed": one.seed, "label": one.word, "class": one.label,
+              **({} if one.prompt is None else {"prompt": one.prompt})} for one in wishes]  # fmt: skip
     result = {"clips": clips, "sheet": str(sheet), "gif": str(gif), "model": trained.name, "weights_sha256": trained.weights}
     show(result, as_json, [*(clip["path"] for clip in clips), str(sheet), str(gif)])
 
@@ -96,13 +117,39 @@ def wish(trained: "Trained", labels: str | None, count: int | None, seed: int) -
     if not numbers and num_classes is not None:
         numbers = list(range(num_classes))
     count = max(4, len(words)) if count is None else count
-    require(count >= 1, "--count", count, "it counts clips", "give 1 or more")
-    require(seed >= 0, "--seed", seed, "seeds count from 0", "give 0 or more")
+    check_counts(count, seed)
     found = []
     for index in range(count):
         number = numbers[index % len(numbers)] if numbers else None
         name = None if number is None else trained.word(number)
         found.append(Wish(seed + index, number, name))
+    return found
+
+
+def wish_texts(texts: Sequence[str], count: int | None, seed: int) -> list["Wish"]:
+    """``count`` wishes per prompt, one after the other: seeds count on from ``seed``."""
+    from latte.album import Wish
+
+    count = 1 if count is None else count
+    check_counts(count, seed)
+    return [Wish(seed + index, prompt=texts[index // count]) for index in range(count * len(texts))]
+
+
+def check_counts(count: int, seed: int) -> None:
+    """InputError for a number of clips or a seed that is none."""
+    require(count >= 1, "--count", count, "it counts clips", "give 1 or more")
+    require(seed >= 0, "--seed", seed, "seeds count from 0", "give 0 or more")
+
+
+def read_lines(path: Path) -> list[str]:
+    """The prompts of a text file, one a line, empty lines left out; InputError when there are none."""
+    try:
+        lines = [line.strip() for line in path.read_text("utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        why = f"it cannot be read ({error.__class__.__name__})"
+        raise InputError(f"--prompts is {str(path)!r}, but {why}; give a text file in UTF-8 with a prompt a line") from None
+    found = [line for line in lines if line]
+    require(bool(found), "--prompts", str(path), "no line of it holds a prompt", "give a text file with a prompt a line")
     return found
 
 
