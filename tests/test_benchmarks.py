@@ -4,14 +4,17 @@
 import importlib
 import json
 import sys
-from itertools import pairwise
+from dataclasses import replace
+from itertools import count, pairwise
 from pathlib import Path
 
 import pytest
 import torch
 
+from latte.checks import InputError
 from latte.data.media import write_mp4
 from latte.data.procedural import draw_scene, render
+from latte.generate import SampleConfig
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 TINY = ["--device", "cpu", "--rounds", "3", "--seconds", "0.001", "--max-foreign", "1"]
@@ -96,6 +99,36 @@ def test_sensitivity_says_from_where_on_a_damage_is_seen(benchmark, capsys, tmp_
     if videos:
         with pytest.raises(SystemExit):
             benchmark("sensitivity").main([*words, "--kinds", "speed"])
+
+
+class Obedient:
+    """Stands for a trained model: draws what prompts say, but every second clip in another colour."""
+
+    sample, weights = SampleConfig(), "none"
+
+    def generate(self, seeds, prompts):
+        for seed, prompt in zip(seeds, prompts, strict=True):
+            _, colour, shape, _, direction = prompt.split()
+            scene = next(scene for index in count() if (scene := draw_scene(1, index, 8)).direction == direction)
+            colour = ("white" if colour != "white" else "red") if seed % 2 else colour
+            yield seed, render(replace(scene, shape=shape, colour=colour), 8, 64, 64)
+
+
+@pytest.mark.parametrize(("words", "combinations"), [(["--hold-out", "6"], 12), (["--hold-out", "6", "--seen"], 60)])
+def test_captions_are_graded_part_by_part(benchmark, capsys, monkeypatch, words, combinations):
+    captions = benchmark("captions")
+    monkeypatch.setattr(captions, "load_trained", lambda source, device, prompts: Obedient())
+    monkeypatch.setattr(sys, "argv", ["captions.py", "model", "--count", "24", "--seed", "100", *words])
+    captions.main()
+    line = json.loads(capsys.readouterr().out)
+    assert [line[key] for key in ("shape", "colour", "direction", "all", "coherent")] == [1, 0.5, 1, 0.5, 1]
+    assert (line["clips"], line["combinations"], line["held_out"]) == (24, combinations, "--seen" not in words)
+
+
+def test_captions_of_a_run_that_held_nothing_out_are_refused(benchmark, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["captions.py", "shapes"])
+    with pytest.raises(InputError, match=r"data.hold_out is 0"):
+        benchmark("captions").main()
 
 
 def test_a_disturbed_machine_gives_no_figure(benchmark, capsys, monkeypatch):

@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How often a text model shows what its caption says, of combinations it never saw: python benchmarks/captions.py RUN [--seen] [--every].
+
+Draws ``--count`` clips (seeds from ``--seed`` on) as the run's ``sample`` settings say; their captions are the combinations that
+``data.hold_out`` kept out of training, in turn, or with ``--seen`` those that were trained on. Shape, colour and direction are read back
+from the pixels. A line per checkpoint with ``--every``, otherwise one for the newest; a folder of weights serves, too, with ``--hold-out``.
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import torch
+from obedience import effort
+
+from latte.checkpoint.run import list_checkpoints
+from latte.checks import InputError
+from latte.config import load_run
+from latte.data.procedural import Combination, caption_of, read_motion, split_combinations
+from latte.trained import load_trained
+
+PARTS = ("shape", "colour", "direction")  # in the order of a combination
+
+
+def measure(source: str | Path, combinations: list[Combination], count: int, seed: int) -> dict:
+    """Shares of ``count`` clips, the first of ``seed``: right in each part, right in ``all``, one shape in every frame (``coherent``)."""
+    began = time.perf_counter()
+    wanted = [combinations[index % len(combinations)] for index in range(count)]
+    prompts = [caption_of(*combination) for combination in wanted]
+    trained = load_trained(source, device="cpu", prompts=prompts)
+    motions = [read_motion(clip) for _, clip in trained.generate(range(seed, seed + count), prompts=prompts)]
+    right = [[getattr(motion, part) == word for part, word in zip(PARTS, combination, strict=True)]
+             for motion, combination in zip(motions, wanted, strict=True)]  # fmt: skip
+    return {
+        "what": "captions",
+        "model": str(source),
+        "clips": count,
+        "seed": seed,
+        "combinations": len(combinations),
+        "sampler": trained.sample.sampler,
+        "steps": trained.sample.steps,
+        "guidance": trained.sample.guidance,
+        **{part: sum(row[index] for row in right) / count for index, part in enumerate(PARTS)},
+        "all": sum(map(all, right)) / count,
+        "coherent": sum(motion.coherent for motion in motions) / count,
+        "weights_sha256": trained.weights,
+        "seconds": round(time.perf_counter() - began, 1),
+    }
+
+
+def combinations_of(model: str, hold_out: int | None, seen: bool) -> list[Combination]:
+    """What a run was not trained on, or with ``seen`` what it was; InputError for a run that was trained on everything."""
+    share = load_run(model)[0].data.hold_out if hold_out is None else hold_out
+    drawn, held = split_combinations(share)
+    if not held and not seen:
+        raise InputError("data.hold_out is 0, so that nothing was held out from training; give --seen, or a run with data.hold_out")
+    return list(drawn if seen else held)
+
+
+def main() -> None:
+    """Print one JSON line per model."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model")
+    parser.add_argument("--count", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=100_000, help="beyond the seeds that anything else here is drawn from")
+    parser.add_argument("--seen", action="store_true", help="the combinations that were trained on")
+    parser.add_argument("--hold-out", type=int, help="data.hold_out of the run that a folder of weights comes from")
+    parser.add_argument("--every", action="store_true", help="all the checkpoints of the run")
+    parser.add_argument("--threads", type=int, default=1)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    combinations = combinations_of(options.model, options.hold_out, options.seen)
+    checkpoints = sorted(list_checkpoints(Path(options.model)), key=lambda path: int(path.name.split("-")[1])) if options.every else []
+    for source in checkpoints or [options.model]:
+        line = {**measure(source, combinations, options.count, options.seed), "held_out": not options.seen}
+        if checkpoints:
+            line |= effort(Path(options.model), int(Path(source).name.split("-")[1]))
+        print(json.dumps(line), flush=True)
+
+
+if __name__ == "__main__":
+    main()
