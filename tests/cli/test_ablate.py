@@ -55,6 +55,7 @@ def test_the_small_recipe_that_the_help_names_exists():
         (["--axes", ""], "--axes"),
         (["--axes", "interval"], "data.kind"),
         (["--axes", "init"], "--dit"),
+        (["--axes", "patch", "model.num_classes=null", "text.name=builtin"], "text.name"),
         (["--axes", "patch", "--seeds", "a"], "--seeds"),
         (["--axes", "patch", "--points", "0"], "--points"),
         (["--axes", "patch", "--device", "abacus"], "device"),

@@ -31,6 +31,7 @@ from latte.config import RunConfig, flat
 from latte.data.datasets import Dataset
 from latte.evaluate.scores import builtin_score
 from latte.evaluation.builtin import MIN_FRAMES
+from latte.model.latte import Latte
 from latte.train.signals import StopRequest
 
 RESULTS, COMMON = "results.jsonl", "ablation.json"
@@ -61,6 +62,8 @@ class Plan:
     def __post_init__(self) -> None:
         for name, least in (("points", 1), ("heldout", 1), ("graded", 0)):
             require(getattr(self, name) >= least, f"--{name}", getattr(self, name), "it counts something", f"give {least} or more")
+        require(self.base.text.name is None, "text.name", self.base.text.name, "the axes are those of a model without text",
+                "give a recipe without it, such as shapes-tiny")  # fmt: skip
         require(len(self.axes) > 0, "--axes", "empty", "it says what to vary", "give e.g. variant,patch")
         require(len(self.seeds) > 0, "--seeds", "empty", "every arm is trained with each of them", "give e.g. 0,1,2")
         require(len(set(self.seeds)) == len(self.seeds), "--seeds", self.seeds, "a seed is there twice", "give different ones, e.g. 0,1,2")
@@ -230,6 +233,7 @@ def train(plan: Plan, arm: Arm, seed: int, material: Material, device: torch.dev
 
 def measure(plan: Plan, arm: Arm, seed: int, job: Job, material: Material, result: Mapping[str, Any]) -> Point:
     """The averaged weights of the checkpoint that ``result`` of training names, examined."""
+    assert isinstance(job.model, Latte), "Plan refuses text"
     checkpoint = load_checkpoint(Path(result["checkpoint"]), only={"ema"})
     job.model.load_state_dict(checkpoint.tensors["ema"])
     loss, accuracy, score = heldout_loss(job.model, arm.config, material.exam), None, None
