@@ -22,7 +22,6 @@ from torch import Tensor
 from latte.data.media import VIDEO_SUFFIXES, read_frames
 from latte.data.procedural import draw_scene, render
 from latte.evaluation import damage
-from latte.evaluation.damage import Damage
 from latte.evaluation.detectors import Detector, build_detector
 from latte.evaluation.frechet import frechet_distance
 from latte.evaluation.statistics import half_sample_interval
@@ -46,29 +45,41 @@ def read_clips(folder: Path, frames: int) -> tuple[Tensor, Tensor]:
     return torch.stack(clips[: 2 * half : 2]), torch.stack(clips[1 : 2 * half : 2])
 
 
-DAMAGES: dict[str, tuple[Damage | None, str, tuple[float, ...]]] = {
-    "blur": (damage.blur, "sigma, pixels", (0, 1, 2, 3, 4)),
-    "noise": (damage.noise, "std, grey levels", (0, 8, 16, 32, 64)),
-    "shuffled": (damage.shuffle, "share of frames", (0, 0.25, 0.5, 0.75, 1)),
-    "frozen": (damage.freeze, "share of frames", (0, 0.25, 0.5, 0.75, 1)),
-    "speed": (None, "factor", (1, 0.85, 0.7, 0.5, 0.25)),
-    "hue": (damage.turn_hue, "degrees", (0, 10, 20, 40, 80)),
-    "dimmed": (damage.dim, "share of light", (0, 0.05, 0.1, 0.2, 0.4)),  # this and the next the built-in detector was never shown
-    "jpeg": (damage.compress, "100 - quality", (0, 10, 30, 60, 90)),
+CHANGES = {
+    "blur": damage.blur,
+    "noise": damage.noise,
+    "shuffled": damage.shuffle,
+    "frozen": damage.freeze,
+    "hue": damage.turn_hue,
+    "dimmed": damage.dim,
+    "jpeg": damage.compress,
+}
+DAMAGES = {  # unit and strengths
+    "blur": ("sigma, pixels", (0, 1, 2, 3, 4)),
+    "noise": ("std, grey levels", (0, 8, 16, 32, 64)),
+    "shuffled": ("share of frames", (0, 0.25, 0.5, 0.75, 1)),
+    "frozen": ("share of frames", (0, 0.25, 0.5, 0.75, 1)),
+    "speed": ("factor", (1, 0.85, 0.7, 0.5, 0.25)),
+    "hue": ("degrees", (0, 10, 20, 40, 80)),
+    "dimmed": ("share of light", (0, 0.05, 0.1, 0.2, 0.4)),  # this and what follows the built-in detector was never shown
+    "jpeg": ("100 - quality", (0, 10, 30, 60, 90)),
+    "repeated": ("share of clips", (0, 0.25, 0.5, 0.75, 0.95)),
 }
 
 
 def damaged(name: str, strength: float, clean: Tensor) -> Tensor:
     """The fake side ``clean`` (b t h w c) after damage: what is drawn at random is the same for every strength."""
-    change = DAMAGES[name][0]
-    if change is None:
+    if name == "speed":
         return draw_clips(FAKE_SEED, *clean.shape[:2], strength)
+    if name == "repeated":  # so many clips are others over again: a model that draws little else
+        return clean[torch.arange(len(clean)) % max(round((1 - strength) * len(clean)), 1)]
+    change = CHANGES[name]
     return torch.stack([change(clip, strength, generator("sensitivity", name, index)) for index, clip in enumerate(clean)])
 
 
 def measure_kind(name: str, detector: Detector, real: Tensor, clips: Tensor, clean: Tensor, shared: dict) -> dict:
     """Print a line per strength of damage ``name`` done to ``clips`` and the summary, which is returned; ``real``, ``clean`` (n k)."""
-    _, unit, strengths = DAMAGES[name]
+    unit, strengths = DAMAGES[name]
     found, began = [], time.perf_counter()
     for i, strength in enumerate(strengths):
         bank = detector(damaged(name, strength, clips)) if i else clean
@@ -97,7 +108,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict]:
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
     detector = build_detector(options.detector)
-    kinds = options.kinds or [name for name in DAMAGES if DAMAGES[name][0] or not options.videos]
+    kinds = options.kinds or [name for name in DAMAGES if name != "speed" or not options.videos]
     if options.videos and "speed" in kinds:
         parser.error("videos cannot be moved at another speed; leave --kinds speed out")
     if options.videos:
