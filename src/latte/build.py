@@ -19,7 +19,7 @@ from latte.checkpoint.atomic import reported
 from latte.checkpoint.layout import build as build_network
 from latte.checks import InputError, require
 from latte.config import RunConfig
-from latte.data.captions import EMPTY, CaptionFeatures, encode_captions
+from latte.data.captions import EMPTY, CaptionFeatures, StoredFeatures, encode_captions, stored_captions
 from latte.data.datasets import Dataset, build_dataset, write_quarantine
 from latte.data.latents import LatentDataset
 from latte.data.media import contact_sheet
@@ -31,7 +31,7 @@ from latte.model.latte import Latte, ModelConfig
 from latte.model.text import LatteText, Network, TextConfig
 from latte.prompts import Prompts
 from latte.runtime import rank, resolve_device, resolve_dtype
-from latte.text_encoder import build_text_encoder
+from latte.text_encoder import TEXT_ENCODERS, build_text_encoder
 from latte.train.condition import CaptionReader
 from latte.train.loop import train
 
@@ -134,16 +134,41 @@ def build_model(config: ModelConfig | TextConfig, seed: int) -> Network:
 def read_captions(config: RunConfig, dataset: Dataset, device: torch.device) -> CaptionFeatures | None:
     """The features of all captions that training and its sample sheets need; None without ``text.name``.
 
-    The encoder is gone again before the denoiser is made. InputError for data without captions.
+    Those of latents are taken from their folder if they are there, otherwise the encoder reads each caption once, and is gone again before
+    the denoiser is made. InputError for data without captions, and for features of another encoder.
     """
     if config.text.name is None:
         return None
     if not dataset.captions:
-        raise InputError(f"text.name is {config.text.name}, but the data have no captions; give data with captions, or text.name=null")
+        raise InputError(f"text.name is {config.text.name}, but the data have no captions; "
+                         "give data.captions=auto, encode again with them, or set text.name=null")  # fmt: skip
+    if isinstance(dataset, LatentDataset):
+        stored = stored_captions(dataset.root, dataset.captions, config.text.tokens)
+        if stored:
+            return check_captions(stored, config, dataset.root, device)
     encoder = build_text_encoder(config.text, device)
     features = encode_captions(encoder, [*dataset.captions, *sheet_prompts(config, dataset)])
     encoder.free()
     return features
+
+
+def check_captions(stored: CaptionFeatures, config: RunConfig, root: Path, device: torch.device) -> CaptionFeatures:
+    """``stored``; InputError unless the run's encoder made them, whose weights are asked only where ``text.path`` says where they are."""
+    way_out = "give the text encoder they were made with, or encode again"
+    made = stored.features
+    assert isinstance(made, StoredFeatures)
+    require(
+        config.text.name == made.encoder, "text.name", config.text.name, f"the captions in {root} were read by {made.encoder!r}", way_out
+    )
+    if config.text.path is not None or not TEXT_ENCODERS[made.encoder].weights:
+        encoder = build_text_encoder(config.text, device)
+        require(encoder.identity == stored.identity, "the text encoder", encoder.identity,
+                f"the captions in {root} were read by {stored.identity}", way_out)  # fmt: skip
+        encoder.free()
+    width = made[EMPTY].shape[1]
+    require(width == config.text.channels, "the text encoder", f"{config.text.channels} channels", f"the captions in {root} have {width}",
+            "give text.path, the folder of the encoder they were made with")  # fmt: skip
+    return stored
 
 
 def sheet_prompts(config: RunConfig, dataset: Dataset) -> list[str]:

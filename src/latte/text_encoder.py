@@ -27,6 +27,8 @@ class TextEncoder(ABC):
     name: str
     channels: int
     length: int
+    default_length: int
+    weights: bool  # does it read any from a disk?
 
     @property
     @abstractmethod
@@ -59,10 +61,9 @@ class BuiltinEncoder(TextEncoder):
     A model can learn from it what a small vocabulary says and compose it anew; a word that it was not trained on tells it nothing.
     """
 
-    name = "builtin"
-    channels = 64
+    name, channels, default_length, weights = "builtin", 64, 16, False
 
-    def __init__(self, length: int = 16):
+    def __init__(self, length: int = default_length):
         self.length = length
 
     @property
@@ -131,6 +132,11 @@ class TextEncoderConfig:
             raise InputError("text.name is None, but this asks for a model that reads captions; give text.name=builtin or another")
         return TEXT_ENCODERS[self.name].channels
 
+    @property
+    def tokens(self) -> int:
+        """The most tokens of a prompt."""
+        return TEXT_ENCODERS[self.name or "builtin"].default_length if self.length is None else self.length
+
 
 def build_text_encoder(config: TextEncoderConfig, device: str | torch.device = "cpu") -> TextEncoder:
     """The encoder of ``config``; InputError when its weights are missing or broken."""
@@ -138,7 +144,7 @@ def build_text_encoder(config: TextEncoderConfig, device: str | torch.device = "
 
 
 def _builtin(config: TextEncoderConfig, device: torch.device) -> TextEncoder:
-    return BuiltinEncoder() if config.length is None else BuiltinEncoder(config.length)
+    return BuiltinEncoder(config.tokens)
 
 
 TEXT_ENCODERS: dict[str, type[TextEncoder]] = {encoder.name: encoder for encoder in (BuiltinEncoder,)}

@@ -92,7 +92,10 @@ def inspect(
     items = items_of_step(seed, 0, min(count, len(dataset)), len(dataset))
     clips = [dataset.clip(item, generator(seed, "inspect", item)) for item in items]
     videos = [codec.decode(clip.video[None])[0] if codec else clip.video for clip in clips]
-    captions = [clip.key + (f" ({dataset.classes[clip.label]})" if clip.label is not None else "") for clip in clips]
+    captions = [
+        clip.key + (f" ({dataset.classes[clip.label]})" if clip.label is not None else "") + (f": {clip.caption}" if clip.caption else "")
+        for clip in clips
+    ]
     out.parent.mkdir(parents=True, exist_ok=True)
     contact_sheet([to_uint8(video) for video in videos], captions=captions).save(out)
     show({"sheet": str(out), "clips": [clip.key for clip in clips]}, as_json, [str(out)])
@@ -109,16 +112,21 @@ def encode(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Pass a set through the autoencoder once. Train on it with data.kind=latents data.root=OUT. Run again to go on after a stop."""
+    """Pass a set through the autoencoder once, and its captions through the text encoder if the run has one.
+
+    Train on it with data.kind=latents data.root=OUT. Run again to go on after a stop.
+    """
     from latte.autoencoder.codec import build_codec
     from latte.data.latents import encode_dataset
     from latte.runtime import resolve_device
+    from latte.text_encoder import build_text_encoder
 
     speak()
     config, _ = load_source(source, overrides)
     codec = build_codec(config.codec, resolve_device(device))
     folder = out or Path("latents") / (Path(source).stem or "data")
-    result = encode_dataset(config.data, codec, folder, dtype=shard_dtype, seed=seed, progress=tell("encode", 0, 1))
+    text = build_text_encoder(config.text, codec.device) if config.text.name else None
+    result = encode_dataset(config.data, codec, folder, dtype=shard_dtype, seed=seed, progress=tell("encode", 0, 1), text=text)
     refused = len(result["quarantined"])
     lines = [
         f"{result['videos']} videos, {result['frames']} frames, {result['shards']} shards, {result['bytes']:,} bytes; {refused} refused"

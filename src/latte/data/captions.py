@@ -1,19 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Captions as the model reads them: the features of each distinct caption, encoded once.
+"""Captions as the model reads them: the features of each distinct caption, encoded once, and kept beside latents if need be.
 
 Axes: l tokens, k channels, b clips, g captions of a clip (its own and its stills').
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
-from latte.checks import InputError
+from latte.checks import InputError, require
+from latte.data.shards import AGAIN, CAPTIONS, PLAN, commit
 
 PART = 32  # captions that an encoder gets at a time
 EMPTY = ""
+NAME = "caption:"  # a caption's tensor is called so, with the caption behind
 
 
 class CaptionEncoder(Protocol):
@@ -66,3 +72,55 @@ def encode_captions(
         if progress:
             progress(len(features), len(distinct))
     return CaptionFeatures(encoder.identity, encoder.length, features)
+
+
+class StoredFeatures(Mapping[str, Tensor]):
+    """The features of a captions.safetensors, read when they are asked for; ``identity`` and ``encoder`` say who made them."""
+
+    def __init__(self, path: Path):
+        try:
+            self.file = safe_open(path, framework="pt")
+            made = json.loads((self.file.metadata() or {})[PLAN])
+            self.identity, self.encoder = str(made["identity"]), str(made["encoder"])
+        except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{path} cannot be read ({error.__class__.__name__}: {error}); {AGAIN}") from None
+        self.names = {name.removeprefix(NAME) for name in self.file.keys()}  # noqa: SIM118
+
+    def __getitem__(self, caption: str) -> Tensor:
+        return self.file.get_tensor(NAME + caption)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(sorted(self.names))
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+def store_captions(path: Path, encoder: CaptionEncoder, captions: Iterable[str]) -> dict[str, Any]:
+    """Write the features of ``captions``, unless they are there already -> what the manifest says of them.
+
+    InputError for a caption that is too long; RunError when the disk refuses.
+    """
+    wanted = {EMPTY, *captions}
+    there = StoredFeatures(path) if path.is_file() else None
+    if not there or there.identity != encoder.identity or not wanted <= there.names:
+        tensors = {NAME + caption: tokens.contiguous() for caption, tokens in encode_captions(encoder, sorted(wanted)).features.items()}
+        made = {PLAN: json.dumps({"identity": encoder.identity, "encoder": encoder.name})}
+        commit(path, lambda temporary: save_file(tensors, temporary, metadata=made))
+    return {"file": path.name, "bytes": path.stat().st_size, "encoder": encoder.name, "identity": encoder.identity}
+
+
+def stored_captions(root: Path, captions: Iterable[str], length: int) -> CaptionFeatures | None:
+    """The features in a folder of latents, padded to ``length``; None when it has none.
+
+    InputError when one of ``captions`` is missing there, or is longer.
+    """
+    if not (root / CAPTIONS).is_file():
+        return None
+    features = StoredFeatures(root / CAPTIONS)
+    for caption in {EMPTY, *captions}:
+        if caption not in features.names:
+            raise InputError(f"{root / CAPTIONS} lacks the features of caption {caption!r}; {AGAIN}")
+        tokens = features.file.get_slice(NAME + caption).get_shape()[0]
+        require(tokens <= length, "text.length", length, f"caption {caption[:60]!r} has {tokens} tokens", f"give {tokens} or more")
+    return CaptionFeatures(features.identity, length, features)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from latte.checks import InputError, choose, require
+from latte.data.captionfiles import read_captions
 from latte.data.clips import ClipRule, centre_crop_resize, choose_frames, flip_horizontal, to_float
 from latte.data.layouts import LAYOUTS, check_layout
 from latte.data.media import read_frames
@@ -85,8 +86,9 @@ class DataConfig:
     "faceforensics", "skytimelapse", "ucf101", "taichi": the paper's sets in their own layouts (layouts.py);
     "procedural": drawn from ``seed``, ``num_clips`` of them (None: no end); "latents": shards made by ``latte data encode`` in ``root``.
 
-    ``frames``, ``interval``, ``rule``, ``fps`` choose the frames (see clips.ClipRule); ``flip`` mirrors every second clip at random. A key
-    that the kind does not read must be left out.
+    ``frames``, ``interval``, ``rule``, ``fps`` choose the frames (see clips.ClipRule); ``flip`` mirrors every second clip at random.
+    ``captions`` says where those of a folder are (see captionfiles), ``hold_out`` which procedural ones are never drawn (one combination
+    in so many; 0: none). A key that the kind does not read must be left out.
     """
 
     kind: str = "folder"
@@ -101,6 +103,7 @@ class DataConfig:
     seed: int = 0
     num_clips: int | None = None
     hold_out: int = 0
+    captions: str | None = None
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
 
     def __post_init__(self) -> None:
@@ -130,8 +133,9 @@ class DataConfig:
 
 _FILES = dict.fromkeys(("seed", "num_clips", "hold_out"), "it belongs to procedural clips")
 _DRAWN = {"root": "procedural clips need no files", "interval": "their speed does not depend on it", "rule": "all frames are drawn",
-          "fps": "all frames are drawn", "flip": "a mirror would turn left into right"}  # fmt: skip
-UNREAD = {"folder": _FILES, **dict.fromkeys(LAYOUTS, _FILES), "procedural": _DRAWN, "latents": _FILES}
+          "fps": "all frames are drawn", "flip": "a mirror would turn left into right", "captions": "they are drawn, too"}  # fmt: skip
+_LATENTS = {**_FILES, "captions": "they are in the latents' manifest, if the videos had any when they were encoded"}
+UNREAD = {"folder": _FILES, **dict.fromkeys(LAYOUTS, _FILES), "procedural": _DRAWN, "latents": _LATENTS}
 
 
 class FolderDataset:
@@ -154,7 +158,8 @@ class FolderDataset:
         require_clips(found)
         self.config, self.clips, self.quarantined = config, found.clips, found.quarantined
         self.classes = list(found.classes)
-        self.captions: list[str] = []
+        self.caption_of = read_captions(found, config.captions)
+        self.captions = sorted(set(self.caption_of.values()))
 
     def __len__(self) -> int:
         return len(self.clips)
@@ -165,7 +170,7 @@ class FolderDataset:
         start = choose_frames(found.info.frames, config.clip_rule, generator, found.info.times if config.rule == "time" else ())
         mirrored = bool(torch.rand((), generator=generator) < 0.5)
         video = to_float(centre_crop_resize(read_frames(found.info, start), *config.size))
-        return Clip(flip_horizontal(video) if mirrored and config.flip else video, found.label, None, found.key)
+        return Clip(flip_horizontal(video) if mirrored and config.flip else video, found.label, self.caption_of.get(found.key), found.key)
 
     def still(self, index: int, generator: torch.Generator) -> Clip:
         """One frame of video ``index``, then its flip, drawn from ``generator``."""
@@ -173,14 +178,14 @@ class FolderDataset:
         frame = int(torch.randint(found.info.frames, (), generator=generator))
         mirrored = bool(torch.rand((), generator=generator) < 0.5)
         video = to_float(centre_crop_resize(read_frames(found.info, [frame]), *config.size))
-        return Clip(flip_horizontal(video) if mirrored and config.flip else video, found.label, None, found.key)
+        return Clip(flip_horizontal(video) if mirrored and config.flip else video, found.label, self.caption_of.get(found.key), found.key)
 
     def describe(self) -> dict[str, Any]:
         """What the clips are, without where they lie: the same for a copy of the folder."""
         config = self.config
         sizes = [os.path.getsize(c.info.path) if os.path.isfile(c.info.path) else 0 for c in self.clips]
         content = [(c.key, c.label, c.info.frames, c.info.height, c.info.width, size) for c, size in zip(self.clips, sizes, strict=True)]
-        digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()
+        digest = hashlib.sha256(json.dumps([content, self.caption_of] if self.caption_of else content).encode()).hexdigest()
         chosen = {"frames": config.frames, "interval": config.interval, "rule": config.rule, "fps": config.fps, "flip": config.flip}
         return {"kind": "folder", "clips": len(self), "classes": self.classes, "content": digest, "resolution": list(config.size), **chosen}
 

@@ -20,12 +20,14 @@ import torch
 from torch import Tensor
 
 from latte.checks import InputError, RunError, choose, require
+from latte.data.captionfiles import read_captions
+from latte.data.captions import CaptionEncoder, store_captions
 from latte.data.clips import centre_crop_resize, flip_horizontal, to_float
 from latte.data.datasets import DataConfig
 from latte.data.media import Unreadable, read_frames
 from latte.data.procedural import DIRECTIONS, draw_scene, render
 from latte.data.quarantine import FoundClip, check_folder, require_clips, scan
-from latte.data.shards import MANIFEST, MIRROR, SHARDS, SOURCE, Record, finished, read_manifest, write_manifest, write_shard
+from latte.data.shards import CAPTIONS, MANIFEST, MIRROR, SHARDS, SOURCE, Record, finished, read_manifest, write_manifest, write_shard
 from latte.runtime import generator
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -72,14 +74,16 @@ def _folder(config: DataConfig, cache_dir: str | os.PathLike | None) -> Source:
     """Every readable video below ``config.root``, also those too short for the rule: another rule may fit them."""
     found = scan(check_folder(config.root or ""), None, config.labels, cache_dir)
     require_clips(found)
-    return Source({"kind": "folder"}, [_folder_video(clip) for clip in found.clips], list(found.classes), list(found.quarantined))
+    captions = read_captions(found, config.captions)
+    videos = [_folder_video(clip, captions.get(clip.key)) for clip in found.clips]
+    return Source({"kind": "folder", **({"captions": True} if captions else {})}, videos, list(found.classes), list(found.quarantined))
 
 
-def _folder_video(clip: FoundClip) -> Video:
+def _folder_video(clip: FoundClip, caption: str | None) -> Video:
     info, path = clip.info, Path(clip.info.path)
     states = [file.stat() for file in (path.iterdir() if path.is_dir() else [path]) if file.exists()]
     stamp = (sum(state.st_size for state in states), max((state.st_mtime_ns for state in states), default=0))
-    record = Record(clip.key, clip.label, None, info.frames, info.fps, info.start, info.steps, info.time_base, stamp)
+    record = Record(clip.key, clip.label, caption, info.frames, info.fps, info.start, info.steps, info.time_base, stamp)
     return Video(record, lambda frames: read_frames(info, frames), max(READ_BYTES // (info.height * info.width * 3), 16))
 
 
@@ -104,15 +108,19 @@ SOURCES = {"folder": _folder, "procedural": _procedural}
 
 def encode_dataset(config: DataConfig, codec: FrameCodec, out: str | os.PathLike, dtype: str = "float16", seed: int = 0,
                    shard_bytes: int = SHARD_BYTES, cache_dir: str | os.PathLike | None = None,
-                   progress: Callable[[int, int], None] | None = None) -> dict[str, Any]:  # fmt: skip
+                   progress: Callable[[int, int], None] | None = None, text: CaptionEncoder | None = None) -> dict[str, Any]:  # fmt: skip
     """Encode all frames of the data set of ``config`` at its resolution (mirrored too with ``config.flip``) into the folder ``out``.
 
     Frames, interval and rule are left to the training that reads it. A stochastic codec stores one sample of the posterior per
-    frame, drawn from ``seed``. ``progress(done, of)`` counts videos. Returns out, videos, frames, classes, shards, new_shards, bytes
-    and quarantined. Run it again after an interruption. InputError when ``out`` holds latents of other settings or nothing can be
-    encoded, RunError when it cannot be written.
+    frame, drawn from ``seed``. ``progress(done, of)`` counts videos. With a ``text`` encoder the features of every distinct caption are
+    stored, too. Returns out, videos, frames, classes, captions, shards, new_shards, bytes and quarantined. Run it again after an
+    interruption. InputError when ``out`` holds latents of other settings or nothing can be encoded, for captions too long, and for a
+    ``text`` encoder without captions; RunError when it cannot be written.
     """
     out, source = Path(out), choose("data.kind", config.kind, SOURCES)(config, cache_dir)
+    captions = sorted({video.record.caption for video in source.videos if video.record.caption is not None})
+    if text and not captions:
+        raise InputError(f"text.name is {text.name}, but the videos have no captions; give data.captions=auto, or text.name=null")
     encoder = Encoder(config, codec, dtype, seed)
     settings = {**encoder.settings(), "source": source.identity, "labels": config.labels}
     refuse_other(out, settings)
@@ -142,11 +150,14 @@ def encode_dataset(config: DataConfig, codec: FrameCodec, out: str | os.PathLike
         manifest["shards"].append({"file": path.name, "bytes": path.stat().st_size})
         manifest["quarantined"] += refused
     require_videos(manifest, out)
+    if text:
+        manifest["captions"] = store_captions(out / CAPTIONS, text, captions)
     write_manifest(out, settings, True, **manifest)
     kept = {out / shard["file"] for shard in manifest["shards"]}
     for left in {*out.glob(SHARDS), *out.glob(".*.partial")} - kept:
         left.unlink()
-    counts = {"videos": len(manifest["videos"]), "frames": sum(entry["frames"] for entry in manifest["videos"]), "shards": len(kept)}
+    counts = {"videos": len(manifest["videos"]), "frames": sum(entry["frames"] for entry in manifest["videos"]),
+              "captions": len(captions), "shards": len(kept)}  # fmt: skip
     size = sum(shard["bytes"] for shard in manifest["shards"])
     return {"out": str(out), **counts, "new_shards": new, "bytes": size, "classes": source.classes, "quarantined": manifest["quarantined"]}
 

@@ -20,6 +20,7 @@ from latte.data.media import MediaInfo
 
 FORMAT, VERSION = "latte-latents", 1
 MANIFEST = "manifest.json"
+CAPTIONS = "captions.safetensors"  # features of the captions, if they were encoded, too
 SOURCE, MIRROR = "source", "mirror"  # names of a video's two tensors are "source:<key>" and "mirror:<key>"
 SHARDS = "shard-?????.safetensors"
 PLAN = "latte"  # key of a shard's metadata
