@@ -33,7 +33,7 @@ STOREYS = (
 STOREY = {name: number for number, names in enumerate(STOREYS) for name in names}
 
 WITHOUT_DIFFUSERS = ("model/", "diffusion/process.py", "diffusion/loss.py", "evaluation/", "train/")
-LAZY = {"diffusers", "av", "transformers", "gradio"}
+LAZY = {"diffusers", "av", "transformers", "gradio", "peft"}
 BANNED = {
     "torchvision", "timm", "decord", "cv2", "scipy", "accelerate", "lightning", "pytorch_lightning", "hydra", "omegaconf", "einops",
     "matplotlib", "pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal", "requests",
