@@ -7,11 +7,14 @@ Axes: b prompts, l tokens, k channels.
 """
 
 import hashlib
+import json
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -97,12 +100,125 @@ def place_code(place: int, channels: int) -> Tensor:
     return torch.cat([angle.sin(), angle.cos()]).float()
 
 
+CARD = "config.json"
+XXL = 4096
+STRUCTURE = ("d_model", "d_kv", "num_layers", "num_heads", "feed_forward_proj", "relative_attention_num_buckets",
+             "relative_attention_max_distance", "layer_norm_epsilon")  # fmt: skip
+
+
+class T5Encoder(TextEncoder):
+    """The encoder half of a T5 (v1.1 XXL for the released Latte): prompts are lower-cased and stripped, as its training captions were.
+
+    The weights are read with the first prompt. Prompts go through one by one, without padding, so that features do not depend on company;
+    in bfloat16 on a GPU, in float32 elsewhere. ``bits`` 8 keeps them as eight-bit numbers (bitsandbytes), a quarter of the memory.
+    """
+
+    name, channels, default_length, weights = "t5", XXL, 120, True
+
+    def __init__(self, path: str, length: int = default_length, device: str | torch.device = "cpu", bits: int | None = None):
+        self.path, self.length, self.device, self.bits = path, length, torch.device(device), bits
+        self.channels = width_of(path)
+        self.parts: tuple[Any, Any] | None = None
+        self._identity = ""
+
+    @property
+    def identity(self) -> str:
+        """Of weights (as float32), structure and vocabulary: the same from any file name and in any split."""
+        if not self._identity:
+            self.read()
+        return self._identity
+
+    def describe(self, network: Any, tokenizer: Any) -> str:
+        """The identity of these parts, as they were stored."""
+        structure = [self.name, self.bits, *(getattr(network.config, key) for key in STRUCTURE), sorted(tokenizer.get_vocab().items())]
+        digest = hashlib.sha256(json.dumps(structure).encode())
+        for name, tensor in sorted(network.named_parameters()):
+            digest.update(f" {name} {tuple(tensor.shape)} ".encode())
+            digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+    def read(self) -> tuple[Any, Any]:
+        """(network, tokenizer), from the disk when they are not here; InputError when they cannot be read, or are of another width."""
+        if self.parts is None:
+            network, tokenizer = load_t5(self.path, self.bits, self.device)
+            width = network.config.d_model
+            require(width == self.channels, "text.path", self.path, f"this encoder has {width} channels, not {self.channels}",
+                    "fetch it, and give its folder")  # fmt: skip
+            self._identity = self._identity or self.describe(network, tokenizer)
+            dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
+            self.parts = network if self.bits else network.to(self.device, dtype), tokenizer
+        return self.parts
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """The tokens of the lower-cased and stripped prompt, then the end."""
+        network, tokenizer = self.read()
+        text = torch.zeros(len(prompts), self.length, self.channels)
+        mask = torch.zeros(len(prompts), self.length, dtype=torch.bool)
+        for row, prompt in enumerate(prompts):
+            tokens = torch.tensor([tokenizer(prompt.lower().strip()).input_ids], device=self.device)
+            count = tokens.shape[1]
+            self.check(prompt, count)
+            text[row, :count] = network(tokens).last_hidden_state[0].float().cpu()
+            mask[row, :count] = True
+        return text, mask
+
+    def free(self) -> None:
+        """Give back the memory."""
+        self.parts = None
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def width_of(path: str | None) -> int:
+    """Channels of the T5 in the folder ``path``, from its config.json; those of XXL where there is none to look into."""
+    for card in [Path(path) / CARD, Path(path) / "text_encoder" / CARD] if path else []:
+        if card.is_file():
+            try:
+                return int(json.loads(card.read_text("utf-8"))["d_model"])
+            except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+                raise InputError(f"{card} is not the card of a T5 ({type(error).__name__}: {error}); give the folder of one") from None
+    return XXL
+
+
+def load_t5(path: str | Path, bits: int | None = None, device: torch.device | None = None) -> tuple[Any, Any]:
+    """(T5EncoderModel, its tokenizer) of ``path``: a folder of both, a pipeline's folder, or a hub id of one. Only safetensors are read.
+
+    ``bits`` 8 reads the weights as eight-bit numbers, straight to ``device``. InputError, in one line, when transformers, bitsandbytes or
+    a part is missing.
+    """
+    try:
+        from transformers import BitsAndBytesConfig, T5EncoderModel, T5Tokenizer
+    except ImportError as error:
+        raise InputError(f"a T5 text encoder needs transformers and sentencepiece, which are not installed ({error}); "
+                         "pip install 'latte-video[t2v]'") from error  # fmt: skip
+    options: dict[str, Any] = {}
+    if bits:
+        if not all(find_spec(name) for name in ("bitsandbytes", "accelerate")):
+            raise InputError(f"text.bits is {bits}, which needs bitsandbytes and accelerate, and they are not both installed; "
+                             "pip install bitsandbytes accelerate, or give text.bits=null")  # fmt: skip
+        options = {"quantization_config": BitsAndBytesConfig(load_in_8bit=True), "device_map": {"": str(device or "cpu")}}
+    local = Path(path).is_dir()
+    whole = local and (Path(path) / CARD).is_file()
+    try:
+        parts = [{} if whole else {"subfolder": name} for name in ("text_encoder", "tokenizer")]
+        encoder = T5EncoderModel.from_pretrained(path, use_safetensors=True, local_files_only=local, **parts[0], **options)
+        tokenizer = T5Tokenizer.from_pretrained(path, local_files_only=local, **parts[1])
+        if tokenizer.get_vocab().keys() <= T5Tokenizer().get_vocab().keys():
+            raise ValueError("its tokenizer has no vocabulary")  # transformers makes do without the file, and every word is unknown
+        return encoder.eval().requires_grad_(False), tokenizer
+    except Exception as error:  # broken files make transformers and tokenizers raise almost anything
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(f"text encoder {str(path)!r} cannot be read ({reason}); give a folder with a T5 encoder and its tokenizer, or "
+                         "with text_encoder and tokenizer in it") from error  # fmt: skip
+
+
 @dataclass(frozen=True)
 class TextEncoderConfig:
     """Which encoder reads the captions; without a ``name`` the model is not told any. InputError on construction for a value out of range.
 
-    ``path`` is the folder or hub id of its weights, for those that have any. ``length`` is the most tokens of a prompt (None: the
-    encoder's own). In training a share ``dropout`` of the clips get the empty caption.
+    ``path`` is the folder or hub id of its weights, if it has any, and ``bits`` 8 keeps them as eight-bit numbers. ``length`` is the most
+    tokens of a prompt (None: the encoder's own). In training a share ``dropout`` of the clips get the empty caption.
     ``gated_time`` and ``table_size`` are those of ``latte.model.text.TextConfig``: for a model that starts from an image model.
     """
 
@@ -111,17 +227,19 @@ class TextEncoderConfig:
     name: str | None = None
     path: str | None = None
     length: int | None = None
+    bits: int | None = None
     dropout: float = 0.1
     gated_time: bool = False
     table_size: int | None = None
 
     def __post_init__(self) -> None:
-        if self.name is None:
-            for key in ("path", "length", "table_size"):
-                require(getattr(self, key) is None, f"text.{key}", getattr(self, key), "there is no text encoder", "give text.name, too")
-            require(not self.gated_time, "text.gated_time", True, "there is no text encoder", "give text.name, too")
-        else:
+        unread = {None: ("path", "length", "bits", "gated_time", "table_size"), "builtin": ("path", "bits")}.get(self.name, ())
+        why = "there is no text encoder" if self.name is None else f"the text encoder {self.name!r} does not read it"
+        for key in unread:
+            require(not getattr(self, key), f"text.{key}", getattr(self, key), why, "leave it out, or give another text.name")
+        if self.name is not None:
             choose("text.name", self.name, TEXT_ENCODERS)
+        require(self.bits in (None, 8), "text.bits", self.bits, "weights are kept as they are or as eight-bit numbers", "give 8, or null")
         require(self.length is None or self.length >= 1, "text.length", self.length, "it counts tokens", "give 1 or more")
         require(0 <= self.dropout < 1, "text.dropout", self.dropout, "it is a share", "give 0 to below 1")
 
@@ -130,7 +248,7 @@ class TextEncoderConfig:
         """Channels of the features, known without the weights."""
         if self.name is None:
             raise InputError("text.name is None, but this asks for a model that reads captions; give text.name=builtin or another")
-        return TEXT_ENCODERS[self.name].channels
+        return width_of(self.path) if TEXT_ENCODERS[self.name].weights else TEXT_ENCODERS[self.name].channels
 
     @property
     def tokens(self) -> int:
@@ -139,13 +257,13 @@ class TextEncoderConfig:
 
 
 def build_text_encoder(config: TextEncoderConfig, device: str | torch.device = "cpu") -> TextEncoder:
-    """The encoder of ``config``; InputError when its weights are missing or broken."""
-    return BUILDERS[choose("text.name", config.name, {name: name for name in BUILDERS})](config, torch.device(device))
+    """The encoder of ``config``, whose weights are read when the first prompt is; InputError when it is not said where they are."""
+    kind = choose("text.name", config.name, TEXT_ENCODERS)
+    if kind is BuiltinEncoder:
+        return BuiltinEncoder(config.tokens)
+    require(config.path is not None, "text.path", config.path, f"the text encoder {config.name!r} reads its weights from somewhere",
+            "give the folder or hub id of a T5 (--text-encoder for latte sample)")  # fmt: skip
+    return T5Encoder(config.path or "", config.tokens, device, config.bits)
 
 
-def _builtin(config: TextEncoderConfig, device: torch.device) -> TextEncoder:
-    return BuiltinEncoder(config.tokens)
-
-
-TEXT_ENCODERS: dict[str, type[TextEncoder]] = {encoder.name: encoder for encoder in (BuiltinEncoder,)}
-BUILDERS: dict[str, Callable[[TextEncoderConfig, torch.device], TextEncoder]] = {"builtin": _builtin}
+TEXT_ENCODERS: dict[str | None, type[TextEncoder]] = {encoder.name: encoder for encoder in (BuiltinEncoder, T5Encoder)}

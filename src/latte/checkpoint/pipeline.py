@@ -15,10 +15,11 @@ from safetensors.torch import save_file
 from latte.autoencoder.codec import Codec, CodecConfig, build_codec
 from latte.autoencoder.kl import Posterior
 from latte.checkpoint.atomic import commit_folder, reported
-from latte.checkpoint.diffusers import CONFIG, WEIGHTS, save_diffusers
+from latte.checkpoint.diffusers import WEIGHTS, save_diffusers
 from latte.checks import InputError, require
 from latte.diffusion.process import DiffusionConfig, build_process
 from latte.model.text import LatteText
+from latte.text_encoder import load_t5
 
 INDEX = "model_index.json"
 PARTS = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
@@ -110,31 +111,6 @@ def write_json(file: Path, content: Mapping[str, Any]) -> None:
     """A small file of its own folder, which is made."""
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-def load_t5(path: str | Path) -> tuple[Any, Any]:
-    """(T5EncoderModel, its tokenizer) of ``path``: a folder of both, a pipeline's folder, or a hub id of one. Only safetensors are read.
-
-    InputError, in one line, when transformers or a part is missing.
-    """
-    try:
-        from transformers import T5EncoderModel, T5Tokenizer
-    except ImportError as error:
-        raise InputError(f"a T5 text encoder needs transformers and sentencepiece, which are not installed ({error}); "
-                         "pip install 'latte-video[t2v]'") from error  # fmt: skip
-    local = Path(path).is_dir()
-    whole = local and (Path(path) / CONFIG).is_file()
-    try:
-        parts = [{} if whole else {"subfolder": name} for name in ("text_encoder", "tokenizer")]
-        encoder = T5EncoderModel.from_pretrained(path, use_safetensors=True, local_files_only=local, **parts[0])
-        tokenizer = T5Tokenizer.from_pretrained(path, local_files_only=local, **parts[1])
-        if tokenizer.get_vocab() == T5Tokenizer().get_vocab():
-            raise ValueError("its tokenizer has no vocabulary")  # transformers makes do without the file, and every word is unknown
-        return encoder.eval().requires_grad_(False), tokenizer
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(f"text encoder {str(path)!r} cannot be read ({reason}); give a folder with a T5 encoder and its tokenizer, or "
-                         "with text_encoder and tokenizer in it") from error  # fmt: skip
 
 
 def to_pipeline(model: Any, folder: Path, facts: Mapping[str, Any]) -> None:
