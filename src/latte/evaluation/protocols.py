@@ -114,10 +114,10 @@ def find_protocol(name: str) -> Protocol:
     return protocol
 
 
-def _own(detector: str, note: str) -> Protocol:
+def _own(detector: str, note: str, version: int) -> Protocol:
     """The clean protocol at 256 clips with a detector that needs no download."""
     spec = DETECTORS[detector]
-    return Protocol(detector, detector, next(iter(spec.layers)), spec.pixels, f"{note} Compares with nothing else.", clips=256,
+    return Protocol(detector, detector, next(iter(spec.layers)), spec.pixels, f"{note} Compares with nothing else.", version, clips=256,
                     start_fake="random")  # fmt: skip
 
 
@@ -161,9 +161,9 @@ ALL = (
             note="Inception Score of the frames of the clean plan, 10 splits in plan order."),
     Protocol("styleganv-isv2048-ucf", "c3d", "logits", DETECTORS["c3d"].pixels, "StyleGAN-V's video Inception Score on UCF-101: C3D, 10 "
              "splits, shuffled with seed 42. Not the 1 split of TGAN2.", metrics=("is",), order="path", shuffle=42),
-    *(_own(name, note) for name, note in (
-        ("random-i3d", "Random filters, no download: for tests and quick looks."),
-        ("builtin", "A small video network trained on procedural clips, no download."),
+    *(_own(name, note, version) for name, note, version in (
+        ("random-i3d", "Random filters, no download: for tests and quick looks.", 1),
+        ("builtin", "A small video network trained on procedural clips, whole and damaged, no download.", 2),
     ) if name in DETECTORS),
 )  # fmt: skip
 PROTOCOLS: dict[str, Protocol] = {protocol.name: protocol for protocol in ALL}
