@@ -116,3 +116,32 @@ def test_impossible_settings_are_refused(key, value):
 def test_more_steps_than_the_process_has_are_refused(trained):
     with pytest.raises(InputError, match="1000"):
         draw(trained, [0], [0], config=SampleConfig(steps=1001))
+
+
+def test_a_window_as_long_as_the_clip_is_the_plain_model_and_shorter_ones_are_not(trained):
+    plain = draw(trained, [0], [1])[0]
+    assert far(plain, draw(trained, [0], [1], window=3)[0]) == 0
+    longer = draw(trained, [0], [1], frames=7, window=3)[0]
+    assert longer.shape == (7, 16, 16, 3), "and no warning about the table of positions, because the model sees three frames at a time"
+    assert far(plain, draw(trained, [0], [1], window=2)[0]) > 0
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpmpp"])
+def test_given_frames_are_in_the_clip_and_change_the_others(trained, sampler):
+    config = SampleConfig(sampler=sampler, steps=4)
+    first, last = (np.full((16, 16, 3), level, np.uint8) for level in (200, 40))
+    plain = draw(trained, [0, 1], [1, 2], config=config)
+    given = draw(trained, [0, 1], [1, 2], config=config, given={0: first, -1: last})
+    for seed in (0, 1):
+        assert far(given[seed][0], first) == far(given[seed][2], last) == 0, "pixels as latents: nothing is lost"
+        assert far(given[seed][1], plain[seed][1]) > 0
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [({3: (16, 16)}, "given frame is 3"), ({-4: (16, 16)}, "given frame is -4"), ({0: (8, 16)}, "size of a given frame")],
+)
+def test_given_frames_that_do_not_fit_are_refused(trained, given, told):
+    pictures = {frame: np.zeros((*size, 3), np.uint8) for frame, size in given.items()}
+    with pytest.raises(InputError, match=told):
+        draw(trained, [0], [1], given=pictures)

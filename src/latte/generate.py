@@ -5,7 +5,7 @@ Every clip has a random stream of its own, so the clip of a seed is the same, to
 Axes: b batch, f latent frames, t frames, c channels, h height, w width.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -15,11 +15,13 @@ from torch import Tensor
 
 from latte.autoencoder.codec import Codec
 from latte.checks import InputError, choose, require
-from latte.data.clips import to_uint8
+from latte.data.clips import to_float, to_uint8
 from latte.diffusion.guidance import guided, guided_pair
+from latte.diffusion.known import restore, with_known
 from latte.diffusion.loss import Denoiser
 from latte.diffusion.process import Flow, Process
 from latte.diffusion.samplers import SAMPLERS, sample
+from latte.diffusion.windows import in_windows
 from latte.model.text import LatteText, Network
 from latte.prompts import Prompts
 from latte.runtime import SampleNoise
@@ -66,13 +68,17 @@ def generate(
     dtype: torch.dtype = torch.float32,
     progress: Progress | None = None,
     prompts: Prompts | None = None,
+    window: int | None = None,
+    given: Mapping[int, np.ndarray] | None = None,
 ) -> Iterator[tuple[int, np.ndarray]]:
     """One clip per seed, in order, as (seed, uint8 (t h w c)), decoded and handed out batch by batch.
 
     ``labels``: one class per seed, -1 for none; None for all of them. ``frames`` and ``size`` (height, width in pixels) default to those
     the model was made for. ``dtype`` is that of matrix products. ``progress(done, all)`` counts denoising steps over all batches.
-    A text model reads ``prompts``, one per seed, instead of labels. Raises InputError for labels that the model does not know, for
-    prompts that are missing or not wanted, and for sizes that the codec and the patches do not divide.
+    A text model reads ``prompts``, one per seed, instead of labels. ``window``: the model sees that many frames at a time, so that memory
+    does not grow with ``frames`` (diffusion/windows.py). ``given``: pictures, uint8 (h w c) of the clip's size, that every clip shows at
+    these frames, -1 for the last (diffusion/known.py). Raises InputError for labels that the model does not know, for prompts that are
+    missing or not wanted, for sizes that the codec and the patches do not divide, and for frames that a clip does not have.
     """
     config = config or SampleConfig()
     device = next(model.parameters()).device
@@ -80,16 +86,31 @@ def generate(
     frames = model.config.num_frames if frames is None else frames
     require(frames >= 1, "frames", frames, "a clip has at least one", "give 1 or more")
     shape = (frames, *latent_shape(model, codec, size))
+    known = None if not given else encode_given(given, codec, shape)
     model.eval()
     batches = [slice(start, start + config.batch) for start in range(0, len(seeds), config.batch)]
     for index, part in enumerate(batches):
-        denoise = tell_model(part)
+        denoise = tell_model(part) if window is None else in_windows(tell_model(part), window)
+        if known:
+            denoise = with_known(denoise, process, *known)
         tell = None if progress is None else _share(progress, index, len(batches))
         noise = SampleNoise(seeds[part])
         z = sample(config.sampler, denoise, process, noise, shape, config.steps, config.eta, device, tell)
         with torch.no_grad():
-            clips = to_uint8(codec.decode(z))
+            clips = to_uint8(codec.decode(restore(z, *known) if known else z))
         yield from zip(seeds[part], np.asarray(clips), strict=True)
+
+
+@torch.no_grad()
+def encode_given(given: Mapping[int, np.ndarray], codec: Codec, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """{frame: picture, uint8 (h w c)} -> latents (1 f c h w) of ``shape`` (f c h w), 0 elsewhere, and which frames are given, bool (f,)."""
+    latents, mask = torch.zeros(1, *shape, device=codec.device), torch.zeros(shape[0], dtype=torch.bool)
+    size = shape[2] * codec.downscale, shape[3] * codec.downscale
+    for frame, picture in given.items():
+        require(-shape[0] <= frame < shape[0], "given frame", frame, f"a clip has the frames 0 to {shape[0] - 1}", "give one of these")
+        require(picture.shape[:2] == size, "size of a given frame", picture.shape[:2], f"the clips are {size}", "resize it")
+        latents[:, frame], mask[frame] = codec.encode(to_float(picture[None])[None])[:, 0], True
+    return latents, mask
 
 
 def condition(

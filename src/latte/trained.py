@@ -101,6 +101,11 @@ class Trained:
         require(-1 <= int(number) < count, "label", word, f"{self.name} has the classes {self.describe_classes()}", "give one of them")
         return int(number)
 
+    def frame_size(self, size: tuple[int, int] | None = None) -> tuple[int, int]:
+        """(height, width) in pixels of the clips: ``size``, or what the model was made for."""
+        height, width = self.model.config.grid_size
+        return size or (height * self.codec.downscale, width * self.codec.downscale)
+
     def word(self, label: int) -> str:
         """The name of a class's number, or the number as a word where classes have no names; 'none' for -1."""
         return "none" if label < 0 else self.classes[label] if self.classes else str(label)

@@ -5,10 +5,13 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from latte.cli.sample import read_size, read_steps
-from latte.data.media import probe
+from latte.data.media import probe, read_frames
+from latte.data.writers import write_mp4
 
 
 def test_sample_writes_an_mp4_each_a_gif_and_a_sheet(latte, run_folder):
@@ -44,6 +47,24 @@ def test_the_same_command_keeps_what_is_there_and_other_settings_get_another_fol
     assert "steps (3 there, 2 now)" in refused.errors[0]
 
 
+def test_pictures_that_are_given_reach_the_clips(latte, run_folder, tmp_path):
+    Image.new("RGB", (40, 30), (200, 60, 20)).save("start.png")
+    write_mp4(Path("end.mp4"), np.stack([np.full((16, 16, 3), level, np.uint8) for level in (250, 20)]))
+    found = latte("sample", run_folder, "--first", "start.png", "--last", "end.mp4", "--count", 1, "--json")
+    assert found.code == 0, found.err
+    clip = read_frames(found.json["clips"][0]["path"], [0, 2]).astype(int)
+    assert abs(clip[0] - (200, 60, 20)).mean() < 12
+    assert abs(clip[1] - 20).mean() < 12, "the last frame of the video"
+    other = latte("sample", run_folder, "--first", "start.png", "--count", 1, "--json")
+    assert other.json["sheet"] != found.json["sheet"], "another picture is another album"
+
+
+def test_longer_clips_in_windows(latte, run_folder):
+    found = latte("sample", run_folder, "--frames", 7, "--window", 3, "--count", 1, "--json")
+    assert found.code == 0, found.err
+    assert probe(found.json["clips"][0]["path"]).frames == 7
+
+
 @pytest.mark.parametrize(
     ("words", "told"),
     [
@@ -60,6 +81,9 @@ def test_the_same_command_keeps_what_is_there_and_other_settings_get_another_fol
         (["--guidance", -1], "sample.guidance"),
         (["--batch", 0], "sample.batch"),
         (["--frames", 0], "frames"),
+        (["--window", 0], "window"),
+        (["--first", "none.png"], "missing"),
+        (["--last", "none.mp4"], "none.mp4"),
         (["--dtype", "fp99"], "dtype"),
         (["--device", "abacus"], "device"),
     ],

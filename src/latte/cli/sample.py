@@ -31,6 +31,9 @@ Guidance = Annotated[float | None, typer.Option(help="Weight of the label or the
 Eta = Annotated[float | None, typer.Option(help="Noise of ddim, 0 to 1.")]
 Seed = Annotated[int, typer.Option(help="Seed of the first clip; the others count on from it.")]
 Frames = Annotated[int | None, typer.Option(help="Frames of a clip; those the model was trained with by default.")]
+Window = Annotated[int | None, typer.Option(metavar="N", help="For longer clips: let the model see N frames at a time, overlapping.")]
+First = Annotated[Path | None, typer.Option(metavar="FILE", help="A picture to start from, or a video whose first frame is meant.")]
+Last = Annotated[Path | None, typer.Option(metavar="FILE", help="A picture to end on, or a video whose last frame is meant.")]
 Size = Annotated[str | None, typer.Option(metavar="N|HxW", help="Pixels; those the model was trained with by default.")]
 Batch = Annotated[int | None, typer.Option(help="Clips drawn at once.")]
 Fps = Annotated[float | None, typer.Option(help="Frames a second of the files.")]
@@ -55,6 +58,9 @@ def sample(
     seed: Seed = 0,
     frames: Frames = None,
     size: Size = None,
+    window: Window = None,
+    first: First = None,
+    last: Last = None,
     batch: Batch = None,
     fps: Fps = None,
     out: Out = None,
@@ -83,10 +89,13 @@ def sample(
         require(not negative, "--negative", negative, f"{trained.name} reads no text", "leave it out")
     require(labels is None or not texts, "--labels", labels, "this model reads text", "leave it out")
     precision = resolve_dtype(dtype, next(trained.model.parameters()).device)
-    options = {"config": config, "frames": frames, "size": read_size(size), "dtype": precision}
+    given = read_given(first, last, trained.frame_size(read_size(size)))
+    options = {"config": config, "frames": frames, "size": read_size(size), "dtype": precision, "window": window, "given": given}
     facts = {
         **{key: value for key, value in asdict(config).items() if key != "batch"},
         **{"weights": trained.weights, "codec": trained.codec.identity, "frames": frames, "size": options["size"], "dtype": str(precision)},
+        **({"window": window} if window else {}),
+        **({"given": {str(frame): hashlib.sha256(picture.tobytes()).hexdigest() for frame, picture in given.items()}} if given else {}),
         **({"text_encoder": trained.reader.identity, "negative": negative} if trained.reader else {}),
     }
     folder = out or Path("samples") / f"{Path(trained.name).name}-{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:8]}"
@@ -150,6 +159,25 @@ def read_lines(path: Path) -> list[str]:
         raise InputError(f"--prompts is {str(path)!r}, but {why}; give a text file in UTF-8 with a prompt a line") from None
     found = [line for line in lines if line]
     require(bool(found), "--prompts", str(path), "no line of it holds a prompt", "give a text file with a prompt a line")
+    return found
+
+
+def read_given(first: Path | None, last: Path | None, size: tuple[int, int]) -> dict[int, Any]:
+    """{0: the first frame, -1: the last}, as far as they are given, uint8 (h w c), cropped and resized to ``size``."""
+    from latte.data.clips import centre_crop_resize
+    from latte.data.framefolder import IMAGE_SUFFIXES, read_image
+    from latte.data.media import probe, read_frames
+
+    found = {}
+    for frame, path in ((0, first), (-1, last)):
+        if path is None:
+            continue
+        if path.suffix.lower() in IMAGE_SUFFIXES:
+            picture = read_image(str(path))[None]
+        else:
+            info = probe(path)
+            picture = read_frames(info, [frame % info.frames])
+        found[frame] = centre_crop_resize(picture, *size)[0]
     return found
 
 
