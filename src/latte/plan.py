@@ -12,8 +12,9 @@ from latte.config import RunConfig
 from latte.data.datasets import build_dataset
 from latte.diffusion.process import build_process
 from latte.model.cost import Table3, count, table3
-from latte.model.latte import Latte
+from latte.model.latte import ModelConfig
 from latte.model.memory import activations, states
+from latte.model.text import network
 from latte.runtime import resolve_device, resolve_dtype, world_size
 from latte.train.loop import TrainConfig
 from latte.train.measure import step_seconds
@@ -77,13 +78,13 @@ class Time:
 class Plan:
     """``operations`` are those of one clip's forward pass, exact; ``table3`` counts both as the paper did.
 
-    ``latent`` is (frames, channels, height, width); ``tokens`` those of one clip; ``clips_seen`` steps x global batch; ``time`` is
-    None unless it was measured.
+    ``table3`` is None for a text model, of which Table 3 has none. ``latent`` is (frames, channels, height, width); ``tokens`` those of
+    one clip; ``clips_seen`` steps x global batch; ``time`` is None unless it was measured.
     """
 
     parameters: int
     operations: int
-    table3: Table3
+    table3: Table3 | None
     latent: tuple[int, int, int, int]
     tokens: int
     clips_seen: int
@@ -99,16 +100,19 @@ def plan(config: RunConfig, device: str = "auto", processes: int | None = None, 
     ``measure`` trains three steps on ``device``. InputError for processes that cannot share the global batch, and for data that exist
     but do not fit.
     """
-    model, cost, where = config.model, count(config.model), resolve_device(device)
+    model, where = config.network, resolve_device(device)
+    cost, counted = count(model, config.text.tokens), table3(model) if isinstance(model, ModelConfig) else None
     latent = (model.num_frames, model.latent_channels, *model.grid_size)
-    tokens = model.num_frames // (model.tube if model.patch == "compression" else 1) * model.grid_size[0] * model.grid_size[1]
+    tube = model.tube if isinstance(model, ModelConfig) and model.patch == "compression" else 1
+    tokens = model.num_frames // tube * model.grid_size[0] * model.grid_size[1]
     batch, held = batches(config, world_size() if processes is None else processes), states(model)
     kept, time = min(config.train.keep_last, -(-config.train.steps // config.train.checkpoint_every)), None
     if measure:
         objective = config.diffusion.objective
-        seconds = step_seconds(Latte(model), build_process(config.diffusion), objective, config.train, batch.share, where)
+        process = build_process(config.diffusion)
+        seconds = step_seconds(network(model), process, objective, config.train, batch.share, where, config.text.tokens)
         time = Time(seconds, seconds * config.train.steps / 3600, where.type)
-    return Plan(cost.parameters, cost.operations, table3(model), latent, tokens // model.patch_size**2, batch.clips_seen,
+    return Plan(cost.parameters, cost.operations, counted, latent, tokens // model.patch_size**2, batch.clips_seen,
                 memory(config, batch, device), batch, Disk(held.checkpoint, kept * held.checkpoint), time)  # fmt: skip
 
 
@@ -128,7 +132,8 @@ def batches(config: RunConfig, processes: int) -> Batch:
 def memory(config: RunConfig, batch: Batch, device: str) -> Memory:
     """Memory of one training step with the precision that it has on ``device``."""
     train, dtype = config.train, resolve_dtype(config.train.dtype, resolve_device(device))
-    held, found = states(config.model), activations(config.model, batch.micro_batch, train.num_images, dtype)
+    held = states(config.network)
+    found = activations(config.network, batch.micro_batch, train.num_images, dtype, config.text.tokens)
     mine = found.checkpointed if train.gradient_checkpointing else found.plain
     total = held.weights + held.gradients + held.optimizer + held.ema + mine
     return Memory(held.weights, held.gradients, held.optimizer, held.ema, mine, total, found.plain, found.checkpointed,

@@ -110,7 +110,7 @@ def test_fills_a_model_of_its_own_size_only(folder):
         ({"width": 64}, "model.width is 64, but the PixArt at .* has 32; set model.width=32"),
         ({"depth": 3}, "model.depth is 3, but"),
         ({"heads": 4}, "model.heads is 4, but"),
-        ({"table_size": None}, "set model.table_size=8"),
+        ({"table_size": None}, "set table_size=8, in a run text.table_size"),
         ({"caption_channels": 13}, r"caption_projection.linear_1.weight has the shape \(32, 12\) where \(32, 13\)"),
     ]:
         with pytest.raises(InputError, match=message) as error:

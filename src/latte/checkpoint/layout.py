@@ -12,7 +12,7 @@ from torch import Tensor
 
 from latte.checks import InputError
 from latte.model.latte import SIZES, Latte, ModelConfig
-from latte.model.text import LatteText, TextConfig
+from latte.model.text import LatteText, TextConfig, network
 from latte.runtime import generator
 
 SHOWN = 4  # names in a one-line message
@@ -105,7 +105,7 @@ def build(config: Config, seed: int = 0) -> Latte | LatteText:
     """The model of ``config``, its weights a function of ``seed``."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(generator(seed, "weights").initial_seed())
-        return Latte(config) if isinstance(config, ModelConfig) else LatteText(config)
+        return network(config)
 
 
 def wanted_by(config: Config) -> dict[str, Tensor]:

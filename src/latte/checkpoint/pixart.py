@@ -49,6 +49,7 @@ def from_pixart(
     tensors, found = read_pixart(source, heads)
     config = replace(found.config, num_frames=num_frames, gated_time=gated_time)
     model = build(config, seed)
+    assert isinstance(model, LatteText)
     return model, fill(model, source, tensors, found)
 
 
@@ -76,7 +77,7 @@ def fill(model: LatteText, source: str | Path, tensors: dict[str, Tensor], found
         require(ours == theirs, f"model.{what}", ours, f"the PixArt at {source} has {theirs}", f"set model.{what}={theirs}")
     grids = model.config.table_grid, found.config.table_grid
     require(grids[0] == grids[1], "the grid of positions", grids[0], f"the PixArt at {source} has {grids[1]}",
-            f"set model.table_size={grids[1][0]}")  # fmt: skip
+            f"set table_size={grids[1][0]}, in a run text.table_size")  # fmt: skip
     state, report = compare(str(source), "PixArt-alpha", tensors, found, model.state_dict())
     LOG.info("%s", report)
     report.refuse(allow_missing=NEW, allow_unexpected=())

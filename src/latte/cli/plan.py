@@ -46,7 +46,6 @@ def rows(found: "Plan") -> list[tuple[str, str]]:
     lines = [
         ("parameters", f"{found.parameters:,}"),
         ("operations per clip", f"{found.operations:,}"),
-        ("as in Table 3", f"{found.table3.parameters:,} parameters, {found.table3.operations_g:,.6f} G operations"),
         ("latent", " x ".join(map(str, found.latent)) + " (frames, channels, height, width)"),
         ("tokens per clip", f"{found.tokens:,}"),
         ("global batch", f"{batch.global_batch} = {split}"),
@@ -55,6 +54,9 @@ def rows(found: "Plan") -> list[tuple[str, str]]:
         ("activations", f"{ways} ({batch.micro_batch} clips, {memory.dtype})"),
         ("disk", f"{size(disk.checkpoint)} a checkpoint, {size(disk.kept)} for all that are kept"),
     ]
+    if found.table3:
+        counted = f"{found.table3.parameters:,} parameters, {found.table3.operations_g:,.6f} G operations"
+        lines.insert(2, ("as in Table 3", counted))
     if found.time:
         lines.append(("time", f"{found.time.step_seconds:.3f} s a step on {found.time.device}, {found.time.hours:,.1f} hours in all"))
     return lines

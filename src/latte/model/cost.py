@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Parameters and operations of any ModelConfig: exactly, and by Table 3's own counting rule.
+"""Parameters and operations of any model: exactly, and a class model's by Table 3's own counting rule.
 
 Nothing is computed: the model runs on the meta device. The paper counted with ``thop`` on three clips: multiply-accumulates of
 linear and convolution layers, two operations per element of every layer norm, and neither biases, attention products nor
@@ -7,13 +7,15 @@ activations; tables are not among its parameters, and the condition is evaluated
 """
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from latte.model.conditioning import Modulation
-from latte.model.latte import Latte, ModelConfig
+from latte.model.latte import ModelConfig
+from latte.model.text import Network, TextConfig, network
 
 TABLE3_CLIPS = 3
 
@@ -34,9 +36,12 @@ class Table3:
     operations_g: float
 
 
-def count(config: ModelConfig) -> Cost:
-    """The true cost. Convolutions, linear layers and attention products count; norms and activations do not."""
-    model, inputs = _on_meta(config, clips=1)
+def count(config: ModelConfig | TextConfig, tokens: int = 1) -> Cost:
+    """The true cost. Convolutions, linear layers and attention products count; norms and activations do not.
+
+    ``tokens`` are those of a text model's caption, with its padding.
+    """
+    model, inputs = _on_meta(config, clips=1, tokens=tokens)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(*inputs)
     return Cost(sum(p.numel() for p in model.parameters()), counter.get_total_flops())
@@ -50,7 +55,8 @@ def table3(config: ModelConfig) -> Table3:
     positions = inputs[0][0, 0, 0].numel() // config.patch_size**2
     rows = {"space": frames, "time": positions, "both": frames + positions, "joint": 1, "mlp": 0}
     repeats = {model.final_modulation: frames}
-    for block in model.blocks:
+    blocks: Any = model.blocks
+    for block in blocks:
         repeats[block.modulation] = sum(rows[name] for name in block.branches)
     total = 0
 
@@ -60,10 +66,9 @@ def table3(config: ModelConfig) -> Table3:
             total += out.numel() * module.in_features
         elif isinstance(module, nn.LayerNorm):
             total += 2 * out.numel()
-        elif isinstance(module, nn.ConvTranspose3d):
-            total += args[0].numel() * module.weight[0].numel()
         else:
-            total += out.numel() * module.weight[0].numel()
+            weight: Any = module.weight
+            total += (args[0] if isinstance(module, nn.ConvTranspose3d) else out).numel() * weight[0].numel()
 
     for module in model.modules():
         if isinstance(module, Modulation):
@@ -77,9 +82,9 @@ def table3(config: ModelConfig) -> Table3:
     return Table3(sum(p.numel() for m in counted for p in m.parameters()), total / 1e9)
 
 
-def _on_meta(config: ModelConfig, clips: int) -> tuple[Latte, tuple[Tensor, Tensor]]:
-    """The model and an input (z, t) of ``clips`` clips, none of them with storage."""
+def _on_meta(config: ModelConfig | TextConfig, clips: int, tokens: int = 1) -> tuple[Network, tuple[Tensor, ...]]:
+    """The model and an input (z, t), for a text model (z, t, text), of ``clips`` clips, none of them with storage."""
     with torch.device("meta"):
-        model = Latte(config)
         z = torch.empty(clips, config.num_frames, config.latent_channels, *config.grid_size)
-        return model, (z, torch.zeros(clips, dtype=torch.long))
+        told = (torch.empty(clips, tokens, config.caption_channels),) if isinstance(config, TextConfig) else ()
+        return network(config), (z, torch.zeros(clips, dtype=torch.long), *told)

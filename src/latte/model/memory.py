@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Memory that training a ModelConfig needs: nothing is computed, and nothing of that size is allocated.
+"""Memory that training a model needs: nothing is computed, and nothing of that size is allocated.
 
 Weights, gradients, AdamW's two moments and the average are float32, known by counting. What a forward pass keeps for the backward pass is
 asked of autograd, on the meta device: every saved tensor, each storage once. Two things that devices do and meta does not are done by hand:
@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 
-from latte.model.latte import Latte, ModelConfig
+from latte.model.latte import ModelConfig
+from latte.model.text import Network, TextConfig, network
 
 FLOAT32 = 4
 LOWERED = {F.linear, F.conv2d, F.conv3d, F.conv_transpose3d, F.scaled_dot_product_attention}  # autocast's matrix products
@@ -54,33 +55,38 @@ class Activations:
         return self.kept + self.recomputed
 
 
-def states(config: ModelConfig) -> States:
+def states(config: ModelConfig | TextConfig) -> States:
     """What AdamW and the average hold beside the weights: two moments each, and a step counter per tensor."""
     with torch.device("meta"):
-        sizes = [parameter.numel() * FLOAT32 for parameter in Latte(config).parameters()]
+        sizes = [parameter.numel() * FLOAT32 for parameter in network(config).parameters()]
     return States(sum(sizes), sum(sizes), 2 * sum(sizes) + FLOAT32 * len(sizes), sum(sizes))
 
 
-def activations(config: ModelConfig, clips: int, num_images: int = 0, dtype: torch.dtype = torch.float32) -> Activations:
+def activations(
+    config: ModelConfig | TextConfig, clips: int, num_images: int = 0, dtype: torch.dtype = torch.float32, tokens: int = 1
+) -> Activations:
     """What one forward pass of ``clips`` clips with ``num_images`` stills each keeps, with matrix products in ``dtype``.
 
-    The weights are not counted, their lowered copies are. The objective's own tensors, of the latents' size, are not among it.
+    The weights are not counted, their lowered copies are. The objective's own tensors, of the latents' size, are not among it. ``tokens``
+    are those of a text model's caption.
     """
     with torch.device("meta"):
-        model = Latte(config)
+        model = network(config)
         z = torch.empty(clips, config.num_frames + num_images, config.latent_channels, *config.grid_size)
-        t, label = torch.zeros(clips, dtype=torch.long), None
-        if config.num_classes is not None:
-            label = torch.zeros((clips, 1 + num_images) if num_images else (clips,), dtype=torch.long)
+        t, rows = torch.zeros(clips, dtype=torch.long), (clips, 1 + num_images) if num_images else (clips,)
+        if isinstance(config, TextConfig):
+            told = torch.empty(*rows, tokens, config.caption_channels), torch.ones(*rows, tokens, dtype=torch.bool)
+        else:
+            told = (None if config.num_classes is None else torch.zeros(rows, dtype=torch.long),)
     with OnDevice(dtype):
-        plain, of_blocks = saved_bytes(model, lambda: model(z, t, label, num_images))
+        plain, of_blocks = saved_bytes(model, lambda: model(z, t, *told, num_images))
     model.gradient_checkpointing = True
     with OnDevice(dtype):
-        kept, _ = saved_bytes(model, lambda: model(z, t, label, num_images))
+        kept, _ = saved_bytes(model, lambda: model(z, t, *told, num_images))
     return Activations(plain, kept, max(of_blocks))
 
 
-def saved_bytes(model: Latte, forward: Callable[[], Any]) -> tuple[int, list[int]]:
+def saved_bytes(model: Network, forward: Callable[[], Any]) -> tuple[int, list[int]]:
     """Bytes that ``forward()`` saves for backward, beside the weights, and how many of them each call of a block adds."""
     own = {id(parameter.untyped_storage()) for parameter in model.parameters()}
     held = [parameter.untyped_storage() for parameter in model.parameters()]  # an id means something while its object lives

@@ -21,7 +21,7 @@ from latte.checks import InputError, choose, require
 from latte.model.blocks import modulate
 from latte.model.conditioning import Modulation, TimestepEmbedding
 from latte.model.cross import CaptionProjection, SpaceBlock, TimeBlock
-from latte.model.latte import SIZES, Latte
+from latte.model.latte import SIZES, Latte, ModelConfig
 from latte.model.patches import UniformPatch
 from latte.model.positions import sincos, temporal_table
 
@@ -135,6 +135,11 @@ class LatteText(nn.Module, PyTorchModelHubMixin, library_name="latte", tags=["te
         self.gradient_checkpointing = False
         self.initialise()
 
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """All of them, in the order in which tokens go through."""
+        return [block for pair in zip(self.space_blocks, self.time_blocks, strict=True) for block in pair]
+
     def initialise(self) -> None:
         """All of the initialisation: every block starts as the identity, and a fresh model predicts exactly 0."""
         if self.final_linear.weight.is_meta:  # nothing to fill, and drawing on the meta device imports torch's compiler: seconds
@@ -237,3 +242,8 @@ class LatteText(nn.Module, PyTorchModelHubMixin, library_name="latte", tags=["te
 
 Network = Latte | LatteText
 """A denoiser of either kind: told a class, or a caption."""
+
+
+def network(config: ModelConfig | TextConfig) -> Network:
+    """A fresh model of either kind."""
+    return Latte(config) if isinstance(config, ModelConfig) else LatteText(config)

@@ -8,8 +8,9 @@ import torch
 
 from latte.diffusion.loss import OBJECTIVES
 from latte.diffusion.process import NoisePath
-from latte.model.latte import Latte
+from latte.model.text import Network, TextConfig
 from latte.runtime import generator, resolve_dtype
+from latte.train.condition import Captions
 from latte.train.distributed import Group
 from latte.train.loop import TrainConfig
 from latte.train.optim import Learner
@@ -18,8 +19,12 @@ from latte.train.step import Task, backward
 MEASURED = 3
 
 
-def step_seconds(model: Latte, process: NoisePath, objective: str, config: TrainConfig, share: int, device: torch.device) -> float:
+def step_seconds(
+    model: Network, process: NoisePath, objective: str, config: TrainConfig, share: int, device: torch.device, tokens: int = 1
+) -> float:
     """Median of MEASURED steps of one process with ``share`` clips, after one to warm up; ``model`` is trained a little.
+
+    ``tokens`` are those of a text model's captions.
 
     The gradient of one micro batch is measured and counted as often as ``share`` needs it; AdamW and the average come once a step.
     """
@@ -31,11 +36,15 @@ def step_seconds(model: Latte, process: NoisePath, objective: str, config: Train
                 None, device, resolve_dtype(config.dtype, device), config.num_images)  # fmt: skip
     frames = shape.num_frames + config.num_images
     video = torch.randn(micro, frames, shape.latent_channels, *shape.grid_size, generator=generator("measure"))
-    label = torch.zeros((micro, 1 + config.num_images) if config.num_images else (micro,), dtype=torch.long)
+    rows = (micro, 1 + config.num_images) if config.num_images else (micro,)
+    told = torch.zeros(rows, dtype=torch.long)
+    if isinstance(shape, TextConfig):
+        text, mask = torch.zeros(tokens, shape.caption_channels), torch.ones(tokens, dtype=torch.bool)
+        told = Captions(text.expand(*rows, -1, -1), mask.expand(*rows, -1), text, mask, 0.1)
     seconds = []
     for step in range(1, 2 + MEASURED):
         start = now(device)
-        losses = backward(task, step, range(micro), video, label)
+        losses = backward(task, step, range(micro), video, told)
         middle = now(device)
         learner.update(step, losses, config.lr, config.clip_norm, Group())
         seconds.append((middle - start) * share / micro + now(device) - middle)

@@ -11,6 +11,7 @@ from latte.checkpoint.atomic import commit_file, reported
 from latte.checkpoint.dit import init_from_dit
 from latte.checkpoint.pixart import init_from_pixart
 from latte.checkpoint.run import list_checkpoints
+from latte.checks import require
 from latte.model.text import LatteText, Network
 
 LOG = logging.getLogger(__name__)
@@ -25,8 +26,11 @@ def start_from(model: Network, source: str, mapping: str, run_dir: Path) -> None
     """
     if list_checkpoints(run_dir):
         return
-    text = isinstance(model, LatteText)
-    report = init_from_pixart(model, source) if text else init_from_dit(model, source, mapping)  # logs what is missing and skipped
+    if isinstance(model, LatteText):
+        require(mapping == "all", "train.init_mapping", mapping, "PixArt's blocks have one place each in a text model", "leave it out")
+        report = init_from_pixart(model, source)
+    else:
+        report = init_from_dit(model, source, mapping)
     used = "\n".join(f"  used: {name}" for name in report.used)
     LOG.info("%s", used)
     with reported("the report of the start", run_dir / REPORT):
