@@ -27,9 +27,10 @@ def test_train_answers_with_its_keys_and_leaves_a_run_folder(latte):
 
 
 def test_the_same_command_goes_on_and_ends_where_an_unstopped_run_ends(latte):
-    whole = latte("train", "shapes", *WORDS, "train.steps=5", "--out", "whole", "--json").json
+    words = [*WORDS, "train.decay_steps=0"]  # a rate that falls at the end would fall at the end of every part
+    whole = latte("train", "shapes", *words, "train.steps=5", "--out", "whole", "--json").json
     for steps in (2, 3, 5):
-        part = latte("train", "shapes", *WORDS, f"train.steps={steps}", "--out", "part", "--json")
+        part = latte("train", "shapes", *words, f"train.steps={steps}", "--out", "part", "--json")
         assert part.json["step"] == steps
     again = latte("train", "part", "--json").json
     assert again["weights_sha256"] == part.json["weights_sha256"] == whole["weights_sha256"]
@@ -106,3 +107,57 @@ def test_a_signal_saves_and_leaves_with_its_code(latte, tmp_path, number, code):
     assert 2 <= step < 100_000
     assert found.json["checkpoint"] == f"run/checkpoints/step-{step}"
     assert latte("train", "run", f"train.steps={step + 1}", "--json").json["step"] == step + 1
+
+
+@pytest.fixture
+def captioned(latte):
+    """A folder of three procedural videos with captions.csv."""
+    assert latte("data", "synth", "videos", "--count", 3, "--frames", 4, "--size", 16).code == 0
+    return Path("videos")
+
+
+FOLDER = ["data.kind=folder", "data.root=videos", "data.hold_out=0", "data.captions=auto", "train.steps=1"]
+
+
+def test_a_text_model_trains_on_a_folder_with_captions(latte, captioned):
+    found = latte("train", "shapes-text", *WORDS, *FOLDER, "--json")
+    assert (found.code, found.json["step"]) == (0, 1), found.err
+
+
+@pytest.mark.parametrize(
+    ("rows", "words", "told"),
+    [
+        (["up/none.mp4,nothing"], [], "captions.csv:5 describes 'up/none.mp4', but there is no such video"),
+        (["up/00000.mp4,again"], [], "this video has a caption already"),
+        (None, [], "holds neither captions.csv"),
+        ([], ["data.captions=null"], "the data have no captions"),
+        ([], ["data.captions=other.csv"], "there is no such file"),
+        ([], ["text.length=3"], "has 6 tokens and text.length is 3"),
+        ([], ["model.variant=2"], "model.variant is 2"),
+        ([], ["text.name=t5"], "text.path is None"),
+        ([], ["text.name=clip"], "text.name is 'clip'"),
+        ([], ["text.bits=8"], "text.bits is 8"),
+        ([], ["train.init=nowhere.safetensors"], "nowhere.safetensors"),
+        ([], ["data.kind=procedural", "data.root=null"], "data.captions is 'auto'"),
+    ],
+)
+def test_what_a_text_run_cannot_use_is_told_in_one_line(latte, captioned, rows, words, told):
+    file = captioned / "captions.csv"
+    if rows is None:
+        file.unlink()
+    else:
+        file.write_text(file.read_text() + "".join(row + "\n" for row in rows))
+    found = latte("train", "shapes-text", *WORDS, *FOLDER, *words)
+    assert (found.code, len(found.errors)) == (2, 1), found.err
+    assert told in found.errors[0]
+
+
+@pytest.mark.parametrize(("row", "told"), [("up/00000.mp4,", "its caption is empty"), (None, "have no caption, first")])
+def test_videos_without_a_caption_are_told(latte, captioned, row, told):
+    lines = (captioned / "captions.csv").read_text().splitlines()
+    kept = [line for line in lines if not line.startswith("up/00000.mp4")]
+    (captioned / "captions.csv").write_text("\n".join([*kept, *([row] if row else [])]) + "\n")
+    for command in ("train", "data encode"):
+        found = latte(*command.split(), "shapes-text", *WORDS, *FOLDER)
+        assert (found.code, len(found.errors)) == (2, 1), found.err
+        assert told in found.errors[0]
