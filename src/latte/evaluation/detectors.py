@@ -173,15 +173,18 @@ DETECTORS: dict[str, DetectorSpec] = {
         LOGITS,
         Pixels(),
         "I3D with random zero-mean filters: needs no download, for tests and quick looks. Sees another kind of scene, gross colour and "
-        "strong noise. At 24 clips a side blurred, shuffled, frozen and generated clips scored like real ones. Compares with nothing else.",
+        "strong noise. At 24 clips a side blurred, shuffled, frozen, turned and generated sky clips scored like real ones, at 48 both "
+        "stages of MDGAN too. Compares with nothing else.",
         min_frames=i3d.MIN_FRAMES,
     ),
     "builtin": DetectorSpec(
         builtin_weights,
         {"features": builtin.NUM_FEATURES},
         Pixels(builtin.SIZE),
-        "Trained to read procedural clips and their damage: direction, shape, colour, speed, size, place; blur, noise, hue, shuffled and "
-        "frozen frames. For tests, demos and ablations on such clips. Other videos were hardly tried. Compares with nothing else.",
+        "Trained to read procedural clips and their damage. On 256 such clips of 16 frames each kind of damage tried raises the score at "
+        "every step. Clear of undamaged clips are blur of 1 pixel, noise of 8 grey levels, hues turned by 10 degrees, a quarter of the "
+        "frames frozen or shuffled, 0.7 of the speed, 5 % less light, JPEG 90, three clips of four repeated. Real sky clips are foreign to "
+        "it: 24 a side scatter so much that shuffled, frozen and generated ones score like real ones. Compares with nothing else.",
         min_frames=builtin.MIN_FRAMES,
     ),
 }
