@@ -181,10 +181,10 @@ DETECTORS: dict[str, DetectorSpec] = {
         builtin_weights,
         {"features": builtin.NUM_FEATURES},
         Pixels(builtin.SIZE),
-        "Trained to read procedural clips and their damage. On 256 such clips of 16 frames each kind of damage tried raises the score at "
-        "every step. Clear of undamaged clips are blur of 1 pixel, noise of 8 grey levels, hues turned by 10 degrees, a quarter of the "
-        "frames frozen or shuffled, 0.7 of the speed, 5 % less light, JPEG 90, three clips of four repeated. Real sky clips are foreign to "
-        "it: 24 a side scatter so much that shuffled, frozen and generated ones score like real ones. Compares with nothing else.",
+        "Trained to read procedural clips and their damage. On 256 such clips it sees blur of 1 pixel, noise of 8 grey levels, hues turned "
+        "by 10 degrees, a quarter of the frames frozen or shuffled, 0.7 of the speed, 5 % less light, JPEG 90; a set is not told from a "
+        "whole one when half of it is repeated. Real sky clips are foreign to it: at 24 a side shuffled, frozen and generated ones score "
+        "like real ones. Compares with nothing else.",
         min_frames=builtin.MIN_FRAMES,
     ),
 }
