@@ -17,11 +17,10 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from pydantic import TypeAdapter, ValidationError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from latte.autoencoder.codec import Codec, CodecConfig, build_codec
-from latte.checkpoint.atomic import commit_folder, reported
+from latte.checkpoint.export import save_ours
 from latte.checkpoint.layout import build as build_network
 from latte.checkpoint.reading import fetch, read_tensors
 from latte.checkpoint.run import Checkpoint, load_checkpoint, load_latest, tensors_sha256
@@ -201,24 +200,14 @@ def save_trained(trained: Trained, folder: Path, half: bool = False) -> None:
 
     ``half`` stores float16, half the bytes; it is read back as float32.
     """
-    dtype = torch.float16 if half else torch.float32
-    tensors = {key: tensor.detach().to("cpu", dtype).contiguous() for key, tensor in trained.model.state_dict().items()}
-    card = {
-        **asdict(trained.model.config),
+    facts = {
         "diffusion": asdict(trained.diffusion),
         "codec": {"name": trained.codec.name, "path": trained.codec_config.path, "identity": trained.codec.identity},
         "classes": trained.classes,
         "sample": asdict(trained.sample),
         **({"text": {**asdict(trained.reader.config), "identity": trained.reader.identity}} if trained.reader else {}),
-        "weights_sha256": tensors_sha256(tensors),
     }
-
-    def write(place: Path) -> None:
-        save_file(tensors, place / WEIGHTS)
-        (place / CARD).write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
-
-    with reported("the weights", folder, sum(tensor.nbytes for tensor in tensors.values())):
-        commit_folder(folder, write)
+    save_ours(trained.model, folder, facts, torch.float16 if half else torch.float32)
 
 
 def _checked(kind: type[T], values: object, folder: Path) -> T:

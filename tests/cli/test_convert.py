@@ -139,3 +139,22 @@ def test_a_pipeline_goes_in_and_out(latte, tmp_path):
     assert (needless.code, "nothing but a pipeline" in needless.errors[0]) == (2, True)
     assert latte("convert", "in", "ours", "--codec", "in").code == 0
     assert json.loads((tmp_path / "ours" / "config.json").read_text())["codec"]["path"] == "in"
+
+
+def test_what_is_known_of_a_run_is_on_its_card(latte, run_folder, tmp_path):
+    score = tmp_path / "m.json"
+    score.write_text("{}")
+    broken = latte("convert", run_folder, "ours", "--score", score)
+    assert (broken.code, len(broken.errors)) == (2, 1)
+    assert "is not a manifest of latte evaluate" in broken.errors[0]
+    elsewhere = latte("convert", run_folder, "out.pt", "--to", "official", "--licence", "mit")
+    assert (elsewhere.code, "our own layout alone" in elsewhere.errors[0]) == (2, True)
+    assert latte("convert", run_folder, "ours", "--licence", "cc-by-4.0", "--data", "moving shapes").code == 0
+    card = (tmp_path / "ours" / "README.md").read_text()
+    assert "license: cc-by-4.0" in card
+    assert "| data | moving shapes |" in card
+    assert "| step | 2 |\n| clips seen | 8 |" in card
+    assert latte("convert", "ours", "again").code == 0, "and it stays there"
+    assert (tmp_path / "again" / "README.md").read_text() == card
+    assert latte("convert", run_folder, "plain").code == 0
+    assert "| data | kind procedural, resolution 16, frames 3, interval 1 |" in (tmp_path / "plain" / "README.md").read_text()

@@ -10,6 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save_file
 
 from latte.checkpoint.atomic import commit_folder, reported
@@ -21,15 +22,15 @@ from latte.checks import InputError, choose
 from latte.model.latte import Latte
 from latte.model.text import LatteText
 
-WEIGHTS, CARD = "model.safetensors", "config.json"
+WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
 Model = Latte | LatteText
 
 
 def export(model: Model, place: str | Path, target: str, facts: Mapping[str, Any]) -> None:
     """Write ``model`` to the new file or folder ``place`` in the layout ``target`` of TARGETS.
 
-    ``facts`` (diffusion, codec, classes, ...) stand beside the configuration in our own layout. InputError when ``place`` is taken, or
-    the layout cannot hold this model; RunError when the disk refuses.
+    ``facts`` (diffusion, codec, classes, about, ...) stand beside the configuration in our own layout. InputError when ``place`` is taken,
+    or the layout cannot hold this model; RunError when the disk refuses.
     """
     write, place = choose("--to", target, TARGETS), Path(place)
     if place.is_file() or (place.is_dir() and any(place.iterdir())):
@@ -37,17 +38,34 @@ def export(model: Model, place: str | Path, target: str, facts: Mapping[str, Any
     write(model, place, facts)
 
 
-def save_ours(model: Model, folder: Path, facts: Mapping[str, Any]) -> None:
-    """model.safetensors and config.json, which ``from_pretrained`` of the model's class reads."""
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    card = json.dumps({**asdict(model.config), **facts, "weights_sha256": tensors_sha256(tensors)}, indent=2) + "\n"
+def save_ours(model: Model, folder: Path, facts: Mapping[str, Any], dtype: torch.dtype = torch.float32) -> None:
+    """model.safetensors, config.json and a model card, which ``from_pretrained`` of the model's class and ``load_trained`` read.
+
+    Tensors are stored as ``dtype`` (float16: half the bytes) and read back as float32. RunError when the disk refuses.
+    """
+    tensors = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in model.state_dict().items()}
+    facts = {**facts, "weights_sha256": tensors_sha256(tensors)}
+    config, card = json.dumps({**asdict(model.config), **facts}, indent=2) + "\n", str(model.generate_model_card(facts))
 
     def write(place: Path) -> None:
         save_file(tensors, place / WEIGHTS)
+        (place / CONFIG).write_text(config, encoding="utf-8")
         (place / CARD).write_text(card, encoding="utf-8")
 
     with reported("the weights", folder, sum(tensor.nbytes for tensor in tensors.values())):
         commit_folder(folder, write)
+
+
+def publish(model: Model, repository: str, facts: Mapping[str, Any], private: bool | None = None, token: str | None = None) -> str:
+    """Push what ``save_ours`` writes to the hub, as owner/name -> the commit's address. The model's own ``push_to_hub`` knows no facts."""
+    facts = {**facts, "weights_sha256": tensors_sha256(model.state_dict())}
+    config, kwargs = {**asdict(model.config), **facts}, {"facts": facts}
+    return str(model.push_to_hub(repository, config=config, model_card_kwargs=kwargs, private=private, token=token))
+
+
+def score_of(report: Mapping[str, Any]) -> dict[str, Any]:
+    """What a card says of a manifest.json of ``latte evaluate``."""
+    return {key: report[key] for key in ("protocol", "metric", "value", "interval", "manifest_hash")}
 
 
 def to_official(model: Model, path: Path, facts: Mapping[str, Any]) -> None:

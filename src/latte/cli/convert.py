@@ -21,6 +21,9 @@ CodecPath = Annotated[
     str | None, typer.Option("--codec", metavar="PATH", help="The autoencoder's folder or hub id, where SRC does not say.")
 ]
 TextPath = Annotated[str | None, typer.Option("--text-encoder", metavar="PATH", help="With --to pipeline: folder or hub id of the T5.")]
+Licence = Annotated[str | None, typer.Option(metavar="NAME", help="Licence of the weights, for the model card, e.g. cc-by-4.0.")]
+Data = Annotated[str | None, typer.Option(metavar="TEXT", help="What it was trained on, for the model card.")]
+Scores = Annotated[list[Path] | None, typer.Option("--score", metavar="FILE", help="A manifest.json of latte evaluate, for the card.")]
 Heads = Annotated[int | None, typer.Option(help="Attention heads, for widths other than those of Table 4.")]
 Missing = Annotated[list[str] | None, typer.Option(metavar="PATTERN", help="Our names that may be missing, e.g. 'time_blocks.*'.")]
 Unexpected = Annotated[list[str] | None, typer.Option(metavar="PATTERN", help="The file's names that may be left over.")]
@@ -32,6 +35,9 @@ def convert(
     to: To = "latte",
     codec: CodecPath = None,
     text_encoder: TextPath = None,
+    licence: Licence = None,
+    data: Data = None,
+    scores: Scores = None,
     heads: Heads = None,
     allow_missing: Missing = None,
     allow_unexpected: Unexpected = None,
@@ -39,9 +45,10 @@ def convert(
     debug: Debug = False,
 ) -> None:
     """Convert weights from any known layout to another, with a report of every tensor. Nothing in a file is ever run."""
-    from latte.checkpoint.export import TARGETS, export
+    from latte.checkpoint.export import TARGETS, export, score_of
     from latte.checks import choose, require
     from latte.config import RUN_FILE
+    from latte.evaluate.manifest import read_report
 
     speak()
     choose("--to", to, TARGETS)
@@ -56,6 +63,10 @@ def convert(
             to == "pipeline", "--text-encoder", text_encoder, "nothing but a pipeline has one in it", "leave it out, or give --to pipeline"
         )
         facts["text"] = {"name": "t5", **(facts.get("text") or {}), "path": text_encoder}
+    told = {"licence": licence, "data": data, "scores": [score_of(read_report(path)) for path in scores or ()]}
+    if any(told.values()):
+        facts["about"] = {**facts.get("about", {}), **{key: value for key, value in told.items() if value}}
+    require(to == "latte" or not any(told.values()), "--to", to, "a model card is written in our own layout alone", "leave them out")
     export(model, place, to, facts)
     result = {"out": str(place), "layout": report.layout, "used": report.used, "missing": report.missing, "unexpected": report.unexpected,
               "mismatched": report.mismatched, "dropped": report.dropped}  # fmt: skip
@@ -75,7 +86,7 @@ def from_weights(source: str, heads: int | None, missing: list[str], unexpected:
     codec = CodecConfig()  # the released models share the latents of Stable Diffusion's autoencoder; its decoder is the user's choice
     facts = {"diffusion": asdict(DiffusionConfig()), "codec": {"name": codec.name, "path": codec.path, "identity": None}, "classes": [],
              "sample": asdict(SampleConfig())}  # fmt: skip
-    return loaded.model(), loaded.report, {**facts, **{key: loaded.card[key] for key in (*facts, "text") if key in loaded.card}}
+    return loaded.model(), loaded.report, {**facts, **{key: loaded.card[key] for key in (*facts, "text", "about") if key in loaded.card}}
 
 
 def from_run(folder: Path) -> "tuple[Model, Coverage, dict[str, Any]]":
@@ -98,6 +109,10 @@ def from_run(folder: Path) -> "tuple[Model, Coverage, dict[str, Any]]":
     known = checkpoint.state["facts"]
     facts = {"diffusion": asdict(config.diffusion), "classes": known.get("classes", []), "sample": asdict(config.sample),
              "codec": {"name": config.codec.name, "path": config.codec.path, "identity": known.get("codec")}}  # fmt: skip
+    clips = {key: getattr(config.data, key) for key in ("kind", "resolution", "frames", "interval")}
+    name = {} if config.data.root is None else {"name": Path(config.data.root).name}  # where it lies is nobody's business
+    facts["about"] = {"data": {**name, **clips}, "step": checkpoint.step, "clips_seen": checkpoint.step * config.train.global_batch,
+                      "source": "averaged weights of a run"}  # fmt: skip
     if config.text.name:
         facts["text"] = {**asdict(config.text), "identity": known["text"]["encoder"]}
     return model, report, facts

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from latte.checks import InputError, choose, require
 from latte.model.blocks import modulate
+from latte.model.card import Published
 from latte.model.conditioning import CONDITIONINGS, LabelEmbedding, TimestepEmbedding
 from latte.model.patches import PATCHES
 from latte.model.positions import TEMPORAL_POSITIONS, spatial_table
@@ -102,7 +102,7 @@ class ModelConfig:
         return self.latent_size if isinstance(self.latent_size, tuple) else (self.latent_size, self.latent_size)
 
 
-class Latte(nn.Module, PyTorchModelHubMixin, library_name="latte", tags=["video-generation", "latte"], license="apache-2.0"):
+class Latte(nn.Module, Published, library_name="latte", tags=["video-generation", "latte"]):
     """The denoiser: ``Latte(config)(z, t, label=None, num_images=0)``."""
 
     def __init__(self, config: ModelConfig):

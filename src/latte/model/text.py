@@ -13,12 +13,12 @@ from functools import lru_cache
 from typing import Any, ClassVar
 
 import torch
-from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from latte.checks import InputError, choose, require
 from latte.model.blocks import modulate
+from latte.model.card import Published
 from latte.model.conditioning import Modulation, TimestepEmbedding
 from latte.model.cross import CaptionProjection, SpaceBlock, TimeBlock
 from latte.model.latte import SIZES, Latte, ModelConfig
@@ -115,7 +115,7 @@ def scaled_table(rows: int, columns: int, spans: tuple[float, float], width: int
     return torch.cat([sincos(x.flatten(), width // 2), sincos(y.flatten(), width // 2)], dim=1).float()
 
 
-class LatteText(nn.Module, PyTorchModelHubMixin, library_name="latte", tags=["text-to-video", "latte"], license="apache-2.0"):
+class LatteText(nn.Module, Published, library_name="latte", tags=["text-to-video", "latte"]):
     """The denoiser: ``LatteText(config)(z, t, text, mask=None, num_images=0, temporal=True)``."""
 
     def __init__(self, config: TextConfig):

@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The model card says what is known, names what is not, and is a card that the hub can read."""
+
+import json
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+
+from latte.checkpoint.export import publish, save_ours, score_of
+from latte.checkpoint.run import tensors_sha256
+from latte.model.card import cell
+from latte.model.latte import Latte, ModelConfig
+from latte.model.text import LatteText, TextConfig
+
+SMALL = {"depth": 2, "width": 16, "heads": 2, "num_frames": 4, "latent_size": 4}
+SCORE = {"protocol": "paper-fvd-16", "metric": "fvd", "value": 123.456, "interval": [120.0, 127.0], "manifest_hash": "0123456789ab"}
+FACTS = {
+    "diffusion": {"schedule": "linear", "num_steps": 1000},
+    "codec": {"name": "builtin", "path": None, "identity": "e42f04ac7221ceed"},
+    "classes": ["up", "down"],
+    "about": {"data": {"kind": "procedural", "frames": 4}, "licence": "cc-by-4.0", "step": 7000, "scores": [SCORE]},
+}
+
+
+def model(kind: str):
+    if kind == "text":
+        return LatteText(TextConfig(**SMALL, caption_channels=6))
+    return Latte(ModelConfig(**SMALL, num_classes=2 if kind == "class" else None))
+
+
+@pytest.mark.parametrize(("kind", "says"), [("text", "text to video"), ("class", "2 classes"), ("plain", "unconditional")])
+def test_save_pretrained_alone_names_what_it_does_not_know(kind, says, tmp_path):
+    built = model(kind)
+    built.save_pretrained(tmp_path)
+    card = ModelCard.load(tmp_path / "README.md")
+    assert (card.data.library_name, "latte" in card.data.tags, card.data.license) == ("latte", True, None)
+    assert f"# {type(built).__name__}, {says}" in card.text
+    assert f"{sum(p.numel() for p in built.parameters()):,} parameters" in card.text
+    assert "Not recorded: data, licence, step, scores." in card.text
+    assert f'{type(built).__name__}.from_pretrained("' in card.text
+
+
+def test_a_weights_folder_has_all_the_facts_on_its_card_and_in_its_config(tmp_path):
+    built = model("class")
+    save_ours(built, tmp_path / "w", FACTS)
+    card, config = ModelCard.load(tmp_path / "w" / "README.md"), json.loads((tmp_path / "w" / "config.json").read_text())
+    assert card.data.license == "cc-by-4.0"
+    for line in ("| data | kind procedural, frames 4 |", "| step | 7000 |", "| classes | up, down |",
+                 "| autoencoder | name builtin, identity e42f04ac7221ceed |", f"| weights, sha256 | {config['weights_sha256']} |",
+                 "| fvd | 123.456 (90 % interval 120 to 127), protocol paper-fvd-16, manifest 0123456789ab |"):  # fmt: skip
+        assert line in card.text
+    assert "Not recorded" not in card.text
+    assert "from latte import load_trained" in card.text
+    assert config["about"] == FACTS["about"]
+    assert torch.equal(Latte.from_pretrained(tmp_path / "w").final_linear.weight, built.final_linear.weight)
+
+
+def test_half_known_facts_and_scores_without_an_interval():
+    text = str(model("class").generate_model_card({"about": {"step": 5, "scores": [{**SCORE, "interval": None}]}}))
+    assert "Not recorded: data, licence." in text
+    assert "| fvd | 123.456, protocol paper-fvd-16" in text
+
+
+def test_a_cell_stays_one_cell():
+    assert cell({"a": [1, 2], "b": None, "c": "x|y\nz"}) == "a 1, 2, c x\\|y z"
+
+
+def test_score_of_takes_what_a_card_needs():
+    assert score_of({**SCORE, "manifest": {}, "values": {}}) == SCORE
+
+
+def test_publish_pushes_weights_config_with_facts_and_card(monkeypatch):
+    pushed, built = {}, model("class")
+
+    class Api:
+        def __init__(self, token=None):
+            pushed["token"] = token
+
+        def create_repo(self, repo_id, private, exist_ok):
+            pushed["private"] = private
+            return type("Repository", (), {"repo_id": repo_id})
+
+        def upload_folder(self, repo_id, folder_path, **others):
+            pushed.update({file.name: file.read_bytes() for file in folder_path.iterdir()}, repository=repo_id)
+            return "https://hub/commit"
+
+    monkeypatch.setattr("huggingface_hub.hub_mixin.HfApi", Api)
+    assert publish(built, "owner/name", FACTS, private=True) == "https://hub/commit"
+    assert (pushed["repository"], pushed["private"]) == ("owner/name", True)
+    config = json.loads(pushed["config.json"])
+    assert config["weights_sha256"] == tensors_sha256(built.state_dict())
+    assert (config["num_classes"], config["about"]["step"], config["codec"]["name"]) == (2, 7000, "builtin")
+    assert b"protocol paper-fvd-16" in pushed["README.md"]
+    assert len(pushed["model.safetensors"]) > sum(tensor.nbytes for tensor in built.state_dict().values())
