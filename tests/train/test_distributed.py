@@ -4,6 +4,7 @@
 import os
 import signal
 import socket
+from contextlib import ExitStack
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -20,20 +21,25 @@ from training import FORKS, SHORT, curve, run
 TWO = replace(SHORT, steps=6, lr=1e-4)  # Adam turns rounding of the smallest gradients into a share of the rate
 
 
-def one_of_two(rank: int, port: int, folder: str, stops: tuple[int, ...], pipe) -> None:
-    """What torchrun would start: a process of two. Its last run is stopped by a signal that the other process alone hears."""
+def one_of_two(rank: int, ports: list[int], folder: str, stops: tuple[int, ...], pipe) -> None:
+    """What torchrun would start: a process of two. Its last run is stopped by a signal that the other process alone hears.
+
+    Every group has a port of its own: the process that is ahead must not meet the one behind at the store of the group before.
+    """
     torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1",
                    "GLOO_SOCKET_IFNAME": "lo"}  # fmt: skip
     distributed.TIMEOUT = timedelta(seconds=60)
     try:
         for attempt, steps in enumerate(stops):
-            os.environ["TORCHELASTIC_RESTART_COUNT"] = str(attempt)
+            os.environ |= {"TORCHELASTIC_RESTART_COUNT": str(attempt), "MASTER_PORT": str(ports.pop())}
             result = run(Path(folder), replace(TWO, steps=steps))
         if rank == 1:
             signal.setitimer(signal.ITIMER_REAL, 0.5)
             signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+        os.environ["MASTER_PORT"] = str(ports.pop())
         stopped = run(Path(folder) / "endless", replace(TWO, steps=100_000, checkpoint_every=100_000))
+        os.environ["MASTER_PORT"] = str(ports.pop())
         pipe.send((result, stopped, failure_of_the_first(rank)))
     except BaseException as error:
         pipe.send(repr(error))
@@ -58,13 +64,15 @@ def failure_of_the_first(rank: int) -> str:
 def pair(tmp_path_factory) -> tuple[Path, list]:
     """The folder of a run of two processes, stopped and resumed on the way, and what each of them returned."""
     folder = tmp_path_factory.mktemp("pair")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    with ExitStack() as held:
+        sockets = [held.enter_context(socket.socket()) for _ in range(4)]
+        for free in sockets:
+            free.bind(("127.0.0.1", 0))
+        ports = [free.getsockname()[1] for free in sockets]
     pipes, children = zip(*(FORKS.Pipe() for _ in range(2)), strict=True), []
     ours, theirs = pipes
     for rank in range(2):
-        children.append(FORKS.Process(target=one_of_two, args=(rank, port, str(folder), (2, 6), theirs[rank]), daemon=True))
+        children.append(FORKS.Process(target=one_of_two, args=(rank, ports, str(folder), (2, 6), theirs[rank]), daemon=True))
         children[-1].start()
     assert all(pipe.poll(200) for pipe in ours)
     results = [pipe.recv() for pipe in ours]
