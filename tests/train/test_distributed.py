@@ -4,6 +4,8 @@
 import os
 import signal
 import socket
+import threading
+import time
 from contextlib import ExitStack
 from dataclasses import replace
 from datetime import timedelta
@@ -35,8 +37,7 @@ def one_of_two(rank: int, ports: list[int], folder: str, stops: tuple[int, ...],
             os.environ |= {"TORCHELASTIC_RESTART_COUNT": str(attempt), "MASTER_PORT": str(ports.pop())}
             result = run(Path(folder), replace(TWO, steps=steps))
         if rank == 1:
-            signal.setitimer(signal.ITIMER_REAL, 0.5)
-            signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+            threading.Thread(target=stop_once_heard, daemon=True).start()
         os.environ["MASTER_PORT"] = str(ports.pop())
         stopped = run(Path(folder) / "endless", replace(TWO, steps=100_000, checkpoint_every=100_000))
         os.environ["MASTER_PORT"] = str(ports.pop())
@@ -44,6 +45,14 @@ def one_of_two(rank: int, ports: list[int], folder: str, stops: tuple[int, ...],
     except BaseException as error:
         pipe.send(repr(error))
         raise
+
+
+def stop_once_heard() -> None:
+    """SIGTERM to this process, a little after training has begun to listen for it: before, it would be the end of it."""
+    while signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
+        time.sleep(0.01)
+    time.sleep(0.3)
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def failure_of_the_first(rank: int) -> str:
