@@ -72,7 +72,7 @@ def sample(
     debug: Debug = False,
 ) -> None:
     """Draw clips: an mp4 each, one gif, and a contact sheet (rows clips, columns frames)."""
-    from dataclasses import asdict, replace
+    from dataclasses import replace
 
     from latte.album import write_album
     from latte.runtime import resolve_dtype
@@ -91,13 +91,7 @@ def sample(
     precision = resolve_dtype(dtype, next(trained.model.parameters()).device)
     given = read_given(first, last, trained.frame_size(read_size(size)))
     options = {"config": config, "frames": frames, "size": read_size(size), "dtype": precision, "window": window, "given": given}
-    facts = {
-        **{key: value for key, value in asdict(config).items() if key != "batch"},
-        **{"weights": trained.weights, "codec": trained.codec.identity, "frames": frames, "size": options["size"], "dtype": str(precision)},
-        **({"window": window} if window else {}),
-        **({"given": {str(frame): hashlib.sha256(picture.tobytes()).hexdigest() for frame, picture in given.items()}} if given else {}),
-        **({"text_encoder": trained.reader.identity, "negative": negative} if trained.reader else {}),
-    }
+    facts = facts_of(trained, options, negative)
     folder = out or Path("samples") / f"{Path(trained.name).name}-{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:8]}"
     batches = -(-len(wishes) // config.batch)
 
@@ -112,6 +106,21 @@ def sample(
               **({} if one.prompt is None else {"prompt": one.prompt})} for one in wishes]  # fmt: skip
     result = {"clips": clips, "sheet": str(sheet), "gif": str(gif), "model": trained.name, "weights_sha256": trained.weights}
     show(result, as_json, [*(clip["path"] for clip in clips), str(sheet), str(gif)])
+
+
+def facts_of(trained: "Trained", options: dict[str, Any], negative: str) -> dict[str, Any]:
+    """Everything but seed, label and prompt that decides the pixels of a clip, as plain data; pictures by their hash."""
+    from dataclasses import asdict
+
+    given, window = options["given"], options["window"]
+    return {
+        **{key: value for key, value in asdict(options["config"]).items() if key != "batch"},
+        **{"weights": trained.weights, "codec": trained.codec.identity},
+        **{"frames": options["frames"], "size": options["size"], "dtype": str(options["dtype"])},
+        **({"window": window} if window else {}),
+        **({"given": {str(frame): hashlib.sha256(picture.tobytes()).hexdigest() for frame, picture in given.items()}} if given else {}),
+        **({"text_encoder": trained.reader.identity, "negative": negative} if trained.reader else {}),
+    }
 
 
 def wish(trained: "Trained", labels: str | None, count: int | None, seed: int) -> list["Wish"]:
