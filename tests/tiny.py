@@ -38,10 +38,10 @@ def tiny_trained(**changes: object) -> Trained:
     return Trained("tiny", model, DiffusionConfig(), codec_config, build_codec(codec_config), classes, sample, "none")
 
 
-def tiny_text() -> Trained:
+def tiny_text(depth: int = 1) -> Trained:
     """A text model with random weights, in pixels, with the built-in text encoder."""
     torch.manual_seed(0)
-    config = TextConfig(depth=1, width=16, heads=2, patch_size=4, num_frames=3, latent_size=16, latent_channels=3, caption_channels=64)
+    config = TextConfig(depth=depth, width=16, heads=2, patch_size=4, num_frames=3, latent_size=16, latent_channels=3, caption_channels=64)
     codec_config, reader = CodecConfig(name="pixels"), PromptReader(TextEncoderConfig(name="builtin"), "cpu")
     return Trained("tiny", wake(LatteText(config), scale=0.2).eval(), DiffusionConfig(), codec_config, build_codec(codec_config), [],
                    SampleConfig(sampler="ddim", steps=3, batch=2), "none", reader)  # fmt: skip

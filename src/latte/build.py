@@ -81,6 +81,7 @@ class Job:
             sample=self.sheets(self.codec, folder / "samples") if self.codec else None,
             captions=CaptionReader(self.captions, config.text.dropout) if self.captions else None,
             until=until,
+            lora=config.lora,
         )
 
     def sheets(self, codec: Codec, folder: Path) -> Callable[[nn.Module, int], None]:

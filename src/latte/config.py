@@ -18,6 +18,7 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from latte.autoencoder.codec import CODECS, CodecConfig
+from latte.checkpoint.lora import LoraConfig
 from latte.checks import InputError, nearest, require
 from latte.data.datasets import DataConfig
 from latte.diffusion.process import DiffusionConfig
@@ -60,6 +61,7 @@ class RunConfig:
     codec: CodecConfig = field(default_factory=CodecConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
     text: TextEncoderConfig = field(default_factory=TextEncoderConfig)
     run: RunSection = field(default_factory=RunSection)
@@ -73,6 +75,8 @@ class RunConfig:
                 problems.append(f"model.{key} is {getattr(self.model, key)}, but {reason}; leave model.{key} out, or change the other")
         if self.text.name is not None:
             problems += class_keys(self.model)
+        if self.lora.rank is not None and self.train.init is None:
+            problems.append(f"lora.rank is {self.lora.rank}, but adapters need trained weights under them; give train.init")
         if problems:
             raise InputError("\n".join(problems))
 

@@ -161,6 +161,8 @@ def read_value(raw: Any, hint: Any) -> Any:
         return tuple(read_value(item, kind) for item, kind in zip(items, each, strict=True))
     if str in kinds and isinstance(raw, str):
         return str(raw)
+    if pattern is not None and get_args(pattern)[1:] == (Ellipsis,) and isinstance(raw, str):
+        return (read_value(raw, get_args(pattern)[0]),)  # one item of a list of any length
     raise ValueError(raw)
 
 

@@ -10,7 +10,7 @@ another autoencoder than the one the model learned, and prompts are read as its 
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,10 +22,11 @@ from torch import Tensor
 from latte.autoencoder.codec import Codec, CodecConfig, build_codec
 from latte.checkpoint.export import save_ours
 from latte.checkpoint.layout import build as build_network
+from latte.checkpoint.lora import folded, load_lora, lora_state
 from latte.checkpoint.reading import fetch, read_tensors
 from latte.checkpoint.run import Checkpoint, load_checkpoint, load_latest, tensors_sha256
 from latte.checks import InputError, choose, require
-from latte.config import RUN_FILE, load_run
+from latte.config import RUN_FILE, RunConfig, load_run
 from latte.diffusion.process import DiffusionConfig, build_process
 from latte.generate import SampleConfig, generate
 from latte.model.latte import ModelConfig
@@ -33,6 +34,7 @@ from latte.model.text import Network, TextConfig
 from latte.prompts import PromptReader
 from latte.runtime import resolve_device
 from latte.text_encoder import TextEncoderConfig
+from latte.train.start import rebuild
 
 BUILTIN = Path(__file__).with_name("builtin")
 WEIGHTS, CARD = "model.safetensors", "config.json"
@@ -43,7 +45,7 @@ T = TypeVar("T")
 class Trained:
     """``name`` is where it came from, in words; ``weights`` the hash of the weights; ``classes`` their names, in label order.
 
-    ``reader`` turns prompts into what a text model reads; None for other models.
+    ``reader`` turns prompts into what a text model reads; None for other models. ``about`` is what its model card says of the training.
     """
 
     name: str
@@ -55,6 +57,7 @@ class Trained:
     sample: SampleConfig
     weights: str
     reader: PromptReader | None = None
+    about: Mapping[str, Any] = field(default_factory=dict)
 
     def generate(
         self,
@@ -131,14 +134,21 @@ def load_trained(
     codec_path: str | None = None,
     text_encoder_path: str | None = None,
     prompts: Sequence[str] = (),
+    lora: str | Path | None = None,
 ) -> Trained:
     """'builtin', a run folder, a checkpoint folder of one, a weights folder or a hub id -> Trained, on ``device``.
 
     A run gives its averaged (EMA) weights. ``codec_path`` and ``text_encoder_path`` say where their weights are when they have moved.
-    A text model's ``prompts`` are read here, before the denoiser takes its memory; others can still be read later. InputError when
-    anything is missing, altered, of another configuration, or belongs to another codec or text encoder.
+    A text model's ``prompts`` are read here, before the denoiser takes its memory; others can still be read later. ``lora`` is a folder of
+    adapters that are folded into the weights. InputError when anything is missing, altered, of another configuration, or belongs to another
+    codec, text encoder or base model.
     """
-    where = Places(resolve_device(device), codec_path, text_encoder_path, prompts)
+    trained = open_trained(source, Places(resolve_device(device), codec_path, text_encoder_path, prompts))
+    return trained if lora is None else with_lora(trained, lora)
+
+
+def open_trained(source: str | Path, where: Places) -> Trained:
+    """``load_trained`` without adapters of its own."""
     path = BUILTIN if str(source) == "builtin" else Path(source)
     if (path / RUN_FILE).is_file():
         return _from_run(path, load_latest(path, only={"ema"}), where)
@@ -154,21 +164,56 @@ def load_trained(
     raise InputError(f"MODEL is {str(source)!r}, which is not {kinds}; give one of these")
 
 
+def with_lora(trained: Trained, folder: str | Path) -> Trained:
+    """``trained`` with the adapters of ``folder`` folded in; its own model is changed, too. ``weights`` is the adapters' hash."""
+    device = next(trained.model.parameters()).device
+    load_lora(trained.model, folder)
+    weights = tensors_sha256(lora_state(trained.model))
+    return replace(trained, name=f"{trained.name}+{Path(folder).name}", model=folded(trained.model).to(device), weights=weights)
+
+
 def _from_run(folder: Path, checkpoint: Checkpoint | None, where: Places) -> Trained:
     config, _ = load_run(folder)
+    checkpoint = trained_run(folder, config, checkpoint)
+    facts = checkpoint.state["facts"]
+    reader = _open_reader(config.text, facts.get("text", {}).get("encoder"), where) if config.text.name else None
+    model = run_model(config, checkpoint)
+    model = (folded(model) if config.lora.rank else model).to(where.device)
+    codec = _open_codec(config.codec, facts.get("codec"), where)
+    return Trained(str(folder), model, config.diffusion, config.codec, codec, facts.get("classes", []), config.sample,
+                   tensors_sha256(checkpoint.tensors["ema"]), reader, about_run(config, checkpoint))  # fmt: skip
+
+
+def trained_run(folder: Path, config: RunConfig, checkpoint: Checkpoint | None) -> Checkpoint:
+    """``checkpoint``; InputError unless there is one and it is of this configuration."""
     if checkpoint is None:
         raise InputError(f"run {folder} has no checkpoint yet; train it first: latte train {folder}")
-    facts = checkpoint.state["facts"]
-    for part, now in (("model", asdict(config.network)), ("diffusion", asdict(config.diffusion))):
+    facts, parts = checkpoint.state["facts"], {"model": asdict(config.network), "diffusion": asdict(config.diffusion)}
+    if config.lora.rank or "lora" in facts:
+        parts["lora"] = asdict(config.lora)
+    for part, now in parts.items():
         before = facts.get(part, {})
         for key, value in json.loads(json.dumps(now)).items():
             rule = f"{checkpoint.path} was trained with {before.get(key)!r}"
             require(before.get(key) == value, f"{part}.{key}", value, rule, f"put that back into {folder / RUN_FILE}")
-    reader = _open_reader(config.text, facts.get("text", {}).get("encoder"), where) if config.text.name else None
-    model = _fill(config.network, checkpoint.tensors["ema"], str(checkpoint.path))
-    codec = _open_codec(config.codec, facts.get("codec"), where)
-    return Trained(str(folder), model.to(where.device), config.diffusion, config.codec, codec, facts.get("classes", []), config.sample,
-                   tensors_sha256(checkpoint.tensors["ema"]), reader)  # fmt: skip
+    return checkpoint
+
+
+def run_model(config: RunConfig, checkpoint: Checkpoint) -> Network:
+    """The model with the averaged weights of a run's checkpoint, on the CPU; for a run of adapters with these in it, not folded in."""
+    if config.lora.rank and config.train.start:
+        return rebuild(config.network, config.run.seed, config.train.start, config.lora, checkpoint)
+    return _fill(config.network, checkpoint.tensors["ema"], str(checkpoint.path))
+
+
+def about_run(config: RunConfig, checkpoint: Checkpoint) -> dict[str, Any]:
+    """What a model card can say of a run: its data by name (where they lie is nobody's business), step, clips seen, and its origin."""
+    clips = {key: getattr(config.data, key) for key in ("kind", "resolution", "frames", "interval")}
+    name = {} if config.data.root is None else {"name": Path(config.data.root).name}
+    start = f", started from {Path(config.train.init).name}" if config.train.init else ""
+    how = f"adapters of rank {config.lora.rank}" if config.lora.rank else "weights"
+    return {"data": {**name, **clips}, "step": checkpoint.step, "clips_seen": checkpoint.step * config.train.global_batch,
+            "source": f"averaged {how} of a run{start}"}  # fmt: skip
 
 
 def _from_folder(folder: Path, name: str, where: Places) -> Trained:
@@ -180,7 +225,7 @@ def _from_folder(folder: Path, name: str, where: Places) -> Trained:
         text_keys, text_identity = {key: value for key, value in text.items() if key != "identity"}, text.get("identity")
         identity, wanted, classes = card["codec"]["identity"], card["weights_sha256"], [str(name) for name in card["classes"]]
         codec_keys = {key: card["codec"][key] for key in ("name", "path")}
-        parts = card["diffusion"], card["sample"]
+        parts, about = (card["diffusion"], card["sample"]), dict(card.get("about") or {})
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(f"{folder / CARD} is not the card of a Latte model ({type(error).__name__}: {error}); give a folder that "
                          "latte wrote") from None  # fmt: skip
@@ -192,7 +237,7 @@ def _from_folder(folder: Path, name: str, where: Places) -> Trained:
     require(found == wanted, str(folder / WEIGHTS), found[:16], f"{CARD} says {str(wanted)[:16]}", "fetch the folder again: it was altered")
     codec = _open_codec(codec_config, identity, where)
     return Trained(name, model.to(where.device), _checked(DiffusionConfig, parts[0], folder), codec_config, codec, classes,
-                   _checked(SampleConfig, parts[1], folder), found, reader)  # fmt: skip
+                   _checked(SampleConfig, parts[1], folder), found, reader, about)  # fmt: skip
 
 
 def save_trained(trained: Trained, folder: Path, half: bool = False) -> None:
@@ -205,6 +250,7 @@ def save_trained(trained: Trained, folder: Path, half: bool = False) -> None:
         "codec": {"name": trained.codec.name, "path": trained.codec_config.path, "identity": trained.codec.identity},
         "classes": trained.classes,
         "sample": asdict(trained.sample),
+        "about": dict(trained.about),
         **({"text": {**asdict(trained.reader.config), "identity": trained.reader.identity}} if trained.reader else {}),
     }
     save_ours(trained.model, folder, facts, torch.float16 if half else torch.float32)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A fresh run that starts from a DiT: its weights, its report, and what does not fit; a run that goes on needs no DiT."""
+"""A fresh run that starts from given weights: a DiT, or a model like its own; its report, and what does not fit."""
 
+import json
 import logging
 from dataclasses import replace
 
@@ -9,11 +10,14 @@ import torch
 from reference.official import dit_state
 
 from latte.build import build
+from latte.checkpoint.diffusers import save_diffusers
+from latte.checkpoint.official import save_official
 from latte.checkpoint.run import latest_checkpoint, load_checkpoint
 from latte.checks import InputError
 from latte.config import load_run
 from latte.model.latte import Latte
-from tiny import WORDS
+from latte.trained import save_trained
+from tiny import MODEL, WORDS, tiny_text, tiny_trained
 from training import SHORT, TINY, run
 
 LABELS = "y_embedder.embedding_table.weight"
@@ -98,3 +102,96 @@ def test_latte_train_starts_from_a_dit(tmp_path):
     assert build(load_run("shapes", words)[0], "cpu").train()["step"] == 1
     assert "0 unexpected, 0 mismatched" in (tmp_path / "run/init.txt").read_text()
     assert load_run(tmp_path / "run")[0].train.init == str(tmp_path / "DiT.pt")
+
+
+def job(folder, *more):
+    """A run of one step, too small to move a weight, in ``folder``, and the tensors of its checkpoint."""
+    words = [*WORDS, "diffusion.objective=paper", "train.lr=1e-12", "train.steps=1", f"run.dir={folder}", *more]
+    build(load_run("shapes", words)[0], "cpu").train()
+    return load_checkpoint(latest_checkpoint(folder)).tensors["ema"]
+
+
+def equal(one, other, but=()):
+    return one.keys() == other.keys() and all(torch.allclose(one[name], other[name], atol=1e-9) for name in one if name not in but)
+
+
+def test_a_run_starts_from_a_weights_folder_and_from_another_run(tmp_path):
+    trained = tiny_trained()
+    save_trained(trained, tmp_path / "weights")
+    found = job(tmp_path / "one", f"train.init={tmp_path / 'weights'}")
+    assert equal(found, trained.model.state_dict())
+    assert equal(job(tmp_path / "two", f"train.init={tmp_path / 'one'}", "run.seed=5"), found)
+    report = (tmp_path / "two/init.txt").read_text().splitlines()
+    assert report[0].endswith("tensors used, 0 missing, 0 unexpected, 0 mismatched, 0 dropped")
+    assert {line.split()[1] for line in report[1:]} == found.keys()
+
+
+def test_other_sizes_of_clips_are_free(tmp_path):
+    trained = tiny_trained()
+    save_trained(trained, tmp_path / "weights")
+    assert equal(job(tmp_path / "run", f"train.init={tmp_path / 'weights'}", "data.frames=5", "data.resolution=32"),
+                 trained.model.state_dict())  # fmt: skip
+
+
+def test_a_run_starts_from_the_released_file_and_a_text_run_from_diffusers(tmp_path):
+    model = Latte(replace(MODEL, latent_size=16, num_classes=4)).eval()
+    save_official(model, tmp_path / "released.pt")
+    assert equal(job(tmp_path / "one", f"train.init={tmp_path / 'released.pt'}"), model.state_dict())
+    text = tiny_text(depth=2).model
+    save_diffusers(text, tmp_path / "t2v")
+    words = [*WORDS, "diffusion.objective=paper", "train.lr=1e-12", "train.steps=1", f"run.dir={tmp_path / 'two'}"]
+    build(load_run("shapes-text", [*words, f"train.init={tmp_path / 't2v'}"])[0], "cpu").train()
+    assert equal(load_checkpoint(latest_checkpoint(tmp_path / "two")).tensors["ema"], text.state_dict())
+
+
+def test_a_part_that_does_not_fit_is_left_out_only_when_it_is_named(tmp_path):
+    save_trained(tiny_trained(num_classes=7), tmp_path / "weights")
+    start = f"train.init={tmp_path / 'weights'}"
+    with pytest.raises(InputError, match=r"train.init: .*label_embedding.table.weight has the shape \(8, 16\) where \(5, 16\) belongs"):
+        job(tmp_path / "run", start)
+    found = job(tmp_path / "run", start, "train.init_gaps=label_embedding.*")
+    assert equal({**found, LABELS: found["label_embedding.table.weight"]}, {**tiny_trained(num_classes=7).model.state_dict(), LABELS: 0},
+                 but=("label_embedding.table.weight", LABELS))  # fmt: skip
+    assert "mismatched: label_embedding.table.weight" in (tmp_path / "run/init.txt").read_text()
+
+
+@pytest.mark.parametrize(
+    ("changes", "word", "told"),
+    [
+        ({}, "model.depth=4", r"train.init: model.depth is 4, but the weights at .* have 2; set model.depth=2"),
+        ({}, "model.variant=2", r"train.init: model.variant is '?2'?, but the weights at .* have 1; make them the same"),
+        ({"temporal_position": "rotary"}, "model.learn_sigma=true", r"model.temporal_position is 'absolute', but .* have rotary"),
+        ({}, "diffusion.objective=v", r"prediction of diffusion.objective is 'v', but the weights at .* learned with epsilon"),
+        ({}, "diffusion.schedule=squared_cosine", r"diffusion.schedule is 'squared_cosine', but .* learned with linear"),
+    ],
+)
+def test_weights_of_another_model_or_process_are_refused(changes, word, told, tmp_path):
+    save_trained(tiny_trained(**changes), tmp_path / "weights")
+    with pytest.raises(InputError, match=told) as error:
+        job(tmp_path / "run", f"train.init={tmp_path / 'weights'}", word)
+    assert "\n" not in str(error.value)
+    assert not [file for file in (tmp_path / "run").rglob("*") if file.suffix]
+
+
+def test_models_of_classes_and_of_captions_do_not_start_from_each_other(dit, tmp_path):
+    save_trained(tiny_text(depth=2), tmp_path / "text")
+    with pytest.raises(InputError, match=r"are a model of captions; set text.name"):
+        job(tmp_path / "run", f"train.init={tmp_path / 'text'}")
+    words = [*WORDS, "train.steps=1", f"run.dir={tmp_path / 'run'}", f"train.init={dit[1]}"]
+    with pytest.raises(InputError, match="is a DiT, which reads no captions; give a PixArt-alpha"):
+        build(load_run("shapes-text", words)[0], "cpu").train()
+
+
+def test_another_codec_than_the_weights_learned_is_announced(tmp_path, capsys):
+    save_trained(tiny_trained(), tmp_path / "weights")
+    card = json.loads((tmp_path / "weights/config.json").read_text())
+    card["codec"]["identity"] = "0" * 16
+    (tmp_path / "weights/config.json").write_text(json.dumps(card))
+    job(tmp_path / "run", f"train.init={tmp_path / 'weights'}")
+    assert "notice: the weights at" in capsys.readouterr().err
+
+
+def test_the_model_in_the_package_is_a_start_by_name(tmp_path):
+    words = [f"run.dir={tmp_path / 'run'}", "train.init=builtin", "train.steps=1", "train.global_batch=1", "train.sample_every=0"]
+    build(load_run("shapes", words)[0], "cpu").train()
+    assert "0 missing, 0 unexpected, 0 mismatched" in (tmp_path / "run/init.txt").read_text()

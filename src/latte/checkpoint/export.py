@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weights out: our own folder, the released Latte's file, diffusers' transformer, or a whole pipeline of diffusers.
+"""Weights out: our own folder, the released Latte's file, diffusers' transformer or a whole pipeline of it, or adapters in peft's layout.
 
 To add a layout: a function (model, place, facts) and one line in TARGETS.
 """
@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 
 from latte.checkpoint.atomic import commit_folder, reported
 from latte.checkpoint.diffusers import save_diffusers
+from latte.checkpoint.lora import save_lora
 from latte.checkpoint.official import save_official
 from latte.checkpoint.pipeline import to_pipeline
 from latte.checkpoint.run import tensors_sha256
@@ -84,9 +85,15 @@ def to_diffusers(model: Model, folder: Path, facts: Mapping[str, Any]) -> None:
     save_diffusers(model, folder)
 
 
+def to_lora(model: Model, folder: Path, facts: Mapping[str, Any]) -> None:
+    """The adapters alone."""
+    save_lora(model, folder)
+
+
 TARGETS: dict[str, Callable[[Model, Path, Mapping[str, Any]], None]] = {
     "latte": save_ours,
     "official": to_official,
     "diffusers": to_diffusers,
     "pipeline": to_pipeline,
+    "lora": to_lora,
 }

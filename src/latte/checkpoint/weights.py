@@ -16,7 +16,7 @@ from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
 from latte.checkpoint import diffusers, dit, official, pixart
-from latte.checkpoint.layout import Config, Coverage, Understanding, build, compare, wanted_by
+from latte.checkpoint.layout import Config, Coverage, Understanding, build, compare, some, wanted_by
 from latte.checkpoint.reading import fetch, read_card, read_tensors
 from latte.checkpoint.rename import BRANCHES, unwrap
 from latte.checks import InputError
@@ -32,12 +32,13 @@ Understand = Callable[[Mapping[str, Tensor], Mapping[str, Any] | None, int | Non
 class Layout:
     """``recognise(names)`` tells whether a file is of this layout, ``understand(tensors, config.json, heads)`` what is in it.
 
-    ``hint`` is what to do about a file that holds a part of a model only.
+    ``hint`` is what to do about a file that holds a part of a model only, ``silence(model)`` keeps what it lacks from having a say.
     """
 
     recognise: Callable[[Mapping[str, Any]], bool]
     understand: Understand
     hint: str = ""
+    silence: Callable[[Any], None] = lambda model: None
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,8 @@ class Loaded:
         with torch.device("cpu" if self.report.missing else "meta"):
             model = build(self.config)
         model.load_state_dict(self.state_dict, strict=False, assign=True)
+        if self.report.missing:
+            LAYOUTS[self.layout].silence(model)
         return model.to(dtype).requires_grad_(False).eval()
 
 
@@ -74,11 +77,7 @@ def load_foreign(
     path = fetch(source)
     stored, facts = read_tensors(path, BRANCHES)
     tensors = unwrap(stored)
-    name = next((name for name, layout in LAYOUTS.items() if layout.recognise(tensors)), None)
-    if name is None:
-        some = ", ".join(sorted(tensors)[:3])
-        raise InputError(f"weights {source} hold no model that is known here ({', '.join(LAYOUTS)}): its tensors are called {some}, ...; "
-                         "give a file of one of these")  # fmt: skip
+    name = recognise(tensors, source)
     layout, card = LAYOUTS[name], read_card(path)
     try:
         found = layout.understand(tensors, card, heads)
@@ -88,6 +87,20 @@ def load_foreign(
     LOG.info("%s", report)
     report.refuse(allow_missing, allow_unexpected, layout.hint)
     return Loaded(name, found.config, state, report, facts, card or {})
+
+
+def layout_of(source: str | Path) -> str:
+    """Which of LAYOUTS a file, folder or hub id is of; InputError for none."""
+    return recognise(unwrap(read_tensors(fetch(source), BRANCHES)[0]), source)
+
+
+def recognise(tensors: Mapping[str, Tensor], source: str | Path) -> str:
+    """The layout of tensors with these names; InputError for none of LAYOUTS."""
+    for name, layout in LAYOUTS.items():
+        if layout.recognise(tensors):
+            return name
+    raise InputError(f"weights {source} hold no model that is known here ({', '.join(LAYOUTS)}): its tensors are called "
+                     f"{some(sorted(tensors))}; give a file of one of these")  # fmt: skip
 
 
 def understand_ours(kind: type[ModelConfig] | type[TextConfig]) -> Understand:
@@ -112,7 +125,7 @@ LAYOUTS = {
                     understand_ours(ModelConfig)),
     "LatteText": Layout(lambda names: "space_blocks.0.table" in names, understand_ours(TextConfig)),
     "LatteT2V": Layout(diffusers.recognise, diffusers.understand),
-    "PixArt-alpha": Layout(pixart.recognise, pixart.understand, pixart.HINT),
+    "PixArt-alpha": Layout(pixart.recognise, pixart.understand, pixart.HINT, LatteText.still_time),
     "DiT": Layout(dit.recognise, dit.understand),
     "released Latte": Layout(official.recognise, official.understand),
 }  # fmt: skip

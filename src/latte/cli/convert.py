@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from latte.checks import InputError
 from latte.cli.options import Debug, Json, show, speak
 
 if TYPE_CHECKING:
@@ -16,7 +15,7 @@ if TYPE_CHECKING:
 SOURCES = "A weight file, a model's folder, a hub id (OWNER/NAME or OWNER/NAME/FILE), or a run folder."
 Source = Annotated[str, typer.Argument(metavar="SRC", help=SOURCES, show_default=False)]
 Place = Annotated[Path, typer.Argument(metavar="DST", help="A new folder, or with --to official a new file.", show_default=False)]
-To = Annotated[str, typer.Option(metavar="NAME", help="latte (our own folder), official (the released file), diffusers or pipeline.")]
+To = Annotated[str, typer.Option(metavar="NAME", help="latte (our own folder), official (the released file), diffusers, pipeline or lora.")]
 CodecPath = Annotated[
     str | None, typer.Option("--codec", metavar="PATH", help="The autoencoder's folder or hub id, where SRC does not say.")
 ]
@@ -24,6 +23,7 @@ TextPath = Annotated[str | None, typer.Option("--text-encoder", metavar="PATH", 
 Licence = Annotated[str | None, typer.Option(metavar="NAME", help="Licence of the weights, for the model card, e.g. cc-by-4.0.")]
 Data = Annotated[str | None, typer.Option(metavar="TEXT", help="What it was trained on, for the model card.")]
 Scores = Annotated[list[Path] | None, typer.Option("--score", metavar="FILE", help="A manifest.json of latte evaluate, for the card.")]
+Lora = Annotated[Path | None, typer.Option(metavar="FOLDER", help="Adapters (LoRA) to fold into the weights first.")]
 Heads = Annotated[int | None, typer.Option(help="Attention heads, for widths other than those of Table 4.")]
 Missing = Annotated[list[str] | None, typer.Option(metavar="PATTERN", help="Our names that may be missing, e.g. 'time_blocks.*'.")]
 Unexpected = Annotated[list[str] | None, typer.Option(metavar="PATTERN", help="The file's names that may be left over.")]
@@ -38,6 +38,7 @@ def convert(
     licence: Licence = None,
     data: Data = None,
     scores: Scores = None,
+    lora: Lora = None,
     heads: Heads = None,
     allow_missing: Missing = None,
     allow_unexpected: Unexpected = None,
@@ -46,6 +47,7 @@ def convert(
 ) -> None:
     """Convert weights from any known layout to another, with a report of every tensor. Nothing in a file is ever run."""
     from latte.checkpoint.export import TARGETS, export, score_of
+    from latte.checkpoint.lora import folded, load_lora, lora_layers
     from latte.checks import choose, require
     from latte.config import RUN_FILE
     from latte.evaluate.manifest import read_report
@@ -56,6 +58,10 @@ def convert(
         model, report, facts = from_run(Path(source))
     else:
         model, report, facts = from_weights(source, heads, allow_missing or [], allow_unexpected or [])
+    if lora is not None:
+        require(to != "lora", "--lora", str(lora), "with --to lora the adapters are what goes out", "leave one of the two out")
+        load_lora(model, lora)
+    model = folded(model) if to != "lora" and lora_layers(model) else model
     if codec is not None:
         facts["codec"] = {**facts["codec"], "path": codec}
     if text_encoder is not None:
@@ -90,29 +96,22 @@ def from_weights(source: str, heads: int | None, missing: list[str], unexpected:
 
 
 def from_run(folder: Path) -> "tuple[Model, Coverage, dict[str, Any]]":
-    """The averaged weights of a run's newest checkpoint."""
+    """The averaged weights of a run's newest checkpoint; of a run of adapters the model with these in it."""
     from dataclasses import asdict
 
-    from latte.checkpoint.layout import Understanding, build, compare
+    from latte.checkpoint.layout import Coverage
     from latte.checkpoint.run import load_latest
     from latte.config import load_run
+    from latte.trained import about_run, run_model, trained_run
 
     config, _ = load_run(folder)
-    checkpoint = load_latest(folder, only={"ema"})
-    if checkpoint is None:
-        raise InputError(f"run {folder} has no checkpoint yet; train it first: latte train {folder}")
-    model, tensors = build(config.network), checkpoint.tensors["ema"]
-    found = Understanding(config.network, {name: name for name in tensors})
-    state, report = compare(str(folder), f"run, step {checkpoint.step}", tensors, found, model.state_dict())
-    report.refuse((), ())
-    model.load_state_dict(state)
+    checkpoint = trained_run(folder, config, load_latest(folder, only={"ema"}))
+    model = run_model(config, checkpoint)
+    report = Coverage(str(folder), f"run, step {checkpoint.step}", list(checkpoint.tensors["ema"]), [], [])
     known = checkpoint.state["facts"]
     facts = {"diffusion": asdict(config.diffusion), "classes": known.get("classes", []), "sample": asdict(config.sample),
-             "codec": {"name": config.codec.name, "path": config.codec.path, "identity": known.get("codec")}}  # fmt: skip
-    clips = {key: getattr(config.data, key) for key in ("kind", "resolution", "frames", "interval")}
-    name = {} if config.data.root is None else {"name": Path(config.data.root).name}  # where it lies is nobody's business
-    facts["about"] = {"data": {**name, **clips}, "step": checkpoint.step, "clips_seen": checkpoint.step * config.train.global_batch,
-                      "source": "averaged weights of a run"}  # fmt: skip
+             "codec": {"name": config.codec.name, "path": config.codec.path, "identity": known.get("codec")},
+             "about": about_run(config, checkpoint)}  # fmt: skip
     if config.text.name:
         facts["text"] = {**asdict(config.text), "identity": known["text"]["encoder"]}
     return model, report, facts

@@ -42,6 +42,7 @@ CodecPath = Annotated[str | None, typer.Option(help="Where the autoencoder's wei
 TextPath = Annotated[
     str | None, typer.Option("--text-encoder", metavar="PATH", help="Where the text encoder's weights are, if they have moved.")
 ]
+LoraFolder = Annotated[Path | None, typer.Option("--lora", metavar="FOLDER", help="Adapters (LoRA) of this model, folded in first.")]
 
 
 def sample(
@@ -66,6 +67,7 @@ def sample(
     out: Out = None,
     codec_path: CodecPath = None,
     text_encoder: TextPath = None,
+    lora: LoraFolder = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
     as_json: Json = False,
@@ -81,7 +83,7 @@ def sample(
     speak()
     chosen = {"steps": read_steps(steps), "sampler": sampler, "guidance": guidance, "eta": eta, "batch": batch, "fps": fps}
     texts = [*(prompt or []), *(read_lines(prompts) if prompts else [])]
-    trained = load_trained(model, device, codec_path, text_encoder, [*texts, negative] if texts else [])
+    trained = load_trained(model, device, codec_path, text_encoder, [*texts, negative] if texts else [], lora)
     config = replace(trained.sample, **{key: value for key, value in chosen.items() if value is not None})
     trained.check_prompts(bool(texts))
     wishes = wish_texts(texts, count, seed) if texts else wish(trained, labels, count, seed)

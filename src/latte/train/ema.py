@@ -12,13 +12,14 @@ class EMA:
 
     It starts as a copy, of which decay^n is left after n steps: with 0.999 still 37 % after 1000. ``warmup`` lets go of it sooner: step
     n = 1, 2, ... takes the lesser of ``decay`` and (1 + n) / (10 + n), an average over the last ninth of the run so far. Only what is
-    trained moves; frozen parameters and buffers stay as they were copied. Its state is that of ``.model``, under the same names as the
-    model's own.
+    trained moves; frozen parameters are those of ``model`` itself, not copies, and buffers stay as they were copied. Its state is that of
+    ``.model``, under the same names as the model's own.
     """
 
     def __init__(self, model: nn.Module, decay: float, warmup: bool = False):
         self.decay, self.warmup = decay, warmup
-        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+        shared = {id(parameter): parameter for parameter in model.parameters() if not parameter.requires_grad}
+        self.model = copy.deepcopy(model, shared).eval().requires_grad_(False)
         pairs = [(mine, theirs) for mine, theirs in zip(self.model.parameters(), model.parameters(), strict=True) if theirs.requires_grad]
         self.averages, self.weights = [mine for mine, _ in pairs], [theirs for _, theirs in pairs]
 

@@ -19,6 +19,7 @@ from latte.autoencoder.codec import Codec
 from latte.checkpoint.atomic import reported
 from latte.checkpoint.dit import MAPPINGS
 from latte.checkpoint.lock import run_lock
+from latte.checkpoint.lora import LoraConfig
 from latte.checkpoint.record import describe_run
 from latte.checkpoint.run import save_checkpoint, tensors_sha256
 from latte.checks import InputError, choose, require
@@ -35,7 +36,7 @@ from latte.train.monitor import MetricsFile, Progress, Tally
 from latte.train.optim import Learner, learning_rate
 from latte.train.resume import restore, run_facts
 from latte.train.signals import StopRequest
-from latte.train.start import start_from
+from latte.train.start import Start, adapt, start_from
 from latte.train.step import Task, backward
 
 TRAINING_DTYPES = {name: DTYPES.get(name) for name in ("auto", "fp32", "bf16")}  # fp16 gradients underflow without loss scaling
@@ -69,8 +70,9 @@ class TrainConfig:
     dtype: str = "auto"
     compile: bool = False
     gradient_checkpointing: bool = False  # keep only what goes into each block, compute the rest again for backward
-    init: str | None = None  # a DiT (file or hub id) that a fresh run starts from
-    init_mapping: str = "all"  # where its blocks go
+    init: str | None = None  # weights (file, folder, hub id, run or builtin) that a fresh run starts from
+    init_mapping: str = "all"  # of a DiT: where its blocks go
+    init_gaps: tuple[str, ...] = ()  # patterns of our names that may be missing there, or of another shape
     checkpoint_every: int = 10_000
     keep_last: int = 3
     sample_every: int = 0  # 0: no samples while training
@@ -89,7 +91,13 @@ class TrainConfig:
                 "give a number above 0, or null to clip nothing")  # fmt: skip
         choose("train.dtype", self.dtype, TRAINING_DTYPES)
         choose("train.init_mapping", self.init_mapping, MAPPINGS)
-        require(self.init != "", "train.init", self.init, "it names a DiT", "give a file or a hub id, or null for random weights")
+        require(self.init != "", "train.init", self.init, "it names weights", "give a file, a folder or a hub id, or null for random ones")
+        object.__setattr__(self, "init_gaps", tuple(self.init_gaps))  # JSON and YAML have lists
+
+    @property
+    def start(self) -> Start | None:
+        """What a fresh run starts from, if not from random weights."""
+        return None if self.init is None else Start(self.init, self.init_mapping, self.init_gaps)
 
 
 def train(
@@ -108,10 +116,12 @@ def train(
     sample: Callable[[nn.Module, int], None] | None = None,
     captions: CaptionReader | None = None,
     until: int | None = None,
+    lora: LoraConfig | None = None,
 ) -> dict[str, Any]:
     """Train ``model`` in place to ``config.steps``, going on from the newest good checkpoint in ``run_dir`` if there is one.
 
-    With ``config.init`` a run without checkpoints starts from that image model, with the report in ``run_dir``/init.txt.
+    With ``config.init`` a run without checkpoints starts from those weights, with the report in ``run_dir``/init.txt. With a ``lora`` that
+    has a rank they are frozen and adapters trained in their stead: checkpoints hold the adapters alone, and going on needs the weights.
     ``captions`` turns a batch's captions into what a text model reads; a class model is told the labels.
     ``codec`` may be None for a dataset of latents. ``facts`` (plain data) adds to what a resumed run must have in common with the
     run it goes on with; ``record`` is written to config.yaml. ``sample(ema_model, step)`` is called every ``sample_every`` steps and
@@ -127,13 +137,14 @@ def train(
     dtype = resolve_dtype(config.dtype, device)
     with process_group(device) as group, run_lock(run_dir) if group.rank == 0 else nullcontext():
         check_parts(model, codec, dataset, config, group)
-        if config.init:
-            group.first(start_from, model, config.init, config.init_mapping, run_dir)
+        if config.start:
+            group.first(start_from, model, config.start, run_dir, facts or {}, bool(lora and lora.rank))
         model.to(device).train()
         model.gradient_checkpointing = config.gradient_checkpointing
         group.equalise([*model.parameters(), *model.buffers()])
+        adapters = {"lora": adapt(model, lora, seed)} if lora and lora.rank else {}
         learner = Learner(model, config.lr, config.weight_decay, config.ema_decay, config.ema_warmup)
-        common = {**run_facts(model, codec, clips, config.global_batch, seed), **(facts or {})}
+        common = {**run_facts(model, codec, clips, config.global_batch, seed), **(facts or {}), **adapters}
         settings = {name: getattr(config, name) for name in SETTINGS}
         state, saved = restore(run_dir, learner, common, settings, group)
         step = state.get("step", 0)
@@ -176,7 +187,7 @@ def train(
             "step": step,
             "loss": tally.latest_loss(),
             "checkpoint": str(saved) if saved else None,
-            "weights_sha256": tensors_sha256(learner.ema.model.state_dict()),
+            "weights_sha256": tensors_sha256(learner.tensors()["ema"]),
             "interrupted": code if step < end else 0,
         }
 

@@ -72,6 +72,7 @@ class Learner:
         self.model, self.ema = model, EMA(model, ema_decay, ema_warmup)
         self.optimizer = build_optimizer(model, lr, weight_decay)
         self.parameters = self.optimizer.param_groups[0]["params"]
+        self.frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
         device = self.parameters[0].device
         self.guard = FiniteGuard(device, at_once=device.type == "cpu")
 
@@ -92,18 +93,23 @@ class Learner:
         return numbers
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """Everything, as the groups of a checkpoint: model, ema, optimizer."""
+        """Everything that is not frozen, as the groups of a checkpoint: model, ema, optimizer."""
         return {
-            "model": self.model.state_dict(),
-            "ema": self.ema.model.state_dict(),
+            "model": self.moving(self.model),
+            "ema": self.moving(self.ema.model),
             "optimizer": optimizer_tensors(self.model, self.optimizer),
         }
 
     def load(self, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Take everything back, bit for bit."""
-        self.model.load_state_dict(tensors["model"])
-        self.ema.model.load_state_dict(tensors["ema"])
+        """Take everything back, bit for bit; what is frozen stays as it is."""
+        for model, group in ((self.model, "model"), (self.ema.model, "ema")):
+            still = {name: tensor for name, tensor in model.state_dict().items() if name in self.frozen}
+            model.load_state_dict({**still, **tensors[group]})
         load_optimizer_tensors(self.model, self.optimizer, tensors["optimizer"])
+
+    def moving(self, model: nn.Module) -> dict[str, Tensor]:
+        """The tensors of ``model`` (or of the average) without the frozen ones."""
+        return {name: tensor for name, tensor in model.state_dict().items() if name not in self.frozen}
 
 
 class FiniteGuard:

@@ -8,10 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from support import noise, wake
 
-from latte.checks import InputError
-from latte.model.latte import Latte, ModelConfig
-from latte.model.text import LatteText, TextConfig
-from latte.train.lora import (
+from latte.checkpoint.lora import (
     LoraConfig,
     add_lora,
     base_state,
@@ -24,6 +21,9 @@ from latte.train.lora import (
     target_names,
     unmerge,
 )
+from latte.checks import InputError
+from latte.model.latte import Latte, ModelConfig
+from latte.model.text import LatteText, TextConfig
 from tiny_pipeline import seeded
 
 peft = pytest.importorskip("peft", reason="needs the extra lora")
@@ -199,7 +199,7 @@ def test_adapters_of_other_weights_or_broken_ones_are_refused_and_change_nothing
     with pytest.raises(InputError, match="adapters already"):
         load_lora(other, tmp_path / "a")
     with pytest.raises(InputError, match="adapters already"):
-        add_lora(other, LoraConfig())
+        add_lora(other, LoraConfig(2))
     with pytest.raises(InputError, match="no adapters that stand apart"):
         save_lora(plain("class"), tmp_path / "b")
 
@@ -208,9 +208,11 @@ def test_adapters_of_other_weights_or_broken_ones_are_refused_and_change_nothing
     ("given", "message"),
     [
         ({"rank": 0}, "lora.rank is 0"),
-        ({"alpha": 0}, "lora.alpha is 0"),
-        ({"targets": ()}, "something has to be adapted"),
-        ({"targets": ("qvk",)}, "did you mean 'qkv'"),
+        ({"rank": 2, "alpha": 0}, "lora.alpha is 0"),
+        ({"rank": 2, "targets": ()}, "something has to be adapted"),
+        ({"rank": 2, "targets": ("qvk",)}, "did you mean 'qkv'"),
+        ({"alpha": 4.0}, "without lora.rank there are no adapters"),
+        ({"targets": ("mlp",)}, "without lora.rank there are no adapters"),
     ],
 )
 def test_a_wrong_configuration_is_refused(given, message):
@@ -221,5 +223,7 @@ def test_a_wrong_configuration_is_refused(given, message):
 def test_a_target_that_the_model_has_not_is_refused():
     model = plain("class")
     with pytest.raises(InputError, match=r"lora.targets is 'cross', but Latte has no such projection; give some of qkv, proj, mlp"):
-        add_lora(model, LoraConfig(targets=("qkv", "cross")))
+        add_lora(model, LoraConfig(2, targets=("qkv", "cross")))
+    with pytest.raises(InputError, match="adapters have one"):
+        add_lora(model, LoraConfig())
     assert not lora_layers(model)

@@ -17,9 +17,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from latte.checkpoint.atomic import commit_folder, reported
+from latte.checkpoint.layout import build
 from latte.checkpoint.reading import read_json, read_tensors
 from latte.checkpoint.run import tensors_sha256
 from latte.checks import InputError, choose, require
+from latte.model.text import Network
 from latte.runtime import generator
 
 WEIGHTS, CARD = "adapter_model.safetensors", "adapter_config.json"
@@ -39,17 +41,26 @@ TARGETS: dict[str, Callable[[list[str]], bool]] = {  # a linear layer's name, sp
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """``alpha`` / ``rank`` scales what an adapter adds; ``targets`` are names of TARGETS. InputError on construction for anything else."""
+    """``rank`` None: no adapters, the whole model is trained. ``alpha`` / ``rank`` scales what an adapter adds; ``targets`` are of TARGETS.
+
+    InputError on construction for anything else.
+    """
 
     __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
 
-    rank: int = 8
+    rank: int | None = None
     alpha: float = 8.0
     targets: tuple[str, ...] = ("qkv", "proj")
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "targets", tuple(self.targets))  # JSON and YAML have lists
-        require(self.rank >= 1, "lora.rank", self.rank, "it counts columns", "give 1 or more, e.g. 8")
+        if self.rank is None:
+            for name in ("alpha", "targets"):
+                default = type(self).__dataclass_fields__[name].default
+                require(getattr(self, name) == default, f"lora.{name}", getattr(self, name), "without lora.rank there are no adapters",
+                        "give lora.rank, e.g. 8, or leave it out")  # fmt: skip
+            return
+        require(self.rank >= 1, "lora.rank", self.rank, "it counts columns", "give 1 or more, e.g. 8, or null for none")
         require(self.alpha > 0, "lora.alpha", self.alpha, "it is a scale", "give a number above 0, e.g. the rank")
         require(bool(self.targets), "lora.targets", self.targets, "something has to be adapted", f"give some of {', '.join(TARGETS)}")
         for target in self.targets:
@@ -78,8 +89,10 @@ def target_names(model: nn.Module, targets: tuple[str, ...]) -> list[str]:
 def add_lora(model: nn.Module, config: LoraConfig, seed: int = 0) -> None:
     """Put fresh adapters into ``model`` and freeze everything else. A is a function of ``seed``, B is zero: the model is as before.
 
-    InputError for a model that has adapters already, and for targets that it has not.
+    InputError for a model that has adapters already, for targets that it has not, and without a rank.
     """
+    require(config.rank is not None, "lora.rank", config.rank, "adapters have one", "give 1 or more, e.g. 8")
+    assert config.rank is not None
     if lora_layers(model):
         raise InputError(f"this {type(model).__name__} has adapters already; load the plain model, or fold them in with plain_state first")
     insert(model, config.rank, config.alpha, target_names(model, config.targets))
@@ -121,6 +134,14 @@ def plain_state(model: nn.Module) -> dict[str, Tensor]:
             weight = state[f"{name}.weight"]
             state[f"{name}.weight"] = weight + layer.get_delta_weight(ADAPTER).to(weight)
     return state
+
+
+def folded(model: Network) -> Network:
+    """A plain model, for inference, with the adapters folded into its weights: what every exporter and ``load_trained`` want."""
+    with torch.device("meta"):
+        plain = build(model.config)
+    plain.load_state_dict(plain_state(model), assign=True)
+    return plain.requires_grad_(False).eval()
 
 
 def merge(model: nn.Module) -> dict[str, Tensor]:
