@@ -99,6 +99,12 @@ def test_the_first_uploads_card_with_other_keys(ours, tmp_path):
         ("sample_size", "64", "whole number"),
         ("video_length", -1, "whole number"),
         ("interpolation_scale", 2, "goes with 1"),
+        ("num_layers", 3, "num_layers is 3, but the tensors say 2; the folder is mixed"),
+        ("in_channels", 8, "the tensors say 4"),
+        ("out_channels", 4, "the tensors say 8"),
+        ("patch_size", 4, "the tensors say 2"),
+        ("cross_attention_dim", 64, "the tensors say 32"),
+        ("caption_channels", 4096, "the tensors say 12"),
     ],
 )
 def test_a_card_of_another_network_is_refused(key, value, message, ours, tmp_path):
@@ -108,6 +114,21 @@ def test_a_card_of_another_network_is_refused(key, value, message, ours, tmp_pat
     with pytest.raises(InputError, match=message) as error:
         load_foreign(tmp_path / "t")
     assert "\n" not in str(error.value)
+
+
+def test_heads_that_contradict_the_card_are_refused_and_so_is_a_folder_without_one(ours, tmp_path):
+    save_diffusers(ours, tmp_path / "t")
+    assert load_foreign(tmp_path / "t", heads=2).config == TINY
+    with pytest.raises(InputError, match=r"heads is 4, but config.json says 2"):
+        load_foreign(tmp_path / "t", heads=4)
+    (tmp_path / "t" / "config.json").unlink()
+    for heads in (None, 2):
+        with pytest.raises(InputError, match=r"no config.json, .* half downloaded, fetch it again, or give the weight file itself"):
+            load_foreign(tmp_path / "t", heads=heads)
+    file = tmp_path / "t" / "diffusion_pytorch_model.safetensors"
+    assert load_foreign(file, heads=2).config.dimensions == TINY.dimensions
+    with pytest.raises(InputError, match="heads is 0, but it counts attention heads"):
+        load_foreign(file, heads=0)
 
 
 def test_missing_and_extra_tensors_are_refused_unless_named(ours, tmp_path):

@@ -170,6 +170,15 @@ def test_a_table_is_a_bijection():
         translate(ours, TABLE, "toours")
 
 
+@pytest.mark.parametrize("name", ["ours", "ours.safetensors", "folder.pt"])
+def test_only_a_file_with_the_ending_of_one_is_written(name, tmp_path):
+    (tmp_path / "folder.pt").mkdir()
+    model = Latte(ModelConfig(depth=2, width=32, heads=4, latent_size=8, num_frames=4))
+    with pytest.raises(InputError, match=rf"{name}', but it is a file whose name ends in one of .pt"):
+        save_official(model, tmp_path / name)
+    assert [file.name for file in tmp_path.iterdir()] == ["folder.pt"]
+
+
 def test_a_failed_write_leaves_nothing(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")

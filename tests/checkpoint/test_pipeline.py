@@ -15,6 +15,8 @@ from latte.checks import InputError, RunError
 from latte.diffusion.guidance import guided_pair
 from latte.diffusion.process import DiffusionConfig, build_process
 from latte.diffusion.samplers import sample
+from latte.prompts import PromptReader
+from latte.text_encoder import TextEncoderConfig
 from tiny_pipeline import TINY, VAES, tiny_codec, tiny_denoiser, tiny_t5
 
 pytest.importorskip("transformers", reason="needs the extra t2v")
@@ -81,6 +83,23 @@ def test_given_embeddings_give_the_same_clips(kind, scheduler, model, tmp_path):
     ours = our_clip(model, codec_, latents, text, null, None, scheduler, steps)
     assert theirs.std() > 0.05
     assert float((ours - theirs).abs().max()) < SAME
+
+
+def test_it_draws_the_clip_that_we_draw_from_the_same_words_once_it_is_given_our_features(model, tmp_path):
+    """Left alone it attends to the padding of the negative prompt, and guidance leads elsewhere."""
+    codec_, latents = tiny_codec("AutoencoderKL", tmp_path / "vae"), noise(1, 5, 4, 8, 8)
+    save_pipeline(model, codec_, *tiny_t5(), DiffusionConfig(), tmp_path / "out")
+    words = PromptReader(TextEncoderConfig("t5", str(tmp_path / "out"), 20), "cpu")(["a red circle moves up"])
+    text, null = words.text[words.mask][None], words.null_text[words.null_mask][None]
+    assert (text.shape[1], null.shape[1]) == (6, 1)
+    denoise = guided_pair(model, (words.text, words.mask), (words.null_text, words.null_mask), 7.5)
+    z = sample("ddim", denoise, build_process(DiffusionConfig()), lambda shape: latents, latents.shape[1:], "ddim10")
+    ours, pipe = codec_.decode(z) / 2 + 0.5, pipeline(tmp_path / "out")
+    same = {"prompt_embeds": text, "negative_prompt_embeds": null.expand_as(text)}  # one key six times over is attended to as one
+    given = pipe(None, None, **same, latents=latents.transpose(1, 2), **CALL).frames
+    assert float((ours - given).abs().max()) < SAME
+    alone = pipe("a red circle moves up", latents=latents.transpose(1, 2), **CALL).frames
+    assert float((ours - alone).abs().max()) > 100 * SAME
 
 
 @pytest.mark.parametrize("learn_sigma", [True, False])

@@ -129,6 +129,8 @@ def test_which_file_of_a_folder_counts(files, expected, tmp_path):
         ("nowhere/at-all/ffs.pt", "HF_HUB_OFFLINE is set"),
         ("../../etc/passwd.pt", "neither a file, a folder nor a hub id"),
         ("a/../b", "neither a file"),
+        ("./missing", "neither a file"),
+        ("", "neither a file"),
         ("no such file.pt", "neither a file"),
         ("long" * 2000, "cannot be looked for"),
         ("zero\0byte", "neither a file|cannot be looked for"),
@@ -139,6 +141,43 @@ def test_what_is_nowhere_is_said_so(name, message, monkeypatch):
     with pytest.raises(InputError, match=message) as error:
         load_foreign(name)
     assert "\n" not in str(error.value)
+
+
+def test_a_connection_that_breaks_off_is_one_line(monkeypatch):
+    import huggingface_hub
+
+    class ReadTimeout(Exception):
+        """As the hub's HTTP client raises it: not an error of the system."""
+
+    def break_off(*words, **rest):
+        raise ReadTimeout("the read operation timed out\nand more")
+
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    for name in ("snapshot_download", "hf_hub_download"):
+        monkeypatch.setattr(huggingface_hub, name, break_off)
+    for source in ("owner/name", "owner/name/ffs.pt"):
+        with pytest.raises(InputError, match=r"the hub does not give them \(the read operation timed out\)"):
+            load_foreign(source)
+
+
+def test_a_folder_in_the_hubs_cache_is_read_offline(tmp_path, monkeypatch):
+    model, _ = shards(tmp_path / "here")
+    base, commit = tmp_path / "hub/models--owner--name", "a" * 40
+    for part in ("refs", "blobs", f"snapshots/{commit}/transformer"):
+        (base / part).mkdir(parents=True)
+    (base / "refs/main").write_text(commit)
+    for file in (tmp_path / "here").iterdir():
+        file.rename(base / "blobs" / file.name)
+        (base / "snapshots" / commit / "transformer" / file.name).symlink_to(base / "blobs" / file.name)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    loaded = load_foreign("owner/name")
+    assert loaded.config == model.config
+    assert all(torch.equal(loaded.state_dict[name], tensor) for name, tensor in model.state_dict().items())
+    (base / "snapshots" / commit / "transformer" / SECOND).unlink()
+    (base / "blobs" / SECOND).rename(base / "blobs" / f"{SECOND}.incomplete")
+    with pytest.raises(InputError, match="lacks 1 of its 3 shards"):
+        load_foreign("owner/name")
 
 
 def test_the_hub_is_asked_for_one_model_and_what_it_gives_is_read(tmp_path, monkeypatch):

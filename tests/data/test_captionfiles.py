@@ -66,6 +66,7 @@ def captions_of(root, captions="auto") -> dict[str, str]:
         ("captions.jsonl", lines(TOLD.items())),
         ("captions.jsonl", lines(TOLD.items(), ("key", "text"))),
         ("captions.csv", table([*TOLD.items(), ("b/broken.mp4", "nobody sees it")])),
+        ("captions.csv", table(TOLD.items()).replace('"path","caption"', "Path, Caption")),
     ],
 )
 def test_every_kind_of_table_says_the_same(root, name, text):
@@ -131,7 +132,10 @@ ALL = list(TOLD.items())
         ("captions.csv", "path,caption\na/one.mp4\n", "the header has 2 columns"),
         ("captions.csv", 'path,caption\na/one.mp4,"one\n', "captions.csv:2 is not csv"),
         ("captions.csv", 'path,caption\na/one.mp4,"one"x\n', "captions.csv:2 is not csv"),
-        ("captions.csv", "", "3 of 3 videos"),
+        ("captions.csv", "", "the header in .*captions.csv:1 is ''"),
+        ("captions.csv", "path,caption\n", "3 of 3 videos"),
+        ("captions.csv", table(ALL[1:], ALL[0]), "captions.csv:1 is 'a/one.mp4,a grey wall', but .*write path,caption above"),
+        ("captions.csv", "path;caption\na/one.mp4;one\n", "captions.csv:1 is 'path;caption', but .*commas between the columns"),
         ("captions.jsonl", lines(ALL) + "{", r"captions.jsonl:7 is no JSON object"),
         ("captions.jsonl", "[" * 50_000, "is no JSON object"),
         ("captions.jsonl", '["a/one.mp4", "x"]\n', "is no JSON object"),
@@ -146,6 +150,13 @@ def test_what_is_wrong_with_captions_is_told_in_one_line(root, name, text, told)
     with pytest.raises(InputError, match=told) as error:
         FolderDataset(config(root))
     assert "\n" not in str(error.value)
+
+
+def test_a_text_file_beside_no_video_is_no_caption(root):
+    for key, caption in TOLD.items():
+        (root / key).with_suffix(".txt").write_text(caption)
+    (root / "README.txt").write_text("about these videos")
+    assert captions_of(root) == TOLD
 
 
 def test_captions_of_two_kinds_are_refused(root):

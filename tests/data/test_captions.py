@@ -39,6 +39,13 @@ def test_every_distinct_caption_is_encoded_once_and_the_empty_one_too():
     assert (features.identity, features.length) == (encoder.identity, 4)
 
 
+def test_a_caption_that_is_too_long_is_told_before_the_others_are_encoded(tmp_path):
+    encoder = Counting(4)
+    with pytest.raises(InputError, match="has 6 tokens"):
+        store_captions(tmp_path / CAPTIONS, encoder, [*(f"word{index}" for index in range(100)), "xx two three four five"])
+    assert len(encoder.asked) == 1
+
+
 def test_what_comes_back_is_what_the_encoder_gives():
     captions = ["red", "", "a b c", "red"]
     text, mask = encode_captions(BuiltinEncoder(4), captions)(captions)

@@ -6,9 +6,14 @@ import json
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from reference.official import released_state
+from safetensors.torch import load_file, save_file
+from support import wake
 
+from latte.checkpoint.diffusers import save_diffusers
 from latte.checkpoint.export import publish, save_ours, score_of
 from latte.checkpoint.run import tensors_sha256
+from latte.checks import InputError
 from latte.model.card import cell
 from latte.model.latte import Latte, ModelConfig
 from latte.model.text import LatteText, TextConfig
@@ -54,6 +59,42 @@ def test_a_weights_folder_has_all_the_facts_on_its_card_and_in_its_config(tmp_pa
     assert "from latte import load_trained" in card.text
     assert config["about"] == FACTS["about"]
     assert torch.equal(Latte.from_pretrained(tmp_path / "w").final_linear.weight, built.final_linear.weight)
+
+
+def test_from_pretrained_takes_files_and_folders_of_every_layout_and_reports(tmp_path, caplog):
+    state, text = released_state(classes=5), wake(model("text"))
+    torch.save({"ema": state}, tmp_path / "ucf.pt")
+    save_diffusers(text, tmp_path / "pipe" / "transformer")
+    (tmp_path / "pipe" / "model_index.json").write_text("{}")
+    with caplog.at_level("INFO", logger="latte"):
+        found = Latte.from_pretrained(tmp_path / "ucf.pt", heads=4)
+    assert "ucf.pt (released Latte): 51 tensors used, 0 missing" in caplog.text
+    assert torch.equal(found.final_linear.weight, state["final_layer.linear.weight"])
+    assert not found.training
+    assert all(parameter.requires_grad for parameter in found.parameters())
+    assert LatteText.from_pretrained(tmp_path / "pipe").config == text.config
+    with pytest.raises(InputError, match=r"holds a LatteText, not a Latte; call LatteText.from_pretrained"):
+        Latte.from_pretrained(tmp_path / "pipe")
+
+
+def test_from_pretrained_never_loads_a_part_unless_it_is_named(tmp_path):
+    built = wake(model("class"))
+    built.save_pretrained(tmp_path / "w")
+    file = tmp_path / "w" / "model.safetensors"
+    tensors = load_file(file)
+    save_file({**{name: tensors[name] for name in tensors if name != "final_linear.bias"}, "more": torch.ones(1)}, file)
+    with pytest.raises(InputError, match=r"1 tensors missing \(final_linear.bias\), 1 tensors unexpected \(more\)"):
+        Latte.from_pretrained(tmp_path / "w")
+    found = Latte.from_pretrained(tmp_path / "w", allow_missing=["final_linear.bias"], allow_unexpected=["more"])
+    assert torch.equal(found.final_linear.weight, built.final_linear.weight)
+
+
+def test_weights_of_another_step_beside_the_card_are_refused(tmp_path):
+    for seed in (0, 1):
+        save_ours(wake(model("class"), seed=seed), tmp_path / f"{seed}", FACTS)
+    (tmp_path / "0/model.safetensors").rename(tmp_path / "1/model.safetensors")
+    with pytest.raises(InputError, match="another hash: they are of another model or altered"):
+        Latte.from_pretrained(tmp_path / "1")
 
 
 def test_half_known_facts_and_scores_without_an_interval():

@@ -70,7 +70,9 @@ def understand(tensors: Mapping[str, Tensor], card: Mapping[str, Any] | None, he
     for key, value in FIXED.items():
         require(card.get(key, value) == value, f"config.json's {key}", card.get(key), f"this model has {value!r}", "give a LatteT2V")
     width, channels, patch, _ = shape_of(tensors, "pos_embed.proj.weight", 4)
-    heads = heads_on_card(card, width) if heads is None else heads
+    written = heads_on_card(card, width)
+    require(heads is None or written in (None, heads), "heads", heads, f"config.json says {written}", "leave them out, or give these")
+    heads = written if heads is None else heads
     size = whole(card, "sample_size", 64)
     scale = card.get("interpolation_scale") or max(size // COARSE, 1)
     require(scale == max(size // COARSE, 1), "config.json's interpolation_scale", scale, f"a sample_size of {size} goes with "
@@ -84,8 +86,19 @@ def understand(tensors: Mapping[str, Tensor], card: Mapping[str, Any] | None, he
         caption_channels=shape_of(tensors, "caption_projection.linear_1.weight", 2)[1],
         learn_sigma=learns_sigma(shape_of(tensors, "proj_out.weight", 2)[0], patch, channels),
     )
+    check_card(card, config, shape_of(tensors, "proj_out.weight", 2)[0])
     dropped = {NULL_CAPTION: "is a buffer that no prompt uses"} if NULL_CAPTION in tensors else {}
     return Understanding(config, translate(tensors, TABLE, "to_ours"), dropped)
+
+
+def check_card(card: Mapping[str, Any], config: TextConfig, rows: int) -> None:
+    """InputError where config.json gives another size than the tensors; ``rows`` are those of the last layer."""
+    depth, width, _ = config.dimensions
+    sizes = {"num_layers": depth, "in_channels": config.latent_channels, "out_channels": rows // config.patch_size**2,
+             "patch_size": config.patch_size, "cross_attention_dim": width, "caption_channels": config.caption_channels}  # fmt: skip
+    for key, size in sizes.items():
+        require(card.get(key) in (None, size), f"config.json's {key}", card.get(key), f"the tensors say {size}",
+                "the folder is mixed from two models, fetch it again")  # fmt: skip
 
 
 def heads_on_card(card: Mapping[str, Any], width: int) -> int | None:

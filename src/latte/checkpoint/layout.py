@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from latte.checks import InputError
+from latte.checks import InputError, require
 from latte.model.latte import SIZES, Latte, ModelConfig
 from latte.model.text import LatteText, TextConfig, network
 from latte.runtime import generator
@@ -135,6 +135,7 @@ def dimensions(depth: int, width: int, heads: int | None) -> dict[str, Any]:
     The number of heads cannot be seen in the tensors: it is Table 4's for that width unless ``heads`` says otherwise.
     """
     known = {w: h for _, w, h in SIZES.values()}
+    require(heads is None or heads >= 1, "heads", heads, "it counts attention heads", "give 1 or more, or leave it out")
     if heads is None and width not in known:
         raise InputError(f"the file's model has a width of {width}, which is none of Table 4's ({', '.join(map(str, known))}), and the "
                          "number of attention heads cannot be read from the tensors; give heads=...")  # fmt: skip

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from latte.checkpoint.atomic import TEMPORARY, reported, sync
 from latte.checkpoint.layout import Understanding, against_table, count_blocks, dimensions, learns_sigma, shape_of
+from latte.checkpoint.reading import PICKLED
 from latte.checkpoint.rename import translate
 from latte.checks import InputError, require
 from latte.model.latte import Latte, ModelConfig
@@ -101,8 +102,13 @@ def official_state(model: Latte) -> dict[str, Tensor]:
 
 
 def save_official(model: Latte, path: str | Path) -> list[str]:
-    """Write a file {'ema': tensors} that the released code loads -> its names. RunError when the disk refuses."""
+    """Write a file {'ema': tensors} that the released code loads -> its names.
+
+    InputError for a name without the ending of such a file, and for a folder; RunError when the disk refuses.
+    """
     path = Path(path)
+    require(path.suffix in PICKLED and not path.is_dir(), "the released layout's place", str(path),
+            f"it is a file whose name ends in one of {', '.join(PICKLED)}", f"give e.g. {path.name}.pt")  # fmt: skip
     state = {name: tensor.detach().cpu() for name, tensor in official_state(model).items()}
     temporary = path.with_name(TEMPORARY + path.name)
     with reported("the released layout", path, sum(tensor.nbytes for tensor in state.values())):

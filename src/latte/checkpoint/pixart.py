@@ -18,11 +18,14 @@ from latte.checkpoint.layout import Coverage, Understanding, build, compare, som
 from latte.checkpoint.reading import fetch, read_card, read_tensors
 from latte.checkpoint.rename import BRANCHES, unwrap
 from latte.checks import InputError, require
-from latte.model.text import LatteText
+from latte.model.text import LatteText, TextConfig
 
 LOG = logging.getLogger(__name__)
 NEW = ("time_blocks.*", "time_gate")
-HINT = "it is an image model: start a LatteText from it with latte.checkpoint.pixart.from_pixart"
+HINT = ("it is an image model: start a run from it with train.init and text.gated_time=true, or allow what is missing, 'time_*', "
+        "which is then new and silent")  # fmt: skip
+WAYS_OUT = {"caption_channels": "give the text encoder that it was trained with", "latent_channels": "give its autoencoder",
+            "patch_size": "make them the same", "learn_sigma": "make them the same"}  # fmt: skip
 MICRO = "adaln_single.emb.resolution_embedder."
 
 
@@ -32,11 +35,13 @@ def recognise(names: Mapping[str, Any]) -> bool:
 
 
 def understand(tensors: Mapping[str, Tensor], card: Mapping[str, Any] | None, heads: int | None) -> Understanding:
-    """As LatteT2V's; InputError for the models of 1024 pixels, which are told the picture's size."""
+    """As LatteT2V's, with a gate; InputError for the models of 1024 pixels, which are told the picture's size."""
     if any(name.startswith(MICRO) for name in tensors):
         raise InputError("this PixArt is conditioned on resolution and aspect ratio, which a clip has no place for; "
                          "give the model of 512 pixels or less")  # fmt: skip
-    return diffusers.understand(tensors, card, heads)
+    found = diffusers.understand(tensors, card, heads)
+    assert isinstance(found.config, TextConfig)
+    return replace(found, config=replace(found.config, gated_time=True))
 
 
 def from_pixart(
@@ -75,6 +80,10 @@ def fill(model: LatteText, source: str | Path, tensors: dict[str, Tensor], found
     """Load, and silence what is new."""
     for what, ours, theirs in zip(("depth", "width", "heads"), model.config.dimensions, found.config.dimensions, strict=True):
         require(ours == theirs, f"model.{what}", ours, f"the PixArt at {source} has {theirs}", f"set model.{what}={theirs}")
+    assert isinstance(found.config, TextConfig)
+    for what, way_out in WAYS_OUT.items():
+        ours, theirs = getattr(model.config, what), getattr(found.config, what)
+        require(ours == theirs, f"model.{what}", ours, f"the PixArt at {source} has {theirs}", way_out)
     grids = model.config.table_grid, found.config.table_grid
     require(grids[0] == grids[1], "the grid of positions", grids[0], f"the PixArt at {source} has {grids[1]}",
             f"set table_size={grids[1][0]}, in a run text.table_size")  # fmt: skip

@@ -23,7 +23,8 @@ from latte.evaluation.archive import BROKEN, MAX_PICKLE, collect, entry_bytes, r
 from latte.evaluation.pickles import Global, Machine, Refused, StorageRef
 
 SAFE, PICKLED = (".safetensors",), (".pt", ".pth", ".bin", ".ckpt")
-PREFERRED = ("model", "diffusion_pytorch_model", "pytorch_model")
+DIFFUSERS = "diffusion_pytorch_model"
+PREFERRED = ("model", DIFFUSERS, "pytorch_model")
 INERT_OBJECTS = ("argparse.Namespace", "omegaconf.")
 INERT_CALLS = {"collections.defaultdict", "pathlib.PosixPath", "pathlib.WindowsPath", "torch.device", "torch.Size"}
 ENTRIES = re.compile(r"data\.pkl|byteorder|version|\.format_version|\.storage_alignment|\.data/serialization_id|data/\d+")
@@ -62,14 +63,13 @@ def fetch(source: str | Path) -> Path:
     """
     path, name = Path(source), str(source)
     try:
-        if path.exists():
+        if name.strip() and path.exists():
             return path
     except (OSError, ValueError) as error:  # a name that no file can have
         raise InputError(f"weights {name[:100]!r} cannot be looked for ({error.__class__.__name__}); check the path") from None
-    if not HUB_ID.fullmatch(name) or ".." in path.parts:
+    if not HUB_ID.fullmatch(name) or {".", ".."} & set(name.split("/")):
         raise InputError(f"weights {name!r} are neither a file, a folder nor a hub id (owner/name or owner/name/file); check the path")
     from huggingface_hub import hf_hub_download, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
     repository, file = "/".join(path.parts[:2]), "/".join(path.parts[2:])
@@ -77,8 +77,9 @@ def fetch(source: str | Path) -> Path:
         if file:
             return Path(hf_hub_download(repository, file, local_files_only=offline))
         return Path(snapshot_download(repository, allow_patterns=HUB_FILES, local_files_only=offline))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = "HF_HUB_OFFLINE is set and it is not in the cache" if offline else str(error).partition("\n")[0]
+    except Exception as error:  # of the hub, of the disk, and of whichever HTTP client carries the hub's files
+        said = str(error).partition("\n")[0] or type(error).__name__
+        reason = "HF_HUB_OFFLINE is set and it is not in the cache" if offline else said
         raise InputError(
             f"weights {name!r} are no file or folder here, and the hub does not give them ({reason}); check the name"
         ) from None
@@ -129,9 +130,15 @@ def find_weights(folder: Path) -> Path:
 
 
 def read_card(path: Path) -> dict[str, Any] | None:
-    """config.json of the model at ``path`` (a folder, or a weight file of a usual name beside it); None when there is none."""
+    """config.json of the model at ``path`` (a folder, or a weight file of a usual name beside it); None when there is none.
+
+    InputError for a folder of diffusers without it: heads and frames would be guessed. The weight file itself can still be given.
+    """
     file = find_weights(path) if path.is_dir() else path
     card = file.with_name("config.json")
+    if path.is_dir() and file.name.startswith(DIFFUSERS) and not card.is_file():
+        raise InputError(f"folder {file.parent} holds {file.name} but no config.json, which says what the tensors do not; it is half "
+                         "downloaded, fetch it again, or give the weight file itself")  # fmt: skip
     return read_json(card) if file.name.split(".")[0] in PREFERRED and card.is_file() else None
 
 

@@ -19,7 +19,8 @@ from latte.checkpoint import diffusers, dit, official, pixart
 from latte.checkpoint.layout import Config, Coverage, Understanding, build, compare, some, wanted_by
 from latte.checkpoint.reading import fetch, read_card, read_tensors
 from latte.checkpoint.rename import BRANCHES, unwrap
-from latte.checks import InputError
+from latte.checkpoint.run import tensors_sha256
+from latte.checks import InputError, require
 from latte.model.latte import Latte, ModelConfig
 from latte.model.text import LatteText, TextConfig
 
@@ -86,6 +87,11 @@ def load_foreign(
     state, report = compare(str(source), name, tensors, found, wanted_by(found.config))
     LOG.info("%s", report)
     report.refuse(allow_missing, allow_unexpected, layout.hint)
+    wanted = (card or {}).get("weights_sha256")
+    if wanted is not None and not (report.missing or report.unexpected or report.mismatched):
+        same = tensors_sha256(state) == wanted
+        rule = "its weights have another hash: they are of another model or altered"
+        require(same, f"weights_sha256 in config.json of {source}", str(wanted)[:16], rule, "fetch the folder again")
     return Loaded(name, found.config, state, report, facts, card or {})
 
 

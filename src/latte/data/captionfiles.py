@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Captions of a folder of videos: a text file beside each video, or one csv or jsonl file for all.
 
-A caption that nobody reads and a video that nobody describes are mistakes of the data, so both are refused, by name.
+A row of a table that nobody reads and a video that nobody describes are mistakes of the data, so both are refused, by name. A text file
+beside no video is no caption: data sets come with readmes.
 """
 
 import csv
@@ -92,9 +93,14 @@ def read_table(path: Path) -> Iterator[Row]:
 
 
 def csv_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line, name -> text) of each row under the header."""
+    """(line, name -> text) of each row under the header, whose names count without capitals and spaces."""
     rows = csv.DictReader(io.StringIO(read_text(path), newline=""), strict=True)
     try:
+        rows.fieldnames = header = [name.strip().lower() for name in rows.fieldnames or ()]
+        for names in (VIDEO_COLUMNS, CAPTION_COLUMNS):
+            rule = f"one of its names is to be {' or '.join(names)}"
+            require(any(name in header for name in names), f"the header in {path}:1", ",".join(header), rule,
+                    "write path,caption above the rows, with commas between the columns")  # fmt: skip
         for row in rows:
             even = None not in row and None not in row.values()
             rule = f"the header has {len(rows.fieldnames or ())} columns, and this row has not"

@@ -99,12 +99,13 @@ class StoredFeatures(Mapping[str, Tensor]):
 def store_captions(path: Path, encoder: CaptionEncoder, captions: Iterable[str]) -> dict[str, Any]:
     """Write the features of ``captions``, unless they are there already -> what the manifest says of them.
 
-    InputError for a caption that is too long; RunError when the disk refuses.
+    InputError for a caption that is too long, of which the longest are tried first and not after hours; RunError when the disk refuses.
     """
     wanted = {EMPTY, *captions}
     there = StoredFeatures(path) if path.is_file() else None
     if not there or there.identity != encoder.identity or not wanted <= there.names:
-        tensors = {NAME + caption: tokens.contiguous() for caption, tokens in encode_captions(encoder, sorted(wanted)).features.items()}
+        ordered = sorted(sorted(wanted), key=len, reverse=True)
+        tensors = {NAME + caption: tokens.contiguous() for caption, tokens in encode_captions(encoder, ordered).features.items()}
         made = {PLAN: json.dumps({"identity": encoder.identity, "encoder": encoder.name})}
         commit(path, lambda temporary: save_file(tensors, temporary, metadata=made))
     return {"file": path.name, "bytes": path.stat().st_size, "encoder": encoder.name, "identity": encoder.identity}

@@ -9,9 +9,13 @@ Each of them may be missing, and the card says which: nothing is guessed, a lice
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import Any
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Self
 
 from huggingface_hub import ModelCard, PyTorchModelHubMixin
+
+from latte.checks import InputError
 
 KNOWN = ("data", "licence", "step", "scores")  # what a reader asks first
 PARTS = {"diffusion": "diffusion", "codec": "autoencoder", "text": "text encoder", "classes": "classes", "sample": "sampling",
@@ -74,11 +78,30 @@ def cell(value: Any) -> str:
     return str(value).replace("|", "\\|").replace("\n", " ")
 
 
+DOOR = "latte.checkpoint.weights"  # storeys above this one: looked up when somebody knocks
+
+
 class Published(PyTorchModelHubMixin):
-    """``from_pretrained``, ``save_pretrained`` and ``push_to_hub`` of the hub's mixin, with a card of ours.
+    """``save_pretrained`` and ``push_to_hub`` of the hub's mixin, with a card of ours, and ``from_pretrained`` through the one door.
 
     The model knows its configuration alone: ``checkpoint.export`` writes the facts, too, and gives them here through ``model_card_kwargs``.
     """
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls, source: str | Path, heads: int | None = None, allow_missing: Sequence[str] = (), allow_unexpected: Sequence[str] = ()
+    ) -> Self:
+        """The model in a file, a folder or a hub id, of any layout that ``checkpoint.weights.load_foreign`` knows, ready for inference.
+
+        The mixin's own would load a part of a model without a word. Here the report of every tensor goes to the log, and InputError comes
+        for a part that ``allow_missing`` and ``allow_unexpected`` do not name, and for the model of another class.
+        """
+        loaded = import_module(DOOR).load_foreign(source, heads, allow_missing, allow_unexpected)
+        model = loaded.model().requires_grad_(True)
+        if not isinstance(model, cls):
+            raise InputError(f"{source} holds a {type(model).__name__}, not a {cls.__name__}; "
+                             f"call {type(model).__name__}.from_pretrained")  # fmt: skip
+        return model
 
     def generate_model_card(self, facts: Mapping[str, Any] | None = None) -> ModelCard:  # type: ignore[override]
         """The card of this model; ``facts`` as in this file's head."""
