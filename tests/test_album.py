@@ -52,17 +52,19 @@ def test_a_second_run_draws_nothing_and_changes_nothing(tmp_path):
     assert contents(tmp_path) == before
 
 
-def test_prompts_are_kept_and_another_prompt_under_the_same_name_is_drawn_anew(tmp_path):
+def test_prompts_are_kept_and_two_that_begin_alike_have_files_of_their_own(tmp_path):
     long = "a very long prompt that says much about what is to be seen, and then "
     wishes = [Wish(seed, prompt=long + word) for seed, word in enumerate(("red", "blue"))]
     write_album(tmp_path, wishes, Painter(), FACTS, batch=2, fps=8)
-    assert wishes[0].file == "seed-0000-a-very-long-prompt-that-says-much-about.mp4"
+    assert wishes[0].file.startswith("seed-0000-a-very-long-prompt-that-says-much-about-")
     assert json.loads((tmp_path / "album.json").read_text())["prompts"] == {wish.file: wish.prompt for wish in wishes}
     painter, other = Painter(), [wishes[0], Wish(1, prompt=long + "green")]
-    assert other[1].file == wishes[1].file
+    assert other[1].file != wishes[1].file
+    assert Wish(1, prompt="caf\u00e9").file != Wish(1, prompt="caf").file
     write_album(tmp_path, other, painter, FACTS, batch=1, fps=8)
     assert painter.drawn == [1]
-    assert json.loads((tmp_path / "album.json").read_text())["prompts"][other[1].file] == long + "green"
+    assert json.loads((tmp_path / "album.json").read_text())["prompts"] == {wish.file: wish.prompt for wish in (*wishes, other[1])}
+    assert (tmp_path / wishes[1].file).is_file()
 
 
 @pytest.mark.parametrize("stop", range(5))

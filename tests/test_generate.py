@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from latte.checks import InputError
+from latte.diffusion.longer import LONGER
 from latte.diffusion.samplers import SAMPLERS
 from latte.generate import SampleConfig
 from tiny import tiny_trained
@@ -126,6 +127,24 @@ def test_a_window_as_long_as_the_clip_is_the_plain_model_and_shorter_ones_are_no
     assert far(plain, draw(trained, [0], [1], window=2)[0]) > 0
 
 
+@pytest.mark.parametrize("longer", LONGER)
+def test_a_longer_clip_does_not_depend_on_its_batch_and_counts_its_steps(trained, longer):
+    seeds, labels, told = [3, 1, 4], [0, 1, 2], []
+    options = {"frames": 7, "window": 3, "overlap": 1, "longer": longer, "given": {0: np.full((16, 16, 3), 200, np.uint8)}}
+    config = SampleConfig(sampler="ddim", steps=3, guidance=2.0, batch=3)
+    together = draw(trained, seeds, labels, config=config, progress=lambda done, of: told.append((done, of)), **options)
+    assert {clip.shape for clip in together.values()} == {(7, 16, 16, 3)}
+    assert told == [(done, len(told)) for done in range(1, len(told) + 1)]
+    alone = {seed: draw(trained, [seed], [label], config=config, **options)[seed] for seed, label in zip(seeds, labels, strict=True)}
+    assert max(far(together[seed], alone[seed]) for seed in seeds) <= 1
+    assert min(far(alone[3][1:], alone[seed][1:]) for seed in seeds[1:]) > 20
+
+
+def test_an_unknown_way_to_longer_clips_is_told_with_those_there_are(trained):
+    with pytest.raises(InputError, match=r"longer is 'chain', which is not one of .*did you mean 'chained'"):
+        draw(trained, [0], [1], frames=7, window=3, longer="chain")
+
+
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpmpp"])
 def test_given_frames_are_in_the_clip_and_change_the_others(trained, sampler):
     config = SampleConfig(sampler=sampler, steps=4)
@@ -135,6 +154,8 @@ def test_given_frames_are_in_the_clip_and_change_the_others(trained, sampler):
     for seed in (0, 1):
         assert far(given[seed][0], first) == far(given[seed][2], last) == 0, "pixels as latents: nothing is lost"
         assert far(given[seed][1], plain[seed][1]) > 0
+    weak = draw(trained, [0, 1], [1, 2], config=config, given={0: first, -1: last}, given_strength=0.0)
+    assert far(weak[0][1], given[0][1]) > 0, "the strength is handed on"
 
 
 @pytest.mark.parametrize(

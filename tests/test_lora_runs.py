@@ -115,6 +115,10 @@ def test_another_base_and_other_adapters_are_refused(run, tmp_path):
     (tmp_path / "run/config.yaml").write_text(config)
     tensors = load_file(file)
     save_file({**tensors, "patch.proj.bias": tensors["patch.proj.bias"] + 1}, file)
+    with pytest.raises(InputError, match=r"train.init: weights_sha256 in config.json of .* have another hash"):
+        train(recipe, tmp_path, "train.steps=7")
+    card = json.loads((tmp_path / "base/config.json").read_text())
+    (tmp_path / "base/config.json").write_text(json.dumps({key: value for key, value in card.items() if key != "weights_sha256"}))
     with pytest.raises(InputError, match=r"lora.base: the run has .*, you gave"):
         train(recipe, tmp_path, "train.steps=7")
     with pytest.raises(InputError, match=r"the weights at train.init is '.*', but the adapters of .*step-6 belong to"):

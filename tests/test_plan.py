@@ -12,7 +12,8 @@ from latte.data.media import write_mp4
 from latte.data.procedural import draw_scene, render
 from latte.model.latte import Latte
 from latte.plan import plan
-from tiny import WORDS
+from latte.trained import save_trained
+from tiny import WORDS, tiny_trained
 
 
 def config(*words, recipe=None):
@@ -124,3 +125,22 @@ def test_training_checkpoints_gradients_when_told(on, tmp_path, monkeypatch):
     words = [*WORDS, "train.steps=1", f"train.gradient_checkpointing={on}", f"run.dir={tmp_path}"]
     build(config(*words, recipe="shapes"), "cpu").train()
     assert seen == [on]
+
+
+def test_a_run_of_adapters_costs_what_it_costs(tmp_path):
+    """Against the tensors of such a run: gradients, moments, average and checkpoints are the adapters' alone."""
+    pytest.importorskip("peft", reason="needs the extra lora")
+    save_trained(tiny_trained(), tmp_path / "base")
+    adapters = ["diffusion.objective=paper", f"train.init={tmp_path / 'base'}", "lora.rank=2", "lora.targets=mlp"]
+    words = [*WORDS, *adapters, "train.steps=2", "train.checkpoint_every=1", "train.keep_last=2", f"run.dir={tmp_path / 'run'}"]
+    found, full = plan(config(*words, recipe="shapes"), "cpu"), plan(config(*WORDS, recipe="shapes"), "cpu")
+    width, blocks = 16, 2
+    assert found.trainable == blocks * 2 * (2 * width + 2 * 4 * width), "rank 2, two layers of width and four times as much"
+    assert (full.trainable, found.parameters) == (full.parameters, full.parameters)
+    assert found.memory.weights == full.memory.weights + 4 * found.trainable
+    assert found.memory.gradients == found.memory.ema == 4 * found.trainable
+    assert found.memory.activations < full.memory.activations, "what goes into a frozen layer need not be kept"
+    build(config(*words, recipe="shapes"), "cpu").train()
+    files = list((tmp_path / "run/checkpoints").glob("step-*/*.safetensors"))
+    headers = sum(8 + int.from_bytes(file.read_bytes()[:8], "little") for file in files)
+    assert found.disk.kept == 2 * found.disk.checkpoint == sum(file.stat().st_size for file in files) - headers

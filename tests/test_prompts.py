@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """A prompt's clip does not depend on its batch; guidance leads away from the negative; the wrong encoder is refused."""
 
+import logging
 from dataclasses import replace
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ from latte.prompts import PromptReader
 from latte.runtime import SampleNoise
 from latte.text_encoder import BuiltinEncoder, TextEncoderConfig
 from tiny import tiny_text, tiny_trained
+from tiny_pipeline import tiny_t5
 
 PROMPTS = ["red", "a blue circle moves up", "", "a very long prompt with eleven words in it is here"]
 SEEDS = [3, 1, 4, 15]
@@ -92,6 +95,30 @@ def test_another_encoder_than_the_models_is_refused():
     reader = PromptReader(TextEncoderConfig(name="builtin"), "cpu", identity="0" * 16)
     with pytest.raises(InputError, match="the model learned with 0000"):
         reader(["red"])
+
+
+@pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="needs bitsandbytes (pip install 'latte-video[bits8]')")
+@pytest.mark.parametrize("learned", [None, 8])
+def test_prompts_may_be_read_in_other_bits_than_the_captions_and_this_is_told(tmp_path, caplog, learned):
+    for part in tiny_t5():
+        part.save_pretrained(tmp_path)
+    config = TextEncoderConfig(name="t5", path=str(tmp_path), length=10, bits=learned)
+    before = PromptReader(config, "cpu")
+    before.learn(["a red circle"])
+    identity = before.identity
+    with caplog.at_level(logging.WARNING, "latte"):
+        PromptReader(config, "cpu", identity).learn(["a red circle"])
+    assert not caplog.records, "the same bits"
+    reader = PromptReader(replace(config, bits=None if learned else 8), "cpu", identity)
+    for prompt in ("a red circle", "up", "down"):
+        reader.learn([prompt])
+    assert (reader.identity, reader.used) == (identity, f"{identity}-8bit" if learned is None else identity.removesuffix("-8bit"))
+    assert [record.message.split(":")[-1] for record in caplog.records] == [" the same weights, held in other bits"], "once"
+    network, _ = tiny_t5()
+    network.encoder.final_layer_norm.weight.data += 1
+    network.save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="the model learned with"):
+        PromptReader(reader.config, "cpu", identity).learn(["up"])
 
 
 def test_wrong_prompts_are_refused(trained):

@@ -24,7 +24,8 @@ STOREYS = (
     ("model", "diffusion", "autoencoder", "data", "evaluation", "text_encoder", "report"),
     ("checkpoint", "prompts"),
     ("train", "generate", "evaluate", "album"),
-    ("config",),
+    ("config", "stages", "foreign"),
+    ("run_weights",),
     ("recipes", "build", "trained", "plan"),
     ("demo", "ablate", "bench"),
     ("cli", "ui"),
@@ -33,7 +34,7 @@ STOREYS = (
 STOREY = {name: number for number, names in enumerate(STOREYS) for name in names}
 
 WITHOUT_DIFFUSERS = ("model/", "diffusion/process.py", "diffusion/loss.py", "evaluation/", "train/")
-LAZY = {"diffusers", "av", "transformers", "gradio", "peft"}
+LAZY = {"diffusers", "av", "transformers", "gradio", "peft", "bitsandbytes"}
 BANNED = {
     "torchvision", "timm", "decord", "cv2", "scipy", "accelerate", "lightning", "pytorch_lightning", "hydra", "omegaconf", "einops",
     "matplotlib", "pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal", "requests",

@@ -38,10 +38,14 @@ class Wish:
 
     @property
     def file(self) -> str:
-        """'seed-0007-2-left.mp4'; whatever the class or the prompt is called, this names a file in the folder and nothing else."""
+        """'seed-0007-2-left.mp4'; whatever the class or the prompt is called, this names a file in the folder and nothing else.
+
+        Behind a prompt's first letters comes its hash, because two prompts can begin alike.
+        """
         word = re.sub(r"[^A-Za-z0-9_-]+", "-", self.word or self.prompt or "").strip("-")[:40].strip("-")
         number = "" if self.label is None or self.label < 0 else str(self.label)
-        parts = ["seed", f"{self.seed:04d}", number, word]
+        apart = "" if self.prompt is None else hashlib.sha256(self.prompt.encode()).hexdigest()[:6]
+        parts = ["seed", f"{self.seed:04d}", number, word, apart]
         return "-".join(part for part in parts if part) + ".mp4"
 
 

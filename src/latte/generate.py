@@ -17,14 +17,14 @@ from latte.autoencoder.codec import Codec
 from latte.checks import InputError, choose, require
 from latte.data.clips import to_float, to_uint8
 from latte.diffusion.guidance import guided, guided_pair
-from latte.diffusion.known import restore, with_known
+from latte.diffusion.known import STRENGTH, restore, with_known
+from latte.diffusion.longer import LONGER, Noise, Walk, share
 from latte.diffusion.loss import Denoiser
 from latte.diffusion.process import Flow, Process
 from latte.diffusion.samplers import SAMPLERS, sample
-from latte.diffusion.windows import in_windows
 from latte.model.text import LatteText, Network
 from latte.prompts import Prompts
-from latte.runtime import SampleNoise
+from latte.runtime import SampleNoise, borrowed
 
 Progress = Callable[[int, int], None]
 
@@ -69,7 +69,12 @@ def generate(
     progress: Progress | None = None,
     prompts: Prompts | None = None,
     window: int | None = None,
+    longer: str = "windows",
+    overlap: int | None = None,
     given: Mapping[int, np.ndarray] | None = None,
+    given_strength: float = STRENGTH,
+    decoder: Codec | None = None,
+    offload: torch.device | None = None,
 ) -> Iterator[tuple[int, np.ndarray]]:
     """One clip per seed, in order, as (seed, uint8 (t h w c)), decoded and handed out batch by batch.
 
@@ -77,27 +82,30 @@ def generate(
     the model was made for. ``dtype`` is that of matrix products. ``progress(done, all)`` counts denoising steps over all batches.
     A text model reads ``prompts``, one per seed, instead of labels. ``window``: the model sees that many frames at a time, so that memory
     does not grow with ``frames`` (diffusion/windows.py). ``given``: pictures, uint8 (h w c) of the clip's size, that every clip shows at
-    these frames, -1 for the last (diffusion/known.py). Raises InputError for labels that the model does not know, for prompts that are
-    missing or not wanted, for sizes that the codec and the patches do not divide, and for frames that a clip does not have.
+    these frames, -1 for the last, and that pull at the others with ``given_strength`` (diffusion/known.py). Raises InputError for labels
+    that the model does not know, for prompts that are missing or not wanted, for sizes that the codec and the patches do not divide, and
+    for frames that a clip does not have. ``decoder`` draws the frames in ``codec``'s place. With ``offload`` model and codec stay where
+    they are, such as in the host's memory, and the one at work goes to that device.
     """
     config = config or SampleConfig()
-    device = next(model.parameters()).device
-    tell_model = condition(model, labels, prompts, len(seeds), config.guidance, dtype)
+    home = next(model.parameters()).device
+    device, decoder = offload or home, decoder or codec
+    tell_model = condition(model, labels, prompts, len(seeds), config.guidance, dtype, device)
     frames = model.config.num_frames if frames is None else frames
     require(frames >= 1, "frames", frames, "a clip has at least one", "give 1 or more")
     shape = (frames, *latent_shape(model, codec, size))
-    known = None if not given else encode_given(given, codec, shape)
+    with borrowed(codec, offload or codec.device, codec.device):
+        known = encode_given(given or {}, codec, shape)
+    join, walk = choose("longer", longer, LONGER), walker(config, process, device, given_strength)
+    window = frames if window is None else window
     model.eval()
     batches = [slice(start, start + config.batch) for start in range(0, len(seeds), config.batch)]
     for index, part in enumerate(batches):
-        denoise = tell_model(part) if window is None else in_windows(tell_model(part), window)
-        if known:
-            denoise = with_known(denoise, process, *known)
-        tell = None if progress is None else _share(progress, index, len(batches))
-        noise = SampleNoise(seeds[part])
-        z = sample(config.sampler, denoise, process, noise, shape, config.steps, config.eta, device, tell)
-        with torch.no_grad():
-            clips = to_uint8(codec.decode(restore(z, *known) if known else z))
+        tell = None if progress is None else share(progress, index, len(batches))
+        with borrowed(model, device, home):
+            z = join(walk, tell_model(part), SampleNoise(seeds[part]), *known, window, overlap, tell)
+        with torch.no_grad(), borrowed(decoder, offload or decoder.device, decoder.device):
+            clips = to_uint8(decoder.decode(z))
         yield from zip(seeds[part], np.asarray(clips), strict=True)
 
 
@@ -113,11 +121,31 @@ def encode_given(given: Mapping[int, np.ndarray], codec: Codec, shape: tuple[int
     return latents, mask
 
 
+def walker(config: SampleConfig, process: Process | Flow, device: torch.device, strength: float) -> Walk:
+    """The sampler of ``config`` as a walk to a sample that holds the frames it is given, which pull at the others with ``strength``."""
+
+    def walk(denoise: Denoiser, noise: Noise, known: Tensor, mask: Tensor, progress: Progress | None) -> Tensor:
+        told = with_known(denoise, process, known, mask, strength)
+        z = sample(config.sampler, told, process, noise, known.shape[1:], config.steps, config.eta, device, progress)
+        return restore(z, known, mask)
+
+    return walk
+
+
 def condition(
-    model: Network, labels: Sequence[int] | None, prompts: Prompts | None, count: int, scale: float, dtype: torch.dtype
+    model: Network,
+    labels: Sequence[int] | None,
+    prompts: Prompts | None,
+    count: int,
+    scale: float,
+    dtype: torch.dtype,
+    device: torch.device | None = None,
 ) -> Callable[[slice], Denoiser]:
-    """Some of ``count`` clips -> the guided denoiser that is told their labels or prompts; InputError for what the model cannot be told."""
-    device = next(model.parameters()).device
+    """Some of ``count`` clips -> the guided denoiser that is told their labels or prompts; InputError for what the model cannot be told.
+
+    ``device`` is where the model will be when it is asked, None: where it is now.
+    """
+    device = device or next(model.parameters()).device
     call = autocast(model, device, dtype)
     if not isinstance(model, LatteText):
         if prompts is not None:
@@ -167,8 +195,3 @@ def autocast(model: Network, device: torch.device, dtype: torch.dtype) -> Callab
             return model(z, t, *told)
 
     return call
-
-
-def _share(progress: Progress, batch: int, batches: int) -> Progress:
-    """The progress of one batch as a part of all of them."""
-    return lambda done, steps: progress(batch * steps + done, batches * steps)

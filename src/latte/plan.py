@@ -6,16 +6,18 @@ Counting needs neither data nor weights; only the number of epochs looks at the 
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from latte.checkpoint.lora import add_lora
 from latte.checks import require
 from latte.config import RunConfig
 from latte.data.datasets import build_dataset
 from latte.diffusion.process import build_process
 from latte.model.cost import Table3, count, table3
 from latte.model.latte import ModelConfig
-from latte.model.memory import activations, states
-from latte.model.text import network
+from latte.model.memory import Adapt, activations, fresh, states
 from latte.runtime import resolve_device, resolve_dtype, world_size
+from latte.stages import staging
 from latte.train.loop import TrainConfig
 from latte.train.measure import step_seconds
 
@@ -78,11 +80,13 @@ class Time:
 class Plan:
     """``operations`` are those of one clip's forward pass, exact; ``table3`` counts both as the paper did.
 
-    ``table3`` is None for a text model, of which Table 3 has none. ``latent`` is (frames, channels, height, width); ``tokens`` those of
-    one clip; ``clips_seen`` steps x global batch; ``time`` is None unless it was measured.
+    ``table3`` is None for a text model, of which Table 3 has none. ``trainable`` are the parameters that training moves. ``latent`` is
+    (frames, channels, height, width); ``tokens`` those of one clip; ``clips_seen`` steps x global batch; ``time`` is None unless it was
+    measured. ``sampling`` is what drawing clips holds, see ``latte.stages``.
     """
 
     parameters: int
+    trainable: int
     operations: int
     table3: Table3 | None
     latent: tuple[int, int, int, int]
@@ -92,6 +96,7 @@ class Plan:
     batch: Batch
     disk: Disk
     time: Time | None
+    sampling: dict[str, Any]
 
 
 def plan(config: RunConfig, device: str = "auto", processes: int | None = None, measure: bool = False) -> Plan:
@@ -105,15 +110,22 @@ def plan(config: RunConfig, device: str = "auto", processes: int | None = None, 
     latent = (model.num_frames, model.latent_channels, *model.grid_size)
     tube = model.tube if isinstance(model, ModelConfig) and model.patch == "compression" else 1
     tokens = model.num_frames // tube * model.grid_size[0] * model.grid_size[1]
-    batch, held = batches(config, world_size() if processes is None else processes), states(model)
+    batch, held = batches(config, world_size() if processes is None else processes), states(model, adapters(config))
     kept, time = min(config.train.keep_last, -(-config.train.steps // config.train.checkpoint_every)), None
     if measure:
         objective = config.diffusion.objective
         process = build_process(config.diffusion)
-        seconds = step_seconds(network(model), process, objective, config.train, batch.share, where, config.text.tokens)
+        seconds = step_seconds(fresh(model, adapters(config)), process, objective, config.train, batch.share, where, config.text.tokens)
         time = Time(seconds, seconds * config.train.steps / 3600, where.type)
-    return Plan(cost.parameters, cost.operations, counted, latent, tokens // model.patch_size**2, batch.clips_seen,
-                memory(config, batch, device), batch, Disk(held.checkpoint, kept * held.checkpoint), time)  # fmt: skip
+    dtype = resolve_dtype("auto", where)
+    sampling = staging(model, config.codec, config.text, config.sample, where, dtype).facts()
+    return Plan(cost.parameters, held.trainable, cost.operations, counted, latent, tokens // model.patch_size**2, batch.clips_seen,
+                memory(config, batch, device), batch, Disk(held.checkpoint, kept * held.checkpoint), time, sampling)  # fmt: skip
+
+
+def adapters(config: RunConfig) -> Adapt | None:
+    """What a run of adapters does to a fresh model; None for any other run."""
+    return (lambda model: add_lora(model, config.lora)) if config.lora.rank else None
 
 
 def batches(config: RunConfig, processes: int) -> Batch:
@@ -132,8 +144,8 @@ def batches(config: RunConfig, processes: int) -> Batch:
 def memory(config: RunConfig, batch: Batch, device: str) -> Memory:
     """Memory of one training step with the precision that it has on ``device``."""
     train, dtype = config.train, resolve_dtype(config.train.dtype, resolve_device(device))
-    held = states(config.network)
-    found = activations(config.network, batch.micro_batch, train.num_images, dtype, config.text.tokens)
+    held = states(config.network, adapters(config))
+    found = activations(config.network, batch.micro_batch, train.num_images, dtype, config.text.tokens, adapters(config))
     mine = found.checkpointed if train.gradient_checkpointing else found.plain
     total = held.weights + held.gradients + held.optimizer + held.ema + mine
     return Memory(held.weights, held.gradients, held.optimizer, held.ema, mine, total, found.plain, found.checkpointed,

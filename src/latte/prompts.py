@@ -4,6 +4,7 @@
 Axes: b clips, l tokens of a prompt, k their channels.
 """
 
+import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -12,7 +13,9 @@ from torch import Tensor
 
 from latte.checks import InputError, require
 from latte.data.captions import EMPTY, CaptionFeatures, encode_captions
-from latte.text_encoder import TextEncoderConfig, build_text_encoder
+from latte.text_encoder import TextEncoder, TextEncoderConfig, build_text_encoder, same_weights
+
+LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -38,12 +41,17 @@ class PromptReader:
     """``reader(prompts, negative)`` -> Prompts. ``identity`` is that of the encoder that the model learned with (None: not asked).
 
     The encoder's weights are read when a prompt is new, and freed again at once: give all prompts to ``learn`` before the denoiser needs
-    the memory.
+    the memory. They may be held in other bits than they were in training (``config.bits``), which is told.
     """
 
     def __init__(self, config: TextEncoderConfig, device: str | torch.device, identity: str | None = None):
         self.config, self.device, self.identity = config, device, identity
         self.known: CaptionFeatures | None = None
+
+    @property
+    def used(self) -> str | None:
+        """The identity of the encoder that has read the prompts; None before."""
+        return self.known.identity if self.known else None
 
     def learn(self, prompts: Iterable[str]) -> CaptionFeatures:
         """The features of these prompts, of the empty one, and of all that were read before; InputError for another encoder."""
@@ -52,15 +60,22 @@ class PromptReader:
         if self.known and not new:
             return self.known
         encoder = build_text_encoder(self.config, self.device)
-        if self.identity is not None:
-            ours = f"{encoder.name} {encoder.identity}"
-            require(encoder.identity == self.identity, "the text encoder", ours, f"the model learned with {self.identity}",
-                    "give the one it was trained with, by --text-encoder")  # fmt: skip
+        self.check(encoder)
         found = encode_captions(encoder, new)
         encoder.free()
-        self.identity = found.identity
+        self.identity = self.identity or found.identity
         self.known = CaptionFeatures(found.identity, found.length, {**before, **found.features})
         return self.known
+
+    def check(self, encoder: TextEncoder) -> None:
+        """InputError unless ``encoder`` has the weights that the model learned with, and those that were used before."""
+        if self.identity is None:
+            return
+        ours = f"{encoder.name} {encoder.identity}"
+        require(same_weights(encoder.identity, self.identity), "the text encoder", ours, f"the model learned with {self.identity}",
+                "give the one it was trained with, by --text-encoder")  # fmt: skip
+        if encoder.identity != self.identity and self.known is None:
+            LOG.warning("the text encoder is %s and the model learned with %s: the same weights, held in other bits", ours, self.identity)
 
     def __call__(self, prompts: Sequence[str], negative: str = EMPTY) -> Prompts:
         """A prompt a clip, and one thing for all to be led away from; InputError for what is no text or too long."""

@@ -8,7 +8,9 @@ means the same numbers on every device.
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,6 +53,18 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     if name == "auto":
         return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
     return choose("dtype", name, DTYPES)
+
+
+@contextmanager
+def borrowed(part: Any, device: torch.device, home: torch.device) -> Iterator[None]:
+    """``part`` (what has a ``to``) on ``device`` inside, back at ``home`` afterwards, and its memory on the device given back."""
+    part.to(device)
+    try:
+        yield
+    finally:
+        part.to(home)
+        if device.type == "cuda" and device != home:
+            torch.cuda.empty_cache()
 
 
 def generator(*key: int | str) -> torch.Generator:

@@ -8,17 +8,18 @@ Axes: b prompts, l tokens, k channels.
 
 import hashlib
 import json
+import logging
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from latte.checks import InputError, choose, require
 from latte.runtime import generator
@@ -36,7 +37,11 @@ class TextEncoder(ABC):
     @property
     @abstractmethod
     def identity(self) -> str:
-        """16 hex digits that change with everything that features depend on."""
+        """16 hex digits that change with everything that features depend on, and '-8bit' behind them where the weights are held so."""
+
+    @abstractmethod
+    def count(self, prompt: str) -> int:
+        """The prompt's tokens, the end is one, however many there is room for; no weights are read."""
 
     @abstractmethod
     def encode(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
@@ -51,6 +56,11 @@ class TextEncoder(ABC):
         shown = prompt if len(prompt) <= 60 else f"{prompt[:57]}..."
         require(tokens <= self.length, "the prompt", shown, f"it has {tokens} tokens and text.length is {self.length}",
                 "shorten it, or give a model that was trained with more")  # fmt: skip
+
+
+def same_weights(one: str, other: str) -> bool:
+    """Whether two identities differ in nothing, or in the bits that the weights are held in."""
+    return one.partition("-")[0] == other.partition("-")[0]
 
 
 WORD = re.compile(r"[^\W_]+|[^\w\s]|_")
@@ -73,6 +83,10 @@ class BuiltinEncoder(TextEncoder):
     def identity(self) -> str:
         """Of the recipe of the numbers: there is nothing else."""
         return hashlib.sha256(f"builtin 1 {self.channels} {WORD.pattern} {END} {WAVELENGTH}".encode()).hexdigest()[:16]
+
+    def count(self, prompt: str) -> int:
+        """Words and signs, and the end."""
+        return len(WORD.findall(prompt.lower())) + 1
 
     def encode(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Words and signs, lower case, then the end; a word is about unit variance."""
@@ -101,7 +115,8 @@ def place_code(place: int, channels: int) -> Tensor:
 
 
 CARD = "config.json"
-XXL = 4096
+XXL = {"d_model": 4096, "d_ff": 10240, "d_kv": 64, "num_layers": 24, "num_heads": 64, "vocab_size": 32128,
+       "feed_forward_proj": "gated-gelu"}  # fmt: skip
 STRUCTURE = ("d_model", "d_kv", "num_layers", "num_heads", "feed_forward_proj", "relative_attention_num_buckets",
              "relative_attention_max_distance", "layer_norm_epsilon")  # fmt: skip
 
@@ -110,44 +125,52 @@ class T5Encoder(TextEncoder):
     """The encoder half of a T5 (v1.1 XXL for the released Latte): prompts are lower-cased and stripped, as its training captions were.
 
     The weights are read with the first prompt. Prompts go through one by one, without padding, so that features do not depend on company;
-    in bfloat16 on a GPU, in float32 elsewhere. ``bits`` 8 keeps them as eight-bit numbers (bitsandbytes), a quarter of the memory.
+    in bfloat16 on a GPU, in float32 elsewhere. ``bits`` 8 holds most of the weights as eight-bit numbers, see ``hold``.
     """
 
-    name, channels, default_length, weights = "t5", XXL, 120, True
+    name, channels, default_length, weights = "t5", XXL["d_model"], 120, True
 
     def __init__(self, path: str, length: int = default_length, device: str | torch.device = "cpu", bits: int | None = None):
         self.path, self.length, self.device, self.bits = path, length, torch.device(device), bits
         self.channels = width_of(path)
         self.parts: tuple[Any, Any] | None = None
+        self.tokenizer: Any = None
         self._identity = ""
 
     @property
     def identity(self) -> str:
-        """Of weights (as float32), structure and vocabulary: the same from any file name and in any split."""
+        """Of weights (as float32), structure and vocabulary as stored: the same from any file name and in any split, on any device."""
         if not self._identity:
             self.read()
         return self._identity
 
     def describe(self, network: Any, tokenizer: Any) -> str:
-        """The identity of these parts, as they were stored."""
-        structure = [self.name, self.bits, *(getattr(network.config, key) for key in STRUCTURE), sorted(tokenizer.get_vocab().items())]
+        """The identity of these parts, which are as they were stored."""
+        structure = [self.name, None, *(getattr(network.config, key) for key in STRUCTURE), sorted(tokenizer.get_vocab().items())]
         digest = hashlib.sha256(json.dumps(structure).encode())
         for name, tensor in sorted(network.named_parameters()):
             digest.update(f" {name} {tuple(tensor.shape)} ".encode())
-            digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
-        return digest.hexdigest()[:16]
+            digest.update(tensor.detach().float().cpu().contiguous().numpy())
+        return digest.hexdigest()[:16] + (f"-{self.bits}bit" if self.bits else "")
 
     def read(self) -> tuple[Any, Any]:
         """(network, tokenizer), from the disk when they are not here; InputError when they cannot be read, or are of another width."""
         if self.parts is None:
-            network, tokenizer = load_t5(self.path, self.bits, self.device)
+            if self.bits:
+                eight_bit_layers()
+            network, tokenizer = load_t5(self.path)
             width = network.config.d_model
             require(width == self.channels, "text.path", self.path, f"this encoder has {width} channels, not {self.channels}",
                     "fetch it, and give its folder")  # fmt: skip
-            self._identity = self._identity or self.describe(network, tokenizer)
-            dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
-            self.parts = network if self.bits else network.to(self.device, dtype), tokenizer
+            self._identity = self.describe(network, tokenizer)
+            self.parts = hold(network, self.device, self.bits), tokenizer
         return self.parts
+
+    def count(self, prompt: str) -> int:
+        """As ``encode`` splits it; reads the tokenizer alone, or InputError."""
+        if self.tokenizer is None:
+            self.tokenizer = load_tokenizer(self.path)
+        return len(self.tokenizer(prompt.lower().strip()).input_ids)
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
@@ -165,61 +188,133 @@ class T5Encoder(TextEncoder):
 
     def free(self) -> None:
         """Give back the memory."""
-        self.parts = None
+        self.parts = self.tokenizer = None
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
 
-def width_of(path: str | None) -> int:
-    """Channels of the T5 in the folder ``path``, from its config.json; those of XXL where there is none to look into."""
+def read_card(path: str | None) -> dict[str, Any]:
+    """config.json of the T5 in the folder ``path`` or in its text_encoder; what matters of XXL's where there is none to look into."""
     for card in [Path(path) / CARD, Path(path) / "text_encoder" / CARD] if path else []:
         if card.is_file():
             try:
-                return int(json.loads(card.read_text("utf-8"))["d_model"])
+                found = json.loads(card.read_text("utf-8"))
+                return {**found, "d_model": int(found["d_model"])}
             except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
                 raise InputError(f"{card} is not the card of a T5 ({type(error).__name__}: {error}); give the folder of one") from None
     return XXL
 
 
-def load_t5(path: str | Path, bits: int | None = None, device: torch.device | None = None) -> tuple[Any, Any]:
+def width_of(path: str | None) -> int:
+    """Channels of the T5 in the folder ``path``; those of XXL where there is none to look into."""
+    return read_card(path)["d_model"]
+
+
+def load_t5(path: str | Path) -> tuple[Any, Any]:
     """(T5EncoderModel, its tokenizer) of ``path``: a folder of both, a pipeline's folder, or a hub id of one. Only safetensors are read.
 
-    ``bits`` 8 reads the weights as eight-bit numbers, straight to ``device``. InputError, in one line, when transformers, bitsandbytes or
-    a part is missing.
+    As they are stored, on the CPU. InputError, in one line, when transformers or a part is missing.
     """
-    try:
-        from transformers import BitsAndBytesConfig, T5EncoderModel, T5Tokenizer
-    except ImportError as error:
-        raise InputError(f"a T5 text encoder needs transformers and sentencepiece, which are not installed ({error}); "
-                         "pip install 'latte-video[t2v]'") from error  # fmt: skip
-    options: dict[str, Any] = {}
-    if bits:
-        if not all(find_spec(name) for name in ("bitsandbytes", "accelerate")):
-            raise InputError(f"text.bits is {bits}, which needs bitsandbytes and accelerate, and they are not both installed; "
-                             "pip install bitsandbytes accelerate, or give text.bits=null")  # fmt: skip
-        options = {"quantization_config": BitsAndBytesConfig(load_in_8bit=True), "device_map": {"": str(device or "cpu")}}
-    local = Path(path).is_dir()
-    whole = local and (Path(path) / CARD).is_file()
-    try:
-        parts = [{} if whole else {"subfolder": name} for name in ("text_encoder", "tokenizer")]
-        encoder = T5EncoderModel.from_pretrained(path, use_safetensors=True, local_files_only=local, **parts[0], **options)
-        tokenizer = T5Tokenizer.from_pretrained(path, local_files_only=local, **parts[1])
-        if tokenizer.get_vocab().keys() <= T5Tokenizer().get_vocab().keys():
+    t5 = import_transformers()
+    with readable(path):
+        options = {"use_safetensors": True, "output_loading_info": True}
+        encoder, found = t5.T5EncoderModel.from_pretrained(path, **options, **place(path, "text_encoder"))
+        if found["missing_keys"]:
+            raise ValueError(f"its weights lack {min(found['missing_keys'])}")  # transformers makes do with random ones
+        if getattr(encoder.config, "quantization_config", None):
+            raise ValueError("its weights are stored in fewer bits, without what they were made from")
+    return encoder.eval().requires_grad_(False), load_tokenizer(path)
+
+
+def load_tokenizer(path: str | Path) -> Any:
+    """The tokenizer alone, see ``load_t5``."""
+    t5 = import_transformers()
+    with readable(path):
+        tokenizer = t5.T5Tokenizer.from_pretrained(path, **place(path, "tokenizer"))
+        if tokenizer.get_vocab().keys() <= t5.T5Tokenizer().get_vocab().keys():
             raise ValueError("its tokenizer has no vocabulary")  # transformers makes do without the file, and every word is unknown
-        return encoder.eval().requires_grad_(False), tokenizer
-    except Exception as error:  # broken files make transformers and tokenizers raise almost anything
+    return tokenizer
+
+
+def place(path: str | Path, part: str) -> dict[str, Any]:
+    """Where ``part`` lies: in the folder ``path`` itself, or in its own folder there, or on the hub."""
+    local = Path(path).is_dir()
+    return {"local_files_only": local, **({} if local and (Path(path) / CARD).is_file() else {"subfolder": part})}
+
+
+@contextmanager
+def readable(path: str | Path) -> Iterator[None]:
+    """InputError, in one line, for whatever is raised inside: broken files make transformers and tokenizers raise almost anything."""
+    try:
+        yield
+    except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(f"text encoder {str(path)!r} cannot be read ({reason}); give a folder with a T5 encoder and its tokenizer, or "
                          "with text_encoder and tokenizer in it") from error  # fmt: skip
+
+
+def import_transformers() -> Any:
+    """transformers, whose T5 can be imported; InputError when it cannot."""
+    try:
+        import transformers
+        from transformers import T5EncoderModel, T5Tokenizer  # noqa: F401
+    except ImportError as error:
+        raise InputError(f"a T5 text encoder needs transformers and sentencepiece, which are not installed ({error}); "
+                         "pip install 'latte-video[t2v]'") from error  # fmt: skip
+    return transformers
+
+
+def precision(device: torch.device) -> torch.dtype:
+    """What a T5 computes in on ``device``."""
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+THRESHOLD = 6.0  # inputs from here on are not rounded (LLM.int8, arXiv 2208.07339, Sec. 3.2)
+
+
+def hold(network: Any, device: torch.device, bits: int | None = None) -> Any:
+    """``network``, a T5EncoderModel on the CPU, on ``device`` in the precision that it computes in there.
+
+    ``bits`` 8 holds its ``linears`` as eight-bit numbers with a scale a row (bitsandbytes), which rounds what goes into them, too.
+    InputError when bitsandbytes is missing.
+    """
+    todo = linears(network) if bits else []
+    while todo:  # one after the other, each gone when its bytes are there
+        (name, linear), layers = todo.pop(), eight_bit_layers()
+        sizes = (linear.in_features, linear.out_features)
+        small = layers.Linear8bitLt(*sizes, bias=False, has_fp16_weights=False, threshold=THRESHOLD, device="meta")
+        small.weight = layers.Int8Params(linear.weight.data, requires_grad=False).to(device)
+        network.set_submodule(name, small.eval())
+    return network.to(device, precision(device))
+
+
+def linears(network: Any) -> list[tuple[str, nn.Linear]]:
+    """(name, layer) of all that can be held as eight-bit numbers.
+
+    That is all but the wo: bitsandbytes computes in float16, which overflows there (huggingface/transformers issue 20287).
+    """
+    return [(name, layer) for name, layer in network.named_modules() if isinstance(layer, nn.Linear) and not name.endswith(".wo")]
+
+
+def eight_bit_layers() -> Any:
+    """bitsandbytes.nn; InputError when it is missing."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it tells of float16 with every product
+    try:
+        import bitsandbytes.nn
+    except ImportError as error:
+        raise InputError(f"text.bits is 8, which needs bitsandbytes, and it is not installed ({error}); "
+                         "pip install 'latte-video[bits8]', or leave the bits out") from error  # fmt: skip
+    return bitsandbytes.nn
 
 
 @dataclass(frozen=True)
 class TextEncoderConfig:
     """Which encoder reads the captions; without a ``name`` the model is not told any. InputError on construction for a value out of range.
 
-    ``path`` is the folder or hub id of its weights, if it has any, and ``bits`` 8 keeps them as eight-bit numbers. ``length`` is the most
+    ``path`` is the folder or hub id of its weights, if it has any, and ``bits`` 8 holds them as eight-bit numbers. ``length`` is the most
     tokens of a prompt (None: the encoder's own). In training a share ``dropout`` of the clips get the empty caption.
-    ``gated_time`` and ``table_size`` are those of ``latte.model.text.TextConfig``: for a model that starts from an image model.
+    ``gated_time`` and ``table_size`` are those of ``latte.model.text.TextConfig``, for a model that starts from an image model: one that
+    starts from PixArt needs the gate, which training has opened at step ``train.gate_steps``.
     """
 
     __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
@@ -264,6 +359,27 @@ def build_text_encoder(config: TextEncoderConfig, device: str | torch.device = "
     require(config.path is not None, "text.path", config.path, f"the text encoder {config.name!r} reads its weights from somewhere",
             "give the folder or hub id of a T5 (--text-encoder for latte sample)")  # fmt: skip
     return T5Encoder(config.path or "", config.tokens, device, config.bits)
+
+
+def weights_bytes(config: TextEncoderConfig, device: torch.device) -> int:
+    """Bytes of the weights of ``config``'s encoder as it holds them on ``device``, known without them; 0 for one that has none.
+
+    A T5 is that of its config.json, XXL where ``path`` has none to look into. InputError for a broken one, and without transformers.
+    """
+    if config.name is None or not TEXT_ENCODERS[config.name].weights:
+        return 0
+    t5, card = import_transformers(), read_card(config.path)
+    try:
+        with torch.device("meta"):
+            network = t5.T5EncoderModel(t5.T5Config.from_dict(card))
+    except Exception as error:  # a broken card makes transformers raise almost anything
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(
+            f"text.path is {config.path!r}, but its {CARD} is not the card of a T5 ({reason}); give the folder of one"
+        ) from error
+    each = precision(device).itemsize
+    saved = sum((each - 1) * layer.weight.numel() - 4 * layer.out_features for _, layer in linears(network)) if config.bits else 0
+    return each * sum(weight.numel() for weight in network.parameters()) - saved  # a float32 scale a row
 
 
 TEXT_ENCODERS: dict[str | None, type[TextEncoder]] = {encoder.name: encoder for encoder in (BuiltinEncoder, T5Encoder)}

@@ -17,26 +17,26 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from pydantic import TypeAdapter, ValidationError
-from torch import Tensor
 
-from latte.autoencoder.codec import Codec, CodecConfig, build_codec
+from latte.autoencoder.codec import Codec, CodecConfig, build_codec, kind_at
 from latte.checkpoint.export import save_ours
-from latte.checkpoint.layout import build as build_network
 from latte.checkpoint.lora import folded, load_lora, lora_state
 from latte.checkpoint.reading import fetch, read_tensors
 from latte.checkpoint.run import Checkpoint, load_checkpoint, load_latest, tensors_sha256
 from latte.checks import InputError, choose, require
-from latte.config import RUN_FILE, RunConfig, load_run
+from latte.config import RUN_FILE, load_run
 from latte.diffusion.process import DiffusionConfig, build_process
+from latte.foreign import open_foreign
 from latte.generate import SampleConfig, generate
 from latte.model.latte import ModelConfig
 from latte.model.text import Network, TextConfig
 from latte.prompts import PromptReader
+from latte.run_weights import about_run, fill, run_model, trained_run
 from latte.runtime import resolve_device
 from latte.text_encoder import TextEncoderConfig
-from latte.train.start import rebuild
 
 BUILTIN = Path(__file__).with_name("builtin")
+TEMPORAL_CHUNK = 14  # frames that the released pipeline decodes at once
 WEIGHTS, CARD = "model.safetensors", "config.json"
 T = TypeVar("T")
 
@@ -46,6 +46,7 @@ class Trained:
     """``name`` is where it came from, in words; ``weights`` the hash of the weights; ``classes`` their names, in label order.
 
     ``reader`` turns prompts into what a text model reads; None for other models. ``about`` is what its model card says of the training.
+    ``decoder`` draws the frames in the codec's place, if there is one; ``offload`` is the device that parts visit while they are at work.
     """
 
     name: str
@@ -58,6 +59,8 @@ class Trained:
     weights: str
     reader: PromptReader | None = None
     about: Mapping[str, Any] = field(default_factory=dict)
+    decoder: Codec | None = None
+    offload: torch.device | None = None
 
     def generate(
         self,
@@ -72,7 +75,7 @@ class Trained:
         A text model wants ``prompts``, one per seed, and is led away from ``negative``. InputError for prompts to another model, and for
         none to this one.
         """
-        options.setdefault("config", self.sample)
+        options = {"config": self.sample, "decoder": self.decoder, "offload": self.offload, **options}
         numbers = None if labels is None else [self.label(label) for label in labels]
         self.check_prompts(prompts is not None)
         told = self.reader(prompts, negative) if self.reader and prompts is not None else None
@@ -120,12 +123,17 @@ class Trained:
 
 @dataclass(frozen=True)
 class Places:
-    """Where the parts of a model go, and where they are when they have moved. ``prompts`` are read before the denoiser is."""
+    """Where the parts of a model go, and where they are when they have moved. ``prompts`` are read before the denoiser is.
+
+    ``device`` is for work, ``home`` for rest: the same unless parts are to visit ``device`` only while they are at work.
+    """
 
     device: torch.device
+    home: torch.device
     codec: str | None
     text_encoder: str | None
     prompts: Sequence[str]
+    bits: int | None
 
 
 def load_trained(
@@ -135,16 +143,29 @@ def load_trained(
     text_encoder_path: str | None = None,
     prompts: Sequence[str] = (),
     lora: str | Path | None = None,
+    decoder: str | None = None,
+    text_bits: int | None = None,
+    offload: bool = False,
 ) -> Trained:
-    """'builtin', a run folder, a checkpoint folder of one, a weights folder or a hub id -> Trained, on ``device``.
+    """'builtin', a run folder, a checkpoint folder of one, a weights folder, foreign weights or a hub id -> Trained, on ``device``.
 
     A run gives its averaged (EMA) weights. ``codec_path`` and ``text_encoder_path`` say where their weights are when they have moved.
     A text model's ``prompts`` are read here, before the denoiser takes its memory; others can still be read later. ``lora`` is a folder of
-    adapters that are folded into the weights. InputError when anything is missing, altered, of another configuration, or belongs to another
-    codec, text encoder or base model.
+    adapters that are folded into the weights, ``decoder`` a folder or hub id of a KL autoencoder (such as the one with a temporal decoder)
+    that draws the frames. ``text_bits`` 8 holds a T5 in eight bits. With ``offload`` the parts stay in the host's memory and visit
+    ``device`` one at a time. InputError when anything is missing, altered, of another configuration, or belongs to another codec, text
+    encoder or base model.
     """
-    trained = open_trained(source, Places(resolve_device(device), codec_path, text_encoder_path, prompts))
-    return trained if lora is None else with_lora(trained, lora)
+    work = resolve_device(device)
+    rule = "parts visit a GPU from the host's memory, where they are already"
+    require(not offload or work.type != "cpu", "device", str(work), rule, "leave --offload out")
+    home = torch.device("cpu") if offload else work
+    trained = open_trained(source, Places(work, home, codec_path, text_encoder_path, prompts, text_bits))
+    if lora is not None:
+        trained = with_lora(trained, lora)
+    if decoder is not None:
+        trained = replace(trained, decoder=open_decoder(trained.codec, decoder))
+    return replace(trained, offload=work) if offload else trained
 
 
 def open_trained(source: str | Path, where: Places) -> Trained:
@@ -154,14 +175,21 @@ def open_trained(source: str | Path, where: Places) -> Trained:
         return _from_run(path, load_latest(path, only={"ema"}), where)
     if path.parent.name == "checkpoints" and (path.parents[1] / RUN_FILE).is_file():
         return _from_run(path.parents[1], load_checkpoint(path, only={"ema"}), where)
-    if (path / CARD).is_file():
-        return _from_folder(path, str(source), where)
-    if not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
-        return _from_folder(fetch(source), str(source), where)
-    if str(source) == "builtin":
+    if str(source) == "builtin" and not (path / CARD).is_file():
         raise InputError(f"MODEL is 'builtin', but this installation has no {BUILTIN / CARD}; install latte again, or give a run folder")
-    kinds = f"a run folder ({RUN_FILE}), a weights folder ({CARD}), a hub id (owner/name) or builtin"
+    if not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+(/[\w./-]+)?", str(source)):
+        path = fetch(source)
+    if is_ours(path):
+        return _from_folder(path, str(source), where)
+    if path.is_file() or (path.is_dir() and any(path.iterdir())):
+        return _from_foreign(source, where)
+    kinds = f"a run folder ({RUN_FILE}), a weights folder ({CARD}), weights that latte convert knows, a hub id (owner/name) or builtin"
     raise InputError(f"MODEL is {str(source)!r}, which is not {kinds}; give one of these")
+
+
+def is_ours(folder: Path) -> bool:
+    """Does ``folder`` hold the weights and the card of one that ``save_trained`` wrote?"""
+    return (folder / CARD).is_file() and (folder / WEIGHTS).is_file()
 
 
 def with_lora(trained: Trained, folder: str | Path) -> Trained:
@@ -178,42 +206,10 @@ def _from_run(folder: Path, checkpoint: Checkpoint | None, where: Places) -> Tra
     facts = checkpoint.state["facts"]
     reader = _open_reader(config.text, facts.get("text", {}).get("encoder"), where) if config.text.name else None
     model = run_model(config, checkpoint)
-    model = (folded(model) if config.lora.rank else model).to(where.device)
+    model = (folded(model) if config.lora.rank else model).to(where.home)
     codec = _open_codec(config.codec, facts.get("codec"), where)
     return Trained(str(folder), model, config.diffusion, config.codec, codec, facts.get("classes", []), config.sample,
                    tensors_sha256(checkpoint.tensors["ema"]), reader, about_run(config, checkpoint))  # fmt: skip
-
-
-def trained_run(folder: Path, config: RunConfig, checkpoint: Checkpoint | None) -> Checkpoint:
-    """``checkpoint``; InputError unless there is one and it is of this configuration."""
-    if checkpoint is None:
-        raise InputError(f"run {folder} has no checkpoint yet; train it first: latte train {folder}")
-    facts, parts = checkpoint.state["facts"], {"model": asdict(config.network), "diffusion": asdict(config.diffusion)}
-    if config.lora.rank or "lora" in facts:
-        parts["lora"] = asdict(config.lora)
-    for part, now in parts.items():
-        before = facts.get(part, {})
-        for key, value in json.loads(json.dumps(now)).items():
-            rule = f"{checkpoint.path} was trained with {before.get(key)!r}"
-            require(before.get(key) == value, f"{part}.{key}", value, rule, f"put that back into {folder / RUN_FILE}")
-    return checkpoint
-
-
-def run_model(config: RunConfig, checkpoint: Checkpoint) -> Network:
-    """The model with the averaged weights of a run's checkpoint, on the CPU; for a run of adapters with these in it, not folded in."""
-    if config.lora.rank and config.train.start:
-        return rebuild(config.network, config.run.seed, config.train.start, config.lora, checkpoint)
-    return _fill(config.network, checkpoint.tensors["ema"], str(checkpoint.path))
-
-
-def about_run(config: RunConfig, checkpoint: Checkpoint) -> dict[str, Any]:
-    """What a model card can say of a run: its data by name (where they lie is nobody's business), step, clips seen, and its origin."""
-    clips = {key: getattr(config.data, key) for key in ("kind", "resolution", "frames", "interval")}
-    name = {} if config.data.root is None else {"name": Path(config.data.root).name}
-    start = f", started from {Path(config.train.init).name}" if config.train.init else ""
-    how = f"adapters of rank {config.lora.rank}" if config.lora.rank else "weights"
-    return {"data": {**name, **clips}, "step": checkpoint.step, "clips_seen": checkpoint.step * config.train.global_batch,
-            "source": f"averaged {how} of a run{start}"}  # fmt: skip
 
 
 def _from_folder(folder: Path, name: str, where: Places) -> Trained:
@@ -232,12 +228,40 @@ def _from_folder(folder: Path, name: str, where: Places) -> Trained:
     model_config, codec_config = _checked(kind, shape, folder), _checked(CodecConfig, codec_keys, folder)
     reader = _open_reader(_checked(TextEncoderConfig, text_keys, folder), text_identity, where) if kind is TextConfig else None
     tensors, _ = read_tensors(folder / WEIGHTS)
-    model = _fill(model_config, tensors, str(folder / WEIGHTS))
+    model = fill(model_config, tensors, str(folder / WEIGHTS))
     found = tensors_sha256(tensors)
     require(found == wanted, str(folder / WEIGHTS), found[:16], f"{CARD} says {str(wanted)[:16]}", "fetch the folder again: it was altered")
     codec = _open_codec(codec_config, identity, where)
-    return Trained(name, model.to(where.device), _checked(DiffusionConfig, parts[0], folder), codec_config, codec, classes,
+    return Trained(name, model.to(where.home), _checked(DiffusionConfig, parts[0], folder), codec_config, codec, classes,
                    _checked(SampleConfig, parts[1], folder), found, reader, about)  # fmt: skip
+
+
+def _from_foreign(source: str | Path, where: Places) -> Trained:
+    """Weights of any other layout that is known, with the released models' settings."""
+    loaded, facts = open_foreign(source)
+    codec, text = {**facts["codec"], "path": where.codec or facts["codec"]["path"]}, facts.get("text")
+    require(codec["path"] is not None, "MODEL", str(source), "it holds a denoiser alone, which draws latents",
+            "say where its autoencoder is by --codec-path")  # fmt: skip
+    if text is not None:
+        path = where.text_encoder or text["path"]
+        require(path is not None, "MODEL", str(source), "it holds a denoiser alone, which reads features of words",
+                "say where its T5 is by --text-encoder")  # fmt: skip
+        text = TextEncoderConfig(name=text["name"], path=path)
+    reader = _open_reader(text, None, where) if text else None
+    codec_config = CodecConfig(kind_at(codec["path"]).name, codec["path"])
+    model = loaded.model()
+    return Trained(str(source), model.to(where.home), DiffusionConfig(**facts["diffusion"]), codec_config,
+                   _open_codec(codec_config, None, where), list(facts["classes"]), SampleConfig(**facts["sample"]),
+                   tensors_sha256(model.state_dict()), reader)  # fmt: skip
+
+
+def open_decoder(codec: Codec, path: str) -> Codec:
+    """The KL autoencoder at ``path`` as a decoder of ``codec``'s latents; InputError for one whose latents have another form or scale."""
+    found = build_codec(CodecConfig(kind_at(path).name, path, TEMPORAL_CHUNK), codec.device)
+    ours, theirs = ((one.channels, one.downscale, one.scale) for one in (codec, found))
+    require(ours == theirs, "--decoder", path, f"its latents (channels, times, scale) are {theirs}, the model's are {ours}",
+            "give another decoder of the same autoencoder")  # fmt: skip
+    return found
 
 
 def save_trained(trained: Trained, folder: Path, half: bool = False) -> None:
@@ -266,23 +290,10 @@ def _checked(kind: type[T], values: object, folder: Path) -> T:
         raise InputError(f"{folder / CARD}: {what + ': ' if what else ''}{first['msg']}; give a folder that latte wrote") from None
 
 
-def _fill(config: ModelConfig | TextConfig, tensors: Mapping[str, Tensor], where: str) -> Network:
-    """The model of ``config`` with these weights; InputError naming the first tensor that is missing, too many or of another shape."""
-    with torch.device("meta"):
-        model = build_network(config)
-    wanted = model.state_dict()
-    faults = [f"lacks {key}" for key in wanted if key not in tensors] + [f"has {key} too many" for key in tensors if key not in wanted]
-    faults += [f"has {key} of shape {tuple(tensors[key].shape)} instead of {tuple(tensor.shape)}" for key, tensor in wanted.items()
-               if key in tensors and tensors[key].shape != tensor.shape]  # fmt: skip
-    if faults:
-        raise InputError(f"{where} {faults[0]} ({len(faults)} faults in all); its weights belong to another configuration of the model")
-    model.load_state_dict({key: tensor.float() for key, tensor in tensors.items()}, assign=True)
-    return model.requires_grad_(False).eval()
-
-
 def _open_reader(config: TextEncoderConfig, identity: str | None, where: Places) -> PromptReader:
     """The reader of prompts, which has read those that are known."""
-    reader = PromptReader(replace(config, path=where.text_encoder or config.path), where.device, identity)
+    config = replace(config, path=where.text_encoder or config.path, bits=where.bits or config.bits)
+    reader = PromptReader(config, where.device, identity)
     if where.prompts:
         reader.learn(where.prompts)
     return reader
@@ -290,7 +301,7 @@ def _open_reader(config: TextEncoderConfig, identity: str | None, where: Places)
 
 def _open_codec(config: CodecConfig, identity: str | None, where: Places) -> Codec:
     """The codec, refused unless it is the one whose latents the model learned."""
-    codec = build_codec(replace(config, path=where.codec or config.path), where.device)
+    codec = build_codec(replace(config, path=where.codec or config.path), where.home)
     require(identity in (None, codec.identity), "codec", f"{codec.name} {codec.identity}", f"the model learned the latents of {identity}",
             "give the weights it was trained with by --codec-path")  # fmt: skip
     return codec

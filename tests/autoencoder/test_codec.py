@@ -25,6 +25,10 @@ class Noisy(Codec):
     def load(cls, path, chunk, device):
         return cls(nn.Identity(), chunk, device)
 
+    @classmethod
+    def skeleton(cls, path):
+        return nn.Identity()
+
     def encode_frames(self, frames: Tensor, noise: Tensor | None) -> Tensor:
         self.calls = [*getattr(self, "calls", []), len(frames)]
         return frames if noise is None else frames + noise

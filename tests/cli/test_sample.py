@@ -96,14 +96,14 @@ def test_wrong_options_are_told_in_one_line(latte, run_folder, words, told):
 
 
 def test_prompts_from_the_command_line_and_a_file(latte, text_run_folder, tmp_path):
-    (tmp_path / "more.txt").write_text("a green circle moves up\n\n  a blue square moves down \n")
+    (tmp_path / "more.txt").write_text("\ufeffa green circle moves up\n\n  a blue square moves down \n")
     words = ["--prompt", "a red square moves left", "--prompts", "more.txt", "--count", 2, "--seed", 7, "--negative", "noise", "--json"]
     found = latte("sample", text_run_folder, *words)
     assert found.code == 0, found.err
     prompts = ["a red square moves left", "a green circle moves up", "a blue square moves down"]
     assert [(clip["seed"], clip["prompt"]) for clip in found.json["clips"]] == [(7 + i, prompts[i // 2]) for i in range(6)]
     paths = [Path(clip["path"]) for clip in found.json["clips"]]
-    assert paths[2].name == "seed-0009-a-green-circle-moves-up.mp4"
+    assert paths[2].name.startswith("seed-0009-a-green-circle-moves-up-"), "without the mark that some editors put first"
     record = json.loads((paths[0].parent / "album.json").read_text())
     assert record["prompts"] == {path.name: prompts[i // 2] for i, path in enumerate(paths)}
     assert (record["facts"]["negative"], len(record["facts"]["text_encoder"])) == ("noise", 16)
@@ -120,6 +120,11 @@ def test_prompts_from_the_command_line_and_a_file(latte, text_run_folder, tmp_pa
         (["--prompt", "red", "--labels", "up"], "--labels is 'up'"),
         (["--prompt", "word " * 9], "has 10 tokens and text.length is 8"),
         (["--prompt", "red", "--negative", "word " * 9], "has 10 tokens"),
+        (["--prompt", "  "], "it says nothing"),
+        (["--prompt", "red", "--text-bits", 8], "text.bits is 8, but the text encoder 'builtin' does not read it"),
+        (["--prompt", "red", "--offload"], "leave --offload out"),
+        (["--prompt", "red", "--decoder", "nowhere"], "nowhere"),
+        (["--prompt", "red", "--lora", "nowhere"], "nowhere"),
         (["--prompts", "none.txt"], "cannot be read"),
         (["--prompts", "empty.txt"], "no line of it holds a prompt"),
         (["--prompts", "bytes.txt"], "cannot be read"),
@@ -133,6 +138,18 @@ def test_wrong_prompts_are_told_in_one_line(latte, text_run_folder, tmp_path, wo
     found = latte("sample", text_run_folder, *words)
     assert (found.code, len(found.errors)) == (2, 1), found.err
     assert told in found.errors[0]
+
+
+def test_given_pictures_windows_and_more_frames_go_with_prompts(latte, text_run_folder, tmp_path):
+    Image.new("RGB", (16, 16), (200, 30, 30)).save(tmp_path / "red.png")
+    words = ["sample", text_run_folder, "--prompt", "a red square moves left", "--json"]
+    found = [latte(*words, *more) for more in ([], ["--first", "red.png", "--last", "red.png"], ["--frames", 6, "--window", 3])]
+    assert [one.code for one in found] == [0, 0, 0], [one.err for one in found]
+    clips = [read_frames(info := probe(one.json["clips"][0]["path"]), range(info.frames)) for one in found]
+    assert [len(clip) for clip in clips] == [3, 3, 6]
+    for frame in (0, -1):
+        assert np.abs(clips[1][frame].reshape(-1, 3).mean(0) - (200, 30, 30)).max() < 12, "what was given is there"
+    assert np.abs(clips[0][0].reshape(-1, 3).mean(0) - (200, 30, 30)).max() > 12
 
 
 @pytest.mark.parametrize("words", [["--prompt", "red"], ["--negative", "red"]])

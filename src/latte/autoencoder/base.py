@@ -31,7 +31,8 @@ class Codec(ABC):
 
     def __init__(self, network: nn.Module, chunk: int = 16, device: str | torch.device = "cpu"):
         self.device, self.chunk = torch.device(device), chunk
-        self.network: Any = network.eval().requires_grad_(False).to(self.device, torch.float32)
+        network = network.eval().requires_grad_(False)
+        self.network: Any = nn.Module.to(network, self.device, torch.float32)  # diffusers' own warns of nothing
         for weight in self.network.parameters():
             if weight.ndim == 4:  # of convolutions over a frame; the format is not defined for others
                 weight.data = weight.data.contiguous(memory_format=torch.channels_last)
@@ -40,6 +41,11 @@ class Codec(ABC):
     @abstractmethod
     def load(cls, path: str | None, chunk: int, device: str | torch.device) -> Self:
         """The codec with the weights at ``path``, or an InputError in one line saying what is wrong with them."""
+
+    @classmethod
+    @abstractmethod
+    def skeleton(cls, path: str | None) -> nn.Module:
+        """The network of this codec without its weights, on the meta device; of the published one where ``path`` is not a folder here."""
 
     @abstractmethod
     def encode_frames(self, frames: Tensor, noise: Tensor | None) -> Tensor:
@@ -57,6 +63,11 @@ class Codec(ABC):
             digest.update(f" {key} {tuple(tensor.shape)} ".encode())
             digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
         return digest.hexdigest()[:16]
+
+    def to(self, device: str | torch.device) -> None:
+        """Work on ``device`` from now on."""
+        self.device = torch.device(device)
+        self.network.to(self.device)
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         """(c, h, w) of a frame of height x width; InputError unless ``downscale`` divides both."""

@@ -100,6 +100,11 @@ class BuiltinCodec(Codec):
         """``path``: a file that ``latte.train.autoencoder`` wrote, None for the one in the package."""
         return cls(load_network(BuiltinAutoencoder(), path or WEIGHTS, "codec.path"), chunk, device)
 
+    @classmethod
+    def skeleton(cls, path: str | None) -> nn.Module:
+        with torch.device("meta"):
+            return BuiltinAutoencoder()
+
     def encode_frames(self, frames: Tensor, noise: Tensor | None) -> Tensor:
         return self.network.encode(frames)
 

@@ -12,13 +12,13 @@ import torch
 
 from latte.autoencoder.base import Codec
 from latte.autoencoder.builtin import BuiltinCodec
-from latte.autoencoder.kl import KLCodec
+from latte.autoencoder.kl import KLCodec, Posterior, layout_at
 from latte.autoencoder.pixels import PixelCodec
 from latte.autoencoder.taef2 import Taef2Codec
 from latte.autoencoder.temporal import TemporalCodec
 from latte.checks import choose, require
 
-__all__ = ["CODECS", "Codec", "CodecConfig", "build_codec"]
+__all__ = ["CODECS", "Codec", "CodecConfig", "build_codec", "kind_at"]
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,12 @@ class CodecConfig:
     def __post_init__(self):
         choose("codec.name", self.name, CODECS)
         require(self.chunk >= 1, "codec.chunk", self.chunk, "at least one frame must go through at a time", "give 1 or more")
+
+
+def kind_at(path: str) -> type[Posterior]:
+    """Which of Stable Diffusion's codecs is in the folder, pipeline or hub id ``path``, by its config.json; the plain one if it has none."""
+    kinds = {kind.layout: kind for kind in CODECS.values() if issubclass(kind, Posterior)}
+    return kinds.get(layout_at(path) or "", KLCodec)
 
 
 def build_codec(config: CodecConfig, device: str | torch.device = "cpu") -> Codec:

@@ -10,7 +10,7 @@ Axes: n frames, c channels, h height, w width.
 import json
 from abc import abstractmethod
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -20,17 +20,20 @@ from latte.autoencoder.files import fill_network, read_tensors
 from latte.checks import InputError, require
 
 WEIGHT_FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.fp16.safetensors", "diffusion_pytorch_model.bin")
+STABLE_DIFFUSION = {"block_out_channels": [128, 256, 512, 512], "layers_per_block": 2, "latent_channels": 4}
 OLD_NAMES = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
 
 
 class Posterior(Codec):
     """A network of diffusers whose encoder gives a normal distribution: ``encode`` samples it with a generator, takes the mean without.
 
-    ``layout`` is the network's class in diffusers, ``places`` the folders of a pipeline that may hold one, the likeliest first.
+    ``layout`` is the network's class in diffusers, ``places`` the folders of a pipeline that may hold one, the likeliest first,
+    ``published`` what the class must be told to be the published network.
     """
 
     layout: str
     places: tuple[str, ...]
+    published: dict[str, Any]
     channels, downscale, scale, stochastic = 4, 8, 0.18215, True
 
     def __init__(self, network: Any, chunk: int = 16, device: str | torch.device = "cpu"):
@@ -52,6 +55,14 @@ class Posterior(Codec):
         tensors = {_renamed(name): tensor for name, tensor in read_tensors(weights_file, "codec.path").items()}
         return cls(fill_network(network, tensors, weights_file, "codec.path"), chunk, device)
 
+    @classmethod
+    def skeleton(cls, path: str | None) -> nn.Module:
+        """Stable Diffusion's, unless ``path`` is a folder with another config.json."""
+        places = [Path(path) / place / "config.json" for place in cls.places] if path else []
+        card = next((file for file in places if file.is_file()), None)
+        with torch.device("meta"):
+            return _build(card, cls) if card else cls.network_class()(**cls.published)
+
     def encode_frames(self, frames: Tensor, noise: Tensor | None) -> Tensor:
         posterior = self.network.encode(frames).latent_dist
         return (posterior.mean if noise is None else posterior.mean + posterior.std * noise) * self.scale
@@ -61,6 +72,7 @@ class KLCodec(Posterior):
     """diffusers' AutoencoderKL as a codec: every frame by itself."""
 
     name, layout, places = "kl", "AutoencoderKL", ("vae/", "")
+    published: ClassVar = {"down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4, **STABLE_DIFFUSION}
 
     @staticmethod
     def network_class() -> Any:
@@ -89,6 +101,16 @@ def _find(path: str, codec: type[Posterior]) -> tuple[Path, Path]:
     inside = " or ".join(place.rstrip("/") for place in codec.places if place)
     raise InputError(f"codec.path: {path} has no config.json, neither directly nor in {inside}{why}; give the folder or hub id of an "
                      f"{codec.layout}")  # fmt: skip
+
+
+def layout_at(path: str) -> str | None:
+    """The class that config.json in the folder, pipeline or hub id ``path`` names; None where there is none."""
+    files = (_fetch(path, f"{place}config.json", Path(path).is_dir(), []) for place in ("vae/", ""))
+    file = next((file for file in files if file), None)
+    try:
+        return json.loads(file.read_text(encoding="utf-8")).get("_class_name") if file else None
+    except (OSError, ValueError, AttributeError):
+        return None
 
 
 def _fetch(path: str, name: str, local: bool, reasons: list[str]) -> Path | None:

@@ -21,6 +21,10 @@ class PixelCodec(Codec):
         require(path is None, "codec.path", path, "codec 'pixels' has no weights", "leave it out")
         return cls(nn.Identity(), chunk, device)
 
+    @classmethod
+    def skeleton(cls, path: str | None) -> nn.Module:
+        return nn.Identity()
+
     def encode_frames(self, frames: Tensor, noise: Tensor | None) -> Tensor:
         return frames
 

@@ -78,6 +78,11 @@ class Taef2Codec(Codec):
             load_network(network, next((file for file in files if file.is_file()), files[0]), "codec.path")
         return cls(nn.ModuleDict(parts), chunk, device)
 
+    @classmethod
+    def skeleton(cls, path: str | None) -> nn.Module:
+        with torch.device("meta"):
+            return nn.ModuleDict({"encoder": build_encoder(), "decoder": build_decoder()})
+
     def encode_frames(self, frames: Tensor, noise: Tensor | None) -> Tensor:
         return self.network["encoder"]((frames + 1) / 2) * self.scale
 

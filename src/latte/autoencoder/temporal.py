@@ -7,18 +7,19 @@ anew at every clip (the release's run on across the clips of a batch), so a clip
 Axes: b clips, f frames, n frames of a chunk, c channels, h height, w width.
 """
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from latte.autoencoder.kl import Posterior
+from latte.autoencoder.kl import STABLE_DIFFUSION, Posterior
 
 
 class TemporalCodec(Posterior):
     """diffusers' AutoencoderKLTemporalDecoder as a codec: ``decode_frames`` takes its frames for a piece of one clip."""
 
     name, layout, places = "kl_temporal", "AutoencoderKLTemporalDecoder", ("vae_temporal_decoder/", "vae/", "")
+    published: ClassVar = {"down_block_types": ["DownEncoderBlock2D"] * 4, **STABLE_DIFFUSION}
 
     @staticmethod
     def network_class() -> Any:

@@ -34,9 +34,14 @@ def export(model: Model, place: str | Path, target: str, facts: Mapping[str, Any
     or the layout cannot hold this model; RunError when the disk refuses.
     """
     write, place = choose("--to", target, TARGETS), Path(place)
+    check_place(place)
+    write(model, place, facts)
+
+
+def check_place(place: Path) -> None:
+    """InputError when something is at ``place`` already."""
     if place.is_file() or (place.is_dir() and any(place.iterdir())):
         raise InputError(f"{place} is there already; give a new place, or remove it first")
-    write(model, place, facts)
 
 
 def save_ours(model: Model, folder: Path, facts: Mapping[str, Any], dtype: torch.dtype = torch.float32) -> None:

@@ -46,7 +46,7 @@ def convert(
     debug: Debug = False,
 ) -> None:
     """Convert weights from any known layout to another, with a report of every tensor. Nothing in a file is ever run."""
-    from latte.checkpoint.export import TARGETS, export, score_of
+    from latte.checkpoint.export import TARGETS, check_place, export, score_of
     from latte.checkpoint.lora import folded, load_lora, lora_layers
     from latte.checks import choose, require
     from latte.config import RUN_FILE
@@ -54,6 +54,7 @@ def convert(
 
     speak()
     choose("--to", to, TARGETS)
+    check_place(place)
     if (Path(source) / RUN_FILE).is_file():
         model, report, facts = from_run(Path(source))
     else:
@@ -63,7 +64,7 @@ def convert(
         load_lora(model, lora)
     model = folded(model) if to != "lora" and lora_layers(model) else model
     if codec is not None:
-        facts["codec"] = {**facts["codec"], "path": codec}
+        facts["codec"] = {**facts["codec"], "name": name_at(codec, facts["codec"]["name"]), "path": codec}
     if text_encoder is not None:
         require(
             to == "pipeline", "--text-encoder", text_encoder, "nothing but a pipeline has one in it", "leave it out, or give --to pipeline"
@@ -79,20 +80,19 @@ def convert(
     show(result, as_json, [str(report), str(place)])
 
 
+def name_at(path: str, name: str) -> str:
+    """The codec's name, by what lies at ``path`` if the name is one of Stable Diffusion's."""
+    from latte.autoencoder.codec import kind_at
+
+    return kind_at(path).name if name.startswith("kl") else name
+
+
 def from_weights(source: str, heads: int | None, missing: list[str], unexpected: list[str]) -> "tuple[Model, Coverage, dict[str, Any]]":
     """Foreign weights, or a folder of ours, with what our own folder says beside the model's keys."""
-    from dataclasses import asdict
+    from latte.foreign import open_foreign
 
-    from latte.autoencoder.codec import CodecConfig
-    from latte.checkpoint.weights import load_foreign
-    from latte.diffusion.process import DiffusionConfig
-    from latte.generate import SampleConfig
-
-    loaded = load_foreign(source, heads, missing, unexpected)
-    codec = CodecConfig()  # the released models share the latents of Stable Diffusion's autoencoder; its decoder is the user's choice
-    facts = {"diffusion": asdict(DiffusionConfig()), "codec": {"name": codec.name, "path": codec.path, "identity": None}, "classes": [],
-             "sample": asdict(SampleConfig())}  # fmt: skip
-    return loaded.model(), loaded.report, {**facts, **{key: loaded.card[key] for key in (*facts, "text", "about") if key in loaded.card}}
+    loaded, facts = open_foreign(source, heads, missing, unexpected)
+    return loaded.model(), loaded.report, facts
 
 
 def from_run(folder: Path) -> "tuple[Model, Coverage, dict[str, Any]]":
@@ -102,7 +102,7 @@ def from_run(folder: Path) -> "tuple[Model, Coverage, dict[str, Any]]":
     from latte.checkpoint.layout import Coverage
     from latte.checkpoint.run import load_latest
     from latte.config import load_run
-    from latte.trained import about_run, run_model, trained_run
+    from latte.run_weights import about_run, run_model, trained_run
 
     config, _ = load_run(folder)
     checkpoint = trained_run(folder, config, load_latest(folder, only={"ema"}))

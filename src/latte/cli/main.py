@@ -4,6 +4,7 @@
 0 done, 1 failed while running, 2 wrong usage or input, 130 / 143 interrupted. Torch is imported by the commands, not by their help.
 """
 
+import logging
 import sys
 import traceback
 import warnings
@@ -74,6 +75,7 @@ def _start(
     version: Annotated[bool, typer.Option("--version", help="Print the version.", callback=_version, is_eager=True)] = False,
 ) -> None:
     """The options before a command."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # diffusers imports it wherever it is installed, and it tells what it lacks
 
 
 app.command("demo")(demo.demo)

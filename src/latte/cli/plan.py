@@ -2,7 +2,7 @@
 """``latte plan``: what a run costs, before it runs and without its data or weights."""
 
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -44,7 +44,7 @@ def rows(found: "Plan") -> list[tuple[str, str]]:
     split = f"{batch.processes} processes x {batch.micro_batch} clips x {batch.accumulation} accumulated"
     epochs = "" if batch.epochs is None else f", {batch.epochs:,.1f} epochs of {batch.clips:,}"
     lines = [
-        ("parameters", f"{found.parameters:,}"),
+        ("parameters", f"{found.parameters:,}" + (f", trained {found.trainable:,}" if found.trainable != found.parameters else "")),
         ("operations per clip", f"{found.operations:,}"),
         ("latent", " x ".join(map(str, found.latent)) + " (frames, channels, height, width)"),
         ("tokens per clip", f"{found.tokens:,}"),
@@ -59,7 +59,18 @@ def rows(found: "Plan") -> list[tuple[str, str]]:
         lines.insert(2, ("as in Table 3", counted))
     if found.time:
         lines.append(("time", f"{found.time.step_seconds:.3f} s a step on {found.time.device}, {found.time.hours:,.1f} hours in all"))
-    return lines
+    return [*lines, *sampling_rows(found.sampling)]
+
+
+def sampling_rows(sampling: dict[str, Any]) -> list[tuple[str, str]]:
+    """Memory of ``latte sample``, stage by stage."""
+    names = {"text_encoder": "reading prompts", "denoiser": "denoising", "decoder": "decoding"}
+    stages = {name: sampling[name] for name in names if sampling[name]}
+    lines = [(names[name], f"{size(stage['weights'])} of weights, {size(stage['working'])} at work") for name, stage in stages.items()]
+    peak, alone, together = (size(sampling[key]) for key in ("peak", "offloaded", "together"))
+    settings = f"{sampling['batch']} clips at a time, {sampling['dtype']}"
+    peak = f"{peak} ({settings}); with --offload {alone}, all parts at once {together}"
+    return [("memory of sampling", peak), *lines]
 
 
 def size(number: int) -> str:

@@ -42,6 +42,11 @@ CodecPath = Annotated[str | None, typer.Option(help="Where the autoencoder's wei
 TextPath = Annotated[
     str | None, typer.Option("--text-encoder", metavar="PATH", help="Where the text encoder's weights are, if they have moved.")
 ]
+TextBits = Annotated[int | None, typer.Option(metavar="8", help="Hold the text encoder's weights as eight-bit numbers (extra bits8).")]
+Decoder = Annotated[
+    str | None, typer.Option(metavar="PATH", help="A KL autoencoder that draws the frames instead, e.g. one with a temporal decoder.")
+]
+Offload = Annotated[bool, typer.Option("--offload", help="Keep on the GPU only the part at work; slower, less memory (latte plan).")]
 LoraFolder = Annotated[Path | None, typer.Option("--lora", metavar="FOLDER", help="Adapters (LoRA) of this model, folded in first.")]
 
 
@@ -67,7 +72,10 @@ def sample(
     out: Out = None,
     codec_path: CodecPath = None,
     text_encoder: TextPath = None,
+    text_bits: TextBits = None,
+    decoder: Decoder = None,
     lora: LoraFolder = None,
+    offload: Offload = False,
     device: Device = "auto",
     dtype: Dtype = "auto",
     as_json: Json = False,
@@ -77,20 +85,21 @@ def sample(
     from dataclasses import replace
 
     from latte.album import write_album
-    from latte.runtime import resolve_dtype
+    from latte.runtime import resolve_device, resolve_dtype
     from latte.trained import load_trained
 
     speak()
     chosen = {"steps": read_steps(steps), "sampler": sampler, "guidance": guidance, "eta": eta, "batch": batch, "fps": fps}
-    texts = [*(prompt or []), *(read_lines(prompts) if prompts else [])]
-    trained = load_trained(model, device, codec_path, text_encoder, [*texts, negative] if texts else [], lora)
+    texts = [*(check_prompt(text) for text in prompt or []), *(read_lines(prompts) if prompts else [])]
+    read = [*texts, negative] if texts else []
+    trained = load_trained(model, device, codec_path, text_encoder, read, lora, decoder, text_bits, offload)
     config = replace(trained.sample, **{key: value for key, value in chosen.items() if value is not None})
     trained.check_prompts(bool(texts))
     wishes = wish_texts(texts, count, seed) if texts else wish(trained, labels, count, seed)
     if trained.reader is None:
         require(not negative, "--negative", negative, f"{trained.name} reads no text", "leave it out")
     require(labels is None or not texts, "--labels", labels, "this model reads text", "leave it out")
-    precision = resolve_dtype(dtype, next(trained.model.parameters()).device)
+    precision = resolve_dtype(dtype, resolve_device(device))
     given = read_given(first, last, trained.frame_size(read_size(size)))
     options = {"config": config, "frames": frames, "size": read_size(size), "dtype": precision, "window": window, "given": given}
     facts = facts_of(trained, options, negative)
@@ -121,7 +130,8 @@ def facts_of(trained: "Trained", options: dict[str, Any], negative: str) -> dict
         **{"frames": options["frames"], "size": options["size"], "dtype": str(options["dtype"])},
         **({"window": window} if window else {}),
         **({"given": {str(frame): hashlib.sha256(picture.tobytes()).hexdigest() for frame, picture in given.items()}} if given else {}),
-        **({"text_encoder": trained.reader.identity, "negative": negative} if trained.reader else {}),
+        **({"decoder": trained.decoder.identity} if trained.decoder else {}),
+        **({"text_encoder": trained.reader.used, "negative": negative} if trained.reader else {}),
     }
 
 
@@ -161,10 +171,16 @@ def check_counts(count: int, seed: int) -> None:
     require(seed >= 0, "--seed", seed, "seeds count from 0", "give 0 or more")
 
 
+def check_prompt(text: str) -> str:
+    """``text``; InputError when it says nothing, which a slip of the shell makes more often than a wish."""
+    require(bool(text.strip()), "--prompt", text, "it says nothing", "give a text, e.g. --prompt 'a red square moves left'")
+    return text
+
+
 def read_lines(path: Path) -> list[str]:
     """The prompts of a text file, one a line, empty lines left out; InputError when there are none."""
     try:
-        lines = [line.strip() for line in path.read_text("utf-8").splitlines()]
+        lines = [line.strip() for line in path.read_text("utf-8-sig").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         why = f"it cannot be read ({error.__class__.__name__})"
         raise InputError(f"--prompts is {str(path)!r}, but {why}; give a text file in UTF-8 with a prompt a line") from None

@@ -104,7 +104,7 @@ def read_image(file: str) -> np.ndarray:
     """One image file -> uint8 (h w c), transparency dropped."""
     try:
         with _opened(file) as image:
-            return np.asarray(image.convert("RGB"))
+            return np.array(image.convert("RGB"))  # a copy: what pillow hands out cannot be written to, which torch warns of
     except IMAGE_ERRORS as error:
         if isinstance(error, Unreadable):
             raise

@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Memory that training a model needs: nothing is computed, and nothing of that size is allocated.
+"""Memory that a model needs: nothing is computed, and nothing of that size is allocated.
 
-Weights, gradients, AdamW's two moments and the average are float32, known by counting. What a forward pass keeps for the backward pass is
-asked of autograd, on the meta device: every saved tensor, each storage once. Two things that devices do and meta does not are done by hand:
-attention in one fused kernel, which keeps no map, and the reduced precision of ``torch.autocast`` (CUDA's rules).
+Training: weights, gradients, AdamW's two moments and the average are float32, known by counting. What a forward pass keeps for the
+backward pass is asked of autograd, on the meta device: every saved tensor, each storage once. Two things that devices do and meta does
+not are done by hand: attention in one fused kernel, which keeps no map, and the reduced precision of ``torch.autocast`` (CUDA's rules).
+Inference keeps nothing: there ``LiveBytes`` counts what lives at the same time, on any device.
 Axes: b batch, f clip frames, i stills, h heads, l sequence, k head width.
 """
 
+import weakref
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -17,6 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from latte.model.latte import ModelConfig
 from latte.model.text import Network, TextConfig, network
@@ -24,11 +28,12 @@ from latte.model.text import Network, TextConfig, network
 FLOAT32 = 4
 LOWERED = {F.linear, F.conv2d, F.conv3d, F.conv_transpose3d, F.scaled_dot_product_attention}  # autocast's matrix products
 RAISED = {F.layer_norm}  # autocast on CUDA norms in float32
+Adapt = Callable[[Network], None]
 
 
 @dataclass(frozen=True)
 class States:
-    """Bytes of the float32 tensors that live as long as training does; ``checkpoint`` are those that it writes."""
+    """Bytes of the float32 tensors that live as long as training does; frozen weights are in memory once and in no checkpoint."""
 
     weights: int
     gradients: int
@@ -36,9 +41,14 @@ class States:
     ema: int
 
     @property
+    def trainable(self) -> int:
+        """The number of parameters that training moves."""
+        return self.gradients // FLOAT32
+
+    @property
     def checkpoint(self) -> int:
-        """Weights, average and optimiser: what comes back into a resumed run."""
-        return self.weights + self.optimizer + self.ema
+        """What moves of the weights, its average, and the optimiser: what comes back into a resumed run."""
+        return self.gradients + self.optimizer + self.ema
 
 
 @dataclass(frozen=True)
@@ -55,23 +65,41 @@ class Activations:
         return self.kept + self.recomputed
 
 
-def states(config: ModelConfig | TextConfig) -> States:
-    """What AdamW and the average hold beside the weights: two moments each, and a step counter per tensor."""
+def fresh(config: ModelConfig | TextConfig, adapt: Adapt | None) -> Network:
+    """A fresh model, adapted, without storage if the context says so."""
+    model = network(config)
+    if adapt is not None:
+        adapt(model)
+    return model
+
+
+def states(config: ModelConfig | TextConfig, adapt: Adapt | None = None) -> States:
+    """What AdamW and the average hold beside the weights: two moments each, and a step counter per tensor.
+
+    ``adapt`` is what a run does to the fresh model before it trains it, such as to freeze it and to add adapters.
+    """
     with torch.device("meta"):
-        sizes = [parameter.numel() * FLOAT32 for parameter in network(config).parameters()]
-    return States(sum(sizes), sum(sizes), 2 * sum(sizes) + FLOAT32 * len(sizes), sum(sizes))
+        parameters = list(fresh(config, adapt).parameters())
+    weights = sum(parameter.numel() * FLOAT32 for parameter in parameters)
+    sizes = [parameter.numel() * FLOAT32 for parameter in parameters if parameter.requires_grad]
+    return States(weights, sum(sizes), 2 * sum(sizes) + FLOAT32 * len(sizes), sum(sizes))
 
 
 def activations(
-    config: ModelConfig | TextConfig, clips: int, num_images: int = 0, dtype: torch.dtype = torch.float32, tokens: int = 1
+    config: ModelConfig | TextConfig,
+    clips: int,
+    num_images: int = 0,
+    dtype: torch.dtype = torch.float32,
+    tokens: int = 1,
+    adapt: Adapt | None = None,
 ) -> Activations:
     """What one forward pass of ``clips`` clips with ``num_images`` stills each keeps, with matrix products in ``dtype``.
 
     The weights are not counted, their lowered copies are. The objective's own tensors, of the latents' size, are not among it. ``tokens``
-    are those of a text model's caption.
+    are those of a text model's caption; ``adapt`` is as for ``states``.
     """
     with torch.device("meta"):
-        model = network(config)
+        model = fresh(config, adapt)
         z = torch.empty(clips, config.num_frames + num_images, config.latent_channels, *config.grid_size)
         t, rows = torch.zeros(clips, dtype=torch.long), (clips, 1 + num_images) if num_images else (clips,)
         if isinstance(config, TextConfig):
@@ -119,6 +147,41 @@ def saved_bytes(model: Network, forward: Callable[[], Any]) -> tuple[int, list[i
     return total(), of_blocks
 
 
+class LiveBytes(TorchDispatchMode):
+    """Inside it: ``now``, the bytes of all tensors made since and still alive, and ``peak``, the most that there were at a time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self.alive: dict[int, Any] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        given = storages((args, kwargs))
+        for key, storage in storages(output).items():
+            if key not in given and key not in self.alive:  # a view, or what is written in place, is nothing new
+                self.count(key, storage)
+        return output
+
+    def count(self, key: int, storage: torch.UntypedStorage) -> None:
+        """Add a storage's bytes until it is gone."""
+        size = storage.nbytes()
+
+        def gone(_: Any) -> None:
+            self.now -= size
+            del self.alive[key]
+
+        self.alive[key] = weakref.ref(storage, gone)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+
+
+def storages(values: Any) -> dict[int, torch.UntypedStorage]:
+    """The storages of all tensors in nested ``values``, each once."""
+    found = [value.untyped_storage() for value in tree_leaves(values) if isinstance(value, Tensor)]
+    return {storage._cdata: storage for storage in found}
+
+
 class OnDevice(TorchFunctionMode):
     """Meta tensors go through the kernels that a device would take, with matrix products in ``dtype``."""
 
@@ -134,8 +197,8 @@ class OnDevice(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
     def cast(self, value: Any, dtype: torch.dtype) -> Any:
-        """``value`` in ``dtype`` if it is a tensor; a weight is copied once, as autocast does."""
-        if not isinstance(value, nn.Parameter):
+        """``value`` in ``dtype`` if it is a tensor; a weight that is trained is copied once, as autocast does."""
+        if not (isinstance(value, nn.Parameter) and value.requires_grad):
             return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
         return self.copies.setdefault(id(value), value.to(dtype)) if value.dtype != dtype else value
 
