@@ -201,6 +201,31 @@ def test_a_released_file_is_sampled_when_it_is_said_where_its_autoencoder_is(lat
     assert found.code == 0, found.err
 
 
+def test_a_run_is_pushed_to_the_hub_and_a_refusal_is_one_line(latte, run_folder, monkeypatch):
+    pushed = {}
+
+    class Api:
+        def __init__(self, token=None):
+            pass
+
+        def create_repo(self, repo_id, private, exist_ok):
+            if repo_id != "owner/name":
+                raise OSError("401 Client Error\nand much more")
+            return type("Repository", (), {"repo_id": repo_id})
+
+        def upload_folder(self, repo_id, folder_path, **others):
+            pushed.update({file.name: file.read_bytes() for file in folder_path.iterdir()})
+            return "https://hub/commit"
+
+    monkeypatch.setattr("huggingface_hub.hub_mixin.HfApi", Api)
+    assert latte("convert", run_folder, "owner/name", "--to", "hub", "--licence", "cc-by-4.0").code == 0
+    assert pushed.keys() >= {"model.safetensors", "config.json", "README.md"}
+    assert b"cc-by-4.0" in pushed["README.md"]
+    refused = latte("convert", run_folder, "nobody/name", "--to", "hub")
+    assert refused.code == 1
+    assert refused.errors == ["error: the hub does not take nobody/name (401 Client Error); give OWNER/NAME, and log in first: hf auth login"]
+
+
 def test_what_is_known_of_a_run_is_on_its_card(latte, run_folder, tmp_path):
     score = tmp_path / "m.json"
     score.write_text("{}")

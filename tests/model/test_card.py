@@ -97,6 +97,16 @@ def test_weights_of_another_step_beside_the_card_are_refused(tmp_path):
         Latte.from_pretrained(tmp_path / "1")
 
 
+def test_paths_of_this_machine_stay_here(tmp_path):
+    """A hub id is for everybody; a folder is not."""
+    facts = {**FACTS, "codec": {"name": "kl", "path": str(tmp_path), "identity": None}}
+    facts["text"] = {"name": "t5", "path": "DeepFloyd/t5-v1_1-xxl"}
+    save_ours(model("text"), tmp_path / "w", facts)
+    card = (tmp_path / "w" / "README.md").read_text()
+    assert str(tmp_path) not in card
+    assert "| text encoder | name t5, path DeepFloyd/t5-v1_1-xxl |" in card
+
+
 def test_half_known_facts_and_scores_without_an_interval():
     text = str(model("class").generate_model_card({"about": {"step": 5, "scores": [{**SCORE, "interval": None}]}}))
     assert "Not recorded: data, licence." in text

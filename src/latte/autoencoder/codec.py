@@ -37,7 +37,7 @@ class CodecConfig:
 
 
 def kind_at(path: str) -> type[Posterior]:
-    """Which of Stable Diffusion's codecs is in the folder, pipeline or hub id ``path``, by its config.json; the plain one if it has none."""
+    """Which of Stable Diffusion's codecs is in the folder, pipeline or hub id ``path``, by its config.json; without one the plain one."""
     kinds = {kind.layout: kind for kind in CODECS.values() if issubclass(kind, Posterior)}
     return kinds.get(layout_at(path) or "", KLCodec)
 

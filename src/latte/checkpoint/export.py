@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weights out: our own folder, the released Latte's file, diffusers' transformer or a whole pipeline of it, or adapters in peft's layout.
+"""Weights out: our own folder, the released Latte's file, diffusers' transformer or pipeline, adapters in peft's layout, the hub.
 
 To add a layout: a function (model, place, facts) and one line in TARGETS.
 """
@@ -19,7 +19,8 @@ from latte.checkpoint.lora import save_lora
 from latte.checkpoint.official import save_official
 from latte.checkpoint.pipeline import to_pipeline
 from latte.checkpoint.run import tensors_sha256
-from latte.checks import InputError, choose
+from latte.checks import InputError, RunError, choose
+from latte.model.card import public
 from latte.model.latte import Latte
 from latte.model.text import LatteText
 
@@ -63,8 +64,12 @@ def save_ours(model: Model, folder: Path, facts: Mapping[str, Any], dtype: torch
 
 
 def publish(model: Model, repository: str, facts: Mapping[str, Any], private: bool | None = None, token: str | None = None) -> str:
-    """Push what ``save_ours`` writes to the hub, as owner/name -> the commit's address. The model's own ``push_to_hub`` knows no facts."""
+    """Push what ``save_ours`` writes to the hub, as owner/name -> the commit's address. The model's own ``push_to_hub`` knows no facts.
+
+    Paths of this machine stay here.
+    """
     facts = {**facts, "weights_sha256": tensors_sha256(model.state_dict())}
+    facts |= {part: {"path": None, **public(facts[part])} for part in ("codec", "text") if facts.get(part)}
     config, kwargs = {**asdict(model.config), **facts}, {"facts": facts}
     return str(model.push_to_hub(repository, config=config, model_card_kwargs=kwargs, private=private, token=token))
 
@@ -90,6 +95,15 @@ def to_diffusers(model: Model, folder: Path, facts: Mapping[str, Any]) -> None:
     save_diffusers(model, folder)
 
 
+def to_hub(model: Model, place: Path, facts: Mapping[str, Any]) -> None:
+    """``publish`` to owner/name, with the token that ``hf auth login`` left; RunError when the hub does not take it."""
+    try:
+        publish(model, place.as_posix(), facts)
+    except Exception as error:  # of the hub, and of whichever HTTP client carries it
+        said = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise RunError(f"the hub does not take {place} ({said}); give OWNER/NAME, and log in first: hf auth login") from error
+
+
 def to_lora(model: Model, folder: Path, facts: Mapping[str, Any]) -> None:
     """The adapters alone."""
     save_lora(model, folder)
@@ -101,4 +115,5 @@ TARGETS: dict[str, Callable[[Model, Path, Mapping[str, Any]], None]] = {
     "diffusers": to_diffusers,
     "pipeline": to_pipeline,
     "lora": to_lora,
+    "hub": to_hub,
 }

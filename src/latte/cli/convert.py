@@ -14,8 +14,10 @@ if TYPE_CHECKING:
 
 SOURCES = "A weight file, a model's folder, a hub id (OWNER/NAME or OWNER/NAME/FILE), or a run folder."
 Source = Annotated[str, typer.Argument(metavar="SRC", help=SOURCES, show_default=False)]
-Place = Annotated[Path, typer.Argument(metavar="DST", help="A new folder, or with --to official a new file.", show_default=False)]
-To = Annotated[str, typer.Option(metavar="NAME", help="latte (our own folder), official (the released file), diffusers, pipeline or lora.")]
+Place = Annotated[
+    Path, typer.Argument(metavar="DST", help="A new folder, with --to official a file, with --to hub OWNER/NAME.", show_default=False)
+]
+To = Annotated[str, typer.Option(metavar="NAME", help="latte (our folder), official (released file), diffusers, pipeline, lora, hub.")]
 CodecPath = Annotated[
     str | None, typer.Option("--codec", metavar="PATH", help="The autoencoder's folder or hub id, where SRC does not say.")
 ]
@@ -73,7 +75,8 @@ def convert(
     told = {"licence": licence, "data": data, "scores": [score_of(read_report(path)) for path in scores or ()]}
     if any(told.values()):
         facts["about"] = {**facts.get("about", {}), **{key: value for key, value in told.items() if value}}
-    require(to == "latte" or not any(told.values()), "--to", to, "a model card is written in our own layout alone", "leave them out")
+    carded = to in ("latte", "hub") or not any(told.values())
+    require(carded, "--to", to, "a model card is written in our own layout alone", "leave them out")
     export(model, place, to, facts)
     result = {"out": str(place), "layout": report.layout, "used": report.used, "missing": report.missing, "unexpected": report.unexpected,
               "mismatched": report.mismatched, "dropped": report.dropped}  # fmt: skip

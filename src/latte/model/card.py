@@ -7,6 +7,7 @@ Each of them may be missing, and the card says which: nothing is guessed, a lice
 """
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib import import_module
@@ -50,10 +51,19 @@ def kind(config: Mapping[str, Any]) -> str:
     return "unconditional" if config.get("num_classes") is None else f"{config['num_classes']} classes"
 
 
+def public(part: Any) -> Any:
+    """A part's description without a path that means something on one machine only."""
+    if not isinstance(part, Mapping) or not part.get("path"):
+        return part
+    path = str(part["path"])
+    hub = re.fullmatch(r"[\w.-]+/[\w.-]+", path) and not Path(path).exists()
+    return {key: value for key, value in part.items() if key != "path" or hub}
+
+
 def described(config: Mapping[str, Any], facts: Mapping[str, Any]) -> dict[str, Any]:
     """Rows of what config.json says of model, diffusion and the parts that it works with."""
     rows: dict[str, Any] = {"model": {key: value for key, value in config.items() if value is not None}}
-    rows |= {label: facts[key] for key, label in PARTS.items() if facts.get(key)}
+    rows |= {label: public(facts[key]) for key, label in PARTS.items() if facts.get(key)}
     return rows
 
 
