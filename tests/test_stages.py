@@ -133,3 +133,45 @@ def test_one_part_after_the_other_is_in_memory_with_a_small_t5(tmp_path, monkeyp
     assert seen["text"] == plan.text_encoder.weights
     assert seen["denoiser"] == seen["decoder"] == plan.denoiser.weights + plan.decoder.weights
     assert max(seen.values()) < sum((plan.text_encoder.weights, plan.denoiser.weights, plan.decoder.weights))
+
+
+def test_with_offload_one_part_at_a_time_visits_the_device(monkeypatch):
+    """In a batch of two and a batch of one: the denoiser comes, works and leaves before the decoder comes."""
+    trained, log = tiny_text(), []
+    work = torch.device("cpu", 0)  # another name than where the parts are at home, the same memory
+    for kind, name in ((LatteText, "denoiser"), (type(trained.codec), "decoder")):
+        plain = kind.to
+        monkeypatch.setattr(kind, "to", lambda self, device, name=name, plain=plain: (log.append((name, device)), plain(self, device))[1])
+    for kind, method in ((LatteText, "forward"), (type(trained.codec), "decode")):
+        plain = getattr(kind, method)
+        monkeypatch.setattr(kind, method, lambda *words, plain=plain, method=method: (log.append((method, None)), plain(*words))[1])
+    seeds, prompts = [1, 2, 3], ["red", "a blue circle", "up"]
+    plain = [clip for _, clip in trained.generate(seeds, prompts=prompts)]
+    log.clear()
+    staged = [clip for _, clip in trained.generate(seeds, prompts=prompts, offload=work)]
+    assert all((one == other).all() for one, other in zip(plain, staged, strict=True))
+    home = torch.device("cpu")
+    assert log.pop(0) == log.pop(0) == ("decoder", home), "no frame is given: the codec stays where it is"
+    log = [event for index, event in enumerate(log) if index == 0 or event != log[index - 1]]
+    batch = [("denoiser", work), ("forward", None), ("denoiser", home), ("decoder", work), ("decode", None), ("decoder", home)]
+    assert log == [*batch, *batch]
+
+
+@pytest.mark.gpu
+def test_the_plan_is_what_a_gpu_holds(tmp_path):
+    """Peak of the allocator while clips are drawn, at once and with offload, within a tenth of the plan and a few MiB of workspace."""
+    config = ModelConfig(size="B", num_frames=16, latent_size=32)
+    trained = tiny_text()
+    model = wake(network(config)).requires_grad_(False).eval()
+    codec = build_codec(CodecConfig("builtin"), "cuda")
+    sample = SampleConfig(sampler="ddim", steps=2, batch=2)
+    plan = staging(config, CodecConfig("builtin"), TextEncoderConfig(), sample, torch.device("cuda"), torch.bfloat16)
+    for offload in (False, True):
+        where = "cpu" if offload else "cuda"
+        codec.to(where)
+        one = type(trained)(**{**trained.__dict__, "model": model.to(where), "codec": codec, "reader": None})
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        list(one.generate([0, 1], config=sample, dtype=torch.bfloat16, offload=torch.device("cuda") if offload else None))
+        peak = torch.cuda.max_memory_allocated()
+        assert peak == pytest.approx(plan.offloaded if offload else plan.peak, rel=0.1, abs=64 * 2**20)

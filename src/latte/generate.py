@@ -94,8 +94,9 @@ def generate(
     frames = model.config.num_frames if frames is None else frames
     require(frames >= 1, "frames", frames, "a clip has at least one", "give 1 or more")
     shape = (frames, *latent_shape(model, codec, size))
-    with borrowed(codec, offload or codec.device, codec.device):
-        known = encode_given(given or {}, codec, shape)
+    with borrowed(codec, device if given and offload else codec.device, codec.device):
+        latents, mask = encode_given(given or {}, codec, shape)
+    known = latents.to(device), mask
     join, walk = choose("longer", longer, LONGER), walker(config, process, device, given_strength)
     window = frames if window is None else window
     model.eval()

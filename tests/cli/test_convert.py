@@ -223,7 +223,8 @@ def test_a_run_is_pushed_to_the_hub_and_a_refusal_is_one_line(latte, run_folder,
     assert b"cc-by-4.0" in pushed["README.md"]
     refused = latte("convert", run_folder, "nobody/name", "--to", "hub")
     assert refused.code == 1
-    assert refused.errors == ["error: the hub does not take nobody/name (401 Client Error); give OWNER/NAME, and log in first: hf auth login"]
+    said = "the hub does not take nobody/name (401 Client Error); give OWNER/NAME, and log in first: hf auth login"
+    assert refused.errors == [f"error: {said}"]
 
 
 def test_what_is_known_of_a_run_is_on_its_card(latte, run_folder, tmp_path):
