@@ -47,8 +47,9 @@ def about_run(config: RunConfig, checkpoint: Checkpoint) -> dict[str, Any]:
     name = {} if config.data.root is None else {"name": Path(config.data.root).name}
     start = f", started from {Path(config.train.init).name}" if config.train.init else ""
     how = f"adapters of rank {config.lora.rank}" if config.lora.rank else "weights"
+    gate = {"gate_steps": config.train.gate_steps} if config.text.gated_time else {}
     return {"data": {**name, **clips}, "step": checkpoint.step, "clips_seen": checkpoint.step * config.train.global_batch,
-            "source": f"averaged {how} of a run{start}"}  # fmt: skip
+            "source": f"averaged {how} of a run{start}", **gate}  # fmt: skip
 
 
 def fill(config: ModelConfig | TextConfig, tensors: Mapping[str, Tensor], where: str) -> Network:

@@ -64,10 +64,11 @@ def test_equals_diffusers_on_the_same_weights(frames, size, lengths, temporal, c
     assert float((found - theirs).abs().max()) < 1e-5 * float(theirs.abs().max())
 
 
-def test_the_published_size_exactly():
+@pytest.mark.parametrize("gated", [False, True])
+def test_the_published_size_exactly(gated):
     with torch.device("meta"):
-        model = LatteText(TextConfig())
-    assert len(model.state_dict()) == 967
+        model = LatteText(TextConfig(gated_time=gated))
+    assert len(model.state_dict()) == 967 + gated
     assert sum(parameter.numel() for parameter in model.parameters()) == 1_057_246_880
 
 
@@ -124,7 +125,6 @@ def test_frames_know_their_place_unless_there_is_one():
     out = model(z.expand(-1, 4, -1, -1, -1), T, text)
     assert ((out[:, 1:] - out[:, :-1]).abs().amax((0, 2, 3, 4)) > 1e-3).all()
     gated = tiny(gated_time=True)
-    gated.time_gate.zero_()
     out = gated(z.expand(-1, 4, -1, -1, -1), T, text)
     torch.testing.assert_close(out[:, 1:], out[:, :-1], rtol=1e-5, atol=1e-5)
     assert ((out[:, :1] - gated(z, T, text, temporal=False)).abs() > 1e-3).any(), "the temporal blocks run"
@@ -140,6 +140,47 @@ def test_a_stilled_model_is_an_image_model_whatever_its_modulation():
     plain, gated = tiny(), tiny(gated_time=True)
     gated.load_state_dict({**plain.state_dict(), "time_gate": torch.ones(1)})
     assert torch.equal(gated(z, T, text), plain(z, T, text))
+
+
+@torch.no_grad()
+def test_the_gate_is_no_parameter_and_opens_to_a_model_without_one():
+    plain, gated = tiny(), tiny(gated_time=True)
+    z, text = noise(2, 4, 4, 8, 8), noise(2, 7, 12)
+    assert [name for name, _ in gated.named_parameters()] == [name for name, _ in plain.named_parameters()]
+    assert gated.state_dict().keys() - plain.state_dict().keys() == {"time_gate"}
+    outs = []
+    for share in (0.0, 0.5, 1.0):
+        gated.open_gate(share)
+        assert gated.opened == float(gated.state_dict()["time_gate"]) == share
+        outs.append(gated(z, T, text))
+    assert torch.equal(outs[2], plain(z, T, text))
+    assert plain.opened == 1.0
+    assert all((outs[1] - out).abs().max() > 1e-3 for out in (outs[0], outs[2]))
+    with pytest.raises(InputError, match=r"share is 1.5, but it is a share of the temporal table; give 0 to 1"):
+        gated.open_gate(1.5)
+    with pytest.raises(InputError, match="gated_time is False"):
+        plain.open_gate(1.0)
+
+
+@pytest.mark.filterwarnings("ignore")  # of the tracer, about itself
+def test_a_compiled_model_is_not_compiled_again_when_its_gate_opens():
+    model, traced = tiny(gated_time=True), []
+
+    def backend(graph, inputs):
+        traced.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(model, backend=backend)
+    z, text = noise(2, 4, 4, 8, 8), noise(2, 7, 12)
+    counts = []
+    for share in (0.0, 0.25, 0.5, 1.0):
+        model.open_gate(share)
+        out = compiled(z, T, text)
+        out.square().mean().backward()
+        assert torch.equal(out, model(z, T, text)), "the gate of the trace is the model's"
+        counts.append(len(traced))
+    assert counts[0] > 0
+    assert set(counts) == {counts[0]}
 
 
 def test_a_fresh_model_predicts_zero_and_every_parameter_learns():

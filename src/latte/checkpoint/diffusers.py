@@ -119,16 +119,20 @@ def whole(card: Mapping[str, Any], key: str, default: int) -> int:
     return value
 
 
-def diffusers_state(model: LatteText) -> dict[str, Tensor]:
-    """``model``'s tensors under diffusers' names. InputError for a model that diffusers' network cannot express."""
+def diffusers_state(model: LatteText, gate_steps: int | None = None) -> dict[str, Tensor]:
+    """``model``'s tensors under diffusers' names, an open gate left out. InputError for a model that diffusers' network cannot express.
+
+    ``gate_steps`` is the step at which the model's run has opened the gate, if that is known, for the message.
+    """
     config = model.config
     rows, columns = config.table_grid
     require(rows == columns, "model.latent_size", config.latent_size, "diffusers counts positions on a square grid",
             "keep this model in our own layout, or train it with model.table_size set")  # fmt: skip
     state = dict(model.state_dict())
-    if model.time_gate is not None:
-        gate = float(state.pop("time_gate"))
-        require(gate == 1.0, "time_gate", gate, "diffusers adds the temporal table whole", "train on with the gate set to 1, then export")
+    state.pop("time_gate", None)
+    where = "train.gate_steps" if gate_steps is None else f"{gate_steps} (train.gate_steps)"
+    require(model.opened == 1.0, "time_gate", model.opened, "diffusers adds the temporal table whole",
+            f"train on to step {where}, where the gate is open, or a step further with a lower one")  # fmt: skip
     names = translate(state, TABLE, "to_theirs")
     assert len(names) == len(state), "a tensor of LatteText without a name in diffusers"
     return {names[ours]: tensor for ours, tensor in state.items()}
@@ -153,14 +157,15 @@ def diffusers_config(config: TextConfig) -> dict[str, Any]:
     }
 
 
-def save_diffusers(model: LatteText, folder: str | Path) -> list[str]:
+def save_diffusers(model: LatteText, folder: str | Path, gate_steps: int | None = None) -> list[str]:
     """Write the folder that ``LatteTransformer3DModel.from_pretrained`` loads -> its tensors' names.
 
-    An earlier export in ``folder`` is replaced; InputError when anything else is in it. RunError when the disk refuses.
+    An earlier export in ``folder`` is replaced; InputError when anything else is in it, and as for ``diffusers_state``. RunError when the
+    disk refuses.
     """
     others = sorted(file.name for file in Path(folder).glob("*") if file.name not in (CONFIG, WEIGHTS))
     require(not others, "folder", str(folder), f"it holds other files ({', '.join(others[:3])})", "give a new folder")
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in diffusers_state(model).items()}
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in diffusers_state(model, gate_steps).items()}
     text = json.dumps(diffusers_config(model.config), indent=2) + "\n"
 
     def write(place: Path) -> None:

@@ -92,7 +92,7 @@ def to_diffusers(model: Model, folder: Path, facts: Mapping[str, Any]) -> None:
     if not isinstance(model, LatteText):
         raise InputError("--to is 'diffusers', which knows Latte as a text-to-video model only, but this one reads no captions; "
                          "give --to official")  # fmt: skip
-    save_diffusers(model, folder)
+    save_diffusers(model, folder, (facts.get("about") or {}).get("gate_steps"))
 
 
 def to_hub(model: Model, place: Path, facts: Mapping[str, Any]) -> None:

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from latte.autoencoder.codec import Codec, CodecConfig, build_codec
 from latte.autoencoder.kl import Posterior
 from latte.checkpoint.atomic import commit_folder, reported
-from latte.checkpoint.diffusers import WEIGHTS, save_diffusers
+from latte.checkpoint.diffusers import WEIGHTS, diffusers_state, save_diffusers
 from latte.checks import InputError, require
 from latte.diffusion.process import DiffusionConfig, build_process
 from latte.model.text import LatteText
@@ -119,6 +119,7 @@ def to_pipeline(model: Any, folder: Path, facts: Mapping[str, Any]) -> None:
     """``save_pipeline`` from the ``facts`` of ``checkpoint.export``: codec and text encoder are read from the paths that stand there."""
     if not isinstance(model, LatteText):
         raise InputError("--to is 'pipeline', which is text to video, but this model reads no captions; give --to official")
+    diffusers_state(model, (facts.get("about") or {}).get("gate_steps"))  # refuse what diffusers cannot express before a T5 is read
     codec, text = facts.get("codec") or {}, facts.get("text") or {}
     name, path = text.get("name"), text.get("path")
     require(name in (None, "t5"), "the text encoder", name, f"a LattePipeline reads captions with {ENCODER} of transformers alone",

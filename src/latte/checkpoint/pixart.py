@@ -2,7 +2,8 @@
 """Starting text-to-video from PixArt-alpha, an image model: every one of its tensors has its place in LatteText.
 
 The temporal blocks are new. What they add starts at zero, and the temporal table behind a gate that starts at zero, so at step 0 the
-model is PixArt, frame by frame. Without the gate (``gated_time=False``, the released LatteT2V's shape) the table moves every frame.
+model is PixArt, frame by frame. Training opens the gate to exactly 1, and then the model is one of the released LatteT2V's shape. Without
+the gate (``gated_time=False``) the table moves every frame from the start, which a run refuses.
 """
 
 import logging

@@ -35,7 +35,8 @@ class TextConfig:
     ``depth``, ``width`` and ``heads`` override those of ``size``. ``latent_size`` is (h, w) or one number for a square. Positions of any
     size are scaled to the grid of ``table_size``, a square (None: of ``latent_size``); a model that started from another one keeps its.
     ``caption_channels`` is the width of the text encoder (4096 for T5 v1.1 XXL).
-    ``gated_time`` multiplies the temporal table by a learned factor that starts at 0, so that a model can start as an image model.
+    ``gated_time`` multiplies the temporal table by a gate that starts at 0, so that a model can start as an image model, and that training
+    opens to 1 (``open_gate``).
     """
 
     __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
@@ -118,6 +119,8 @@ def scaled_table(rows: int, columns: int, spans: tuple[float, float], width: int
 class LatteText(nn.Module, Published, library_name="latte", tags=["text-to-video", "latte"]):
     """The denoiser: ``LatteText(config)(z, t, text, mask=None, num_images=0, temporal=True)``."""
 
+    time_gate: Tensor | None  # (1,), with ``gated_time``: the share of the temporal table that is added; nothing learns it
+
     def __init__(self, config: TextConfig):
         super().__init__()
         self.config = config
@@ -128,7 +131,7 @@ class LatteText(nn.Module, Published, library_name="latte", tags=["text-to-video
         self.caption = CaptionProjection(config.caption_channels, width)
         self.space_blocks = nn.ModuleList(SpaceBlock(width, heads) for _ in range(depth))
         self.time_blocks = nn.ModuleList(TimeBlock(width, heads) for _ in range(depth))
-        self.time_gate = nn.Parameter(torch.zeros(1)) if config.gated_time else None
+        self.register_buffer("time_gate", torch.zeros(1) if config.gated_time else None)
         self.final_norm = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
         self.final_table = nn.Parameter(torch.zeros(2, width))
         self.final_linear = nn.Linear(width, self.patch.out_features)
@@ -165,7 +168,23 @@ class LatteText(nn.Module, Published, library_name="latte", tags=["text-to-video
                 nn.init.zeros_(linear.weight)
                 nn.init.zeros_(linear.bias)
         if self.time_gate is not None:
-            nn.init.zeros_(self.time_gate)
+            self.open_gate(0.0)
+
+    @property
+    def opened(self) -> float:
+        """The share of the temporal table that is added: all of it without ``gated_time``."""
+        return 1.0 if self.time_gate is None else float(self.time_gate)
+
+    @torch.no_grad()
+    def open_gate(self, share: float) -> None:
+        """Add ``share`` of the temporal table from here on, in place, so that a compiled model is not compiled again.
+
+        At 1 the model is one without a gate. InputError for a share outside 0...1, and for a model without ``gated_time``.
+        """
+        require(0 <= share <= 1, "share", share, "it is a share of the temporal table", "give 0 to 1")
+        if self.time_gate is None:
+            raise InputError("gated_time is False, but this opens a gate; make the model with gated_time=True")
+        self.time_gate.fill_(share)
 
     def forward(self, z: Tensor, t: Tensor, text: Tensor, mask: Tensor | None = None, num_images: int = 0, temporal: bool = True) -> Tensor:
         """Noisy latents z (b f+i c h w), timesteps t (b,) in 0...999, caption features -> (b f+i o h w), o = 2c with learned sigma.

@@ -12,8 +12,8 @@ class EMA:
 
     It starts as a copy, of which decay^n is left after n steps: with 0.999 still 37 % after 1000. ``warmup`` lets go of it sooner: step
     n = 1, 2, ... takes the lesser of ``decay`` and (1 + n) / (10 + n), an average over the last ninth of the run so far. Only what is
-    trained moves; frozen parameters are those of ``model`` itself, not copies, and buffers stay as they were copied. Its state is that of
-    ``.model``, under the same names as the model's own.
+    trained moves; frozen parameters are those of ``model`` itself, not copies, and buffers stay as they were copied: who changes one (the
+    loop a text model's gate) does so in both. Its state is that of ``.model``, under the same names as the model's own.
     """
 
     def __init__(self, model: nn.Module, decay: float, warmup: bool = False):

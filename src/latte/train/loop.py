@@ -28,7 +28,7 @@ from latte.data.joint import JointDataset
 from latte.data.sampler import Loader
 from latte.diffusion.loss import Loss
 from latte.diffusion.process import NoisePath
-from latte.model.text import Network
+from latte.model.text import LatteText, Network
 from latte.runtime import DTYPES, resolve_dtype
 from latte.train.condition import CaptionReader
 from latte.train.distributed import Group, process_group
@@ -49,8 +49,8 @@ SETTINGS = ("lr", "weight_decay", "warmup_steps", "decay_steps", "ema_decay", "e
 class TrainConfig:
     """How a model is trained. ``global_batch`` is the setting; ``micro_batch``, devices and processes only divide it.
 
-    Of a run that goes on, ``global_batch`` may not change, the optimiser's settings (lr to clip_start) may, with a notice, and
-    everything else is free. InputError on construction for a value out of range.
+    Of a run that goes on, ``global_batch`` may not change, the optimiser's settings (lr to clip_start) and ``gate_steps`` may, with a
+    notice, and everything else is free. InputError on construction for a value out of range.
     """
 
     __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
@@ -66,6 +66,7 @@ class TrainConfig:
     ema_warmup: bool = False  # a short average first, so that early samples are not those of fresh weights
     clip_norm: float | None = 0.1  # null: the norm is measured only
     clip_start: int = 0  # steps before clipping begins
+    gate_steps: int = 1000  # of a model with text.gated_time: the step from which on its temporal table is whole
     num_images: int = 0  # stills behind every clip (joint training, Sec. 3.3.4)
     dtype: str = "auto"
     compile: bool = False
@@ -79,7 +80,7 @@ class TrainConfig:
     log_every: int = 50
 
     def __post_init__(self) -> None:
-        for name in ("steps", "global_batch", "checkpoint_every", "keep_last", "log_every"):
+        for name in ("steps", "global_batch", "gate_steps", "checkpoint_every", "keep_last", "log_every"):
             require(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "it counts something", "give 1 or more")
         for name in ("weight_decay", "warmup_steps", "decay_steps", "clip_start", "num_images", "sample_every"):
             require(getattr(self, name) >= 0, f"train.{name}", getattr(self, name), "it cannot be negative", "give 0 or more")
@@ -122,7 +123,8 @@ def train(
 
     With ``config.init`` a run without checkpoints starts from those weights, with the report in ``run_dir``/init.txt. With a ``lora`` that
     has a rank they are frozen and adapters trained in their stead: checkpoints hold the adapters alone, and going on needs the weights.
-    ``captions`` turns a batch's captions into what a text model reads; a class model is told the labels.
+    ``captions`` turns a batch's captions into what a text model reads; a class model is told the labels. The gate of a text model that
+    has one is opened step by step (``gate_share``), in the average, too; under adapters it is frozen like all the rest.
     ``codec`` may be None for a dataset of latents. ``facts`` (plain data) adds to what a resumed run must have in common with the
     run it goes on with; ``record`` is written to config.yaml. ``sample(ema_model, step)`` is called every ``sample_every`` steps and
     after the last, in the first process. SIGINT and SIGTERM save at the end of the step and leave; so does step ``until``, for callers
@@ -145,9 +147,10 @@ def train(
         adapters = {"lora": adapt(model, lora, seed)} if lora and lora.rank else {}
         learner = Learner(model, config.lr, config.weight_decay, config.ema_decay, config.ema_warmup)
         common = {**run_facts(model, codec, clips, config.global_batch, seed), **(facts or {}), **adapters}
-        settings = {name: getattr(config, name) for name in SETTINGS}
+        gated = [] if adapters else [each for each in (model, learner.ema.model) if isinstance(each, LatteText) and each.config.gated_time]
+        settings = {name: getattr(config, name) for name in (*SETTINGS, *(("gate_steps",) if gated else ()))}
         state, saved = restore(run_dir, learner, common, settings, group)
-        step = state.get("step", 0)
+        step, opened = state.get("step", 0), gated[0].opened if gated else 1.0
         if group.rank == 0:
             describe_run(run_dir, record or {"model": asdict(model.config), "train": asdict(config), "run": {"seed": seed}}, device)
         task = Task(model, torch.compile(model) if config.compile else model, process, objective, None if dataset.latent else codec,
@@ -166,6 +169,8 @@ def train(
                 numbers = backward(task, step, positions, batch.video, captions(batch.captions) if captions else batch.label)
                 rate = learning_rate(step, config.lr, config.warmup_steps, config.decay_steps, config.steps)
                 numbers = learner.update(step, numbers, rate, config.clip_norm if step > config.clip_start else None, group)
+                for each in gated:
+                    each.open_gate(gate_share(step, opened, config.gate_steps))
                 tally.add(numbers, config.global_batch, loader.waited - waited)
                 code = group.largest(stop.code)
                 if step == 1 or step % config.log_every == 0:
@@ -190,6 +195,14 @@ def train(
             "weights_sha256": tensors_sha256(learner.tensors()["ema"]),
             "interrupted": code if step < end else 0,
         }
+
+
+def gate_share(step: int, opened: float, gate_steps: int) -> float:
+    """How far the gate is open after step 1, 2, ...: evenly up to 1 at step ``gate_steps``, and never less than it was, ``opened``.
+
+    So weights whose gate is open keep it, whatever the run that starts from them or goes on says.
+    """
+    return min(1.0, max(opened, step / gate_steps))
 
 
 def check_parts(model: Network, codec: Codec | None, dataset: Dataset, config: TrainConfig, group: Group) -> None:

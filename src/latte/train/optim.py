@@ -52,12 +52,18 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
 
 
 def load_optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    """Undo ``optimizer_tensors``; learning rate and decay stay those of ``optimizer``. InputError for tensors of another model."""
+    """Undo ``optimizer_tensors``; learning rate and decay stay those of ``optimizer``. InputError for tensors of another model.
+
+    What is said of a buffer is left out: a text model's gate was a parameter once.
+    """
+    buffers = {name for name, _ in model.named_buffers()}
     trainable = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     state: dict[int, dict[str, Tensor]] = {}
     places = {name: index for index, (name, _) in enumerate(trainable)}
     for key, tensor in tensors.items():
         name, what = key.rsplit(":", 1)
+        if name in buffers:
+            continue
         if name not in places or (what != "step" and tensor.shape != trainable[places[name]][1].shape):
             raise InputError(f"the optimiser's state holds {key} {tuple(tensor.shape)}, which this model does not have; "
                              "give the configuration that the run was started with")  # fmt: skip
@@ -73,6 +79,8 @@ class Learner:
         self.optimizer = build_optimizer(model, lr, weight_decay)
         self.parameters = self.optimizer.param_groups[0]["params"]
         self.frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+        if self.frozen:  # under adapters buffers stay as they are, too
+            self.frozen |= {name for name, _ in model.named_buffers()}
         device = self.parameters[0].device
         self.guard = FiniteGuard(device, at_once=device.type == "cpu")
 

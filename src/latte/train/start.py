@@ -49,11 +49,16 @@ def start_from(model: Network, start: Start, run_dir: Path, facts: Mapping[str, 
 
     Nothing happens, and the weights are not needed, when the run has checkpoints: it goes on from them, unless ``again`` says that they do
     not hold everything. ``facts`` of the run (diffusion, codec, text) are compared with what the weights say of themselves. InputError for
-    weights that do not fit, before anything is written.
+    weights that do not fit, before anything is written, and for adapters (``again``) on weights whose gate is not open: they would leave
+    it so.
     """
     if list_checkpoints(run_dir) and not again:
         return
     report = fill(model, start, facts)
+    if again and isinstance(model, LatteText):
+        rule = "adapters leave it as it is, and so frames would hardly know their order"
+        require(model.opened == 1.0, f"train.init: time_gate of {start.source}", model.opened, rule,
+                "train the whole model until it is 1, then adapters on it")  # fmt: skip
     used = "\n".join(f"  used: {name}" for name in report.used)
     LOG.info("%s", used)
     with reported("the report of the start", run_dir / REPORT):
@@ -96,11 +101,13 @@ def from_dit(model: Network, start: Start) -> Coverage:
 
 
 def from_pixart(model: Network, start: Start) -> Coverage:
-    """A text model from a PixArt-alpha."""
+    """A text model from a PixArt-alpha; InputError for one without a gate, which would not start as PixArt."""
     if not isinstance(model, LatteText):
         raise InputError(f"{start.source} is a PixArt-alpha, which reads captions; give a DiT, or set text.name")
     rule = "PixArt's blocks have one place each in a text model"
     require(start.mapping == "all", "train.init_mapping", start.mapping, rule, "leave it out")
+    rule = f"{start.source} is a PixArt-alpha, and without a gate the temporal table disturbs its pictures from the start"
+    require(model.config.gated_time, "text.gated_time", model.config.gated_time, rule, "set text.gated_time=true")
     return init_from_pixart(model, start.source)
 
 
