@@ -152,6 +152,17 @@ def test_a_prompt_too_long_for_t5_is_refused_with_its_count(t5):
         T5Encoder(str(t5), 8).encode(SHAPES)
 
 
+def test_tokens_are_counted_as_they_are_encoded_and_no_weights_are_read(t5):
+    (t5 / "model.safetensors").rename(t5 / "away")
+    prompts = [*SHAPES, "", "  A red CIRCLE ", "up " * 30]
+    encoder, builtin = T5Encoder(str(t5), 50), BuiltinEncoder(50)
+    counts = [encoder.count(prompt) for prompt in prompts]
+    (t5 / "away").rename(t5 / "model.safetensors")
+    assert counts == encoder.encode(prompts)[1].sum(1).tolist()
+    assert [builtin.count(prompt) for prompt in [*prompts, *PROMPTS]] == builtin.encode([*prompts, *PROMPTS])[1].sum(1).tolist()
+    assert (BuiltinEncoder(1).count("two words"), T5Encoder(str(t5), 1).count("up down")) == (3, 3), "however many there is room for"
+
+
 def test_t5_is_read_when_it_is_needed_and_freed(t5, monkeypatch):
     reads = []
     monkeypatch.setattr("latte.text_encoder.load_t5", lambda *where: reads.append(where) or load_t5(*where))

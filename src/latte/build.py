@@ -19,8 +19,8 @@ from latte.checkpoint.atomic import reported
 from latte.checkpoint.layout import build as build_network
 from latte.checks import InputError, require
 from latte.config import RunConfig
-from latte.data.captions import EMPTY, CaptionFeatures, StoredFeatures, encode_captions, stored_captions
-from latte.data.datasets import Dataset, build_dataset, write_quarantine
+from latte.data.captions import EMPTY, CaptionFeatures, StoredFeatures, check_lengths, encode_captions, stored_captions, warn_of_sides
+from latte.data.datasets import Dataset, FolderDataset, build_dataset, write_quarantine
 from latte.data.latents import LatentDataset
 from latte.data.media import contact_sheet
 from latte.data.procedural import caption_of, split_combinations
@@ -31,13 +31,14 @@ from latte.model.latte import Latte, ModelConfig
 from latte.model.text import LatteText, Network, TextConfig
 from latte.prompts import Prompts
 from latte.runtime import rank, resolve_device, resolve_dtype
-from latte.text_encoder import TEXT_ENCODERS, build_text_encoder
+from latte.text_encoder import TEXT_ENCODERS, build_text_encoder, precision
 from latte.train.condition import CaptionReader
 from latte.train.loop import train
 
 LOG = logging.getLogger(__name__)
 SHEET_CLIPS = 4
 SHEET_PROMPTS = 8
+HELD = 8 << 30  # bytes of captions' features in memory, from which on training says how to do without
 
 
 @dataclass(frozen=True)
@@ -136,21 +137,36 @@ def read_captions(config: RunConfig, dataset: Dataset, device: torch.device) -> 
     """The features of all captions that training and its sample sheets need; None without ``text.name``.
 
     Those of latents are taken from their folder if they are there, otherwise the encoder reads each caption once, and is gone again before
-    the denoiser is made. InputError for data without captions, and for features of another encoder.
+    the denoiser is made. InputError for data without captions, for captions too long (before the encoder's weights are read), and for
+    features of another encoder.
     """
     if config.text.name is None:
         return None
     if not dataset.captions:
         raise InputError(f"text.name is {config.text.name}, but the data have no captions; "
                          "give data.captions=auto, encode again with them, or set text.name=null")  # fmt: skip
+    if config.data.flip and rank() == 0:
+        warn_of_sides(dataset.captions)
     if isinstance(dataset, LatentDataset):
-        stored = stored_captions(dataset.root, dataset.captions, config.text.tokens)
+        stored = stored_captions(dataset.root, dataset.manifest.get("captions", {}), dataset.captions, config.text.tokens)
         if stored:
             return check_captions(stored, config, dataset.root, device)
-    encoder = build_text_encoder(config.text, device)
-    features = encode_captions(encoder, [*dataset.captions, *sheet_prompts(config, dataset)])
+    encoder, wanted = build_text_encoder(config.text, device), list(dict.fromkeys([*dataset.captions, *sheet_prompts(config, dataset)]))
+    need = check_lengths(encoder, wanted, owners(dataset)) * encoder.channels * (precision(device).itemsize if encoder.weights else 4)
+    if need > HELD and rank() == 0:
+        LOG.warning("the features of %d captions will take %.1f GiB of memory in every process; to read them from the disk instead, encode "
+                    "once: latte data encode, then data.kind=latents", len(wanted), need / 2**30)  # fmt: skip
+    features = encode_captions(encoder, wanted)
     encoder.free()
     return features
+
+
+def owners(dataset: Dataset) -> dict[str, str]:
+    """Caption -> a video that has it, where captions belong to videos."""
+    if isinstance(dataset, FolderDataset):
+        return {caption: key for key, caption in dataset.caption_of.items()}
+    records = dataset.videos if isinstance(dataset, LatentDataset) else []
+    return {record.caption: record.key for record in records if record.caption is not None}
 
 
 def check_captions(stored: CaptionFeatures, config: RunConfig, root: Path, device: torch.device) -> CaptionFeatures:

@@ -3,6 +3,7 @@
 
 import csv
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -84,3 +85,21 @@ def test_encode_once_then_inspect_and_train_from_the_latents(latte, videos):
         found = latte("train", "actions-small", *model, *codec, "data.flip=false", "data.interval=1", *latents, *words, "--out", "other")
         assert found.code == 2
         assert told in found.errors[0]
+
+
+def test_encode_reads_captions_first_and_tells_what_is_wrong_with_them_before_anything_is_encoded(latte, videos):
+    words = ["shapes-text", "data.kind=folder", f"data.root={videos}", "data.hold_out=0", "data.captions=auto", "codec.name=pixels",
+             "data.resolution=16", "data.frames=4", "--out", "shards"]  # fmt: skip
+    found = latte("data", "encode", *words, "text.length=5")
+    assert (found.code, len(found.errors), Path("shards").exists()) == (2, 1, False)
+    assert re.match(r"error: the caption of \w+/0000\d.mp4 is 'a .*', but it has 6 tokens and text.length is 5 \(", found.errors[0])
+    assert found.errors[0].endswith("; give text.length=6, or shorten them")
+    found = latte("data", "encode", *words, "data.flip=true", "--json")
+    assert found.code == 0, found.err
+    assert found.json["new_captions"] == found.json["captions"] + 1
+    (told,) = [line for line in found.err.splitlines() if "data.flip" in line]
+    assert re.match(r"\d of \d captions say left or right \('a .* (left|right)'\), .*; set data.flip=false$", told)
+    assert found.err.index("captions 100%") < found.err.index("encode 100%")
+    again = latte("data", "encode", *words, "data.flip=true")
+    assert "0 features are new" in again.out
+    assert not [line for line in latte("data", "encode", *words[:-1], "plain").err.splitlines() if "data.flip" in line]

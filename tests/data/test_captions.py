@@ -1,19 +1,39 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Features of captions: each encoded once, padded to one length, and asked for by the caption itself."""
+"""Features of captions: each encoded once, padded to one length, stored in parts, and asked for by the caption itself."""
 
+import json
+import logging
+import re
+import signal
+import subprocess
+import sys
+import weakref
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
-from encoded import SHAPES, contents, folder_config, latents_of, make_videos, pixels
-from latte.checks import InputError
-from latte.data.captions import PART, encode_captions, store_captions, stored_captions
+from encoded import SHAPES, Drawn, contents, folder_config, latents_of, make_videos, pixels
+from latte.checks import InputError, RunError
+from latte.data import captions as under_test
+from latte.data.captions import (
+    AT_ONCE,
+    SIDES,
+    CaptionFeatures,
+    check_lengths,
+    compact,
+    encode_captions,
+    list_parts,
+    store_captions,
+    stored_captions,
+)
 from latte.data.encoding import encode_dataset
 from latte.data.joint import JointDataset
 from latte.data.latents import LatentDataset
 from latte.data.sampler import load_batch
-from latte.data.shards import CAPTIONS, MANIFEST, read_manifest
+from latte.data.shards import CAPTIONS, MANIFEST, PLAN, SINGLE, read_manifest
 from latte.text_encoder import BuiltinEncoder
 
 
@@ -34,16 +54,31 @@ def test_every_distinct_caption_is_encoded_once_and_the_empty_one_too():
     captions = [f"word{index % 40}" for index in range(100)]
     features = encode_captions(encoder, captions, lambda done, of: said.append((done, of)))
     assert [caption for part in encoder.asked for caption in part] == ["", *captions[:40]]
-    assert max(map(len, encoder.asked)) == PART
+    assert max(map(len, encoder.asked)) == AT_ONCE
     assert said == [(32, 41), (41, 41)]
     assert (features.identity, features.length) == (encoder.identity, 4)
 
 
-def test_a_caption_that_is_too_long_is_told_before_the_others_are_encoded(tmp_path):
-    encoder = Counting(4)
-    with pytest.raises(InputError, match="has 6 tokens"):
-        store_captions(tmp_path / CAPTIONS, encoder, [*(f"word{index}" for index in range(100)), "xx two three four five"])
-    assert len(encoder.asked) == 1
+def test_all_lengths_are_checked_before_anything_is_encoded(tmp_path):
+    encoder, captions = Counting(4), [*(f"word{index}" for index in range(100)), "one two three four", "xx two three four five"]
+    assert check_lengths(encoder, captions[:100], {}) == 2 * 100 + 1
+    told = "the caption of b.mp4 is 'xx two three four five', but it has 6 tokens and text.length is 4 (2 of 102 captions are longer); "
+    with pytest.raises(InputError, match=f"^{re.escape(told)}give text.length=6, or shorten them$"):
+        check_lengths(encoder, captions, {"xx two three four five": "b.mp4"})
+    with pytest.raises(InputError, match=r"^a caption is 'xx two"):
+        check_lengths(encoder, captions, {})
+    root, codec, before = tmp_path / "videos", Drawn(), []
+    codec.before = lambda: before.append("encoded")
+    root.mkdir()
+    make_videos(root)
+    rows = {"a/even.mp4": "up", "a/uneven.mp4": "a much longer caption, and more", "b/pictures": "up", "b/short.mp4": "down"}
+    (root / "captions.csv").write_text("path,caption\n" + "".join(f'{key},"{caption}"\n' for key, caption in rows.items()))
+    config = folder_config(root, captions="auto")
+    for codec_given in (codec, lambda: before.append("built")):
+        with pytest.raises(InputError, match=r"caption of a/uneven.mp4 is .* has 8 tokens and text.length is 4 .* text.length=8"):
+            encode_dataset(config, codec_given, tmp_path / "out", cache_dir=tmp_path, text=encoder)
+    assert (encoder.asked, before, (tmp_path / "out").exists()) == ([], [], False)
+    assert encode_dataset(config, codec, tmp_path / "out", cache_dir=tmp_path, text=Counting(8))["new_captions"] == 4
 
 
 def test_what_comes_back_is_what_the_encoder_gives():
@@ -68,33 +103,248 @@ def test_a_caption_without_features_is_refused(caption):
         encode_captions(BuiltinEncoder(4), ["red"])([caption])
 
 
+def stored(root: Path, captions, length: int) -> CaptionFeatures | None:
+    """As a manifest that is up to date would have it."""
+    return stored_captions(root, list_parts(root), captions, length)
+
+
 def test_stored_features_are_those_of_the_encoder_and_are_made_once(tmp_path):
     encoder, captions = Counting(7), ["red", 'a blue, "one"', "\u00e9"]
-    told = store_captions(tmp_path / CAPTIONS, encoder, captions)
-    assert told == {"file": CAPTIONS, "bytes": (tmp_path / CAPTIONS).stat().st_size, "encoder": "builtin", "identity": encoder.identity}
-    calls, found = len(encoder.asked), stored_captions(tmp_path, captions, 7)
+    assert store_captions(tmp_path, encoder, captions, size=2) == 4
+    parts = [{"file": path.name, "bytes": path.stat().st_size} for path in sorted(tmp_path.glob(CAPTIONS))]
+    assert [part["file"] for part in parts] == ["captions-00000.safetensors", "captions-00001.safetensors"]
+    assert list_parts(tmp_path) == {"encoder": "builtin", "identity": encoder.identity, "parts": parts}
+    assert [len(load_file(tmp_path / part["file"])) for part in parts] == [2, 2]
+    calls, found = len(encoder.asked), stored(tmp_path, captions, 7)
     assert (found.identity, found.length, len(found.features), sorted(found.features)) == (encoder.identity, 7, 4, sorted(["", *captions]))
     for mine, theirs in zip(found(captions), BuiltinEncoder(7).encode(captions), strict=True):
         assert torch.equal(mine, theirs)
-    store_captions(tmp_path / CAPTIONS, encoder, captions[:2])
-    assert len(encoder.asked) == calls, "they were there"
-    store_captions(tmp_path / CAPTIONS, encoder, [*captions, "new"])
-    assert len(encoder.asked) > calls
-    assert torch.equal(stored_captions(tmp_path, ["new"], 4)(["new"])[0], BuiltinEncoder(4).encode(["new"])[0])
+    before, begun = contents(tmp_path), []
+    assert store_captions(tmp_path, encoder, captions[:2], size=2, begin=lambda: begun.append(1)) == 0
+    assert (len(encoder.asked), begun) == (calls, []), "they were there"
+    assert store_captions(tmp_path, encoder, [*captions, "new"], size=2, begin=lambda: begun.append(1)) == 1
+    assert (encoder.asked[calls:], begun) == ([["new"]], [1]), "and nothing else"
+    after = contents(tmp_path)
+    assert after.keys() - before.keys() == {"captions-00002.safetensors"}
+    assert before.items() <= after.items()
+    assert torch.equal(stored(tmp_path, ["new"], 4)(["new"])[0], BuiltinEncoder(4).encode(["new"])[0])
+
+
+def test_a_batch_of_stored_features_does_not_depend_on_its_company(tmp_path):
+    captions = [f"word{index} and more" for index in range(9)]
+    store_captions(tmp_path, Counting(8), captions, size=4)
+    features = stored(tmp_path, captions, 8)
+    together = features(captions)[0]
+    for row, caption in enumerate(captions):
+        assert torch.equal(features([caption])[0][0], together[row])
+
+
+def test_only_what_a_batch_asks_for_is_read(tmp_path, monkeypatch):
+    captions = [f"word{index}" for index in range(20)]
+    store_captions(tmp_path, Counting(4), captions, size=3)
+    read, get = [], under_test.StoredFeatures.__getitem__
+    monkeypatch.setattr(under_test.StoredFeatures, "__getitem__", lambda self, caption: read.append(caption) or get(self, caption))
+    features = stored(tmp_path, captions, 4)
+    assert read == []
+    features(["word7", "word3"])
+    assert read == ["word7", "word3"]
+
+
+def test_no_more_than_a_part_is_in_memory(tmp_path, monkeypatch):
+    alive, most = {}, []
+
+    def tracking(tokens):
+        kept = compact(tokens)
+        alive[id(kept)] = weakref.ref(kept, lambda _, name=id(kept): alive.pop(name))
+        most.append(len(alive))
+        return kept
+
+    monkeypatch.setattr(under_test, "compact", tracking)
+    store_captions(tmp_path, BuiltinEncoder(4), [f"word{index}" for index in range(200)], size=10)
+    assert len(list(tmp_path.glob(CAPTIONS))) == 21
+    assert (len(most), len(alive)) == (201, 0)
+    assert max(most) <= 11, "a part, and the one at hand"
+
+
+class Rounded(BuiltinEncoder):
+    """Its numbers have a place in bfloat16, as those of a T5 on a GPU."""
+
+    def encode(self, prompts):
+        text, mask = super().encode(prompts)
+        return text.bfloat16().float(), mask
+
+
+@pytest.mark.parametrize(("encoder", "kind"), [(Rounded(4), torch.bfloat16), (BuiltinEncoder(4), torch.float32)])
+def test_numbers_are_kept_small_where_that_loses_nothing(tmp_path, encoder, kind):
+    captions = ["red", "a b c"]
+    store_captions(tmp_path, encoder, captions)
+    assert {tensor.dtype for tensor in load_file(tmp_path / "captions-00000.safetensors").values()} == {kind}
+    in_memory = encode_captions(encoder, captions)
+    assert {tensor.dtype for tensor in in_memory.features.values()} == {kind}
+    for features in (in_memory, stored(tmp_path, captions, 4)):
+        text, _ = features(captions)
+        assert text.dtype == torch.float32
+        assert torch.equal(text, encoder.encode(captions)[0])
+
+
+def test_numbers_beyond_float16_and_next_to_nothing_survive(tmp_path):
+    for value in (1e6, 3e-8, 1 / 3):
+        tokens = torch.full((2, 3), value)
+        assert torch.equal(compact(tokens).float(), tokens)
+    encoder = Counting(4)
+    encoder.encode = lambda prompts: (torch.full((len(prompts), 4, 64), torch.nan), torch.ones(len(prompts), 4, dtype=torch.bool))
+    with pytest.raises(RunError, match=r"features of caption '' are not numbers"):
+        store_captions(tmp_path, encoder, ["red"])
+    assert not list(tmp_path.glob(CAPTIONS))
+
+
+KILLED = """
+import os, signal, sys
+sys.path[:0] = sys.argv[1:2]
+from encoded import SHAPES, pixels
+from latte.data import shards
+from latte.data.encoding import encode_dataset
+from latte.text_encoder import BuiltinEncoder
+save = shards.save_file
+def dying(tensors, path, **more):
+    if "captions-00002" in str(path):
+        with open(path, "wb") as file:
+            file.write(b"half a part")
+        os.kill(os.getpid(), signal.SIGKILL)
+    save(tensors, path, **more)
+shards.save_file = dying
+encode_dataset(SHAPES, pixels(), sys.argv[2], text=BuiltinEncoder(8), caption_part=2)
+"""
+
+
+def test_a_kill_in_the_middle_of_the_captions_loses_a_part_alone(tmp_path):
+    whole = encode_dataset(SHAPES, pixels(), tmp_path / "whole", text=BuiltinEncoder(8), caption_part=2)
+    assert (whole["new_captions"], len(list((tmp_path / "whole").glob(CAPTIONS)))) == (6, 3)
+    out, support = tmp_path / "out", Path(__file__).parents[1]
+    killed = subprocess.run([sys.executable, "-c", KILLED, str(support), str(out)], capture_output=True, check=False)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
+    assert sorted(path.name for path in out.glob("[!.]*")) == ["captions-00000.safetensors", "captions-00001.safetensors", MANIFEST]
+    assert [path.read_bytes() for path in out.glob(".*.partial")] == [b"half a part"]
+    with pytest.raises(InputError, match="not finished"):
+        LatentDataset(latents_of(SHAPES, out))
+    encoder = Counting(8)
+    again = encode_dataset(SHAPES, pixels(), out, text=encoder, caption_part=2)
+    assert (again["new_captions"], sum(map(len, encoder.asked))) == (2, 2)
+    assert contents(out) == contents(tmp_path / "whole")
+    (out / "captions-00001.safetensors").write_bytes(b"damaged")
+    assert encode_dataset(SHAPES, pixels(), out, text=BuiltinEncoder(8), caption_part=2)["new_captions"] == 2
+    assert contents(out) == contents(tmp_path / "whole"), "a damaged part is made again, in its place"
+
+
+def test_a_part_that_no_caption_needs_any_more_goes(tmp_path):
+    store_captions(tmp_path, BuiltinEncoder(4), ["a", "b", "c", "d", "e"], size=2)
+    assert store_captions(tmp_path, BuiltinEncoder(4), ["a", "d", "f"], size=2) == 1
+    assert [part["file"][9:14] for part in list_parts(tmp_path)["parts"]] == ["00000", "00001", "00002"]
+    assert sorted(stored(tmp_path, ["a", "d", "f"], 4).features) == ["", "a", "d", "f"]
+    with pytest.raises(InputError, match="lack the features of 'b'"):
+        stored(tmp_path, ["b"], 4)
+
+
+def test_features_by_another_encoder_are_left_alone(tmp_path, monkeypatch):
+    store_captions(tmp_path, BuiltinEncoder(4), ["red"])
+    before, other = contents(tmp_path), Counting(4)
+    monkeypatch.setattr(Counting, "identity", "0" * 16)
+    with pytest.raises(InputError, match=r"the text encoder is 'builtin 0000.* was made by builtin 42fe.*; give another folder, or remove"):
+        store_captions(tmp_path, other, ["red", "blue"])
+    assert (other.asked, contents(tmp_path)) == ([], before)
 
 
 def test_features_that_do_not_fit_are_refused(tmp_path):
-    assert stored_captions(tmp_path, ["red"], 4) is None
-    store_captions(tmp_path / CAPTIONS, BuiltinEncoder(4), ["red", "a blue one"])
-    with pytest.raises(InputError, match="lacks the features of caption 'green'; encode again"):
-        stored_captions(tmp_path, ["red", "green"], 4)
+    assert stored(tmp_path, ["red"], 4) is None
+    store_captions(tmp_path, BuiltinEncoder(4), ["red", "a blue one"])
+    told, path = list_parts(tmp_path), tmp_path / "captions-00000.safetensors"
+    with pytest.raises(InputError, match="lack the features of 'green'; encode again"):
+        stored_captions(tmp_path, told, ["red", "green"], 4)
     with pytest.raises(InputError, match=r"text.length is 3, but caption 'a blue one' has 4 tokens; give 4 or more"):
-        stored_captions(tmp_path, ["a blue one"], 3)
-    content = (tmp_path / CAPTIONS).read_bytes()
+        stored_captions(tmp_path, told, ["a blue one"], 3)
+    content = path.read_bytes()
     for damaged in (content[:50], b"", b"nothing"):
-        (tmp_path / CAPTIONS).write_bytes(damaged)
-        with pytest.raises(InputError, match="cannot be read"):
-            stored_captions(tmp_path, ["red"], 4)
+        path.write_bytes(damaged)
+        with pytest.raises(InputError, match=r"size of .*captions-00000.safetensors is"):
+            stored_captions(tmp_path, told, ["red"], 4)
+    path.write_bytes(b"x" * len(content))
+    with pytest.raises(InputError, match="cannot be read"):
+        stored_captions(tmp_path, told, ["red"], 4)
+    path.unlink()
+    with pytest.raises(InputError, match=r"is 0, but the manifest says"):
+        stored_captions(tmp_path, told, ["red"], 4)
+
+
+def test_the_single_file_of_former_folders_is_still_read_and_added_to(tmp_path):
+    out, encoder = tmp_path / "out", Counting(8)
+    encode_dataset(SHAPES, pixels(), out)
+    manifest = read_manifest(out)
+    captions = sorted({video["caption"] for video in manifest["videos"]})
+    former = {f"caption:{caption}": tokens.float() for caption, tokens in encode_captions(encoder, captions[1:]).features.items()}
+    made = {PLAN: json.dumps({"identity": encoder.identity, "encoder": "builtin"})}
+    save_file(former, out / SINGLE, metadata=made)
+    entry = {"file": SINGLE, "bytes": (out / SINGLE).stat().st_size, "encoder": "builtin", "identity": encoder.identity}
+    (out / MANIFEST).write_text(json.dumps({**manifest, "captions": entry}))
+    features = stored_captions(out, read_manifest(out)["captions"], captions[1:], 8)
+    assert torch.equal(features(captions[1:])[0], BuiltinEncoder(8).encode(captions[1:])[0])
+    asked, before = len(encoder.asked), (out / SINGLE).read_bytes()
+    assert encode_dataset(SHAPES, pixels(), out, text=encoder)["new_captions"] == 1
+    assert encoder.asked[asked:] == [captions[:1]]
+    assert (out / SINGLE).read_bytes() == before
+    features = stored_captions(out, read_manifest(out)["captions"], captions, 8)
+    assert torch.equal(features(captions)[0], BuiltinEncoder(8).encode(captions)[0])
+
+
+def test_the_text_encoder_is_gone_before_the_autoencoder_is_there(tmp_path):
+    events = []
+
+    class Text(BuiltinEncoder):
+        def encode(self, prompts):
+            events.append("read")
+            return super().encode(prompts)
+
+        def free(self):
+            events.append("freed")
+
+    def codec():
+        events.append("built")
+        made = Drawn()
+        made.before = lambda: events.append("encoded")
+        weakref.finalize(made, events.append, "gone")
+        return made
+
+    encode_dataset(SHAPES, codec, tmp_path / "out", text=Text(8))
+    assert events == ["built", "gone", "read", "freed", "built", *["encoded"] * 6, "gone"]
+    assert encode_dataset(SHAPES, codec, tmp_path / "out")["captions"] == 5
+    assert events[-2:] == ["built", "gone"]
+    assert len(read_manifest(tmp_path / "out")["captions"]["parts"]) == 1, "they are there, whoever comes by without a text encoder"
+
+
+def test_words_of_sides():
+    say = ["moves LEFT", "to the right.", "leftwards", "a left-hand turn", "lefthanded", "counter-clockwise", "Anticlockwise", "leftmost"]
+    silent = ["leftover soup", "bright light", "upright", "copyright", "a clock", "alright", "wright"]
+    assert all(SIDES.search(caption) for caption in say)
+    assert not any(SIDES.search(caption) for caption in silent)
+
+
+def test_mirrored_clips_whose_captions_say_left_or_right_are_told(tmp_path, caplog):
+    root = make_videos(Path(tmp_path, "set").mkdir() or tmp_path / "set")
+    rows = {"a/even.mp4": "A man steps to the Right", "a/uneven.mp4": "up", "b/pictures": "up", "b/short.mp4": "bright"}
+    (root / "captions.csv").write_text("path,caption\n" + "".join(f"{key},{caption}\n" for key, caption in rows.items()))
+    config = folder_config(root, captions="auto")
+    with caplog.at_level(logging.WARNING):
+        encode_dataset(config, pixels(), tmp_path / "mirrored", cache_dir=tmp_path)
+        assert [record.message for record in caplog.records] == [
+            "1 of 3 captions say left or right ('A man steps to the Right'), but data.flip mirrors half of the clips; set data.flip=false"
+        ]
+        caplog.clear()
+        encode_dataset(replace(config, flip=False), pixels(), tmp_path / "plain", cache_dir=tmp_path)
+        encode_dataset(folder_config(root), pixels(), tmp_path / "silent", cache_dir=tmp_path)
+        encode_dataset(SHAPES, pixels(), tmp_path / "shapes")
+    assert not caplog.records
+    assert SIDES.search(" ".join(LatentDataset(latents_of(SHAPES, tmp_path / "shapes")).captions)), "or the last one is empty"
+    with pytest.raises(InputError, match=r"data.flip is True, but data.kind=procedural does not read it"):
+        replace(SHAPES, flip=True)
 
 
 def test_encoding_with_a_text_encoder_keeps_every_distinct_caption(tmp_path):
@@ -103,7 +353,7 @@ def test_encoding_with_a_text_encoder_keeps_every_distinct_caption(tmp_path):
     dataset = LatentDataset(latents_of(config, tmp_path / "out"))
     assert len(dataset.captions) == result["captions"] > 1
     assert all(dataset.clip(index, torch.Generator()).caption in dataset.captions for index in range(6))
-    features = stored_captions(tmp_path / "out", dataset.captions, 8)
+    features = stored_captions(tmp_path / "out", dataset.manifest["captions"], dataset.captions, 8)
     assert torch.equal(features(dataset.captions)[0], BuiltinEncoder(8).encode(dataset.captions)[0])
     manifest, before = read_manifest(tmp_path / "out"), contents(tmp_path / "out")
     assert (manifest["captions"]["identity"], manifest["complete"]) == (BuiltinEncoder().identity, True)
@@ -113,10 +363,10 @@ def test_encoding_with_a_text_encoder_keeps_every_distinct_caption(tmp_path):
 
 def test_features_can_be_added_to_latents_that_are_there(tmp_path):
     encode_dataset(SHAPES, pixels(), tmp_path / "out")
-    shards = {name: data for name, data in contents(tmp_path / "out").items() if name not in (MANIFEST, CAPTIONS)}
+    shards = {name: data for name, data in contents(tmp_path / "out").items() if name != MANIFEST}
     assert encode_dataset(SHAPES, pixels(), tmp_path / "out", text=BuiltinEncoder(8))["new_shards"] == 0
     assert shards.items() <= contents(tmp_path / "out").items()
-    assert (tmp_path / "out" / CAPTIONS).is_file()
+    assert list((tmp_path / "out").glob(CAPTIONS))
 
 
 def test_captions_of_a_folder_reach_the_latents_and_videos_without_any_are_refused(tmp_path, monkeypatch):

@@ -92,7 +92,7 @@ def init_from_dit(model: Latte, source: str | Path, mapping: str = "all") -> Cov
 
 def block_table(model: Latte, depth: int, mapping: str) -> Table:
     """The rename table of this model: the rows outside the blocks, and five for each block that is filled."""
-    attentions = [(index, next(iter(block.branches))) for index, block in enumerate(model.blocks)]
+    attentions = [(index, next(name for name, _ in block.branches.named_children())) for index, block in enumerate(model.blocks)]
     filled = [(index, name) for index, name in attentions if mapping == "all" or name != "time"]
     rows = [row for row in TABLE if not row[0].startswith("blocks.") and row[0] != LABELS]
     for j, (index, attention) in enumerate(filled):

@@ -112,7 +112,7 @@ def encode(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Pass a set through the autoencoder once, and its captions through the text encoder if the run has one.
+    """Pass a set through the autoencoder once; before that, its captions through the text encoder if the run has one.
 
     Train on it with data.kind=latents data.root=OUT. Run again to go on after a stop.
     """
@@ -123,14 +123,17 @@ def encode(
 
     speak()
     config, _ = load_source(source, overrides)
-    codec = build_codec(config.codec, resolve_device(device))
+    where = resolve_device(device)
     folder = out or Path("latents") / (Path(source).stem or "data")
-    text = build_text_encoder(config.text, codec.device) if config.text.name else None
-    result = encode_dataset(config.data, codec, folder, dtype=shard_dtype, seed=seed, progress=tell("encode", 0, 1), text=text)
+    text = build_text_encoder(config.text, where) if config.text.name else None
+    result = encode_dataset(config.data, lambda: build_codec(config.codec, where), folder, dtype=shard_dtype, seed=seed,
+                            progress=tell("encode", 0, 1), text=text, caption_progress=tell("captions", 0, 1))  # fmt: skip
     refused = len(result["quarantined"])
     lines = [
         f"{result['videos']} videos, {result['frames']} frames, {result['shards']} shards, {result['bytes']:,} bytes; {refused} refused"
     ]
+    if text:
+        lines.append(f"{result['captions']} captions; {result['new_captions']} features are new (with that of the empty caption)")
     show(result, as_json, [*lines, f"train on it with: data.kind=latents data.root={folder}"])
 
 

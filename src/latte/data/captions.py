@@ -1,25 +1,34 @@
 # SPDX-License-Identifier: Apache-2.0
 """Captions as the model reads them: the features of each distinct caption, encoded once, and kept beside latents if need be.
 
+Stored features lie in parts of some captions each, so that no more than one part is ever held in memory, and a stop loses one part alone.
+A tensor's name is a digest of its caption; the captions themselves are in the manifest, with their videos. A number is never changed by
+its storage: features are kept in bfloat16 where that loses nothing, as with all that a T5 computes on a GPU, and in float32 otherwise.
 Axes: l tokens, k channels, b clips, g captions of a clip (its own and its stills').
 """
 
+import hashlib
 import json
+import logging
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from latte.checks import InputError, require
-from latte.data.shards import AGAIN, CAPTIONS, PLAN, commit
+from latte.checks import InputError, RunError, require
+from latte.data.shards import AGAIN, CAPTIONS, PLAN, SINGLE, check_sizes, save
 
-PART = 32  # captions that an encoder gets at a time
+LOG = logging.getLogger(__name__)
+AT_ONCE = 32  # captions that an encoder gets at a time
+PART = 1000  # captions of a stored part: 160 MB from a T5-XXL, at 20 tokens each
 EMPTY = ""
-NAME = "caption:"  # a caption's tensor is called so, with the caption behind
+PREFIX = "caption:"  # in a SINGLE file a tensor is called so, with the caption behind
+SIDES = re.compile(r"\b((left|right)(wards?|most|hand(ed)?)?|(anti|counter)?clockwise)\b", re.IGNORECASE)
 
 
 class CaptionEncoder(Protocol):
@@ -32,7 +41,11 @@ class CaptionEncoder(Protocol):
     @property
     def identity(self) -> str: ...
 
+    def count(self, prompt: str) -> int: ...
+
     def encode(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]: ...
+
+    def free(self) -> None: ...
 
 
 class CaptionFeatures:
@@ -42,7 +55,7 @@ class CaptionFeatures:
         self.identity, self.length, self.features = identity, length, features
 
     def __call__(self, captions: Sequence[Any]) -> tuple[Tensor, Tensor]:
-        """A caption a clip -> (b l k) and (b l); a list of g captions a clip -> (b g l k) and (b g l). True is a token, False padding."""
+        """A caption a clip -> (b l k) float32 and (b l); a list of g captions a clip -> (b g l k) and (b g l). True is a token."""
         if captions and isinstance(captions[0], list):
             parts = [self(of_clip) for of_clip in captions]
             return torch.stack([text for text, _ in parts]), torch.stack([mask for _, mask in parts])
@@ -59,69 +72,174 @@ class CaptionFeatures:
         return self.features[caption]
 
 
+def check_lengths(encoder: CaptionEncoder, captions: Iterable[str], whose: Mapping[str, str]) -> int:
+    """Tokens of all distinct ``captions`` together, and of the empty one; nothing but a tokenizer is read.
+
+    InputError when there are longer ones than the encoder takes: it names the longest, and its video (``whose``: caption -> video).
+    """
+    counts = {caption: encoder.count(caption) for caption in (EMPTY, *captions)}
+    longest = max(counts, key=counts.__getitem__)
+    most, over = counts[longest], sum(count > encoder.length for count in counts.values())
+    shown = longest if len(longest) <= 60 else f"{longest[:57]}..."
+    of = f"the caption of {whose[longest]}" if longest in whose else "a caption"
+    rule = f"it has {most} tokens and text.length is {encoder.length} ({over} of {len(counts) - 1} captions are longer)"
+    require(most <= encoder.length, of, shown, rule, f"give text.length={most}, or shorten them")
+    return sum(counts.values())
+
+
+def warn_of_sides(captions: Iterable[str]) -> None:
+    """Log one line when some of ``captions``, whose clips are mirrored at random, say where left and right are."""
+    every = set(captions)
+    found = sorted(caption for caption in every if SIDES.search(caption))
+    if found:
+        LOG.warning("%d of %d captions say left or right (%r), but data.flip mirrors half of the clips; set data.flip=false",
+                    len(found), len(every), found[0][:60])  # fmt: skip
+
+
 def encode_captions(
     encoder: CaptionEncoder, captions: Iterable[str], progress: Callable[[int, int], None] | None = None
 ) -> CaptionFeatures:
     """The features of ``captions`` and of the empty one, each encoded once; InputError for one that is too long for the encoder."""
     distinct = list(dict.fromkeys([EMPTY, *captions]))
     features: dict[str, Tensor] = {}
-    for start in range(0, len(distinct), PART):
-        part = distinct[start : start + PART]
-        text, mask = encoder.encode(part)
-        features |= {caption: tokens[valid] for caption, tokens, valid in zip(part, text, mask, strict=True)}
-        if progress:
+    for caption, tokens in encoded(encoder, distinct):
+        features[caption] = tokens
+        if progress and (len(features) % AT_ONCE == 0 or len(features) == len(distinct)):
             progress(len(features), len(distinct))
     return CaptionFeatures(encoder.identity, encoder.length, features)
 
 
-class StoredFeatures(Mapping[str, Tensor]):
-    """The features of a captions.safetensors, read when they are asked for; ``identity`` and ``encoder`` say who made them."""
+def encoded(encoder: CaptionEncoder, captions: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
+    """Each caption with its features (l k), without padding and ``compact``; some of them go through the encoder at a time."""
+    for start in range(0, len(captions), AT_ONCE):
+        some = captions[start : start + AT_ONCE]
+        for caption, tokens, valid in zip(some, *encoder.encode(some), strict=True):
+            yield caption, compact(tokens[valid])
+
+
+def compact(tokens: Tensor) -> Tensor:
+    """float32 -> the same numbers, in bfloat16 if all of them have a place there."""
+    small = tokens.to(torch.bfloat16)
+    return small if torch.equal(small.float(), tokens) else tokens
+
+
+class Part:
+    """A file of features, open: ``names`` digest of a caption -> tensor; ``identity`` and ``encoder`` say who made them."""
 
     def __init__(self, path: Path):
         try:
             self.file = safe_open(path, framework="pt")
             made = json.loads((self.file.metadata() or {})[PLAN])
-            self.identity, self.encoder = str(made["identity"]), str(made["encoder"])
+            self.path, self.identity, self.encoder = path, str(made["identity"]), str(made["encoder"])
         except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
             raise InputError(f"{path} cannot be read ({error.__class__.__name__}: {error}); {AGAIN}") from None
-        self.names = {name.removeprefix(NAME) for name in self.file.keys()}  # noqa: SIM118
+        keys = list(self.file.keys())
+        self.names = {digest(key.removeprefix(PREFIX)): key for key in keys} if path.name == SINGLE else dict(zip(keys, keys, strict=True))
+
+
+class StoredFeatures(Mapping[str, Tensor]):
+    """The features of ``captions`` in ``parts``, read when they are asked for; ``encoder`` and ``identity`` are those of all parts.
+
+    The files are mapped, not read: the system keeps what is used in its free memory, and shares it between processes.
+    """
+
+    def __init__(self, parts: Sequence[Part], captions: Iterable[str]):
+        self.encoder, self.identity = parts[0].encoder, parts[0].identity
+        where = {name: part for part in parts for name in part.names}
+        self.where = {caption: part for caption in captions if (part := where.get(digest(caption)))}
 
     def __getitem__(self, caption: str) -> Tensor:
-        return self.file.get_tensor(NAME + caption)
+        part = self.where[caption]
+        return part.file.get_tensor(part.names[digest(caption)])
+
+    def tokens(self, caption: str) -> int:
+        """How many it has, without reading them."""
+        part = self.where[caption]
+        return part.file.get_slice(part.names[digest(caption)]).get_shape()[0]
+
+    def __contains__(self, caption: object) -> bool:
+        return caption in self.where
 
     def __iter__(self) -> Iterator[str]:
-        return iter(sorted(self.names))
+        return iter(self.where)
 
     def __len__(self) -> int:
-        return len(self.names)
+        return len(self.where)
 
 
-def store_captions(path: Path, encoder: CaptionEncoder, captions: Iterable[str]) -> dict[str, Any]:
-    """Write the features of ``captions``, unless they are there already -> what the manifest says of them.
+def digest(caption: str) -> str:
+    """32 hex digits of its SHA-256."""
+    return hashlib.sha256(caption.encode("utf-8", "surrogatepass")).hexdigest()[:32]
 
-    InputError for a caption that is too long, of which the longest are tried first and not after hours; RunError when the disk refuses.
+
+def store_captions(out: Path, encoder: CaptionEncoder, captions: Iterable[str], size: int = PART,
+                   begin: Callable[[], None] = lambda: None, progress: Callable[[int, int], None] | None = None) -> int:  # fmt: skip
+    """Write the features of those ``captions`` (and the empty one) that are not in the folder ``out`` yet, ``size`` to a part; how many.
+
+    Call it again after a stop: finished parts stay. ``begin()`` is called before the folder changes. InputError when there are features by
+    another encoder; RunError when the disk refuses, or the encoder gives no numbers.
     """
-    wanted = {EMPTY, *captions}
-    there = StoredFeatures(path) if path.is_file() else None
-    if not there or there.identity != encoder.identity or not wanted <= there.names:
-        ordered = sorted(sorted(wanted), key=len, reverse=True)
-        tensors = {NAME + caption: tokens.contiguous() for caption, tokens in encode_captions(encoder, ordered).features.items()}
-        made = {PLAN: json.dumps({"identity": encoder.identity, "encoder": encoder.name})}
-        commit(path, lambda temporary: save_file(tensors, temporary, metadata=made))
-    return {"file": path.name, "bytes": path.stat().st_size, "encoder": encoder.name, "identity": encoder.identity}
+    require(size >= 1, "caption_part", size, "a part holds something", "give e.g. 1000")
+    wanted = {digest(caption): caption for caption in sorted({EMPTY, *captions})}
+    parts, broken = open_parts(out)
+    for part in parts:
+        require(part.identity == encoder.identity, "the text encoder", f"{encoder.name} {encoder.identity}",
+                f"{part.path} was made by {part.encoder} {part.identity}", f"give another folder, or remove its {CAPTIONS}")  # fmt: skip
+    useless = [part.path for part in parts if not part.names.keys() & wanted.keys()]
+    kept = [part for part in parts if part.path not in useless]
+    there = {name for part in kept for name in part.names}
+    missing = [caption for name, caption in wanted.items() if name not in there]
+    if missing or broken or useless:
+        begin()
+    for path in (*broken, *useless):
+        path.unlink()
+    taken, done, features = {part.path.name for part in kept}, 0, encoded(encoder, missing)
+    free = (name for number in range(len(missing) + len(taken)) if (name := CAPTIONS.replace("?????", f"{number:05d}")) not in taken)
+    while done < len(missing):
+        tensors: dict[str, Tensor] = {}
+        for caption, tokens in islice(features, size):
+            if not tokens.isfinite().all():
+                raise RunError(f"features of caption {caption[:60]!r} are not numbers; read the captions with another text encoder")
+            tensors[digest(caption)] = tokens.contiguous()
+            done += 1
+            if progress:
+                progress(len(wanted) - len(missing) + done, len(wanted))
+        save(out / next(free), tensors, {"identity": encoder.identity, "encoder": encoder.name})
+    return len(missing)
 
 
-def stored_captions(root: Path, captions: Iterable[str], length: int) -> CaptionFeatures | None:
-    """The features in a folder of latents, padded to ``length``; None when it has none.
+def open_parts(root: Path) -> tuple[list[Part], list[Path]]:
+    """The parts in ``root`` by name, and the files that should be some and cannot be read."""
+    parts, broken = [], []
+    for path in sorted([*root.glob(SINGLE), *root.glob(CAPTIONS)]):
+        try:
+            parts.append(Part(path))
+        except InputError:
+            broken.append(path)
+    return parts, broken
 
-    InputError when one of ``captions`` is missing there, or is longer.
+
+def list_parts(root: Path) -> dict[str, Any]:
+    """What the manifest says of the parts in ``root``: encoder, identity, parts [{file, bytes}]; {} when there are none."""
+    parts, _ = open_parts(root)
+    files = [{"file": part.path.name, "bytes": part.path.stat().st_size} for part in parts]
+    return {"encoder": parts[0].encoder, "identity": parts[0].identity, "parts": files} if parts else {}
+
+
+def stored_captions(root: Path, told: dict[str, Any], captions: Iterable[str], length: int) -> CaptionFeatures | None:
+    """The features in a folder of latents, padded to ``length``; None when its manifest, which has ``told`` of them, lists none.
+
+    InputError when one of ``captions`` is missing there or is longer, and when a file is not what the manifest says.
     """
-    if not (root / CAPTIONS).is_file():
+    files = told.get("parts") or ([told] if "file" in told else [])  # a SINGLE file stands for itself
+    if not files:
         return None
-    features = StoredFeatures(root / CAPTIONS)
-    for caption in {EMPTY, *captions}:
-        if caption not in features.names:
-            raise InputError(f"{root / CAPTIONS} lacks the features of caption {caption!r}; {AGAIN}")
-        tokens = features.file.get_slice(NAME + caption).get_shape()[0]
+    check_sizes(root, files)
+    wanted = {EMPTY, *captions}
+    features = StoredFeatures([Part(root / listed["file"]) for listed in files], wanted)
+    for caption in sorted(wanted):
+        if caption not in features:
+            raise InputError(f"the captions in {root} lack the features of {caption!r}; {AGAIN}")
+        tokens = features.tokens(caption)
         require(tokens <= length, "text.length", length, f"caption {caption[:60]!r} has {tokens} tokens", f"give {tokens} or more")
     return CaptionFeatures(features.identity, length, features)

@@ -12,8 +12,10 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
-from typing import Any, Protocol
+from types import FunctionType
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
@@ -21,16 +23,17 @@ from torch import Tensor
 
 from latte.checks import InputError, RunError, choose, require
 from latte.data.captionfiles import read_captions
-from latte.data.captions import CaptionEncoder, store_captions
+from latte.data.captions import PART, CaptionEncoder, check_lengths, list_parts, store_captions, warn_of_sides
 from latte.data.clips import centre_crop_resize, flip_horizontal, to_float
 from latte.data.datasets import DataConfig
 from latte.data.media import Unreadable, read_frames
 from latte.data.procedural import DIRECTIONS, draw_scene, render
 from latte.data.quarantine import FoundClip, check_folder, require_clips, scan
-from latte.data.shards import CAPTIONS, MANIFEST, MIRROR, SHARDS, SOURCE, Record, finished, read_manifest, write_manifest, write_shard
+from latte.data.shards import MANIFEST, MIRROR, SHARDS, SOURCE, Record, finished, read_manifest, write_manifest, write_shard
 from latte.runtime import generator
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+Progress = Callable[[int, int], None] | None
 SHARD_BYTES = 256 << 20
 READ_BYTES = 256 << 20  # source frames held at a time
 
@@ -49,6 +52,9 @@ class FrameCodec(Protocol):
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]: ...
 
     def encode(self, frames: Tensor, generator: torch.Generator | None = None) -> Tensor: ...
+
+
+AnyCodec = FrameCodec | Callable[[], FrameCodec]
 
 
 @dataclass(frozen=True)
@@ -106,25 +112,66 @@ def _procedural_video(config: DataConfig, index: int) -> Video:
 SOURCES = {"folder": _folder, "procedural": _procedural}
 
 
-def encode_dataset(config: DataConfig, codec: FrameCodec, out: str | os.PathLike, dtype: str = "float16", seed: int = 0,
-                   shard_bytes: int = SHARD_BYTES, cache_dir: str | os.PathLike | None = None,
-                   progress: Callable[[int, int], None] | None = None, text: CaptionEncoder | None = None) -> dict[str, Any]:  # fmt: skip
+def encode_dataset(config: DataConfig, codec: AnyCodec, out: str | os.PathLike, dtype: str = "float16", seed: int = 0,
+                   shard_bytes: int = SHARD_BYTES, cache_dir: str | os.PathLike | None = None, progress: Progress = None,
+                   text: CaptionEncoder | None = None, caption_part: int = PART,
+                   caption_progress: Progress = None) -> dict[str, Any]:  # fmt: skip
     """Encode all frames of the data set of ``config`` at its resolution (mirrored too with ``config.flip``) into the folder ``out``.
 
     Frames, interval and rule are left to the training that reads it. A stochastic codec stores one sample of the posterior per
     frame, drawn from ``seed``. ``progress(done, of)`` counts videos. With a ``text`` encoder the features of every distinct caption are
-    stored, too. Returns out, videos, frames, classes, captions, shards, new_shards, bytes and quarantined. Run it again after an
-    interruption. InputError when ``out`` holds latents of other settings or nothing can be encoded, for captions too long, and for a
-    ``text`` encoder without captions; RunError when it cannot be written.
+    stored first, ``caption_part`` to a file, and it is freed. A ``codec`` that is a function builds one; it is asked before the captions,
+    for the settings, and again after them, so that the two never share the memory.
+    Returns out, videos, frames, classes, captions, new_captions, shards, new_shards, bytes and quarantined. Run it again after an
+    interruption. InputError when ``out`` holds latents of other settings or nothing can be encoded, for captions too long (before anything
+    is encoded), and for a ``text`` encoder without captions; RunError when it cannot be written.
     """
     out, source = Path(out), choose("data.kind", config.kind, SOURCES)(config, cache_dir)
-    captions = sorted({video.record.caption for video in source.videos if video.record.caption is not None})
-    if text and not captions:
-        raise InputError(f"text.name is {text.name}, but the videos have no captions; give data.captions=auto, or text.name=null")
-    encoder = Encoder(config, codec, dtype, seed)
+    captions = captions_of(config, source, text)
+    encoder = Encoder(config, made(codec), dtype, seed)
     settings = {**encoder.settings(), "source": source.identity, "labels": config.labels}
     refuse_other(out, settings)
     parts = plan_shards(source.videos, encoder.frame_bytes, shard_bytes)
+    begin, new_captions = cache(lambda: write_manifest(out, settings, complete=False)), 0
+    if text:
+        del encoder
+        new_captions = store_captions(out, text, captions, caption_part, begin, caption_progress)
+        text.free()
+        encoder = Encoder(config, made(codec), dtype, seed)
+    manifest, new = write_shards(out, source, parts, encoder, settings, begin, progress)
+    require_videos(manifest, out)
+    if told := list_parts(out):
+        manifest["captions"] = told
+    write_manifest(out, settings, True, **manifest)
+    kept = {out / shard["file"] for shard in manifest["shards"]}
+    for left in {*out.glob(SHARDS), *out.glob(".*.partial")} - kept:
+        left.unlink()
+    counts = {"videos": len(manifest["videos"]), "frames": sum(entry["frames"] for entry in manifest["videos"]),
+              "captions": len(captions), "new_captions": new_captions, "shards": len(kept), "new_shards": new}  # fmt: skip
+    size = sum(shard["bytes"] for shard in manifest["shards"])
+    return {"out": str(out), **counts, "bytes": size, "classes": source.classes, "quarantined": manifest["quarantined"]}
+
+
+def made(codec: AnyCodec) -> FrameCodec:
+    """The codec itself, or what the function makes."""
+    return codec() if isinstance(codec, FunctionType) else cast("FrameCodec", codec)
+
+
+def captions_of(config: DataConfig, source: Source, text: CaptionEncoder | None) -> list[str]:
+    """The distinct captions of ``source``, none of them too long for ``text``; a line is logged for those that a mirror makes wrong."""
+    whose = {video.record.caption: video.record.key for video in source.videos if video.record.caption is not None}
+    if text:
+        if not whose:
+            raise InputError(f"text.name is {text.name}, but the videos have no captions; give data.captions=auto, or text.name=null")
+        check_lengths(text, whose, whose)
+    if config.flip:
+        warn_of_sides(whose)
+    return sorted(whose)
+
+
+def write_shards(out: Path, source: Source, parts: Sequence[Sequence[Video]], encoder: "Encoder", settings: dict[str, Any],
+                 begin: Callable[[], None], progress: Progress) -> tuple[dict[str, Any], int]:  # fmt: skip
+    """Encode those ``parts`` of the videos that are not there yet -> the manifest's content, and how many shards are new."""
     manifest: dict[str, Any] = {"classes": source.classes, "shards": [], "videos": [], "quarantined": list(source.quarantined)}
     done, new = 0, 0
 
@@ -139,8 +186,7 @@ def encode_dataset(config: DataConfig, codec: FrameCodec, out: str | os.PathLike
         plan = hashlib.sha256(json.dumps([settings, [asdict(video.record) for video in videos]]).encode()).hexdigest()
         refused = finished(path, plan)
         if refused is None:
-            if not new:
-                write_manifest(out, settings, complete=False)
+            begin()
             refused = encoder.write(path, plan, videos, tick)
             new += 1
         else:
@@ -149,17 +195,7 @@ def encode_dataset(config: DataConfig, codec: FrameCodec, out: str | os.PathLike
         manifest["videos"] += [{**asdict(video.record), "shard": path.name} for video in videos if video.record.key not in bad]
         manifest["shards"].append({"file": path.name, "bytes": path.stat().st_size})
         manifest["quarantined"] += refused
-    require_videos(manifest, out)
-    if text:
-        manifest["captions"] = store_captions(out / CAPTIONS, text, captions)
-    write_manifest(out, settings, True, **manifest)
-    kept = {out / shard["file"] for shard in manifest["shards"]}
-    for left in {*out.glob(SHARDS), *out.glob(".*.partial")} - kept:
-        left.unlink()
-    counts = {"videos": len(manifest["videos"]), "frames": sum(entry["frames"] for entry in manifest["videos"]),
-              "captions": len(captions), "shards": len(kept)}  # fmt: skip
-    size = sum(shard["bytes"] for shard in manifest["shards"])
-    return {"out": str(out), **counts, "new_shards": new, "bytes": size, "classes": source.classes, "quarantined": manifest["quarantined"]}
+    return manifest, new
 
 
 class Encoder:

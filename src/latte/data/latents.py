@@ -20,7 +20,7 @@ from latte.data.clips import choose_frames
 from latte.data.datasets import Clip, DataConfig
 from latte.data.encoding import encode_dataset
 from latte.data.quarantine import check_folder
-from latte.data.shards import AGAIN, MIRROR, SOURCE, Record, read_manifest
+from latte.data.shards import AGAIN, MIRROR, SOURCE, Record, check_sizes, read_manifest
 
 __all__ = ["LatentDataset", "encode_dataset"]
 
@@ -59,12 +59,7 @@ class LatentDataset:
         )
         require(settings["flip"] or not self.config.flip, "data.flip", True, f"the latents in {root} hold no mirror images",
                 f"leave it out, or {AGAIN} with data.flip=true")  # fmt: skip
-        for shard in self.manifest["shards"]:
-            path = self.root / shard["file"]
-            have = path.stat().st_size if path.is_file() else 0
-            require(
-                have == shard["bytes"], f"size of {path}", have, f"the manifest says {shard['bytes']}", f"the folder is damaged, {AGAIN}"
-            )
+        check_sizes(self.root, self.manifest["shards"])
 
     def _fitting(self) -> tuple[list[Record], list[str], list[dict[str, str]]]:
         """Records of the videos that the rule fits, the shard of each, and the others with their reasons."""

@@ -6,7 +6,7 @@ A shard carries the digest of the plan it was made by, so whether it is finished
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -20,7 +20,8 @@ from latte.data.media import MediaInfo
 
 FORMAT, VERSION = "latte-latents", 1
 MANIFEST = "manifest.json"
-CAPTIONS = "captions.safetensors"  # features of the captions, if they were encoded, too
+CAPTIONS = "captions-?????.safetensors"  # parts of the captions' features, if they were encoded, too
+SINGLE = "captions.safetensors"  # all of them in one file, as they were stored before there were parts; still read
 SOURCE, MIRROR = "source", "mirror"  # names of a video's two tensors are "source:<key>" and "mirror:<key>"
 SHARDS = "shard-?????.safetensors"
 PLAN = "latte"  # key of a shard's metadata
@@ -77,7 +78,12 @@ def write_manifest(out: Path, settings: dict[str, Any], complete: bool, **conten
 
 def write_shard(path: Path, tensors: dict[str, Tensor], plan: str, refused: list[dict[str, str]]) -> None:
     """``tensors`` by name, with the digest of the plan and what it could not hold ({"path", "reason"})."""
-    commit(path, lambda temporary: save_file(tensors, temporary, metadata={PLAN: json.dumps({"plan": plan, "refused": refused})}))
+    save(path, tensors, {"plan": plan, "refused": refused})
+
+
+def save(path: Path, tensors: dict[str, Tensor], told: dict[str, Any]) -> None:
+    """``tensors`` by name, with what the file tells of itself."""
+    commit(path, lambda temporary: save_file(tensors, temporary, metadata={PLAN: json.dumps(told)}))
 
 
 def finished(path: Path, plan: str) -> list[dict[str, str]] | None:
@@ -88,6 +94,15 @@ def finished(path: Path, plan: str) -> list[dict[str, str]] | None:
     except (OSError, SafetensorError):
         return None
     return written["refused"] if written.get("plan") == plan else None
+
+
+def check_sizes(root: Path, files: Iterable[dict[str, Any]]) -> None:
+    """InputError unless the ``files`` ({"file", "bytes"}) of a manifest are there, as long as it says."""
+    for listed in files:
+        path = root / listed["file"]
+        have = path.stat().st_size if path.is_file() else 0
+        rule = f"the manifest says {listed['bytes']}"
+        require(have == listed["bytes"], f"size of {path}", have, rule, f"the folder is damaged, {AGAIN}")
 
 
 def commit(path: Path, write: Callable[[Path], Any]) -> None:
