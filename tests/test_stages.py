@@ -81,6 +81,7 @@ def test_the_released_model_exactly():
     config = TextConfig(num_frames=2, latent_size=8)
     found = staging(config, CodecConfig("kl"), TextEncoderConfig("t5"), SampleConfig(), torch.device("cuda"), torch.bfloat16)
     assert found.text_encoder.weights == 2 * 4_762_310_656
+    assert 10 * 2**20 < found.text_encoder.working < 100 * 2**20, "120 tokens"
     assert found.denoiser.weights == 4 * 1_057_246_880
     assert found.decoder.weights == 4 * 83_653_863
     assert found.peak == found.text_encoder.weights + found.text_encoder.working, "the encoder alone is the most"
@@ -92,6 +93,19 @@ def test_skeletons_are_the_published_autoencoders(name, numbers):
     found = CODECS[name].skeleton(None)
     assert (sum(parameter.numel() for parameter in found.parameters()), len(found.state_dict())) == numbers
     assert sum(parameter.nbytes for parameter in found.parameters() if not parameter.is_meta) < 1000, "diffusers makes a few scalars"
+
+
+def test_reading_a_prompt_takes_what_the_plan_says(tmp_path):
+    for part in tiny_t5(width=64):
+        part.save_pretrained(tmp_path)
+    config = TextEncoderConfig("t5", str(tmp_path), 12)
+    encoder = T5Encoder(str(tmp_path), 12)
+    network, _ = encoder.read()
+    with torch.no_grad(), LiveBytes() as live:
+        network(torch.zeros(1, 12, dtype=torch.long))
+    found = staging(TEXT, CodecConfig("builtin"), config, SampleConfig(), CPU, torch.float32).text_encoder
+    assert found.weights == sum(parameter.nbytes for parameter in network.parameters())
+    assert found.working == pytest.approx(live.peak, rel=0.02)
 
 
 def alive(known: set[int]) -> int:

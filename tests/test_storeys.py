@@ -20,7 +20,7 @@ FILES = sorted(path.relative_to(SOURCE).as_posix() for path in SOURCE.rglob("*.p
 # An import goes only to an earlier row or stays inside its own name; names of one row do not know each other.
 STOREYS = (
     ("checks",),
-    ("runtime", "settings"),
+    ("runtime", "settings", "t5"),
     ("model", "diffusion", "autoencoder", "data", "evaluation", "text_encoder", "report"),
     ("checkpoint", "prompts"),
     ("train", "generate", "evaluate", "album"),

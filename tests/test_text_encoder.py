@@ -14,15 +14,14 @@ from safetensors.torch import load_file, save_file
 from support import shared
 
 from latte.checks import InputError
+from latte.t5 import load_t5, width_of
 from latte.text_encoder import (
     BuiltinEncoder,
     T5Encoder,
     TextEncoderConfig,
     build_text_encoder,
-    load_t5,
     same_weights,
     weights_bytes,
-    width_of,
 )
 from tiny_pipeline import seeded, tiny_t5
 
@@ -165,7 +164,7 @@ def test_tokens_are_counted_as_they_are_encoded_and_no_weights_are_read(t5):
 
 def test_t5_is_read_when_it_is_needed_and_freed(t5, monkeypatch):
     reads = []
-    monkeypatch.setattr("latte.text_encoder.load_t5", lambda *where: reads.append(where) or load_t5(*where))
+    monkeypatch.setattr("latte.t5.load_t5", lambda *where: reads.append(where) or load_t5(*where))
     encoder = build_text_encoder(TextEncoderConfig(name="t5", path=str(t5), length=10))
     assert (encoder.channels, encoder.length, reads) == (12, 10, [])
     before = encoder.encode(SHAPES)[0]
@@ -349,7 +348,7 @@ def test_the_bytes_of_the_weights_are_known_without_them(tmp_path, monkeypatch, 
     network.save_pretrained(tmp_path / "text_encoder")
     tiny_t5()[1].save_pretrained(tmp_path / "tokenizer")
     config = TextEncoderConfig(name="t5", path=str(tmp_path), bits=bits, length=10)
-    monkeypatch.setattr("latte.text_encoder.precision", lambda device: kind)  # as if the CPU were a GPU
+    monkeypatch.setattr("latte.t5.precision", lambda device: kind)  # as if the CPU were a GPU
     encoder = build_text_encoder(config)
     assert held(encoder) == weights_bytes(config, CPU)
     encoder.encode(["up"])

@@ -167,7 +167,7 @@ def test_another_t5_than_the_models_is_refused(tmp_path, t5):
 
 @pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
 def test_stored_t5_features_train_as_those_read_on_the_fly_in_either_precision(tmp_path, t5, monkeypatch, kind):
-    monkeypatch.setattr("latte.text_encoder.precision", lambda device: kind)  # as if the CPU were a GPU
+    monkeypatch.setattr("latte.t5.precision", lambda device: kind)  # as if the CPU were a GPU
     text = ["text.name=t5", f"text.path={t5}", "text.length=20"]
     on_the_fly = train(tmp_path / "one", *encoded(tmp_path / "plain", None), *text)
     words = encoded(tmp_path / "stored", build_text_encoder(config("unused", *text).text))

@@ -14,9 +14,11 @@ import numpy as np
 import torch
 from torch import nn
 
+from latte import t5
 from latte.autoencoder.codec import Codec, build_codec
 from latte.checkpoint.atomic import reported
 from latte.checkpoint.layout import build as build_network
+from latte.checkpoint.run import list_checkpoints
 from latte.checks import InputError, require
 from latte.config import RunConfig
 from latte.data.captions import EMPTY, CaptionFeatures, StoredFeatures, check_lengths, encode_captions, stored_captions, warn_of_sides
@@ -31,9 +33,10 @@ from latte.model.latte import Latte, ModelConfig
 from latte.model.text import LatteText, Network, TextConfig
 from latte.prompts import Prompts
 from latte.runtime import rank, resolve_device, resolve_dtype
-from latte.text_encoder import TEXT_ENCODERS, build_text_encoder, precision
+from latte.text_encoder import TEXT_ENCODERS, build_text_encoder
 from latte.train.condition import CaptionReader
 from latte.train.loop import train
+from latte.train.start import look_at
 
 LOG = logging.getLogger(__name__)
 SHEET_CLIPS = 4
@@ -100,6 +103,8 @@ def build(config: RunConfig, device: str = "auto") -> Job:
     where = resolve_device(device)
     dataset, codec = open_data(config, where)
     check_classes(config.model.num_classes, dataset.classes)
+    if config.train.start and not list_checkpoints(Path(config.run.dir or "runs/unnamed")):
+        look_at(config.train.start)
     captions = read_captions(config, dataset, where)
     return Job(config, build_model(config.network, config.run.seed), dataset, codec, where, captions)
 
@@ -152,7 +157,7 @@ def read_captions(config: RunConfig, dataset: Dataset, device: torch.device) -> 
         if stored:
             return check_captions(stored, config, dataset.root, device)
     encoder, wanted = build_text_encoder(config.text, device), list(dict.fromkeys([*dataset.captions, *sheet_prompts(config, dataset)]))
-    need = check_lengths(encoder, wanted, owners(dataset)) * encoder.channels * (precision(device).itemsize if encoder.weights else 4)
+    need = check_lengths(encoder, wanted, owners(dataset)) * encoder.channels * (t5.precision(device).itemsize if encoder.weights else 4)
     if need > HELD and rank() == 0:
         LOG.warning("the features of %d captions will take %.1f GiB of memory in every process; to read them from the disk instead, encode "
                     "once: latte data encode, then data.kind=latents", len(wanted), need / 2**30)  # fmt: skip

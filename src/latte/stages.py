@@ -4,7 +4,7 @@
 The stages follow each other as ``latte sample`` runs them: prompts are read first and the encoder is gone before the denoiser comes;
 denoiser and autoencoder stay together, unless ``--offload`` has on the device only the one that is at work. Weights are counted exactly;
 ``working`` is the most that the tensors of one call take at a time, found by running the true code on the meta device
-(model/memory.py). Kernels' own buffers, the allocator's slack and, of the text encoder, the few tokens of one prompt come on top.
+(model/memory.py). Kernels' own buffers and the allocator's slack come on top.
 Axes: b clips, f frames, c channels, h w latent size, l tokens of a caption, k its channels.
 """
 
@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from latte import t5
 from latte.autoencoder.codec import CODECS, CodecConfig
 from latte.checks import require
 from latte.diffusion.guidance import conditional, guided, guided_pair
@@ -85,9 +86,21 @@ def staging(
     dtype: torch.dtype,
 ) -> Staging:
     """What drawing ``sample.batch`` clips of the model's own size takes on ``device``, with matrix products in ``dtype``."""
-    encoder = Stage(weights_bytes(text, device), 0) if text.name else None
+    encoder = reading(text, device) if text.name else None
     denoiser, decoder = denoising(model, text.tokens, sample, dtype), decoding(model, codec, sample.batch)
     return Staging(sample.batch, str(dtype).removeprefix("torch."), encoder, denoiser, decoder)
+
+
+@torch.no_grad()
+def reading(text: TextEncoderConfig, device: torch.device) -> Stage:
+    """One prompt of the most tokens, as ``T5Encoder`` reads them; nothing worth counting for an encoder without weights."""
+    weights = weights_bytes(text, device)
+    if not weights:
+        return Stage(0, 0)
+    network = t5.skeleton(text.path).to(t5.precision(device))
+    with LiveBytes() as live:
+        network(torch.zeros(1, text.tokens, dtype=torch.long, device="meta"))
+    return Stage(weights, live.peak)
 
 
 @torch.no_grad()

@@ -8,19 +8,17 @@ Axes: b prompts, l tokens, k channels.
 
 import hashlib
 import json
-import logging
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from latte import t5
 from latte.checks import InputError, choose, require
 from latte.runtime import generator
 
@@ -114,9 +112,6 @@ def place_code(place: int, channels: int) -> Tensor:
     return torch.cat([angle.sin(), angle.cos()]).float()
 
 
-CARD = "config.json"
-XXL = {"d_model": 4096, "d_ff": 10240, "d_kv": 64, "num_layers": 24, "num_heads": 64, "vocab_size": 32128,
-       "feed_forward_proj": "gated-gelu"}  # fmt: skip
 STRUCTURE = ("d_model", "d_kv", "num_layers", "num_heads", "feed_forward_proj", "relative_attention_num_buckets",
              "relative_attention_max_distance", "layer_norm_epsilon")  # fmt: skip
 
@@ -125,14 +120,14 @@ class T5Encoder(TextEncoder):
     """The encoder half of a T5 (v1.1 XXL for the released Latte): prompts are lower-cased and stripped, as its training captions were.
 
     The weights are read with the first prompt. Prompts go through one by one, without padding, so that features do not depend on company;
-    in bfloat16 on a GPU, in float32 elsewhere. ``bits`` 8 holds most of the weights as eight-bit numbers, see ``hold``.
+    in bfloat16 on a GPU, in float32 elsewhere. ``bits`` 8 holds most of the weights as eight-bit numbers, see ``latte.t5.hold``.
     """
 
-    name, channels, default_length, weights = "t5", XXL["d_model"], 120, True
+    name, channels, default_length, weights = "t5", t5.XXL["d_model"], 120, True
 
     def __init__(self, path: str, length: int = default_length, device: str | torch.device = "cpu", bits: int | None = None):
         self.path, self.length, self.device, self.bits = path, length, torch.device(device), bits
-        self.channels = width_of(path)
+        self.channels = t5.width_of(path)
         self.parts: tuple[Any, Any] | None = None
         self.tokenizer: Any = None
         self._identity = ""
@@ -157,19 +152,19 @@ class T5Encoder(TextEncoder):
         """(network, tokenizer), from the disk when they are not here; InputError when they cannot be read, or are of another width."""
         if self.parts is None:
             if self.bits:
-                eight_bit_layers()
-            network, tokenizer = load_t5(self.path)
+                t5.eight_bit_layers()
+            network, tokenizer = t5.load_t5(self.path)
             width = network.config.d_model
             require(width == self.channels, "text.path", self.path, f"this encoder has {width} channels, not {self.channels}",
                     "fetch it, and give its folder")  # fmt: skip
             self._identity = self.describe(network, tokenizer)
-            self.parts = hold(network, self.device, self.bits), tokenizer
+            self.parts = t5.hold(network, self.device, self.bits), tokenizer
         return self.parts
 
     def count(self, prompt: str) -> int:
         """As ``encode`` splits it; reads the tokenizer alone, or InputError."""
         if self.tokenizer is None:
-            self.tokenizer = load_tokenizer(self.path)
+            self.tokenizer = t5.load_tokenizer(self.path)
         return len(self.tokenizer(prompt.lower().strip()).input_ids)
 
     @torch.no_grad()
@@ -191,120 +186,6 @@ class T5Encoder(TextEncoder):
         self.parts = self.tokenizer = None
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
-
-
-def read_card(path: str | None) -> dict[str, Any]:
-    """config.json of the T5 in the folder ``path`` or in its text_encoder; what matters of XXL's where there is none to look into."""
-    for card in [Path(path) / CARD, Path(path) / "text_encoder" / CARD] if path else []:
-        if card.is_file():
-            try:
-                found = json.loads(card.read_text("utf-8"))
-                return {**found, "d_model": int(found["d_model"])}
-            except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-                raise InputError(f"{card} is not the card of a T5 ({type(error).__name__}: {error}); give the folder of one") from None
-    return XXL
-
-
-def width_of(path: str | None) -> int:
-    """Channels of the T5 in the folder ``path``; those of XXL where there is none to look into."""
-    return read_card(path)["d_model"]
-
-
-def load_t5(path: str | Path) -> tuple[Any, Any]:
-    """(T5EncoderModel, its tokenizer) of ``path``: a folder of both, a pipeline's folder, or a hub id of one. Only safetensors are read.
-
-    As they are stored, on the CPU. InputError, in one line, when transformers or a part is missing.
-    """
-    t5 = import_transformers()
-    with readable(path):
-        options = {"use_safetensors": True, "output_loading_info": True}
-        encoder, found = t5.T5EncoderModel.from_pretrained(path, **options, **place(path, "text_encoder"))
-        if found["missing_keys"]:
-            raise ValueError(f"its weights lack {min(found['missing_keys'])}")  # transformers makes do with random ones
-        if getattr(encoder.config, "quantization_config", None):
-            raise ValueError("its weights are stored in fewer bits, without what they were made from")
-    return encoder.eval().requires_grad_(False), load_tokenizer(path)
-
-
-def load_tokenizer(path: str | Path) -> Any:
-    """The tokenizer alone, see ``load_t5``."""
-    t5 = import_transformers()
-    with readable(path):
-        tokenizer = t5.T5Tokenizer.from_pretrained(path, **place(path, "tokenizer"))
-        if tokenizer.get_vocab().keys() <= t5.T5Tokenizer().get_vocab().keys():
-            raise ValueError("its tokenizer has no vocabulary")  # transformers makes do without the file, and every word is unknown
-    return tokenizer
-
-
-def place(path: str | Path, part: str) -> dict[str, Any]:
-    """Where ``part`` lies: in the folder ``path`` itself, or in its own folder there, or on the hub."""
-    local = Path(path).is_dir()
-    return {"local_files_only": local, **({} if local and (Path(path) / CARD).is_file() else {"subfolder": part})}
-
-
-@contextmanager
-def readable(path: str | Path) -> Iterator[None]:
-    """InputError, in one line, for whatever is raised inside: broken files make transformers and tokenizers raise almost anything."""
-    try:
-        yield
-    except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(f"text encoder {str(path)!r} cannot be read ({reason}); give a folder with a T5 encoder and its tokenizer, or "
-                         "with text_encoder and tokenizer in it") from error  # fmt: skip
-
-
-def import_transformers() -> Any:
-    """transformers, whose T5 can be imported; InputError when it cannot."""
-    try:
-        import transformers
-        from transformers import T5EncoderModel, T5Tokenizer  # noqa: F401
-    except ImportError as error:
-        raise InputError(f"a T5 text encoder needs transformers and sentencepiece, which are not installed ({error}); "
-                         "pip install 'latte-video[t2v]'") from error  # fmt: skip
-    return transformers
-
-
-def precision(device: torch.device) -> torch.dtype:
-    """What a T5 computes in on ``device``."""
-    return torch.bfloat16 if device.type == "cuda" else torch.float32
-
-
-THRESHOLD = 6.0  # inputs from here on are not rounded (LLM.int8, arXiv 2208.07339, Sec. 3.2)
-
-
-def hold(network: Any, device: torch.device, bits: int | None = None) -> Any:
-    """``network``, a T5EncoderModel on the CPU, on ``device`` in the precision that it computes in there.
-
-    ``bits`` 8 holds its ``linears`` as eight-bit numbers with a scale a row (bitsandbytes), which rounds what goes into them, too.
-    InputError when bitsandbytes is missing.
-    """
-    todo = linears(network) if bits else []
-    while todo:  # one after the other, each gone when its bytes are there
-        (name, linear), layers = todo.pop(), eight_bit_layers()
-        sizes = (linear.in_features, linear.out_features)
-        small = layers.Linear8bitLt(*sizes, bias=False, has_fp16_weights=False, threshold=THRESHOLD, device="meta")
-        small.weight = layers.Int8Params(linear.weight.data, requires_grad=False).to(device)
-        network.set_submodule(name, small.eval())
-    return network.to(device, precision(device))
-
-
-def linears(network: Any) -> list[tuple[str, nn.Linear]]:
-    """(name, layer) of all that can be held as eight-bit numbers.
-
-    That is all but the wo: bitsandbytes computes in float16, which overflows there (huggingface/transformers issue 20287).
-    """
-    return [(name, layer) for name, layer in network.named_modules() if isinstance(layer, nn.Linear) and not name.endswith(".wo")]
-
-
-def eight_bit_layers() -> Any:
-    """bitsandbytes.nn; InputError when it is missing."""
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it tells of float16 with every product
-    try:
-        import bitsandbytes.nn
-    except ImportError as error:
-        raise InputError(f"text.bits is 8, which needs bitsandbytes, and it is not installed ({error}); "
-                         "pip install 'latte-video[bits8]', or leave the bits out") from error  # fmt: skip
-    return bitsandbytes.nn
 
 
 @dataclass(frozen=True)
@@ -343,7 +224,7 @@ class TextEncoderConfig:
         """Channels of the features, known without the weights."""
         if self.name is None:
             raise InputError("text.name is None, but this asks for a model that reads captions; give text.name=builtin or another")
-        return width_of(self.path) if TEXT_ENCODERS[self.name].weights else TEXT_ENCODERS[self.name].channels
+        return t5.width_of(self.path) if TEXT_ENCODERS[self.name].weights else TEXT_ENCODERS[self.name].channels
 
     @property
     def tokens(self) -> int:
@@ -368,18 +249,7 @@ def weights_bytes(config: TextEncoderConfig, device: torch.device) -> int:
     """
     if config.name is None or not TEXT_ENCODERS[config.name].weights:
         return 0
-    t5, card = import_transformers(), read_card(config.path)
-    try:
-        with torch.device("meta"):
-            network = t5.T5EncoderModel(t5.T5Config.from_dict(card))
-    except Exception as error:  # a broken card makes transformers raise almost anything
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(
-            f"text.path is {config.path!r}, but its {CARD} is not the card of a T5 ({reason}); give the folder of one"
-        ) from error
-    each = precision(device).itemsize
-    saved = sum((each - 1) * layer.weight.numel() - 4 * layer.out_features for _, layer in linears(network)) if config.bits else 0
-    return each * sum(weight.numel() for weight in network.parameters()) - saved  # a float32 scale a row
+    return t5.held_bytes(t5.skeleton(config.path), device, config.bits)
 
 
 TEXT_ENCODERS: dict[str | None, type[TextEncoder]] = {encoder.name: encoder for encoder in (BuiltinEncoder, T5Encoder)}

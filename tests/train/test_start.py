@@ -195,3 +195,9 @@ def test_the_model_in_the_package_is_a_start_by_name(tmp_path):
     words = [f"run.dir={tmp_path / 'run'}", "train.init=builtin", "train.steps=1", "train.global_batch=1", "train.sample_every=0"]
     build(load_run("shapes", words)[0], "cpu").train()
     assert "0 missing, 0 unexpected, 0 mismatched" in (tmp_path / "run/init.txt").read_text()
+
+
+def test_a_start_that_is_not_there_is_told_before_captions_are_read(tmp_path, monkeypatch):
+    monkeypatch.setattr("latte.build.read_captions", lambda *words: pytest.fail("captions can take hours"))
+    with pytest.raises(InputError, match=r"train.init: weights 'nowhere' are neither"):
+        build(load_run("shapes-text", [*WORDS, "train.init=nowhere", f"run.dir={tmp_path / 'run'}"])[0], "cpu")

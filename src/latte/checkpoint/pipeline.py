@@ -21,7 +21,7 @@ from latte.checkpoint.diffusers import WEIGHTS, diffusers_state, save_diffusers
 from latte.checks import InputError, require
 from latte.diffusion.process import DiffusionConfig, build_process
 from latte.model.text import LatteText
-from latte.text_encoder import load_t5
+from latte.t5 import load_t5
 
 INDEX = "model_index.json"
 PARTS = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")

@@ -65,6 +65,15 @@ def start_from(model: Network, start: Start, run_dir: Path, facts: Mapping[str, 
         commit_file(run_dir / REPORT, f"{report}\n{used}\n")
 
 
+def look_at(start: Start) -> None:
+    """InputError unless there is something known at ``start``: for before the hours that captions can take."""
+    if start.source != "builtin" and not (Path(start.source) / "checkpoints").is_dir():
+        try:
+            layout_of(start.source)
+        except InputError as error:
+            raise InputError(f"train.init: {error}") from None
+
+
 def fill(model: Network, start: Start, facts: Mapping[str, Any]) -> Coverage:
     """Weights of any kind -> ``model``; the report, which is logged, too. InputError that says train.init for weights that do not fit."""
     try:
