@@ -201,3 +201,17 @@ def test_a_start_that_is_not_there_is_told_before_captions_are_read(tmp_path, mo
     monkeypatch.setattr("latte.build.read_captions", lambda *words: pytest.fail("captions can take hours"))
     with pytest.raises(InputError, match=r"train.init: weights 'nowhere' are neither"):
         build(load_run("shapes-text", [*WORDS, "train.init=nowhere", f"run.dir={tmp_path / 'run'}"])[0], "cpu")
+
+
+def test_classes_start_as_those_of_their_name(tmp_path, capsys):
+    """The rows follow the names: a folder's classes come in the order of the alphabet, the weights' in another."""
+    trained = tiny_trained()
+    save_trained(replace(trained, classes=["left", "up", "right", "down"]), tmp_path / "weights")
+    found = job(tmp_path / "run", f"train.init={tmp_path / 'weights'}")["label_embedding.table.weight"]
+    before = trained.model.state_dict()["label_embedding.table.weight"]
+    torch.testing.assert_close(found, before[[1, 3, 0, 2, 4]], rtol=0, atol=1e-9)  # up, down, left, right, none
+    assert not capsys.readouterr().err.count("notice: the classes")
+    save_trained(replace(trained, classes=["cat", "dog", "left", "right"]), tmp_path / "pets")
+    found = job(tmp_path / "other", f"train.init={tmp_path / 'pets'}")["label_embedding.table.weight"]
+    torch.testing.assert_close(found, before, rtol=0, atol=1e-9)
+    assert "are cat, dog, left, right, this run's are up, down, left, right: each starts as the one" in capsys.readouterr().err

@@ -8,7 +8,7 @@ run's own, to train it further on other data: a weights folder, another run, or 
 
 import logging
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, fields
 from importlib import resources
 from pathlib import Path
@@ -31,6 +31,7 @@ from latte.model.text import LatteText, Network, TextConfig
 
 LOG = logging.getLogger(__name__)
 REPORT = "init.txt"
+LABELS = "label_embedding.table.weight"
 BUILTIN = Path(str(resources.files("latte"))) / "builtin"
 FREE = {"size", "depth", "width", "heads", "num_frames", "latent_size", "table_size", "class_dropout", "num_classes"}
 """Keys of a model that may differ from those of the weights it starts from, or are compared otherwise."""
@@ -94,6 +95,7 @@ def filled(model: Network, start: Start, facts: Mapping[str, Any]) -> Coverage:
         tensors, config, said = loaded.state_dict, loaded.config, told(loaded.card)
     check_same(model, config, start.source)
     check_told(said, facts, start.source)
+    tensors = in_order(tensors, said.get("classes") or [], facts.get("classes") or [], start.source)
     found = Understanding(config, {name: name for name in tensors})
     state, report = compare(start.source, type(model).__name__, tensors, found, model.state_dict())
     LOG.info("%s", report)
@@ -132,14 +134,16 @@ def of_run(folder: Path) -> tuple[dict[str, Tensor], ModelConfig | TextConfig, d
     if "lora" in facts:
         raise InputError(f"{folder} is a run of adapters alone; fold them in first: latte convert {folder} NEW_FOLDER")
     kind = TextConfig if "caption_channels" in facts["model"] else ModelConfig
-    said = {"diffusion": facts.get("diffusion"), "codec": facts.get("codec"), "text": facts.get("text", {}).get("encoder")}
+    said = {"diffusion": facts.get("diffusion"), "codec": facts.get("codec"), "text": facts.get("text", {}).get("encoder"),
+            "classes": facts.get("classes")}  # fmt: skip
     return checkpoint.tensors["ema"], kind(**facts["model"]), said
 
 
 def told(card: Mapping[str, Any]) -> dict[str, Any]:
     """What a weights folder's config.json says beside the model's keys; nothing for other people's."""
     parts = {key: card.get(key) for key in ("diffusion", "codec", "text")}
-    return {key: part if key == "diffusion" else part.get("identity") for key, part in parts.items() if isinstance(part, dict)}
+    said = {key: part if key == "diffusion" else part.get("identity") for key, part in parts.items() if isinstance(part, dict)}
+    return {**said, "classes": [str(name) for name in card.get("classes") or ()]}
 
 
 def check_same(model: Network, config: ModelConfig | TextConfig, source: str) -> None:
@@ -171,6 +175,21 @@ def check_told(said: Mapping[str, Any], facts: Mapping[str, Any], source: str) -
     for part, now in (("codec", facts.get("codec")), ("text", (facts.get("text") or {}).get("encoder"))):
         if said.get(part) and now and said[part] != now:
             print(f"notice: the weights at {source} learned with {part} {said[part]}, this run has {now}", file=sys.stderr)
+
+
+def in_order(tensors: dict[str, Tensor], theirs: Sequence[str], ours: Sequence[str], source: str) -> dict[str, Tensor]:
+    """``tensors`` with the rows of the label table in the order of this run's classes, by their names; the null class stays the last.
+
+    Where the names differ the rows stay as they are, which a notice says: a row then starts as the class with its number.
+    """
+    if LABELS not in tensors or not theirs or not ours or list(theirs) == list(ours):
+        return tensors
+    if sorted(theirs) != sorted(ours):
+        print(f"notice: the classes of the weights at {source} are {', '.join(theirs)}, this run's are {', '.join(ours)}: each starts as the "
+              "one with its number", file=sys.stderr)  # fmt: skip
+        return tensors
+    rows = [*(list(theirs).index(name) for name in ours), *range(len(ours), len(tensors[LABELS]))]
+    return {**tensors, LABELS: tensors[LABELS][rows]}
 
 
 def adapt(model: Network, lora: LoraConfig, seed: int) -> dict[str, Any]:
