@@ -3,6 +3,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -151,3 +152,15 @@ def test_fresh_adapters_on_a_base_of_half_precision(tmp_path):
     save_trained(tiny_trained(), tmp_path / "base", half=True)
     train("shapes", tmp_path)
     assert lora_state(from_run(tmp_path / "run")[0]).keys() == load_latest(tmp_path / "run").tensors["ema"].keys()
+
+
+def test_adapters_bring_the_order_of_their_classes_along(tmp_path):
+    """Trained where the same classes come in another order, they fit the base none the less, and words mean what they meant."""
+    save_trained(replace(tiny_trained(), classes=["left", "up", "right", "down"]), tmp_path / "base")
+    train("shapes", tmp_path)
+    trained = load_trained(tmp_path / "run", "cpu")
+    model, _, facts = from_run(tmp_path / "run")
+    export(model, tmp_path / "adapters", "lora", facts)
+    beside = load_trained(tmp_path / "base", "cpu", lora=tmp_path / "adapters")
+    assert beside.classes == trained.classes == ["up", "down", "left", "right"]
+    assert same(clips(beside, "shapes"), clips(trained, "shapes"))

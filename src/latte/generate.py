@@ -125,8 +125,8 @@ def encode_given(given: Mapping[int, np.ndarray], codec: Codec, shape: tuple[int
 def walker(config: SampleConfig, process: Process | Flow, device: torch.device, strength: float) -> Walk:
     """The sampler of ``config`` as a walk to a sample that holds the frames it is given, which pull at the others with ``strength``."""
 
-    def walk(denoise: Denoiser, noise: Noise, known: Tensor, mask: Tensor, progress: Progress | None) -> Tensor:
-        told = with_known(denoise, process, known, mask, strength)
+    def walk(denoise: Denoiser, noise: Noise, known: Tensor, mask: Tensor, pull: float, progress: Progress | None) -> Tensor:
+        told = with_known(denoise, process, known, mask, pull * strength)
         z = sample(config.sampler, told, process, noise, known.shape[1:], config.steps, config.eta, device, progress)
         return restore(z, known, mask)
 

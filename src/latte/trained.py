@@ -195,9 +195,9 @@ def is_ours(folder: Path) -> bool:
 def with_lora(trained: Trained, folder: str | Path) -> Trained:
     """``trained`` with the adapters of ``folder`` folded in; its own model is changed, too. ``weights`` is the adapters' hash."""
     device = next(trained.model.parameters()).device
-    load_lora(trained.model, folder)
-    weights = tensors_sha256(lora_state(trained.model))
-    return replace(trained, name=f"{trained.name}+{Path(folder).name}", model=folded(trained.model).to(device), weights=weights)
+    classes = load_lora(trained.model, folder, trained.classes)
+    weights, name = tensors_sha256(lora_state(trained.model)), f"{trained.name}+{Path(folder).name}"
+    return replace(trained, name=name, model=folded(trained.model).to(device), classes=classes, weights=weights)
 
 
 def _from_run(folder: Path, checkpoint: Checkpoint | None, where: Places) -> Trained:

@@ -15,6 +15,7 @@ from latte.model.latte import SIZES, Latte, ModelConfig
 from latte.model.text import LatteText, TextConfig, network
 from latte.runtime import generator
 
+LABELS = "label_embedding.table.weight"
 SHOWN = 4  # names in a one-line message
 TABLE_TOLERANCE = 2e-3  # tables saved in half precision differ from ours by 5e-4, those averaged over a training by less; others by 1
 Config = ModelConfig | TextConfig
@@ -112,6 +113,11 @@ def wanted_by(config: Config) -> dict[str, Tensor]:
     """Names and shapes of the tensors that a model of ``config`` has, without storage."""
     with torch.device("meta"):
         return build(config).state_dict()
+
+
+def relabelled(table: Tensor, before: Sequence[str], after: Sequence[str]) -> Tensor:
+    """A label table (k+1|k d) whose rows stand for the classes ``before``, in the order ``after`` of these names; the null class stays."""
+    return table[[*(list(before).index(name) for name in after), *range(len(after), len(table))]]
 
 
 def shape_of(tensors: Mapping[str, Tensor], name: str, axes: int) -> tuple[int, ...]:

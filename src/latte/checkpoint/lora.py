@@ -6,7 +6,8 @@ weight. B starts at zero, so nothing changes until training does. Adapters are s
 of the weights that they belong to; or folded into the weights (``plain_state``) for every exporter there is.
 """
 
-from collections.abc import Callable, Mapping
+import json
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import sqrt
 from pathlib import Path
@@ -17,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from latte.checkpoint.atomic import commit_folder, reported
-from latte.checkpoint.layout import build
+from latte.checkpoint.layout import LABELS, build, relabelled
 from latte.checkpoint.reading import read_json, read_tensors
 from latte.checkpoint.run import tensors_sha256
 from latte.checks import InputError, choose, require
@@ -27,6 +28,7 @@ from latte.runtime import generator
 WEIGHTS, CARD = "adapter_model.safetensors", "adapter_config.json"
 PREFIX = "base_model.model."  # of every name in peft's files
 BASE = "base_weights_sha256"
+CLASSES = "classes"
 ADAPTER = "default"
 OTHER_KINDS = ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "lora_bias", "modules_to_save")  # of adapters that peft knows
 
@@ -165,11 +167,11 @@ def unmerge(model: nn.Module, kept: Mapping[str, Tensor]) -> None:
         layer.merged_adapters.clear()
 
 
-def save_lora(model: Any, folder: str | Path) -> None:
+def save_lora(model: Any, folder: str | Path, classes: Sequence[str] = ()) -> None:
     """Write the adapters alone, as ``PeftModel.from_pretrained`` and ``load_lora`` read them; an earlier folder is replaced.
 
-    InputError for a model without adapters or with adapters folded in, and for a folder with anything else in it; RunError when the disk
-    refuses.
+    ``classes`` are the names of the model's labels, in order. InputError for a model without adapters or with adapters folded in, and for
+    a folder with anything else in it; RunError when the disk refuses.
     """
     folder, layers = Path(folder), lora_layers(model)
     apart = bool(layers) and not any(layer.merged for layer in layers.values())
@@ -177,7 +179,7 @@ def save_lora(model: Any, folder: str | Path) -> None:
     others = sorted(file.name for file in folder.glob("*") if file.name not in (WEIGHTS, CARD))
     require(not others, "folder", str(folder), f"it holds other files ({', '.join(others[:3])})", "give a new folder")
     tensors = {PREFIX + name.replace(f".{ADAPTER}.", "."): tensor.detach().cpu().contiguous() for name, tensor in lora_state(model).items()}
-    facts = {"format": "pt", BASE: tensors_sha256(base_state(model))}
+    facts = {"format": "pt", BASE: tensors_sha256(base_state(model)), **({CLASSES: json.dumps(list(classes))} if classes else {})}
 
     def write(place: Path) -> None:
         model.peft_config[ADAPTER].save_pretrained(place)
@@ -187,9 +189,10 @@ def save_lora(model: Any, folder: str | Path) -> None:
         commit_folder(folder, write)
 
 
-def load_lora(model: nn.Module, folder: str | Path) -> None:
-    """Put the adapters of ``folder`` into a plain ``model``, ready to train on or to sample.
+def load_lora(model: nn.Module, folder: str | Path, classes: Sequence[str] = ()) -> list[str]:
+    """Put the adapters of ``folder`` into a plain ``model``, ready to train on or to sample -> the names of its labels, in order.
 
+    ``classes`` are these names before: where the adapters were trained with the same names in another order, the model gets that order.
     InputError for adapters of other weights (by their hash, where the file has one), of another layout, or cut short.
     """
     folder = Path(folder)
@@ -197,6 +200,8 @@ def load_lora(model: nn.Module, folder: str | Path) -> None:
         raise InputError(f"this {type(model).__name__} has adapters already; load the plain model first")
     rank, alpha, names = read_settings(folder / CARD)
     stored, facts = read_tensors(folder / WEIGHTS)
+    order = class_order(facts.get(CLASSES), classes)
+    reorder(model, classes, order)
     if BASE in facts:
         here = tensors_sha256(model.state_dict())
         require(here == facts[BASE], "the model's weights", here[:16], f"{folder} was trained on {facts[BASE][:16]}", "give that model")
@@ -211,6 +216,24 @@ def load_lora(model: nn.Module, folder: str | Path) -> None:
     insert(model, rank, alpha, chosen)
     for name, tensor in lora_state(model).items():
         tensor.copy_(stored[PREFIX + name.replace(f".{ADAPTER}.", ".")])
+    return order
+
+
+def class_order(written: str | None, classes: Sequence[str]) -> list[str]:
+    """The classes as they are ``written`` (JSON) beside the adapters, if they are the same names; ``classes`` otherwise."""
+    try:
+        found = json.loads(written or "[]")
+    except ValueError:
+        found = []
+    return found if isinstance(found, list) and sorted(map(str, found)) == sorted(classes) else list(classes)
+
+
+@torch.no_grad()
+def reorder(model: nn.Module, before: Sequence[str], after: Sequence[str]) -> None:
+    """Put the rows of the label table in the order ``after``."""
+    table = dict(model.named_parameters()).get(LABELS)
+    if table is not None and list(before) != list(after):
+        table.copy_(relabelled(table, before, after))
 
 
 def read_settings(file: Path) -> tuple[int, float, list[str]]:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from latte.checkpoint.atomic import commit_file, reported
 from latte.checkpoint.dit import init_from_dit
-from latte.checkpoint.layout import Coverage, Understanding, build, compare
+from latte.checkpoint.layout import LABELS, Coverage, Understanding, build, compare, relabelled
 from latte.checkpoint.lora import LoraConfig, add_lora, lora_state
 from latte.checkpoint.pixart import init_from_pixart
 from latte.checkpoint.run import Checkpoint, list_checkpoints, load_latest, tensors_sha256
@@ -31,7 +31,6 @@ from latte.model.text import LatteText, Network, TextConfig
 
 LOG = logging.getLogger(__name__)
 REPORT = "init.txt"
-LABELS = "label_embedding.table.weight"
 BUILTIN = Path(str(resources.files("latte"))) / "builtin"
 FREE = {"size", "depth", "width", "heads", "num_frames", "latent_size", "table_size", "class_dropout", "num_classes"}
 """Keys of a model that may differ from those of the weights it starts from, or are compared otherwise."""
@@ -178,18 +177,17 @@ def check_told(said: Mapping[str, Any], facts: Mapping[str, Any], source: str) -
 
 
 def in_order(tensors: dict[str, Tensor], theirs: Sequence[str], ours: Sequence[str], source: str) -> dict[str, Tensor]:
-    """``tensors`` with the rows of the label table in the order of this run's classes, by their names; the null class stays the last.
+    """``tensors`` with the rows of the label table in the order of this run's classes, by name.
 
-    Where the names differ the rows stay as they are, which a notice says: a row then starts as the class with its number.
+    Where the names differ the rows stay as they are, which a notice says: a class then starts as the one with its number.
     """
-    if LABELS not in tensors or not theirs or not ours or list(theirs) == list(ours):
+    if LABELS not in tensors or not theirs or not ours:
         return tensors
     if sorted(theirs) != sorted(ours):
-        print(f"notice: the classes of the weights at {source} are {', '.join(theirs)}, this run's are {', '.join(ours)}: each starts as the "
-              "one with its number", file=sys.stderr)  # fmt: skip
+        print(f"notice: the classes of the weights at {source} are {', '.join(theirs)}, this run's are {', '.join(ours)}: each starts as "
+              "the one with its number", file=sys.stderr)  # fmt: skip
         return tensors
-    rows = [*(list(theirs).index(name) for name in ours), *range(len(ours), len(tensors[LABELS]))]
-    return {**tensors, LABELS: tensors[LABELS][rows]}
+    return {**tensors, LABELS: relabelled(tensors[LABELS], theirs, ours)}
 
 
 def adapt(model: Network, lora: LoraConfig, seed: int) -> dict[str, Any]:
