@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What eight bits cost a T5: python benchmarks/eight_bits.py [--width 768 --layers 12] (default: about the size of T5 v1.1 base's encoder).
+
+A T5 encoder with random weights reads random tokens, held in float32, in eight bits, and in bfloat16; the features' distance from those in
+float32, relative to their norm, and the bytes of the weights. Random weights are not trained ones: outliers, which make eight bits
+harder, are missing here.
+"""
+
+import argparse
+import copy
+import json
+from collections.abc import Sequence
+
+import measure
+import torch
+from torch import Tensor
+
+from latte import t5
+from latte.runtime import generator
+
+
+@torch.no_grad()
+def features(network: torch.nn.Module, tokens: Tensor) -> Tensor:
+    """(b l) -> (b l k) float32, a prompt at a time, as ``T5Encoder`` reads them."""
+    return torch.cat([network(row[None]).last_hidden_state.float() for row in tokens])
+
+
+def held(network: torch.nn.Module) -> int:
+    """Bytes of everything that the network holds, the scales of eight-bit weights included."""
+    scales = [weight.SCB for weight in network.parameters() if getattr(weight, "SCB", None) is not None]
+    return sum(tensor.nbytes for tensor in [*network.parameters(), *scales])
+
+
+def main(argv: Sequence[str] | None = None) -> dict:
+    """Measure, print one JSON line, return it."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--width", type=int, default=768)
+    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--prompts", type=int, default=8)
+    parser.add_argument("--tokens", type=int, default=20)
+    options = parser.parse_args(argv)
+    library, device = t5.import_transformers(), torch.device("cpu")
+    card = {
+        **t5.XXL,
+        "d_model": options.width,
+        "num_layers": options.layers,
+        "num_heads": options.width // 64,
+        "d_ff": 8 * options.width // 3,
+    }
+    with torch.random.fork_rng():
+        torch.manual_seed(generator(0, "eight bits").initial_seed())
+        network = library.T5EncoderModel(library.T5Config.from_dict(card)).eval().requires_grad_(False)
+    tokens = torch.randint(card["vocab_size"], (options.prompts, options.tokens), generator=generator(0, "tokens"))
+    exact, found = features(network, tokens), {}
+    ways = {"bits8": lambda: t5.hold(copy.deepcopy(network), device, 8), "bfloat16": lambda: copy.deepcopy(network).to(torch.bfloat16)}
+    for name, build in ways.items():
+        rough = build()
+        error = float((features(rough, tokens) - exact).norm() / exact.norm())
+        found[name] = {"relative_error": round(error, 5), "bytes": held(rough)}
+    line = {
+        "what": "T5 in eight bits",
+        "parameters": sum(weight.numel() for weight in network.parameters()),
+        "float32_bytes": held(network),
+        **found,
+        "machine": measure.machine(device),
+        "torch": torch.__version__,
+        "commit": measure.commit(),
+        "settings": vars(options),
+    }
+    print(json.dumps(line), flush=True)
+    return line
+
+
+if __name__ == "__main__":
+    main()
