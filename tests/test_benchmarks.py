@@ -5,16 +5,21 @@ import importlib
 import json
 import sys
 from dataclasses import replace
+from importlib.util import find_spec
 from itertools import count, pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
+from latte.autoencoder.codec import CodecConfig, build_codec
 from latte.checks import InputError
 from latte.data.media import write_mp4
-from latte.data.procedural import draw_scene, render
+from latte.data.procedural import DIRECTIONS, draw_scene, render
 from latte.generate import SampleConfig
+from tiny import tiny_trained
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 TINY = ["--device", "cpu", "--rounds", "3", "--seconds", "0.001", "--max-foreign", "1"]
@@ -125,6 +130,94 @@ def test_captions_are_graded_part_by_part(benchmark, capsys, monkeypatch, words,
     assert (line["clips"], line["combinations"], line["held_out"]) == (24, combinations, "--seen" not in words)
 
 
+class Perfect:
+    """Stands for a trained model: draws procedural scenes as they are, 8 frames of 64 x 64, bar what ``spoil(clip, seed)`` does to them."""
+
+    name, weights, sample, classes, reader = "perfect", "none", SampleConfig(), [*DIRECTIONS], None
+    model = SimpleNamespace(config=SimpleNamespace(num_frames=8))
+    codec = build_codec(CodecConfig(name="pixels"))
+
+    def __init__(self, spoil=lambda clip, seed: clip):
+        self.spoil = spoil
+
+    def frame_size(self):
+        return 64, 64
+
+    def generate(self, seeds, labels=None, given=None, frames=8, **_):
+        for seed in seeds:
+            yield seed, self.spoil(render(draw_scene(1000, seed - 1000, frames), frames, 64, 64), seed)
+
+
+def test_true_clips_are_graded_right_in_every_part(benchmark, capsys, monkeypatch):
+    given = benchmark("given")
+    monkeypatch.setattr(given, "load_trained", lambda *_: Perfect())
+    lines = given.main(["--count", "8", "--seed", "1000", "--strengths", "0", "40"])
+    assert [json.loads(line) for line in capsys.readouterr().out.splitlines()] == lines
+    assert [(line["given"], line["strength"]) for line in lines] == [(g, s) for g in ("first", "both", "middle") for s in (0, 40)]
+    for line in lines:
+        assert [line[key] for key in ("colour", "shape", "coherent", "all", "direction")] == [1] * 5
+        assert (line["worst"], line["psnr"], line["clips"]) == (0, None, 8)
+        assert line["step"] == line["step_true"] == pytest.approx(line["step_beside"], rel=0.05)
+
+
+def other_colour(clip, seed):
+    """Every second clip in another colour, but for its first frame."""
+    return np.concatenate([clip[:1], clip[1:, ..., ::-1]]) if seed % 2 else clip
+
+
+def test_clips_that_leave_their_given_frame_are_told_apart(benchmark, monkeypatch):
+    given = benchmark("given")
+    scenes = [draw_scene(1000, index, 8) for index in range(8)]
+    turned = sum(scene.colour in ("red", "blue", "yellow") for scene in scenes[1::2])  # red and blue change places, yellow turns cyan
+    assert turned
+    clips = given.procedural(Perfect(), 8, 1000, 8)
+    line = given.measure(Perfect(other_colour), clips, "first", 40.0, 1000)
+    assert line["colour"] == line["all"] == pytest.approx(1 - turned / 8, abs=1e-3)
+    assert (line["shape"], line["direction"], line["worst"]) == (1, 1, 0)
+    assert line["step"] > 1.5 * line["step_true"] > line["step_beside"]
+    backwards = given.measure(Perfect(lambda clip, seed: clip[::-1]), clips, "both", 40.0, 1000)
+    assert (backwards["colour"], backwards["direction"]) == (1, 0)
+    assert backwards["worst"] > 100
+    assert 5 < backwards["psnr"] < 30
+
+
+def changed(clip, seed):
+    """From the middle on another colour, mirrored left to right."""
+    half = len(clip) // 2
+    return np.concatenate([clip[:half], clip[half:, :, ::-1, ::-1]])
+
+
+def test_longer_clips_that_stay_what_they_were_are_told_from_those_that_do_not(benchmark):
+    longer, clips = benchmark("longer"), [render(draw_scene(1000, index, 16), 16, 64, 64) for index in range(8)]
+    true = longer.judge(clips, 8, True)
+    assert [true[key] for key in ("one_shape", "same_colour", "same_shape", "same", "clips")] == [1, 1, 1, 1, 8]
+    assert true["seam"] < 1.3
+    assert [true[key] for key in ("motion", "detail", "contrast")] == [pytest.approx(1, abs=0.05)] * 3
+    keeps = [draw_scene(1000, index, 16).colour not in ("red", "blue", "yellow") for index in range(8)]
+    other = longer.judge([changed(clip, 0) for clip in clips], 8, True)
+    assert other["same_colour"] == other["same"] == pytest.approx(sum(keeps) / 8, abs=1e-3)
+    assert sum(keeps) < 8
+    assert (other["same_shape"], other["one_shape"]) == (1, 1)
+    assert other["seam"] > 2 * true["seam"]
+    faded = longer.continuity(np.linspace(1, 0.5, 16)[:, None, None, None] * np.full((16, 8, 8, 3), 200.0), 8)
+    assert faded["level"] == pytest.approx(200 * 0.5 * 8 / 15)
+
+
+@pytest.mark.parametrize("videos", [False, True])
+def test_the_benchmarks_of_given_frames_and_longer_clips_run_a_model(benchmark, monkeypatch, tmp_path, videos):
+    words = ["--count", "2", *(["--videos", str(write_shapes(tmp_path / "shapes", 2))] if videos else [])]
+    given, longer = benchmark("given"), benchmark("longer")
+    monkeypatch.setattr(given, "load_trained", lambda *_: tiny_trained())
+    for line in given.main([*words, "--given", "first", "--strengths", "0"]):
+        assert (line["worst"], line["psnr"]) == (0, None), "pixels as latents: nothing is lost"
+        assert ("colour" in line) == (not videos)
+    lines = longer.main([*words, "--sheets", str(tmp_path / "sheets")])
+    assert [line["method"] for line in lines] == ["real", *longer.METHODS]
+    assert all(line["frames"] == 6 and ("same" in line) == (not videos) for line in lines)
+    assert len({line["step"] for line in lines}) == len(lines), "each method draws clips of its own"
+    assert {path.name for path in (tmp_path / "sheets").iterdir()} == {f"{line['method']}-6.png" for line in lines}
+
+
 def test_captions_of_a_run_that_held_nothing_out_are_refused(benchmark, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["captions.py", "shapes"])
     with pytest.raises(InputError, match=r"data.hold_out is 0"):
@@ -159,3 +252,13 @@ def test_the_gpu_benchmark_says_that_it_needs_one(benchmark, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["run.py"])
     with pytest.raises(SystemExit, match="needs a CUDA device"):
         benchmark("run").main()
+
+
+@pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="needs bitsandbytes (pip install 'latte-video[bits8]')")
+def test_eight_bits_are_measured_against_float32(benchmark):
+    line = benchmark("eight_bits").main(["--width", "128", "--layers", "2", "--prompts", "2", "--tokens", "5"])
+    assert line["float32_bytes"] == 4 * line["parameters"]
+    assert line["bfloat16"]["bytes"] == 2 * line["parameters"]
+    assert line["bits8"]["bytes"] < line["float32_bytes"]
+    assert 0.001 < line["bits8"]["relative_error"] < 0.1
+    assert 0.001 < line["bfloat16"]["relative_error"] < 0.1

@@ -144,3 +144,16 @@ def test_a_run_of_adapters_costs_what_it_costs(tmp_path):
     files = list((tmp_path / "run/checkpoints").glob("step-*/*.safetensors"))
     headers = sum(8 + int.from_bytes(file.read_bytes()[:8], "little") for file in files)
     assert found.disk.kept == 2 * found.disk.checkpoint == sum(file.stat().st_size for file in files) - headers
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has the GPU that the test wants to be without")
+def test_a_gpu_that_is_not_here_is_planned_for_but_not_measured():
+    words = [*WORDS, "train.dtype=auto"]
+    here, there = (plan(config(*words, recipe="shapes-text"), device) for device in ("cpu", "cuda"))
+    assert (here.sampling["dtype"], there.sampling["dtype"], there.memory.dtype) == ("float32", "bfloat16", "bfloat16")
+    assert there.memory.activations < here.memory.activations
+    assert there.sampling["denoiser"]["weights"] == here.sampling["denoiser"]["weights"], "weights stay float32"
+    with pytest.raises(InputError, match="this machine has none"):
+        plan(config(*WORDS), "cuda", measure=True)
+    with pytest.raises(InputError, match="device is 'abacus'"):
+        plan(config(*WORDS), "abacus")

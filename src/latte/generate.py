@@ -69,7 +69,7 @@ def generate(
     progress: Progress | None = None,
     prompts: Prompts | None = None,
     window: int | None = None,
-    longer: str = "windows",
+    longer: str = "freenoise",
     overlap: int | None = None,
     given: Mapping[int, np.ndarray] | None = None,
     given_strength: float = STRENGTH,
@@ -81,11 +81,12 @@ def generate(
     ``labels``: one class per seed, -1 for none; None for all of them. ``frames`` and ``size`` (height, width in pixels) default to those
     the model was made for. ``dtype`` is that of matrix products. ``progress(done, all)`` counts denoising steps over all batches.
     A text model reads ``prompts``, one per seed, instead of labels. ``window``: the model sees that many frames at a time, so that memory
-    does not grow with ``frames`` (diffusion/windows.py). ``given``: pictures, uint8 (h w c) of the clip's size, that every clip shows at
-    these frames, -1 for the last, and that pull at the others with ``given_strength`` (diffusion/known.py). Raises InputError for labels
-    that the model does not know, for prompts that are missing or not wanted, for sizes that the codec and the patches do not divide, and
-    for frames that a clip does not have. ``decoder`` draws the frames in ``codec``'s place. With ``offload`` model and codec stay where
-    they are, such as in the host's memory, and the one at work goes to that device.
+    does not grow with ``frames``; windows share ``overlap`` frames (None: half) and become one clip as ``longer``, of LONGER, has it
+    (diffusion/longer.py). ``given``: pictures, uint8 (h w c) of the clip's size, that every clip shows at these frames, -1 for the last,
+    and that pull at the others with ``given_strength`` (diffusion/known.py). Raises InputError for labels that the model does not know, for
+    prompts that are missing or not wanted, for sizes that the codec and the patches do not divide, and for frames that a clip does not
+    have. ``decoder`` draws the frames in ``codec``'s place. With ``offload`` model and codec stay where they are, such as in the host's
+    memory, and the one at work goes to that device.
     """
     config = config or SampleConfig()
     home = next(model.parameters()).device

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from latte.checkpoint.lora import add_lora
 from latte.checks import require
 from latte.config import RunConfig
@@ -102,10 +104,10 @@ class Plan:
 def plan(config: RunConfig, device: str = "auto", processes: int | None = None, measure: bool = False) -> Plan:
     """What a run costs on ``processes`` devices like ``device`` (None: as many as there are now).
 
-    ``measure`` trains three steps on ``device``. InputError for processes that cannot share the global batch, and for data that exist
-    but do not fit.
+    ``measure`` trains three steps on ``device``, which otherwise need not be here: a GPU is planned for on a laptop. InputError for
+    processes that cannot share the global batch, and for data that exist but do not fit.
     """
-    model, where = config.network, resolve_device(device)
+    model, where = config.network, device_of(device, measure)
     cost, counted = count(model, config.text.tokens), table3(model) if isinstance(model, ModelConfig) else None
     latent = (model.num_frames, model.latent_channels, *model.grid_size)
     tube = model.tube if isinstance(model, ModelConfig) and model.patch == "compression" else 1
@@ -117,10 +119,9 @@ def plan(config: RunConfig, device: str = "auto", processes: int | None = None, 
         process = build_process(config.diffusion)
         seconds = step_seconds(fresh(model, adapters(config)), process, objective, config.train, batch.share, where, config.text.tokens)
         time = Time(seconds, seconds * config.train.steps / 3600, where.type)
-    dtype = resolve_dtype("auto", where)
-    sampling = staging(model, config.codec, config.text, config.sample, where, dtype).facts()
+    sampling = staging(model, config.codec, config.text, config.sample, where, dtype_of("auto", where)).facts()
     return Plan(cost.parameters, held.trainable, cost.operations, counted, latent, tokens // model.patch_size**2, batch.clips_seen,
-                memory(config, batch, device), batch, Disk(held.checkpoint, kept * held.checkpoint), time, sampling)  # fmt: skip
+                memory(config, batch, where), batch, Disk(held.checkpoint, kept * held.checkpoint), time, sampling)  # fmt: skip
 
 
 def adapters(config: RunConfig) -> Adapt | None:
@@ -141,9 +142,22 @@ def batches(config: RunConfig, processes: int) -> Batch:
     return Batch(train.global_batch, processes, micro, -(-share // micro), seen, clips, seen / clips if clips else None)
 
 
-def memory(config: RunConfig, batch: Batch, device: str) -> Memory:
+def device_of(name: str, needed: bool) -> torch.device:
+    """The device to plan for; InputError for one that does not exist, and if it is ``needed`` for one that is not here."""
+    if needed or name not in ("cuda", "mps"):
+        return resolve_device(name)
+    return torch.device(name)
+
+
+def dtype_of(name: str, device: torch.device) -> torch.dtype:
+    """``resolve_dtype`` for a device that need not be here: a GPU is taken for one that has bfloat16."""
+    absent = device.type == "cuda" and not torch.cuda.is_available()
+    return torch.bfloat16 if absent and name == "auto" else resolve_dtype(name, device)
+
+
+def memory(config: RunConfig, batch: Batch, device: torch.device) -> Memory:
     """Memory of one training step with the precision that it has on ``device``."""
-    train, dtype = config.train, resolve_dtype(config.train.dtype, resolve_device(device))
+    train, dtype = config.train, dtype_of(config.train.dtype, device)
     held = states(config.network, adapters(config))
     found = activations(config.network, batch.micro_batch, train.num_images, dtype, config.text.tokens, adapters(config))
     mine = found.checkpointed if train.gradient_checkpointing else found.plain

@@ -82,6 +82,9 @@ def test_longer_clips_in_windows(latte, run_folder):
         (["--batch", 0], "sample.batch"),
         (["--frames", 0], "frames"),
         (["--window", 0], "window"),
+        (["--window", 2, "--longer", "chain"], "did you mean 'chained'"),
+        (["--overlap", 2], "give --window"),
+        (["--window", 2, "--frames", 5, "--overlap", 2], "overlap"),
         (["--first", "none.png"], "missing"),
         (["--last", "none.mp4"], "none.mp4"),
         (["--dtype", "fp99"], "dtype"),
@@ -143,10 +146,13 @@ def test_wrong_prompts_are_told_in_one_line(latte, text_run_folder, tmp_path, wo
 def test_given_pictures_windows_and_more_frames_go_with_prompts(latte, text_run_folder, tmp_path):
     Image.new("RGB", (16, 16), (200, 30, 30)).save(tmp_path / "red.png")
     words = ["sample", text_run_folder, "--prompt", "a red square moves left", "--json"]
-    found = [latte(*words, *more) for more in ([], ["--first", "red.png", "--last", "red.png"], ["--frames", 6, "--window", 3])]
-    assert [one.code for one in found] == [0, 0, 0], [one.err for one in found]
+    found = [latte(*words, *more) for more in ([], ["--first", "red.png", "--last", "red.png"], ["--frames", 6, "--window", 3],
+                                                   ["--frames", 6, "--window", 3, "--longer", "chained", "--overlap", 1])]  # fmt: skip
+    assert [one.code for one in found] == [0, 0, 0, 0], [one.err for one in found]
     clips = [read_frames(info := probe(one.json["clips"][0]["path"]), range(info.frames)) for one in found]
-    assert [len(clip) for clip in clips] == [3, 3, 6]
+    assert [len(clip) for clip in clips] == [3, 3, 6, 6]
+    assert np.abs(clips[2].astype(int) - clips[3]).max() > 8
+    assert len({one.json["sheet"] for one in found}) == 4, "other settings, other albums"
     for frame in (0, -1):
         assert np.abs(clips[1][frame].reshape(-1, 3).mean(0) - (200, 30, 30)).max() < 12, "what was given is there"
     assert np.abs(clips[0][0].reshape(-1, 3).mean(0) - (200, 30, 30)).max() > 12

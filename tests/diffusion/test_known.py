@@ -91,11 +91,11 @@ def test_known_frames_follow_the_forward_process():
 
 
 def twins(process):
-    """The exact denoiser of clips whose two frames are one and the same draw of a standard normal: E[z_0 | z_t] is their common part."""
+    """The exact denoiser of clips whose frames are one and the same draw of a standard normal: E[z_0 | z_t] is their common part."""
 
     def denoise(z, t):
         a, s = process.at("signal", t, z), process.at("noise", t, z)
-        z0 = (a * z.sum(1, keepdim=True) / (2 * a**2 + s**2)).expand_as(z)
+        z0 = (a * z.sum(1, keepdim=True) / (z.shape[1] * a**2 + s**2)).expand_as(z)
         return process.target(z0, t, (z - a * z0) / s)
 
     return denoise
@@ -108,12 +108,36 @@ def test_the_other_frames_follow_the_given_ones(objective):
     shape, mask = (2, 1, 2, 2), torch.tensor([True, False])
     known = noise(64, *shape, seed=3)
     far = {}
-    for strength in (0.0, 2.0):
+    for strength in (0.0, 1.0):
         z = draw(sampler, with_known(twins(process), process, known, mask, strength), process, 50, range(64), shape)
         far[strength] = float((z[:, 1] - known[:, 0]).square().mean())
     plain = draw(sampler, twins(process), process, 50, range(64), shape)
     assert float((plain[:, 1] - known[:, 0]).square().mean()) > 1.5, "two independent draws differ by 2"
-    assert far[2.0] < 0.2 * far[0.0] < 0.2 * 1.5, far
+    assert far[1.0] < 1e-9 < 0.01 < far[0.0], far
+
+
+@pytest.mark.parametrize("objective", ["paper", "v", "rectified_flow"])
+@pytest.mark.parametrize(("frames", "given"), [(2, 1), (5, 1), (5, 4)])
+def test_at_strength_one_the_others_get_their_expectation_however_many_frames_are_given(objective, frames, given):
+    """E[z_0 | z_t, the given frames] of twins is what is given, at every timestep; half the strength goes half of the way."""
+    process = build_process(DiffusionConfig(objective=objective))
+    z, known, mask = noise(6, frames, 1, 2, 2), noise(6, 1, 1, 2, 2, seed=3).expand(-1, frames, -1, -1, -1), torch.arange(frames) < given
+    t = torch.tensor([10, 200, 400, 600, 800, 990])
+    read = {s: process.estimate(with_known(twins(process), process, known, mask, s)(z, t), z, t)[0][:, given:] for s in (0.0, 0.5, 1.0)}
+    torch.testing.assert_close(read[1.0], known[:, given:], rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(read[0.5], (read[0.0] + read[1.0]) / 2, rtol=1e-3, atol=1e-3)
+    assert float((read[0.0] - known[:, given:]).abs().mean()) > 0.2
+
+
+def test_a_slope_that_belongs_to_no_covariance_pulls_at_nothing():
+    process, known, t = process_for("ddim"), noise(2, *SHAPE, seed=3), torch.tensor([500, 500])
+
+    def wrong(z, t):
+        """As noise: the guess for every frame falls when one of them rises."""
+        return 8 * z.mean(1, keepdim=True).expand_as(z)
+
+    alone, pulled = (with_known(wrong, process, known, FIRST, strength)(noise(2, *SHAPE), t) for strength in (0.0, 1.0))
+    torch.testing.assert_close(pulled, alone, rtol=1e-5, atol=1e-5)
 
 
 def test_a_model_is_asked_once_a_step_and_leaves_no_gradient():

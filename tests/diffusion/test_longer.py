@@ -6,7 +6,7 @@ import torch
 from support import noise, wake
 
 from latte.diffusion.known import restore, with_known
-from latte.diffusion.longer import LONGER, repeated
+from latte.diffusion.longer import CHAIN_PULL, LONGER, repeated
 from latte.diffusion.process import DiffusionConfig, build_process
 from latte.diffusion.samplers import sample
 from latte.model.latte import Latte, ModelConfig
@@ -25,8 +25,8 @@ def denoiser(kind: str = "class"):
 
 
 def walker(sampler: str = "ddim"):
-    def walk(denoise, draw, known, mask, progress):
-        z = sample(sampler, with_known(denoise, PROCESS, known, mask, 2.0), PROCESS, draw, known.shape[1:], STEPS, progress=progress)
+    def walk(denoise, draw, known, mask, pull, progress):
+        z = sample(sampler, with_known(denoise, PROCESS, known, mask, 2.0 * pull), PROCESS, draw, known.shape[1:], STEPS, progress=progress)
         return restore(z, known, mask)
 
     return walk
@@ -84,7 +84,7 @@ def test_a_chain_is_one_window_after_the_other_each_given_the_end_of_the_one_bef
     assert torch.equal(z[:, :4], first), "what is drawn is never touched again"
     for start, shared in ((3, 1), (5, 2)):
         known, mask = z[:, start : start + 4], torch.arange(4) < shared
-        own = sample("ddim", with_known(denoise, PROCESS, known, mask, 2.0), PROCESS, stream, (4, 4, 4, 4), STEPS)
+        own = sample("ddim", with_known(denoise, PROCESS, known, mask, 2.0 * CHAIN_PULL), PROCESS, stream, (4, 4, 4, 4), STEPS)
         assert torch.equal(z[:, start + shared : start + 4], own[:, shared:])
 
 

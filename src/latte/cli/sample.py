@@ -32,6 +32,10 @@ Eta = Annotated[float | None, typer.Option(help="Noise of ddim, 0 to 1.")]
 Seed = Annotated[int, typer.Option(help="Seed of the first clip; the others count on from it.")]
 Frames = Annotated[int | None, typer.Option(help="Frames of a clip; those the model was trained with by default.")]
 Window = Annotated[int | None, typer.Option(metavar="N", help="For longer clips: let the model see N frames at a time, overlapping.")]
+Longer = Annotated[
+    str, typer.Option(metavar="NAME", help="How windows become a clip: freenoise (a scene stays) or chained (it moves on).")
+]
+Overlap = Annotated[int | None, typer.Option(metavar="N", help="Frames that neighbouring windows share; half of one by default.")]
 First = Annotated[Path | None, typer.Option(metavar="FILE", help="A picture to start from, or a video whose first frame is meant.")]
 Last = Annotated[Path | None, typer.Option(metavar="FILE", help="A picture to end on, or a video whose last frame is meant.")]
 Size = Annotated[str | None, typer.Option(metavar="N|HxW", help="Pixels; those the model was trained with by default.")]
@@ -65,6 +69,8 @@ def sample(
     frames: Frames = None,
     size: Size = None,
     window: Window = None,
+    longer: Longer = "freenoise",
+    overlap: Overlap = None,
     first: First = None,
     last: Last = None,
     batch: Batch = None,
@@ -102,6 +108,8 @@ def sample(
     precision = resolve_dtype(dtype, resolve_device(device))
     given = read_given(first, last, trained.frame_size(read_size(size)))
     options = {"config": config, "frames": frames, "size": read_size(size), "dtype": precision, "window": window, "given": given}
+    options |= {"longer": longer, "overlap": overlap}
+    require(overlap is None or window is not None, "--overlap", overlap, "without --window there are no windows", "give --window")
     facts = facts_of(trained, options, negative)
     folder = out or Path("samples") / f"{Path(trained.name).name}-{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:8]}"
     batches = -(-len(wishes) // config.batch)
@@ -123,13 +131,16 @@ def facts_of(trained: "Trained", options: dict[str, Any], negative: str) -> dict
     """Everything but seed, label and prompt that decides the pixels of a clip, as plain data; pictures by their hash."""
     from dataclasses import asdict
 
+    from latte.diffusion.known import STRENGTH
+
     given, window = options["given"], options["window"]
     return {
         **{key: value for key, value in asdict(options["config"]).items() if key != "batch"},
         **{"weights": trained.weights, "codec": trained.codec.identity},
         **{"frames": options["frames"], "size": options["size"], "dtype": str(options["dtype"])},
-        **({"window": window} if window else {}),
+        **({"window": window, "longer": options["longer"], "overlap": options["overlap"]} if window else {}),
         **({"given": {str(frame): hashlib.sha256(picture.tobytes()).hexdigest() for frame, picture in given.items()}} if given else {}),
+        **({"given_strength": STRENGTH} if given else {}),
         **({"decoder": trained.decoder.identity} if trained.decoder else {}),
         **({"text_encoder": trained.reader.used, "negative": negative} if trained.reader else {}),
     }

@@ -5,7 +5,8 @@ A denoiser that wraps a denoiser. At every step the model answers each window, a
 answers, so that all windows move on as one clip (MultiDiffusion, Bar-Tal et al. 2023, arXiv 2302.08113, eq. 5, over space; Gen-L-Video,
 Wang et al. 2023, arXiv 2305.18264, over time). The mean is weighted: a frame counts less towards a window's edge, where the model sees one
 side of it only (for tiles of a picture: Mixture of Diffusers, Jimenez 2023, arXiv 2302.02412). Neighbours agree through their overlap
-alone: what has to hold over the whole clip, such as a path that may not leave the frame, no window can know.
+alone: what has to hold over the whole clip, such as a path that may not leave the frame, no window can know. From fresh noise every window
+draws a scene of its own; ``latte.diffusion.longer`` gives them all the same (FreeNoise).
 Axes: b batch, f frames, c channels, h height, w width.
 """
 
