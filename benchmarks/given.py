@@ -2,7 +2,7 @@
 """What a model makes of given frames: python benchmarks/given.py [MODEL] [--given first both middle] [--strengths 0 40].
 
 Fresh procedural clips, or with ``--videos`` those of a folder, each drawn anew from its first frame, its first and last, or its middle one,
-and from its true label or caption. A JSON line per choice of frames and strength of reconstruction guidance (``latte.diffusion.known``).
+and from its true label or caption. A JSON line per choice of frames and strength of the pull of given frames (``latte.diffusion.known``).
 Colour and shape are read from the frames that were not given. Steps are mean absolute differences of neighbouring frames in grey levels.
 """
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Clips of several times the model's frames: python benchmarks/longer.py [MODEL] [--times 2 4] [--methods plain windows chained].
+"""Clips of several times the model's frames: python benchmarks/longer.py [MODEL] [--times 2 4] [--methods plain freenoise chained].
 
 A JSON line per length and method, and one for real clips of that length (procedural ones, or with ``--videos`` those of a folder that are
 long enough). ``plain`` asks the model for more frames than it was trained with. Read by pixels: seams, motion, whether a clip stays what it
@@ -98,7 +98,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--times", nargs="+", type=int, default=[2], help="lengths, as multiples of the model's frames")
     parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=METHODS)
     parser.add_argument("--overlap", type=int, help="frames that neighbouring windows share; each method's own by default")
-    parser.add_argument("--strength", type=float, help="of reconstruction guidance in chains")
+    parser.add_argument("--strength", type=float, help="of the pull of given frames in chains")
     parser.add_argument("--sheets", type=Path, help="folder for a contact sheet per line")
     return parser
 

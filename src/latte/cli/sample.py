@@ -32,9 +32,7 @@ Eta = Annotated[float | None, typer.Option(help="Noise of ddim, 0 to 1.")]
 Seed = Annotated[int, typer.Option(help="Seed of the first clip; the others count on from it.")]
 Frames = Annotated[int | None, typer.Option(help="Frames of a clip; those the model was trained with by default.")]
 Window = Annotated[int | None, typer.Option(metavar="N", help="For longer clips: let the model see N frames at a time, overlapping.")]
-Longer = Annotated[
-    str, typer.Option(metavar="NAME", help="How windows become a clip: freenoise (a scene stays) or chained (it moves on).")
-]
+Longer = Annotated[str, typer.Option(metavar="NAME", help="How windows become a clip: freenoise (a scene stays) or chained (it moves on).")]
 Overlap = Annotated[int | None, typer.Option(metavar="N", help="Frames that neighbouring windows share; half of one by default.")]
 First = Annotated[Path | None, typer.Option(metavar="FILE", help="A picture to start from, or a video whose first frame is meant.")]
 Last = Annotated[Path | None, typer.Option(metavar="FILE", help="A picture to end on, or a video whose last frame is meant.")]
