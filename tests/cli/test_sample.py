@@ -158,7 +158,7 @@ def test_given_pictures_windows_and_more_frames_go_with_prompts(latte, text_run_
     assert np.abs(clips[0][0].reshape(-1, 3).mean(0) - (200, 30, 30)).max() > 12
 
 
-@pytest.mark.parametrize("words", [["--prompt", "red"], ["--negative", "red"]])
+@pytest.mark.parametrize("words", [["--prompt", "red"], ["--negative", "red"], ["--text-encoder", "t5"], ["--text-bits", 8]])
 def test_a_prompt_for_a_model_that_reads_none_is_refused(latte, run_folder, words):
     found = latte("sample", run_folder, *words)
     assert (found.code, len(found.errors)) == (2, 1)

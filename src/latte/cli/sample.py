@@ -101,7 +101,8 @@ def sample(
     trained.check_prompts(bool(texts))
     wishes = wish_texts(texts, count, seed) if texts else wish(trained, labels, count, seed)
     if trained.reader is None:
-        require(not negative, "--negative", negative, f"{trained.name} reads no text", "leave it out")
+        for option, value in (("--negative", negative), ("--text-encoder", text_encoder), ("--text-bits", text_bits)):
+            require(not value, option, value, f"{trained.name} reads no text", "leave it out")
     require(labels is None or not texts, "--labels", labels, "this model reads text", "leave it out")
     precision = resolve_dtype(dtype, resolve_device(device))
     given = read_given(first, last, trained.frame_size(read_size(size)))
