@@ -85,10 +85,9 @@ def test_a_stopped_run_is_the_run_that_was_never_stopped(run, tmp_path):
 
 
 def test_run_folded_folder_and_separate_adapters_draw_the_same_clips(run, tmp_path):
-    recipe, folder, result = run
+    recipe, folder, _ = run
     trained = load_trained(folder / "run", "cpu")
     drawn = clips(trained, recipe)
-    assert trained.weights == result["weights_sha256"]
     assert not same(drawn, clips(load_trained(folder / "base", "cpu"), recipe))
     model, report, facts = from_run(folder / "run")
     assert len(report.used) == 2 * len(lora_layers(model))
@@ -99,7 +98,9 @@ def test_run_folded_folder_and_separate_adapters_draw_the_same_clips(run, tmp_pa
     assert not lora_layers(beside.model)
     assert same(clips(beside, recipe), drawn)
     save_trained(trained, tmp_path / "folded")
-    assert same(clips(load_trained(tmp_path / "folded", "cpu"), recipe), drawn)
+    again = load_trained(tmp_path / "folded", "cpu")
+    assert same(clips(again, recipe), drawn)
+    assert trained.weights == again.weights, "one hash for the same weights, whichever way they came"
     card = json.loads((tmp_path / "folded/config.json").read_text())
     assert card["about"]["source"] == "averaged adapters of rank 2 of a run, started from base"
     model.requires_grad_(False).eval()
@@ -164,3 +165,44 @@ def test_adapters_bring_the_order_of_their_classes_along(tmp_path):
     beside = load_trained(tmp_path / "base", "cpu", lora=tmp_path / "adapters")
     assert beside.classes == trained.classes == ["up", "down", "left", "right"]
     assert same(clips(beside, "shapes"), clips(trained, "shapes"))
+
+
+def test_adapters_of_another_strength_are_other_weights(run, tmp_path):
+    """What a clip is a function of has a hash that changes with it: an album keeps what is there."""
+    _, folder, _ = run
+    model, _, facts = from_run(folder / "run")
+    export(model, tmp_path / "adapters", "lora", facts)
+    one = load_trained(folder / "base", "cpu", lora=tmp_path / "adapters")
+    card = tmp_path / "adapters/adapter_config.json"
+    card.write_text(json.dumps({**json.loads(card.read_text()), "lora_alpha": 800.0}))
+    assert load_trained(folder / "base", "cpu", lora=tmp_path / "adapters").weights != one.weights
+
+
+def test_adapters_bring_the_size_of_their_clips_and_refuse_another_codec(tmp_path):
+    save_trained(tiny_trained(), tmp_path / "base")
+    train("shapes", tmp_path, "data.frames=5")
+    model, _, facts = from_run(tmp_path / "run")
+    export(model, tmp_path / "adapters", "lora", facts)
+    assert [len(clip) for clip in clips(load_trained(tmp_path / "base", "cpu", lora=tmp_path / "adapters"), "shapes")] == [5, 5]
+    export(model, tmp_path / "others", "lora", {**facts, "codec": {**facts["codec"], "identity": "0" * 16}})
+    with pytest.raises(InputError, match=r"the codec of .*base is '.*', but the adapters of .*others learned with 0000"):
+        load_trained(tmp_path / "base", "cpu", lora=tmp_path / "others")
+
+
+@pytest.mark.parametrize("before", [["a", "b", "c", "d"], []])
+def test_adapters_name_the_classes_that_they_were_trained_on(tmp_path, before):
+    """Other names, or none, on the base: its rows stand for the new ones now."""
+    save_trained(replace(tiny_trained(), classes=before), tmp_path / "base")
+    train("shapes", tmp_path)
+    model, _, facts = from_run(tmp_path / "run")
+    export(model, tmp_path / "adapters", "lora", facts)
+    beside = load_trained(tmp_path / "base", "cpu", lora=tmp_path / "adapters")
+    assert beside.classes == ["up", "down", "left", "right"]
+    assert same(clips(beside, "shapes"), clips(load_trained(tmp_path / "run", "cpu"), "shapes"))
+
+
+def test_adapters_on_parts_that_are_random_are_refused(tmp_path):
+    save_trained(tiny_trained(num_classes=7), tmp_path / "base")
+    with pytest.raises(InputError, match=r"has nothing for label_embedding.table.weight, which adapters would leave random"):
+        train("shapes", tmp_path, "train.init_gaps=label_embedding.*")
+    assert not list((tmp_path / "run").rglob("*.safetensors"))

@@ -199,3 +199,8 @@ def test_public_names_exist_and_none_is_the_name_of_a_module():
     assert set(latte.__all__) <= set(dir(latte))
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = latte.nothing
+
+
+def test_the_weight_file_of_a_folder_means_the_folder(tmp_path):
+    save_trained(tiny_trained(), tmp_path)
+    assert load_trained(tmp_path / "model.safetensors", "cpu").classes == CLASSES

@@ -20,8 +20,8 @@ from pydantic import TypeAdapter, ValidationError
 
 from latte.autoencoder.codec import Codec, CodecConfig, build_codec, kind_at
 from latte.checkpoint.export import save_ours
-from latte.checkpoint.lora import folded, load_lora, lora_state
-from latte.checkpoint.reading import fetch, read_tensors
+from latte.checkpoint.lora import CLIPS, folded, load_lora
+from latte.checkpoint.reading import BUILTIN, fetch, read_tensors
 from latte.checkpoint.run import Checkpoint, load_checkpoint, load_latest, tensors_sha256
 from latte.checks import InputError, choose, require
 from latte.config import RUN_FILE, load_run
@@ -33,9 +33,8 @@ from latte.model.text import Network, TextConfig
 from latte.prompts import PromptReader
 from latte.run_weights import about_run, fill, run_model, trained_run
 from latte.runtime import resolve_device
-from latte.text_encoder import TextEncoderConfig
+from latte.text_encoder import TextEncoderConfig, same_weights
 
-BUILTIN = Path(__file__).with_name("builtin")
 TEMPORAL_CHUNK = 14  # frames that the released pipeline decodes at once
 WEIGHTS, CARD = "model.safetensors", "config.json"
 T = TypeVar("T")
@@ -179,6 +178,7 @@ def open_trained(source: str | Path, where: Places) -> Trained:
         raise InputError(f"MODEL is 'builtin', but this installation has no {BUILTIN / CARD}; install latte again, or give a run folder")
     if not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+(/[\w./-]+)?", str(source)):
         path = fetch(source)
+    path = path.parent if path.name == WEIGHTS and is_ours(path.parent) else path
     if is_ours(path):
         return _from_folder(path, str(source), where)
     if path.is_file() or (path.is_dir() and any(path.iterdir())):
@@ -193,11 +193,21 @@ def is_ours(folder: Path) -> bool:
 
 
 def with_lora(trained: Trained, folder: str | Path) -> Trained:
-    """``trained`` with the adapters of ``folder`` folded in; its own model is changed, too. ``weights`` is the adapters' hash."""
-    device = next(trained.model.parameters()).device
-    classes = load_lora(trained.model, folder, trained.classes)
-    weights, name = tensors_sha256(lora_state(trained.model)), f"{trained.name}+{Path(folder).name}"
-    return replace(trained, name=name, model=folded(trained.model).to(device), classes=classes, weights=weights)
+    """``trained`` with the adapters of ``folder`` folded in, for clips of the size that these were trained for.
+
+    Its own model is changed, too. InputError for adapters of another model, and for those that learned the latents or the captions of
+    another codec or text encoder.
+    """
+    told = load_lora(trained.model, folder, trained.classes)
+    here = {"codec": trained.codec.identity, "text": trained.reader.identity if trained.reader else None}
+    for part, identity in here.items():
+        same = None in (identity, told.get(part)) or same_weights(str(told[part]), identity)
+        require(same, f"the {part} of {trained.name}", identity, f"the adapters of {folder} learned with {told.get(part)}", "give that one")
+    model = folded(trained.model).to(next(trained.model.parameters()).device)
+    size = {key: tuple(told[key]) if isinstance(told[key], list) else told[key] for key in CLIPS if told.get(key)}
+    model.config = replace(model.config, **size)
+    name, weights = f"{trained.name}+{Path(folder).name}", tensors_sha256(model.state_dict())
+    return replace(trained, name=name, model=model, classes=told["classes"], weights=weights)
 
 
 def _from_run(folder: Path, checkpoint: Checkpoint | None, where: Places) -> Trained:
@@ -206,10 +216,14 @@ def _from_run(folder: Path, checkpoint: Checkpoint | None, where: Places) -> Tra
     facts = checkpoint.state["facts"]
     reader = _open_reader(config.text, facts.get("text", {}).get("encoder"), where) if config.text.name else None
     model = run_model(config, checkpoint)
-    model = (folded(model) if config.lora.rank else model).to(where.home)
+    weights = checkpoint.tensors["ema"]
+    if config.lora.rank:
+        model = folded(model)
+        weights = model.state_dict()
+    model = model.to(where.home)
     codec = _open_codec(config.codec, facts.get("codec"), where)
     return Trained(str(folder), model, config.diffusion, config.codec, codec, facts.get("classes", []), config.sample,
-                   tensors_sha256(checkpoint.tensors["ema"]), reader, about_run(config, checkpoint))  # fmt: skip
+                   tensors_sha256(weights), reader, about_run(config, checkpoint))  # fmt: skip
 
 
 def _from_folder(folder: Path, name: str, where: Places) -> Trained:

@@ -12,14 +12,13 @@ from latte.checkpoint.lora import (
     LoraConfig,
     add_lora,
     base_state,
+    folded,
     load_lora,
     lora_layers,
     lora_state,
-    merge,
     plain_state,
     save_lora,
     target_names,
-    unmerge,
 )
 from latte.checks import InputError
 from latte.model.latte import Latte, ModelConfig
@@ -92,24 +91,17 @@ def test_only_the_adapters_are_trained_and_the_base_keeps_every_bit(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
-def test_merged_plain_and_adapted_models_are_one_and_unmerging_is_exact(kind):
+def test_folded_and_adapted_models_are_one_and_the_base_is_left_alone(kind):
     with torch.enable_grad():
         model = adapted(kind, steps=5)
     base, expected = copied(base_state(model)), answer(model)
-    folded = plain(kind)
-    folded.load_state_dict(plain_state(model))
-    torch.testing.assert_close(answer(folded), expected, rtol=1e-4, atol=1e-5)
+    plain_one = folded(model)
+    torch.testing.assert_close(answer(plain_one), expected, rtol=1e-4, atol=1e-5)
+    assert same(dict(plain_one.state_dict()), plain_state(model))
+    assert not lora_layers(plain_one)
     assert not torch.allclose(answer(plain(kind)), expected, rtol=1e-2)
-    kept = merge(model)
-    torch.testing.assert_close(answer(model), expected, rtol=1e-4, atol=1e-5)
-    assert same(plain_state(model), dict(folded.state_dict()))
-    with pytest.raises(InputError, match="folded in already"):
-        merge(model)
-    unmerge(model, kept)
     assert same(base_state(model), base)
     assert torch.equal(answer(model), expected)
-    with pytest.raises(InputError, match="give what merge returned"):
-        unmerge(model, {})
 
 
 def test_the_update_is_alpha_over_rank_b_a():
@@ -202,6 +194,8 @@ def test_adapters_of_other_weights_or_broken_ones_are_refused_and_change_nothing
         add_lora(other, LoraConfig(2))
     with pytest.raises(InputError, match="no adapters that stand apart"):
         save_lora(plain("class"), tmp_path / "b")
+    with pytest.raises(InputError, match=r"holds no adapters .adapter_config.json is not there.; give a folder that latte convert"):
+        load_lora(plain("class"), tmp_path / "b")
 
 
 @pytest.mark.parametrize(

@@ -84,6 +84,7 @@ def test_longer_clips_in_windows(latte, run_folder):
         (["--window", 0], "window"),
         (["--window", 2, "--longer", "chain"], "did you mean 'chained'"),
         (["--overlap", 2], "give --window"),
+        (["--longer", "chained"], "give --window"),
         (["--window", 2, "--frames", 5, "--overlap", 2], "overlap"),
         (["--first", "none.png"], "missing"),
         (["--last", "none.mp4"], "none.mp4"),

@@ -215,3 +215,8 @@ def test_classes_start_as_those_of_their_name(tmp_path, capsys):
     found = job(tmp_path / "other", f"train.init={tmp_path / 'pets'}")["label_embedding.table.weight"]
     torch.testing.assert_close(found, before, rtol=0, atol=1e-9)
     assert "are cat, dog, left, right, this run's are up, down, left, right: each starts as the one" in capsys.readouterr().err
+
+
+def test_one_checkpoint_of_a_run_is_a_start(tmp_path):
+    found = job(tmp_path / "one")
+    assert equal(job(tmp_path / "two", f"train.init={tmp_path / 'one/checkpoints/step-1'}", "run.seed=5"), found)

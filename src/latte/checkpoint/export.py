@@ -106,7 +106,7 @@ def to_hub(model: Model, place: Path, facts: Mapping[str, Any]) -> None:
 
 def to_lora(model: Model, folder: Path, facts: Mapping[str, Any]) -> None:
     """The adapters alone."""
-    save_lora(model, folder, facts.get("classes") or ())
+    save_lora(model, folder, facts)
 
 
 TARGETS: dict[str, Callable[[Model, Path, Mapping[str, Any]], None]] = {

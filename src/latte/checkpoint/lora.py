@@ -28,7 +28,8 @@ from latte.runtime import generator
 WEIGHTS, CARD = "adapter_model.safetensors", "adapter_config.json"
 PREFIX = "base_model.model."  # of every name in peft's files
 BASE = "base_weights_sha256"
-CLASSES = "classes"
+TOLD = "latte"
+CLIPS = ("num_frames", "latent_size")  # of a model's configuration: what its weights do not tell
 ADAPTER = "default"
 OTHER_KINDS = ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "lora_bias", "modules_to_save")  # of adapters that peft knows
 
@@ -146,65 +147,50 @@ def folded(model: Network) -> Network:
     return plain.requires_grad_(False).eval()
 
 
-def merge(model: nn.Module) -> dict[str, Tensor]:
-    """Fold the adapters into the weights, in place, for sampling at full speed -> the weights as they were, for ``unmerge``."""
-    layers = lora_layers(model)
-    for layer in layers.values():
-        require(not layer.merged, "the model", type(model).__name__, "its adapters are folded in already", "unmerge it first")
-    kept = {name: layer.base_layer.weight.detach().clone() for name, layer in layers.items()}
-    for layer in layers.values():
-        layer.merge()
-    return kept
-
-
-def unmerge(model: nn.Module, kept: Mapping[str, Tensor]) -> None:
-    """Undo ``merge`` with what it returned: bit for bit, where subtracting the product again would leave rounding behind."""
-    layers = lora_layers(model)
-    require(kept.keys() == layers.keys(), "the weights to put back", len(kept), f"the model has {len(layers)} adapted layers",
-            "give what merge returned")  # fmt: skip
-    for name, layer in layers.items():
-        layer.base_layer.weight.data.copy_(kept[name])
-        layer.merged_adapters.clear()
-
-
-def save_lora(model: Any, folder: str | Path, classes: Sequence[str] = ()) -> None:
+def save_lora(model: Any, folder: str | Path, facts: Mapping[str, Any] | None = None) -> None:
     """Write the adapters alone, as ``PeftModel.from_pretrained`` and ``load_lora`` read them; an earlier folder is replaced.
 
-    ``classes`` are the names of the model's labels, in order. InputError for a model without adapters or with adapters folded in, and for
-    a folder with anything else in it; RunError when the disk refuses.
+    Beside them stand the size of clips that they were trained for and, of ``facts`` (as ``checkpoint.export`` has them), the names of the
+    classes and whose latents and captions they know. InputError for a model without adapters or with adapters folded in, and for a folder
+    with anything else in it; RunError when the disk refuses.
     """
-    folder, layers = Path(folder), lora_layers(model)
+    folder, layers, facts = Path(folder), lora_layers(model), facts or {}
     apart = bool(layers) and not any(layer.merged for layer in layers.values())
-    require(apart, "the model", type(model).__name__, "it has no adapters that stand apart", "call add_lora, or unmerge, first")
+    require(apart, "the model", type(model).__name__, "it has no adapters that stand apart", "call add_lora first")
     others = sorted(file.name for file in folder.glob("*") if file.name not in (WEIGHTS, CARD))
     require(not others, "folder", str(folder), f"it holds other files ({', '.join(others[:3])})", "give a new folder")
     tensors = {PREFIX + name.replace(f".{ADAPTER}.", "."): tensor.detach().cpu().contiguous() for name, tensor in lora_state(model).items()}
-    facts = {"format": "pt", BASE: tensors_sha256(base_state(model)), **({CLASSES: json.dumps(list(classes))} if classes else {})}
+    told = {"classes": list(facts.get("classes") or ()), **{key: getattr(model.config, key) for key in CLIPS}}
+    told |= {part: (facts.get(part) or {}).get("identity") for part in ("codec", "text")}
+    metadata = {"format": "pt", BASE: tensors_sha256(base_state(model)), TOLD: json.dumps(told)}
 
     def write(place: Path) -> None:
         model.peft_config[ADAPTER].save_pretrained(place)
-        save_file(tensors, place / WEIGHTS, metadata=facts)
+        save_file(tensors, place / WEIGHTS, metadata=metadata)
 
     with reported("the adapters", folder, sum(tensor.nbytes for tensor in tensors.values())):
         commit_folder(folder, write)
 
 
-def load_lora(model: nn.Module, folder: str | Path, classes: Sequence[str] = ()) -> list[str]:
-    """Put the adapters of ``folder`` into a plain ``model``, ready to train on or to sample -> the names of its labels, in order.
+def load_lora(model: Any, folder: str | Path, classes: Sequence[str] = ()) -> dict[str, Any]:
+    """Put the adapters of ``folder`` into a plain ``model``, ready to train on or to sample -> what stands beside them.
 
-    ``classes`` are these names before: where the adapters were trained with the same names in another order, the model gets that order.
-    InputError for adapters of other weights (by their hash, where the file has one), of another layout, or cut short.
+    That is ``classes``, the names of the labels from here on, and as far as the file has them CLIPS, codec and text (identities). The
+    ``classes`` given are the names before: where the adapters know them in another order, the model gets that order. InputError for
+    adapters of other weights (by their hash, where the file has one), of another layout, or cut short, and for a folder that holds none.
     """
     folder = Path(folder)
     if lora_layers(model):
         raise InputError(f"this {type(model).__name__} has adapters already; load the plain model first")
+    if not (folder / CARD).is_file():
+        raise InputError(f"{folder} holds no adapters ({CARD} is not there); give a folder that latte convert RUN FOLDER --to lora wrote")
     rank, alpha, names = read_settings(folder / CARD)
-    stored, facts = read_tensors(folder / WEIGHTS)
-    order = class_order(facts.get(CLASSES), classes)
-    reorder(model, classes, order)
-    if BASE in facts:
-        here = tensors_sha256(model.state_dict())
-        require(here == facts[BASE], "the model's weights", here[:16], f"{folder} was trained on {facts[BASE][:16]}", "give that model")
+    stored, metadata = read_tensors(folder / WEIGHTS)
+    told = read_told(metadata.get(TOLD))
+    told["classes"] = reorder(model, classes, [str(name) for name in told.get("classes") or ()])
+    if BASE in metadata:
+        here, rule = tensors_sha256(model.state_dict()), f"{folder} was trained on {metadata[BASE][:16]}"
+        require(here == metadata[BASE], "the model's weights", here[:16], rule, "give that model")
     linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     chosen = sorted(name for name in linear if any(name == end or name.endswith(f".{end}") for end in names))
     shapes = {f"{PREFIX}{name}.lora_A.weight": (rank, linear[name].in_features) for name in chosen}
@@ -216,24 +202,27 @@ def load_lora(model: nn.Module, folder: str | Path, classes: Sequence[str] = ())
     insert(model, rank, alpha, chosen)
     for name, tensor in lora_state(model).items():
         tensor.copy_(stored[PREFIX + name.replace(f".{ADAPTER}.", ".")])
-    return order
+    return told
 
 
-def class_order(written: str | None, classes: Sequence[str]) -> list[str]:
-    """The classes as they are ``written`` (JSON) beside the adapters, if they are the same names; ``classes`` otherwise."""
+def read_told(written: str | None) -> dict[str, Any]:
+    """What stands beside the adapters; nothing in files of other programs."""
     try:
-        found = json.loads(written or "[]")
+        told = json.loads(written or "{}")
     except ValueError:
-        found = []
-    return found if isinstance(found, list) and sorted(map(str, found)) == sorted(classes) else list(classes)
+        return {}
+    return told if isinstance(told, dict) else {}
 
 
 @torch.no_grad()
-def reorder(model: nn.Module, before: Sequence[str], after: Sequence[str]) -> None:
-    """Put the rows of the label table in the order ``after``."""
-    table = dict(model.named_parameters()).get(LABELS)
-    if table is not None and list(before) != list(after):
+def reorder(model: Any, before: Sequence[str], after: Sequence[str]) -> list[str]:
+    """The names of the labels that hold from here on: ``after`` if there are as many as labels, in whose order the same names are put."""
+    if len(after) != (getattr(model.config, "num_classes", None) or 0):
+        return list(before)
+    if sorted(before) == sorted(after) and list(before) != list(after):
+        table = dict(model.named_parameters())[LABELS]
         table.copy_(relabelled(table, before, after))
+    return list(after)
 
 
 def read_settings(file: Path) -> tuple[int, float, list[str]]:

@@ -12,6 +12,7 @@ import os
 import re
 import zipfile
 from collections.abc import Mapping
+from importlib import resources
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -22,6 +23,7 @@ from latte.checks import InputError
 from latte.evaluation.archive import BROKEN, MAX_PICKLE, collect, entry_bytes, read_legacy, stored
 from latte.evaluation.pickles import Global, Machine, Refused, StorageRef
 
+BUILTIN = Path(str(resources.files("latte"))) / "builtin"
 SAFE, PICKLED = (".safetensors",), (".pt", ".pth", ".bin", ".ckpt")
 DIFFUSERS = "diffusion_pytorch_model"
 PREFERRED = ("model", DIFFUSERS, "pytorch_model")
@@ -57,11 +59,13 @@ class Lenient(Machine):
 
 
 def fetch(source: str | Path) -> Path:
-    """A path as it is; a hub id (owner/name, or owner/name/file) as the place where it was downloaded to, from the cache when offline.
+    """A path as it is; builtin, the folder in the package; a hub id (owner/name, or owner/name/file) as the place of its download.
 
-    InputError when there is neither.
+    Offline the hub's cache is asked. InputError when there is neither.
     """
     path, name = Path(source), str(source)
+    if name == "builtin":
+        return BUILTIN
     try:
         if name.strip() and path.exists():
             return path

@@ -63,7 +63,7 @@ def convert(
         model, report, facts = from_weights(source, heads, allow_missing or [], allow_unexpected or [])
     if lora is not None:
         require(to != "lora", "--lora", str(lora), "with --to lora the adapters are what goes out", "leave one of the two out")
-        facts["classes"] = load_lora(model, lora, facts.get("classes") or ())
+        facts["classes"] = load_lora(model, lora, facts.get("classes") or ())["classes"]
     model = folded(model) if to != "lora" and lora_layers(model) else model
     if codec is not None:
         facts["codec"] = {**facts["codec"], "name": name_at(codec, facts["codec"]["name"]), "path": codec}

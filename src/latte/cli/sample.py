@@ -32,7 +32,9 @@ Eta = Annotated[float | None, typer.Option(help="Noise of ddim, 0 to 1.")]
 Seed = Annotated[int, typer.Option(help="Seed of the first clip; the others count on from it.")]
 Frames = Annotated[int | None, typer.Option(help="Frames of a clip; those the model was trained with by default.")]
 Window = Annotated[int | None, typer.Option(metavar="N", help="For longer clips: let the model see N frames at a time, overlapping.")]
-Longer = Annotated[str, typer.Option(metavar="NAME", help="How windows become a clip: freenoise (a scene stays) or chained (it moves on).")]
+Longer = Annotated[
+    str | None, typer.Option(metavar="NAME", help="How windows become a clip: freenoise (a scene stays) or chained (it moves on).")
+]
 Overlap = Annotated[int | None, typer.Option(metavar="N", help="Frames that neighbouring windows share; half of one by default.")]
 First = Annotated[Path | None, typer.Option(metavar="FILE", help="A picture to start from, or a video whose first frame is meant.")]
 Last = Annotated[Path | None, typer.Option(metavar="FILE", help="A picture to end on, or a video whose last frame is meant.")]
@@ -67,7 +69,7 @@ def sample(
     frames: Frames = None,
     size: Size = None,
     window: Window = None,
-    longer: Longer = "freenoise",
+    longer: Longer = None,
     overlap: Overlap = None,
     first: First = None,
     last: Last = None,
@@ -89,6 +91,7 @@ def sample(
     from dataclasses import replace
 
     from latte.album import write_album
+    from latte.diffusion.longer import LONGER
     from latte.runtime import resolve_device, resolve_dtype
     from latte.trained import load_trained
 
@@ -107,8 +110,9 @@ def sample(
     precision = resolve_dtype(dtype, resolve_device(device))
     given = read_given(first, last, trained.frame_size(read_size(size)))
     options = {"config": config, "frames": frames, "size": read_size(size), "dtype": precision, "window": window, "given": given}
-    options |= {"longer": longer, "overlap": overlap}
-    require(overlap is None or window is not None, "--overlap", overlap, "without --window there are no windows", "give --window")
+    options |= {"longer": longer or next(iter(LONGER)), "overlap": overlap}
+    for option, value, given_it in (("--overlap", overlap, overlap is not None), ("--longer", longer, longer is not None)):
+        require(not given_it or window is not None, option, value, "without --window there are no windows", "give --window")
     facts = facts_of(trained, options, negative)
     folder = out or Path("samples") / f"{Path(trained.name).name}-{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:8]}"
     batches = -(-len(wishes) // config.batch)

@@ -14,7 +14,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
-from types import FunctionType
 from typing import Any, Protocol, cast
 
 import numpy as np
@@ -154,7 +153,7 @@ def encode_dataset(config: DataConfig, codec: AnyCodec, out: str | os.PathLike, 
 
 def made(codec: AnyCodec) -> FrameCodec:
     """The codec itself, or what the function makes."""
-    return codec() if isinstance(codec, FunctionType) else cast("FrameCodec", codec)
+    return cast("FrameCodec", codec) if hasattr(codec, "encode") else cast("Callable[[], FrameCodec]", codec)()
 
 
 def captions_of(config: DataConfig, source: Source, text: CaptionEncoder | None) -> list[str]:

@@ -10,7 +10,6 @@ import logging
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, fields
-from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,10 +18,10 @@ from torch import Tensor
 
 from latte.checkpoint.atomic import commit_file, reported
 from latte.checkpoint.dit import init_from_dit
-from latte.checkpoint.layout import LABELS, Coverage, Understanding, build, compare, relabelled
+from latte.checkpoint.layout import LABELS, Coverage, Understanding, build, compare, relabelled, some
 from latte.checkpoint.lora import LoraConfig, add_lora, lora_state
 from latte.checkpoint.pixart import init_from_pixart
-from latte.checkpoint.run import Checkpoint, list_checkpoints, load_latest, tensors_sha256
+from latte.checkpoint.run import Checkpoint, list_checkpoints, load_checkpoint, load_latest, tensors_sha256
 from latte.checkpoint.weights import layout_of, load_foreign
 from latte.checks import InputError, require
 from latte.diffusion.process import DiffusionConfig, build_process
@@ -31,13 +30,15 @@ from latte.model.text import LatteText, Network, TextConfig
 
 LOG = logging.getLogger(__name__)
 REPORT = "init.txt"
-BUILTIN = Path(str(resources.files("latte"))) / "builtin"
 FREE = {"size", "depth", "width", "heads", "num_frames", "latent_size", "table_size", "class_dropout", "num_classes"}
 """Keys of a model that may differ from those of the weights it starts from, or are compared otherwise."""
 
 
 class Start(NamedTuple):
-    """``source``: file, folder, hub id, run, or builtin. ``mapping`` is for a DiT, ``gaps`` are patterns of our names that it may lack."""
+    """``source``: file, folder, hub id, run or one of its checkpoints, or builtin. ``mapping`` is for a DiT.
+
+    ``gaps`` are patterns of our names that the source may lack.
+    """
 
     source: str
     mapping: str = "all"
@@ -55,6 +56,10 @@ def start_from(model: Network, start: Start, run_dir: Path, facts: Mapping[str, 
     if list_checkpoints(run_dir) and not again:
         return
     report = fill(model, start, facts)
+    random = [*report.missing, *report.mismatched]
+    if again and start.gaps and random:
+        raise InputError(f"train.init: {start.source} has nothing for {some(random)}, which adapters would leave random; train the whole "
+                         "model first, then adapters on it")  # fmt: skip
     if again and isinstance(model, LatteText):
         rule = "adapters leave it as it is, and so frames would hardly know their order"
         require(model.opened == 1.0, f"train.init: time_gate of {start.source}", model.opened, rule,
@@ -67,7 +72,7 @@ def start_from(model: Network, start: Start, run_dir: Path, facts: Mapping[str, 
 
 def look_at(start: Start) -> None:
     """InputError unless there is something known at ``start``: for before the hours that captions can take."""
-    if start.source != "builtin" and not (Path(start.source) / "checkpoints").is_dir():
+    if not run_of(start.source):
         try:
             layout_of(start.source)
         except InputError as error:
@@ -77,15 +82,16 @@ def look_at(start: Start) -> None:
 def fill(model: Network, start: Start, facts: Mapping[str, Any]) -> Coverage:
     """Weights of any kind -> ``model``; the report, which is logged, too. InputError that says train.init for weights that do not fit."""
     try:
-        return filled(model, start._replace(source=str(BUILTIN)) if start.source == "builtin" else start, facts)
+        return filled(model, start, facts)
     except InputError as error:
         raise InputError(f"train.init: {error}") from None
 
 
 def filled(model: Network, start: Start, facts: Mapping[str, Any]) -> Coverage:
     """``fill`` by kind."""
-    if (Path(start.source) / "checkpoints").is_dir():
-        tensors, config, said = of_run(Path(start.source))
+    run = run_of(start.source)
+    if run:
+        tensors, config, said = of_run(run)
     else:
         layout = layout_of(start.source)
         if layout in IMAGE_MODELS:
@@ -124,9 +130,16 @@ def from_pixart(model: Network, start: Start) -> Coverage:
 IMAGE_MODELS: dict[str, Callable[[Network, Start], Coverage]] = {"DiT": from_dit, "PixArt-alpha": from_pixart}
 
 
+def run_of(source: str) -> Path | None:
+    """``source`` if it is a run's folder or one of a run's checkpoints, else None."""
+    path = Path(source)
+    return path if (path / "checkpoints").is_dir() or path.parent.name == "checkpoints" else None
+
+
 def of_run(folder: Path) -> tuple[dict[str, Tensor], ModelConfig | TextConfig, dict[str, Any]]:
-    """The averaged weights of a run's newest checkpoint, its model's configuration, and what it says of itself."""
-    checkpoint = load_latest(folder, only={"ema"})
+    """The averaged weights of a run's newest checkpoint, or of this one, its model's configuration, and what it says of itself."""
+    one = folder.parent.name == "checkpoints"
+    checkpoint = load_checkpoint(folder, only={"ema"}) if one else load_latest(folder, only={"ema"})
     if checkpoint is None:
         raise InputError(f"{folder} is a run without a checkpoint yet; train it first: latte train {folder}")
     facts = checkpoint.state["facts"]
