@@ -103,16 +103,15 @@ def sample(
     config = replace(trained.sample, **{key: value for key, value in chosen.items() if value is not None})
     trained.check_prompts(bool(texts))
     wishes = wish_texts(texts, count, seed) if texts else wish(trained, labels, count, seed)
-    if trained.reader is None:
-        for option, value in (("--negative", negative), ("--text-encoder", text_encoder), ("--text-bits", text_bits)):
-            require(not value, option, value, f"{trained.name} reads no text", "leave it out")
-    require(labels is None or not texts, "--labels", labels, "this model reads text", "leave it out")
+    kind, idle = ("text", {"--labels": labels}) if trained.reader else (
+        "no text", {"--negative": negative, "--text-encoder": text_encoder, "--text-bits": text_bits})  # fmt: skip
+    refuse(idle, f"{trained.name} reads {kind}", "leave it out")
+    if window is None:
+        refuse({"--overlap": overlap, "--longer": longer}, "without --window there are no windows", "give --window")
     precision = resolve_dtype(dtype, resolve_device(device))
     given = read_given(first, last, trained.frame_size(read_size(size)))
     options = {"config": config, "frames": frames, "size": read_size(size), "dtype": precision, "window": window, "given": given}
     options |= {"longer": longer or next(iter(LONGER)), "overlap": overlap}
-    for option, value, given_it in (("--overlap", overlap, overlap is not None), ("--longer", longer, longer is not None)):
-        require(not given_it or window is not None, option, value, "without --window there are no windows", "give --window")
     facts = facts_of(trained, options, negative)
     folder = out or Path("samples") / f"{Path(trained.name).name}-{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:8]}"
     batches = -(-len(wishes) // config.batch)
@@ -128,6 +127,12 @@ def sample(
               **({} if one.prompt is None else {"prompt": one.prompt})} for one in wishes]  # fmt: skip
     result = {"clips": clips, "sheet": str(sheet), "gif": str(gif), "model": trained.name, "weights_sha256": trained.weights}
     show(result, as_json, [*(clip["path"] for clip in clips), str(sheet), str(gif)])
+
+
+def refuse(options: dict[str, Any], rule: str, way_out: str) -> None:
+    """InputError for the first of these options that was given."""
+    for option, value in options.items():
+        require(value is None or value == "", option, value, rule, way_out)
 
 
 def facts_of(trained: "Trained", options: dict[str, Any], negative: str) -> dict[str, Any]:
