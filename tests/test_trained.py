@@ -204,3 +204,12 @@ def test_public_names_exist_and_none_is_the_name_of_a_module():
 def test_the_weight_file_of_a_folder_means_the_folder(tmp_path):
     save_trained(tiny_trained(), tmp_path)
     assert load_trained(tmp_path / "model.safetensors", "cpu").classes == CLASSES
+
+
+def test_every_load_leaves_its_report(run, tmp_path, caplog):
+    save_trained(tiny_trained(), tmp_path / "w")
+    for source, tensors in ((tmp_path / "w", len(load_file(tmp_path / "w/model.safetensors"))), (run[0], 31)):
+        caplog.clear()
+        with caplog.at_level("INFO", logger="latte"):
+            load_trained(source, "cpu")
+        assert f"{tensors} tensors used, 0 missing, 0 unexpected" in caplog.text

@@ -2,6 +2,7 @@
 """The model of a run folder: its checkpoint held against its configuration, averaged weights, adapters if it has any, and its story."""
 
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -10,13 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from latte.checkpoint.layout import build
+from latte.checkpoint.layout import Coverage, build
 from latte.checkpoint.run import Checkpoint
 from latte.checks import InputError, require
 from latte.config import RUN_FILE, RunConfig
 from latte.model.latte import ModelConfig
 from latte.model.text import Network, TextConfig
 from latte.train.start import rebuild
+
+LOG = logging.getLogger(__name__)
 
 
 def trained_run(folder: Path, config: RunConfig, checkpoint: Checkpoint | None) -> Checkpoint:
@@ -53,7 +56,10 @@ def about_run(config: RunConfig, checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def fill(config: ModelConfig | TextConfig, tensors: Mapping[str, Tensor], where: str) -> Network:
-    """The model of ``config`` with these weights; InputError naming the first tensor that is missing, too many or of another shape."""
+    """The model of ``config`` with these weights, which a report in the log says, too.
+
+    InputError naming the first tensor that is missing, too many or of another shape.
+    """
     with torch.device("meta"):
         model = build(config)
     wanted = model.state_dict()
@@ -62,5 +68,6 @@ def fill(config: ModelConfig | TextConfig, tensors: Mapping[str, Tensor], where:
                if key in tensors and tensors[key].shape != tensor.shape]  # fmt: skip
     if faults:
         raise InputError(f"{where} {faults[0]} ({len(faults)} faults in all); its weights belong to another configuration of the model")
+    LOG.info("%s", Coverage(where, type(model).__name__, list(tensors), [], []))
     model.load_state_dict({key: tensor.float() for key, tensor in tensors.items()}, assign=True)
     return model.requires_grad_(False).eval()
