@@ -43,9 +43,13 @@ BANNED_NAMES = {"utils", "util", "common", "helpers", "helper", "misc"}
 
 BACK_DOORS = {
     "pickle.load", "pickle.loads", "torch.jit.load", "torch.package.PackageImporter", "yaml.load", "yaml.unsafe_load", "yaml.full_load",
-    "eval", "exec", "os.system", "os.popen", "dcp.load", "torch.distributed.checkpoint.load", "__import__",
+    "eval", "exec", "os.system", "os.popen", "dcp.load", "torch.distributed.checkpoint.load", "__import__", "import_module",
+    "importlib.import_module",
 }  # fmt: skip
-REVIEWED: set[tuple[str, str]] = set()  # exceptions that somebody has read, (file, call): at most three
+REVIEWED: set[tuple[str, str]] = {  # exceptions that somebody has read, (file, call): at most three
+    ("__init__.py", "import_module"),  # the public dozen, each imported when it is asked for
+    ("model/card.py", "import_module"),  # from_pretrained is a method of the model, and the one door for weights stands above it
+}
 
 
 def parse(file: str) -> ast.Module:
@@ -169,6 +173,7 @@ def test_every_file_keeps_the_rule(rule):
         (opens_back_doors, "checkpoint/run.py", "subprocess.run(line, shell=True)"),
         (opens_back_doors, "checkpoint/run.py", "yaml.load(text, Loader)"),
         (opens_back_doors, "checkpoint/run.py", "eval(text)"),
+        (opens_back_doors, "model/latte.py", "import_module('latte.train.loop')"),
     ],
 )
 def test_each_rule_catches_its_crime(rule, file, crime):
