@@ -22,7 +22,7 @@ import yaml
 from latte.checkpoint.atomic import commit_file, reported
 from latte.runtime import world_size
 
-PACKAGES = ("latte-video", "torch", "numpy", "safetensors", "pillow", "diffusers", "av", "transformers")
+PACKAGES = ("latte-video", "torch", "numpy", "safetensors", "pillow", "diffusers", "av", "transformers", "peft", "bitsandbytes")
 
 
 def describe_run(run_dir: Path, config: Mapping[str, object], device: torch.device, command: str | None = None) -> None:

@@ -61,6 +61,8 @@ def examine(device: str) -> dict[str, Any]:
         "video_encoders": encoders or [],
         "diffusers": installed("diffusers"),
         "transformers": installed("transformers"),
+        "peft": installed("peft"),
+        "bitsandbytes": installed("bitsandbytes"),
         "disk_free_gib": round(disk / GIB, 1),
         "memory_gib": None if memory is None else round(memory / GIB, 1),
         "offline": os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"),
