@@ -4,7 +4,8 @@
 The stages follow each other as ``latte sample`` runs them: prompts are read first and the encoder is gone before the denoiser comes;
 denoiser and autoencoder stay together, unless ``--offload`` has on the device only the one that is at work. Weights are counted exactly;
 ``working`` is the most that the tensors of one call take at a time, found by running the true code on the meta device
-(model/memory.py). Kernels' own buffers and the allocator's slack come on top.
+(model/memory.py). Kernels' own buffers and the allocator's slack come on top. Clips of the model's own size, without given frames: these,
+and chained windows, need the gradient through the model as well, which is several times as much.
 Axes: b clips, f frames, c channels, h w latent size, l tokens of a caption, k its channels.
 """
 

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from pydantic import TypeAdapter, ValidationError
 
-from latte.autoencoder.codec import Codec, CodecConfig, build_codec, kind_at
+from latte.autoencoder.codec import Codec, CodecConfig, build_codec, decoder_for, kind_at
 from latte.checkpoint.export import save_ours
 from latte.checkpoint.lora import CLIPS, folded, load_lora
 from latte.checkpoint.reading import BUILTIN, fetch, read_tensors
@@ -35,7 +35,6 @@ from latte.run_weights import about_run, fill, run_model, trained_run
 from latte.runtime import resolve_device
 from latte.text_encoder import TextEncoderConfig, same_weights
 
-TEMPORAL_CHUNK = 14  # frames that the released pipeline decodes at once
 WEIGHTS, CARD = "model.safetensors", "config.json"
 T = TypeVar("T")
 
@@ -163,7 +162,7 @@ def load_trained(
     if lora is not None:
         trained = with_lora(trained, lora)
     if decoder is not None:
-        trained = replace(trained, decoder=open_decoder(trained.codec, decoder))
+        trained = replace(trained, decoder=decoder_for(trained.codec, decoder))
     return replace(trained, offload=work) if offload else trained
 
 
@@ -267,15 +266,6 @@ def _from_foreign(source: str | Path, where: Places) -> Trained:
     return Trained(str(source), model.to(where.home), DiffusionConfig(**facts["diffusion"]), codec_config,
                    _open_codec(codec_config, None, where), list(facts["classes"]), SampleConfig(**facts["sample"]),
                    tensors_sha256(model.state_dict()), reader)  # fmt: skip
-
-
-def open_decoder(codec: Codec, path: str) -> Codec:
-    """The KL autoencoder at ``path`` as a decoder of ``codec``'s latents; InputError for one whose latents have another form or scale."""
-    found = build_codec(CodecConfig(kind_at(path).name, path, TEMPORAL_CHUNK), codec.device)
-    ours, theirs = ((one.channels, one.downscale, one.scale) for one in (codec, found))
-    require(ours == theirs, "--decoder", path, f"its latents (channels, times, scale) are {theirs}, the model's are {ours}",
-            "give another decoder of the same autoencoder")  # fmt: skip
-    return found
 
 
 def save_trained(trained: Trained, folder: Path, half: bool = False) -> None:

@@ -220,3 +220,13 @@ def test_classes_start_as_those_of_their_name(tmp_path, capsys):
 def test_one_checkpoint_of_a_run_is_a_start(tmp_path):
     found = job(tmp_path / "one")
     assert equal(job(tmp_path / "two", f"train.init={tmp_path / 'one/checkpoints/step-1'}", "run.seed=5"), found)
+
+
+def test_a_weight_file_in_a_folder_called_checkpoints_is_no_checkpoint(tmp_path):
+    model = Latte(replace(MODEL, latent_size=16, num_classes=4)).eval()
+    (tmp_path / "checkpoints").mkdir()
+    save_official(model, tmp_path / "checkpoints/step-1.pt")
+    assert equal(job(tmp_path / "run", f"train.init={tmp_path / 'checkpoints/step-1.pt'}"), model.state_dict())
+    save_trained(tiny_trained(), tmp_path / "repository")
+    (tmp_path / "repository/checkpoints").mkdir()
+    assert equal(job(tmp_path / "other", f"train.init={tmp_path / 'repository'}"), tiny_trained().model.state_dict())

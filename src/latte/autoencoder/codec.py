@@ -18,7 +18,8 @@ from latte.autoencoder.taef2 import Taef2Codec
 from latte.autoencoder.temporal import TemporalCodec
 from latte.checks import choose, require
 
-__all__ = ["CODECS", "Codec", "CodecConfig", "build_codec", "kind_at"]
+__all__ = ["CODECS", "Codec", "CodecConfig", "build_codec", "decoder_for", "kind_at"]
+TEMPORAL_CHUNK = 14  # frames that the released pipeline decodes at once
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,15 @@ def kind_at(path: str) -> type[Posterior]:
     """Which of Stable Diffusion's codecs is in the folder, pipeline or hub id ``path``, by its config.json; without one the plain one."""
     kinds = {kind.layout: kind for kind in CODECS.values() if issubclass(kind, Posterior)}
     return kinds.get(layout_at(path) or "", KLCodec)
+
+
+def decoder_for(codec: Codec, path: str) -> Codec:
+    """The KL autoencoder at ``path`` as a decoder of ``codec``'s latents; InputError for one whose latents have another form or scale."""
+    found = build_codec(CodecConfig(kind_at(path).name, path, TEMPORAL_CHUNK), codec.device)
+    ours, theirs = ((one.channels, one.downscale, one.scale) for one in (codec, found))
+    require(ours == theirs, "--decoder", path, f"its latents (channels, times, scale) are {theirs}, the model's are {ours}",
+            "give another decoder of the same autoencoder")  # fmt: skip
+    return found
 
 
 def build_codec(config: CodecConfig, device: str | torch.device = "cpu") -> Codec:

@@ -131,15 +131,22 @@ IMAGE_MODELS: dict[str, Callable[[Network, Start], Coverage]] = {"DiT": from_dit
 
 
 def run_of(source: str) -> Path | None:
-    """``source`` if it is a run's folder or one of a run's checkpoints, else None."""
+    """``source`` if it is a run's folder or one of a run's checkpoints, else None: many a weight file lies in a folder of that name."""
     path = Path(source)
-    return path if (path / "checkpoints").is_dir() or path.parent.name == "checkpoints" else None
+    run = path.parents[1] if is_checkpoint(path) else path
+    return path if (run / "checkpoints").is_dir() and (run / "config.yaml").is_file() else None
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Does ``path`` look like a checkpoint of a run, checkpoints/step-N?"""
+    return path.is_dir() and path.parent.name == "checkpoints" and path.name.startswith("step-")
 
 
 def of_run(folder: Path) -> tuple[dict[str, Tensor], ModelConfig | TextConfig, dict[str, Any]]:
     """The averaged weights of a run's newest checkpoint, or of this one, its model's configuration, and what it says of itself."""
-    one = folder.parent.name == "checkpoints"
+    one = is_checkpoint(folder)
     checkpoint = load_checkpoint(folder, only={"ema"}) if one else load_latest(folder, only={"ema"})
+    folder = folder.parents[1] if one else folder
     if checkpoint is None:
         raise InputError(f"{folder} is a run without a checkpoint yet; train it first: latte train {folder}")
     facts = checkpoint.state["facts"]
