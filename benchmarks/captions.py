@@ -16,9 +16,9 @@ from obedience import effort
 
 from latte.checkpoint.run import list_checkpoints
 from latte.checks import InputError
-from latte.config import load_run
+from latte.config.run import load_run
 from latte.data.procedural import Combination, caption_of, read_motion, split_combinations
-from latte.trained import load_trained
+from latte.inference.pipeline import load_trained
 
 PARTS = ("shape", "colour", "direction")  # in the order of a combination
 
@@ -30,8 +30,10 @@ def measure(source: str | Path, combinations: list[Combination], count: int, see
     prompts = [caption_of(*combination) for combination in wanted]
     trained = load_trained(source, device="cpu", prompts=prompts)
     motions = [read_motion(clip) for _, clip in trained.generate(range(seed, seed + count), prompts=prompts)]
-    right = [[getattr(motion, part) == word for part, word in zip(PARTS, combination, strict=True)]
-             for motion, combination in zip(motions, wanted, strict=True)]  # fmt: skip
+    right = [
+        [getattr(motion, part) == word for part, word in zip(PARTS, combination, strict=True)]
+        for motion, combination in zip(motions, wanted, strict=True)
+    ]
     return {
         "what": "captions",
         "model": str(source),
@@ -54,7 +56,9 @@ def combinations_of(model: str, hold_out: int | None, seen: bool) -> list[Combin
     share = load_run(model)[0].data.hold_out if hold_out is None else hold_out
     drawn, held = split_combinations(share)
     if not held and not seen:
-        raise InputError("data.hold_out is 0, so that nothing was held out from training; give --seen, or a run with data.hold_out")
+        raise InputError(
+            "data.hold_out is 0, so that nothing was held out from training; give --seen, or a run with data.hold_out"
+        )
     return list(drawn if seen else held)
 
 
@@ -63,15 +67,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model")
     parser.add_argument("--count", type=int, default=200)
-    parser.add_argument("--seed", type=int, default=100_000, help="beyond the seeds that anything else here is drawn from")
+    parser.add_argument(
+        "--seed", type=int, default=100_000, help="beyond the seeds that anything else here is drawn from"
+    )
     parser.add_argument("--seen", action="store_true", help="the combinations that were trained on")
-    parser.add_argument("--hold-out", type=int, help="data.hold_out of the run that a folder of weights comes from")
+    parser.add_argument(
+        "--hold-out", type=int, help="data.hold_out of the run that a folder of weights comes from"
+    )
     parser.add_argument("--every", action="store_true", help="all the checkpoints of the run")
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     combinations = combinations_of(options.model, options.hold_out, options.seen)
-    checkpoints = sorted(list_checkpoints(Path(options.model)), key=lambda path: int(path.name.split("-")[1])) if options.every else []
+    checkpoints = (
+        sorted(list_checkpoints(Path(options.model)), key=lambda path: int(path.name.split("-")[1]))
+        if options.every
+        else []
+    )
     for source in checkpoints or [options.model]:
         line = {**measure(source, combinations, options.count, options.seed), "held_out": not options.seen}
         if checkpoints:

@@ -19,8 +19,8 @@ import torch
 
 from latte.autoencoder.codec import build_codec
 from latte.build import build
-from latte.config import load_run
-from latte.data.encoding import encode_dataset
+from latte.config.run import load_run
+from latte.data.encode import encode_dataset
 from latte.data.media import write_mp4
 from latte.data.procedural import draw_scene, render
 
@@ -33,14 +33,22 @@ def write_videos(root: Path, count: int, frames: int, side: int) -> None:
         write_mp4(root / f"{index:04d}.mp4", render(draw_scene(0, index, frames), frames, side, side))
 
 
-def shares(words: list[str], options: argparse.Namespace, run: Path) -> tuple[list[float], list[float], float]:
+def shares(
+    words: list[str], options: argparse.Namespace, run: Path
+) -> tuple[list[float], list[float], float]:
     """Train -> (data wait share of each step, seconds of each step, share of the machine that others used)."""
     config, _ = load_run(None, [*words, f"run.dir={run}"])
     before, start = measure.processor_seconds(), time.perf_counter()
     build(config, options.device).train()
     foreign = measure.foreign_share(before, measure.processor_seconds(), time.perf_counter() - start)
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()][WARM_UP:]
-    return [line["data_wait_share"] for line in lines], [options.batch / line["clips_per_second"] for line in lines], foreign
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()][
+        WARM_UP:
+    ]
+    return (
+        [line["data_wait_share"] for line in lines],
+        [options.batch / line["clips_per_second"] for line in lines],
+        foreign,
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> list[dict]:
@@ -55,7 +63,9 @@ def main(argv: Sequence[str] | None = None) -> list[dict]:
     parser.add_argument("--codec-path")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--steps", type=int, default=25)
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings of the training, e.g. model.size=S")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="KEY=VALUE", help="settings of the training, e.g. model.size=S"
+    )
     options = parser.parse_args(argv)
     device, _ = measure.prepare(options)
     lines = []
@@ -63,22 +73,44 @@ def main(argv: Sequence[str] | None = None) -> list[dict]:
         root = options.root or Path(folder, "videos")
         if not options.root:
             write_videos(root, options.videos, 4 * options.frames, options.resolution)
-        shared = [f"data.resolution={options.resolution}", f"data.frames={options.frames}", f"codec.name={options.codec}"]
+        shared = [
+            f"data.resolution={options.resolution}",
+            f"data.frames={options.frames}",
+            f"codec.name={options.codec}",
+        ]
         shared += [f"codec.path={options.codec_path}"] if options.codec_path else []
-        shared += [f"train.steps={options.steps}", f"train.global_batch={options.batch}", f"train.dtype={options.dtype}"]
+        shared += [
+            f"train.steps={options.steps}",
+            f"train.global_batch={options.batch}",
+            f"train.dtype={options.dtype}",
+        ]
         shared += ["train.log_every=1", "data.labels=false", *options.overrides]
         config, _ = load_run(None, [*shared, f"data.root={root}"])
         encode_dataset(config.data, build_codec(config.codec, device), Path(folder, "latents"))
-        for name, words in (("videos", [f"data.root={root}"]), ("latents", ["data.kind=latents", f"data.root={folder}/latents"])):
+        for name, words in (
+            ("videos", [f"data.root={root}"]),
+            ("latents", ["data.kind=latents", f"data.root={folder}/latents"]),
+        ):
             waits, seconds, foreign = shares([*shared, *words], options, Path(folder, f"run-{name}"))
             if len(waits) < measure.FEWEST_ROUNDS or foreign > options.max_foreign:
-                sys.exit(f"data_wait {name}: {len(waits)} steps, others used {foreign:.0%} of the machine; "
-                         f"at least {measure.FEWEST_ROUNDS} steps and at most {options.max_foreign:.0%} are needed")  # fmt: skip
+                sys.exit(
+                    f"data_wait {name}: {len(waits)} steps, others used {foreign:.0%} of the machine; "
+                    f"at least {measure.FEWEST_ROUNDS} steps and at most {options.max_foreign:.0%} are needed"
+                )
             low, _, high = quantiles(seconds, n=4)
             line = {"what": f"data_wait {name}", "machine": measure.machine(device), "device": device.type}
-            line |= {"threads": torch.get_num_threads(), "torch": torch.__version__, "commit": measure.commit(), "repeats": len(waits)}
+            line |= {
+                "threads": torch.get_num_threads(),
+                "torch": torch.__version__,
+                "commit": measure.commit(),
+                "repeats": len(waits),
+            }
             line |= {"wait_share": round(median(waits), 5), "worst_wait_share": round(max(waits), 5)}
-            line |= {"median_s": round(median(seconds), 5), "spread": round((high - low) / median(seconds), 4), "settings": shared}
+            line |= {
+                "median_s": round(median(seconds), 5),
+                "spread": round((high - low) / median(seconds), 4),
+                "settings": shared,
+            }
             print(json.dumps(line), flush=True)
             lines.append(line)
     return lines

@@ -15,8 +15,8 @@ import measure
 import torch
 from torch import Tensor
 
-from latte import t5
 from latte.runtime import generator
+from latte.text import t5
 
 
 @torch.no_grad()
@@ -50,9 +50,14 @@ def main(argv: Sequence[str] | None = None) -> dict:
     with torch.random.fork_rng():
         torch.manual_seed(generator(0, "eight bits").initial_seed())
         network = library.T5EncoderModel(library.T5Config.from_dict(card)).eval().requires_grad_(False)
-    tokens = torch.randint(card["vocab_size"], (options.prompts, options.tokens), generator=generator(0, "tokens"))
+    tokens = torch.randint(
+        card["vocab_size"], (options.prompts, options.tokens), generator=generator(0, "tokens")
+    )
     exact, found = features(network, tokens), {}
-    ways = {"bits8": lambda: t5.hold(copy.deepcopy(network), device, 8), "bfloat16": lambda: copy.deepcopy(network).to(torch.bfloat16)}
+    ways = {
+        "bits8": lambda: t5.hold(copy.deepcopy(network), device, 8),
+        "bfloat16": lambda: copy.deepcopy(network).to(torch.bfloat16),
+    }
     for name, build in ways.items():
         rough = build()
         error = float((features(rough, tokens) - exact).norm() / exact.norm())

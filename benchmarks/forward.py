@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import measure
 import torch
 
-from latte.model.cost import count
+from latte.profile.flops import count
 
 
 def main(argv: Sequence[str] | None = None) -> dict:
@@ -19,14 +19,25 @@ def main(argv: Sequence[str] | None = None) -> dict:
     device, dtype = measure.prepare(options)
     config = measure.model_config(options)
     model = measure.busy_model(config, device, options.compile).to(dtype).eval().requires_grad_(False)
-    z = torch.randn(options.batch, config.num_frames, config.latent_channels, *config.grid_size, device=device, dtype=dtype)
+    z = torch.randn(
+        options.batch,
+        config.num_frames,
+        config.latent_channels,
+        *config.grid_size,
+        device=device,
+        dtype=dtype,
+    )
     t = torch.full((options.batch,), 500, device=device)
     label = None if config.num_classes is None else torch.zeros_like(t)
 
-    forward = measure.Task("forward", lambda: model(z, t, label), float(count(config).operations * options.batch))
+    forward = measure.Task(
+        "forward", lambda: model(z, t, label), float(count(config).operations * options.batch)
+    )
     yard = measure.matmul(device, dtype)
     with torch.inference_mode():
-        times = measure.interleave([forward, yard], device, options.rounds, options.seconds, options.max_foreign)
+        times = measure.interleave(
+            [forward, yard], device, options.rounds, options.seconds, options.max_foreign
+        )
     return measure.report("forward", forward, yard, times, device, measure.settings_of(config, options))
 
 

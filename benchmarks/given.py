@@ -2,7 +2,7 @@
 """What a model makes of given frames: python benchmarks/given.py [MODEL] [--given first both middle] [--strengths 0 40].
 
 Fresh procedural clips, or with ``--videos`` those of a folder, each drawn anew from its first frame, its first and last, or its middle one,
-and from its true label or caption. A JSON line per choice of frames and strength of the pull of given frames (``latte.diffusion.known``).
+and from its true label or caption. A JSON line per choice of frames and strength of the pull of given frames (``latte.diffusion.frame_conditioning``).
 Colour and shape are read from the frames that were not given. Steps are mean absolute differences of neighbouring frames in grey levels.
 """
 
@@ -24,10 +24,14 @@ from latte.checks import require
 from latte.data.clips import centre_crop_resize, to_float, to_uint8
 from latte.data.media import VIDEO_SUFFIXES, probe, read_frames
 from latte.data.procedural import Scene, draw_scene, read_motion, render
-from latte.diffusion.known import STRENGTH
-from latte.trained import Trained, load_trained
+from latte.diffusion.frame_conditioning import STRENGTH
+from latte.inference.pipeline import Trained, load_trained
 
-GIVEN = {"first": lambda frames: [0], "both": lambda frames: [0, frames - 1], "middle": lambda frames: [frames // 2]}
+GIVEN = {
+    "first": lambda frames: [0],
+    "both": lambda frames: [0, frames - 1],
+    "middle": lambda frames: [frames // 2],
+}
 Clip = tuple[ndarray, Scene | None]
 
 
@@ -35,8 +39,17 @@ def add_arguments(parser: argparse.ArgumentParser, seed: int) -> None:
     """What this benchmark and ``longer`` both ask: which model, told what, drawn how, beside which clips."""
     parser.add_argument("model", nargs="?", default="builtin")
     parser.add_argument("--count", type=int, default=96)
-    parser.add_argument("--seed", type=int, default=seed, help="of the scenes and of the clips drawn, beyond all that was trained on")
-    parser.add_argument("--videos", type=Path, help="a folder of real clips instead of procedural ones; nothing is read as a shape then")
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=seed,
+        help="of the scenes and of the clips drawn, beyond all that was trained on",
+    )
+    parser.add_argument(
+        "--videos",
+        type=Path,
+        help="a folder of real clips instead of procedural ones; nothing is read as a shape then",
+    )
     parser.add_argument("--codec-path", help="where the autoencoder's weights are")
     parser.add_argument("--no-labels", action="store_true", help="the model is not told the label")
     parser.add_argument("--sampler", help="the model's own by default")
@@ -62,7 +75,9 @@ def videos(trained: Trained, folder: Path, frames: int, count: int | None = None
     """The first ``frames`` frames of ``count`` videos below ``folder`` that have as many, cropped to the model's size, uint8 (t h w c)."""
     found = (probe(path) for path in sorted(folder.rglob("*")) if path.suffix.lower() in VIDEO_SUFFIXES)
     long = [info for info in found if info.frames >= frames][:count]
-    return [(centre_crop_resize(read_frames(info, range(frames)), *trained.frame_size()), None) for info in long]
+    return [
+        (centre_crop_resize(read_frames(info, range(frames)), *trained.frame_size()), None) for info in long
+    ]
 
 
 def told(trained: Trained, scene: Scene | None, label: bool = True) -> dict[str, Any]:
@@ -80,7 +95,9 @@ def steps(clip: ndarray) -> ndarray:
 def grade(clip: ndarray, scene: Scene, given: Sequence[int]) -> dict[str, float]:
     """Is the scene what a clip (t h w c) shows, in the frames beside the given ones, as one shape throughout; does it move that way."""
     whole, beside = read_motion(clip), read_motion(np.delete(clip, given, axis=0))
-    right = {part: getattr(beside, part) == getattr(scene, part) for part in ("colour", "shape")} | {"coherent": whole.coherent}
+    right = {part: getattr(beside, part) == getattr(scene, part) for part in ("colour", "shape")} | {
+        "coherent": whole.coherent
+    }
     return {**right, "all": all(right.values()), "direction": whole.direction == scene.direction}
 
 
@@ -100,11 +117,14 @@ def compare(clip: ndarray, true: ndarray, decoded: ndarray, given: Sequence[int]
         "step": own[at].mean(),
         "step_true": steps(true)[at].mean(),
         "step_beside": np.delete(own, at).mean(),
-        "contrast": np.delete(clip, given, axis=0).std((1, 2, 3)).mean() / max(clip[list(given)].std((1, 2, 3)).mean(), 1e-6),
+        "contrast": np.delete(clip, given, axis=0).std((1, 2, 3)).mean()
+        / max(clip[list(given)].std((1, 2, 3)).mean(), 1e-6),
     }
 
 
-def measure(trained: Trained, clips: Sequence[Clip], which: str, strength: float, seed: int, label: bool = True) -> dict[str, Any]:
+def measure(
+    trained: Trained, clips: Sequence[Clip], which: str, strength: float, seed: int, label: bool = True
+) -> dict[str, Any]:
     """Means over ``clips`` of what ``grade`` and ``compare`` say of each, drawn anew from its frames GIVEN[which] with ``strength``.
 
     ``psnr`` is that of all given frames, in dB, None when they are equal.
@@ -113,18 +133,37 @@ def measure(trained: Trained, clips: Sequence[Clip], which: str, strength: float
     for index, (true, scene) in enumerate(clips):
         given = GIVEN[which](len(true))
         pictures = {frame: true[frame] for frame in given}
-        options = {**told(trained, scene, label), "given": pictures, "given_strength": strength, "frames": len(true)}
+        options = {
+            **told(trained, scene, label),
+            "given": pictures,
+            "given_strength": strength,
+            "frames": len(true),
+        }
         ((_, clip),) = trained.generate([seed + index], **options)
         with torch.no_grad():
             decoded = to_uint8(trained.codec.decode(trained.codec.encode(to_float(true[given])[None])))[0]
         rows.append(compare(clip, true, decoded, given) | (grade(clip, scene, given) if scene else {}))
     means = {key: float(mean(float(row[key]) for row in rows)) for key in rows[0]}
     error = means.pop("error")
-    means |= {"worst": max(row["worst"] for row in rows), "psnr": 10 * math.log10(255**2 / error) if error else None}
+    means |= {
+        "worst": max(row["worst"] for row in rows),
+        "psnr": 10 * math.log10(255**2 / error) if error else None,
+    }
     return {
         "what": "given frames",
-        **{"model": trained.name, "given": which, "strength": strength, "labels": label, "clips": len(rows), "seed": seed},
-        **{"sampler": trained.sample.sampler, "steps": trained.sample.steps, "guidance": trained.sample.guidance},
+        **{
+            "model": trained.name,
+            "given": which,
+            "strength": strength,
+            "labels": label,
+            "clips": len(rows),
+            "seed": seed,
+        },
+        **{
+            "sampler": trained.sample.sampler,
+            "steps": trained.sample.steps,
+            "guidance": trained.sample.guidance,
+        },
         **{key: value if value is None else round(value, 3) for key, value in means.items()},
         **{"weights_sha256": trained.weights, "seconds": round(time.perf_counter() - began, 1)},
     }
@@ -139,8 +178,18 @@ def main(words: Sequence[str] | None = None) -> list[dict[str, Any]]:
     options = parser.parse_args(words)
     trained, count, seed = load(options), options.count, options.seed
     frames = trained.model.config.num_frames
-    clips = videos(trained, options.videos, frames, count) if options.videos else procedural(trained, count, seed, frames)
-    require(bool(clips), "--videos", str(options.videos), f"no video there has {frames} frames", "give a folder of longer clips")
+    clips = (
+        videos(trained, options.videos, frames, count)
+        if options.videos
+        else procedural(trained, count, seed, frames)
+    )
+    require(
+        bool(clips),
+        "--videos",
+        str(options.videos),
+        f"no video there has {frames} frames",
+        "give a folder of longer clips",
+    )
     lines = []
     for which in options.given:
         for strength in options.strengths:

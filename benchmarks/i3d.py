@@ -14,19 +14,24 @@ import measure
 import torch
 from torch import Tensor, nn
 
-from latte.evaluation import i3d, layers
 from latte.evaluation.detector_files import rename
-from latte.evaluation.layers import Conv, channels_last, fold_norms
+from latte.evaluation.networks import i3d, layers
+from latte.evaluation.networks.layers import Conv, channels_last, fold_norms
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
-from reference.i3d import PlainI3D, wake_norms  # the plain port lives with the tests, which compare its values
+from reference.i3d import (  # the plain port lives with the tests, which compare its values
+    PlainI3D,
+    wake_norms,
+)
 
 
 def folded(plain: nn.Module) -> i3d.I3D:
     """Ours with the weights of the plain port."""
     network = i3d.I3D()
-    network.load_state_dict(fold_norms(rename(plain.state_dict(), i3d.NETWORK, "the plain port"), i3d.NORM_EPS))
+    network.load_state_dict(
+        fold_norms(rename(plain.state_dict(), i3d.NETWORK, "the plain port"), i3d.NORM_EPS)
+    )
     return channels_last(network).eval()
 
 
@@ -83,10 +88,21 @@ def main(argv: Sequence[str] | None = None) -> dict:
     with torch.inference_mode():
         times = measure.interleave(tasks, device, options.rounds, options.seconds, options.max_foreign)
         expected = plain(clip)
-        errors = {"fp32": (ours(clip) - expected).abs().max(), "bf16": (half(clip_half).float() - expected).abs().max()}
+        errors = {
+            "fp32": (ours(clip) - expected).abs().max(),
+            "bf16": (half(clip_half).float() - expected).abs().max(),
+        }
     worst = {name: float(error / expected.abs().max()) for name, error in errors.items()}
-    ratios = {f"{name}_over_ours": round(times.ratio(name, "ours"), 3) for name in others if times.seconds[name]}
-    settings = {"frames": options.frames, "batch": options.batch, "size": 224, "dtype": options.dtype, "max_foreign": options.max_foreign}
+    ratios = {
+        f"{name}_over_ours": round(times.ratio(name, "ours"), 3) for name in others if times.seconds[name]
+    }
+    settings = {
+        "frames": options.frames,
+        "batch": options.batch,
+        "size": 224,
+        "dtype": options.dtype,
+        "max_foreign": options.max_foreign,
+    }
     return measure.report("i3d", task, yard, times, device, settings, **ratios, difference=worst)
 
 

@@ -21,8 +21,8 @@ from numpy import ndarray
 
 from latte.data.procedural import draw_scene, read_motion
 from latte.data.writers import contact_sheet
-from latte.diffusion.longer import LONGER
-from latte.trained import Trained
+from latte.diffusion.long_video import LONGER
+from latte.inference.pipeline import Trained
 
 METHODS = ("plain", *LONGER)
 
@@ -52,15 +52,21 @@ def sameness(clip: ndarray, length: int) -> dict[str, bool]:
     pieces = [read_motion(clip[start : start + length]) for start in range(0, len(clip) - length + 1, length)]
     kept = {part: len({getattr(piece, part) for piece in pieces}) == 1 for part in ("colour", "shape")}
     whole = all(piece.coherent for piece in pieces)
-    return {"one_shape": whole, "same_colour": whole and kept["colour"], "same_shape": whole and kept["shape"],
-            "same": whole and all(kept.values())}  # fmt: skip
+    return {
+        "one_shape": whole,
+        "same_colour": whole and kept["colour"],
+        "same_shape": whole and kept["shape"],
+        "same": whole and all(kept.values()),
+    }
 
 
 def judge(clips: Iterable[ndarray], length: int, shapes: bool) -> dict[str, Any]:
     """Medians over clips (t h w c) of ``continuity``, with ``shapes`` shares of ``sameness``, and how many there are."""
     clips = list(clips)
     rows = [continuity(clip, length) for clip in clips]
-    found: dict[str, Any] = {"clips": len(clips)} | {key: round(median(row[key] for row in rows), 3) for key in rows[0]}
+    found: dict[str, Any] = {"clips": len(clips)} | {
+        key: round(median(row[key] for row in rows), 3) for key in rows[0]
+    }
     if shapes:
         kept = [sameness(clip, length) for clip in clips]
         found |= {key: round(mean(row[key] for row in kept), 3) for key in kept[0]}
@@ -80,8 +86,13 @@ def draw(trained: Trained, method: str, frames: int, options: argparse.Namespace
         for key, value in told(trained, scene, not options.no_labels).items():
             said.setdefault(key, []).extend(value)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*more than the .* that this model was made for")  # that is what plain is about
-        return [clip for _, clip in trained.generate(range(options.seed, options.seed + options.count), **said, **how)]
+        warnings.filterwarnings(
+            "ignore", message=".*more than the .* that this model was made for"
+        )  # that is what plain is about
+        return [
+            clip
+            for _, clip in trained.generate(range(options.seed, options.seed + options.count), **said, **how)
+        ]
 
 
 def real(trained: Trained, frames: int, options: argparse.Namespace) -> list[ndarray]:
@@ -95,9 +106,13 @@ def arguments() -> argparse.ArgumentParser:
     """The options of this benchmark."""
     parser = argparse.ArgumentParser(description=__doc__)
     add_arguments(parser, 400_000)
-    parser.add_argument("--times", nargs="+", type=int, default=[2], help="lengths, as multiples of the model's frames")
+    parser.add_argument(
+        "--times", nargs="+", type=int, default=[2], help="lengths, as multiples of the model's frames"
+    )
     parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=METHODS)
-    parser.add_argument("--overlap", type=int, help="frames that neighbouring windows share; each method's own by default")
+    parser.add_argument(
+        "--overlap", type=int, help="frames that neighbouring windows share; each method's own by default"
+    )
     parser.add_argument("--strength", type=float, help="of the pull of given frames in chains")
     parser.add_argument("--sheets", type=Path, help="folder for a contact sheet per line")
     return parser
@@ -108,24 +123,45 @@ def main(words: Sequence[str] | None = None) -> list[dict[str, Any]]:
     options = arguments().parse_args(words)
     trained, lines = load(options), []
     length = trained.model.config.num_frames
-    settings = {"overlap": options.overlap, "strength": options.strength, "labels": not options.no_labels, "seed": options.seed}
-    settings |= {"sampler": trained.sample.sampler, "steps": trained.sample.steps, "guidance": trained.sample.guidance}
+    settings = {
+        "overlap": options.overlap,
+        "strength": options.strength,
+        "labels": not options.no_labels,
+        "seed": options.seed,
+    }
+    settings |= {
+        "sampler": trained.sample.sampler,
+        "steps": trained.sample.steps,
+        "guidance": trained.sample.guidance,
+    }
     for frames in [length * times for times in options.times]:
-        ways: dict[str, Callable[[], list[ndarray]]] = {"real": lambda frames=frames: real(trained, frames, options)}
+        ways: dict[str, Callable[[], list[ndarray]]] = {
+            "real": lambda frames=frames: real(trained, frames, options)
+        }
         for method in options.methods:
             ways[method] = lambda frames=frames, method=method: draw(trained, method, frames, options)
         for name, way in ways.items():
             began, clips = time.perf_counter(), way()
             if not clips:
                 continue
-            line = {"what": "longer clips", "model": trained.name, "method": name, "frames": frames, "window": length}
+            line = {
+                "what": "longer clips",
+                "model": trained.name,
+                "method": name,
+                "frames": frames,
+                "window": length,
+            }
             line |= {} if name == "real" else settings
             line |= judge(clips, length, not options.videos)
-            lines.append(line | {"weights_sha256": trained.weights, "seconds": round(time.perf_counter() - began, 1)})
+            lines.append(
+                line | {"weights_sha256": trained.weights, "seconds": round(time.perf_counter() - began, 1)}
+            )
             print(json.dumps(lines[-1]), flush=True)
             if options.sheets:
                 options.sheets.mkdir(parents=True, exist_ok=True)
-                contact_sheet([clip[:: max(frames // 16, 1)] for clip in clips[:8]], scale=1).save(options.sheets / f"{name}-{frames}.png")
+                contact_sheet([clip[:: max(frames // 16, 1)] for clip in clips[:8]], scale=1).save(
+                    options.sheets / f"{name}-{frames}.png"
+                )
     return lines
 
 

@@ -56,8 +56,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", default="fp32", help="fp32, bf16, fp16 or auto")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 leaves torch's choice")
     parser.add_argument("--rounds", type=int, default=7, help="clean rounds wanted")
-    parser.add_argument("--seconds", type=float, default=0.3, help="least length of one sample; short tasks are repeated within it")
-    parser.add_argument("--max-foreign", type=float, default=0.1, help="share of the CPU that others may use during a clean round")
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        default=0.3,
+        help="least length of one sample; short tasks are repeated within it",
+    )
+    parser.add_argument(
+        "--max-foreign",
+        type=float,
+        default=0.1,
+        help="share of the CPU that others may use during a clean round",
+    )
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -72,17 +82,27 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--channels", type=int, default=4)
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument(
-        "--compile", default="off", choices=COMPILES, help="torch.compile each block, the model, or the model as CUDA graphs"
+        "--compile",
+        default="off",
+        choices=COMPILES,
+        help="torch.compile each block, the model, or the model as CUDA graphs",
     )
 
 
 def model_config(options: argparse.Namespace) -> ModelConfig:
     """The options as a ModelConfig."""
     return ModelConfig(
-        size=options.size, depth=options.depth, width=options.width, heads=options.heads, variant=options.variant,
-        patch_size=options.patch_size, num_frames=options.frames, latent_size=options.latent, latent_channels=options.channels,
+        size=options.size,
+        depth=options.depth,
+        width=options.width,
+        heads=options.heads,
+        variant=options.variant,
+        patch_size=options.patch_size,
+        num_frames=options.frames,
+        latent_size=options.latent,
+        latent_channels=options.channels,
         num_classes=options.classes,
-    )  # fmt: skip
+    )
 
 
 def prepare(options: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
@@ -136,7 +156,9 @@ def processor_seconds() -> tuple[float, float]:
     """(seconds that all cores have been busy, seconds that this process has used); zeros where /proc does not say."""
     own = sum(os.times()[:4])
     try:
-        fields = [int(n) for n in Path("/proc/stat").read_text(encoding="ascii").split("\n", 1)[0].split()[1:9]]
+        fields = [
+            int(n) for n in Path("/proc/stat").read_text(encoding="ascii").split("\n", 1)[0].split()[1:9]
+        ]
     except OSError:
         return 0.0, 0.0
     return (sum(fields) - fields[3] - fields[4]) / os.sysconf("SC_CLK_TCK"), own
@@ -148,7 +170,9 @@ def foreign_share(before: tuple[float, float], after: tuple[float, float], wall:
     return max(0.0, others / (wall * (os.cpu_count() or 1)))
 
 
-def interleave(tasks: list[Task], device: torch.device, rounds: int, seconds: float, max_foreign: float) -> Times:
+def interleave(
+    tasks: list[Task], device: torch.device, rounds: int, seconds: float, max_foreign: float
+) -> Times:
     """Times of ``rounds`` clean rounds of all tasks in turn, from at most four times as many."""
     repeats = {}
     if device.type == "cuda":
@@ -180,7 +204,8 @@ def machine(device: torch.device) -> str:
     except OSError:
         lines = []
     return next(
-        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor() or platform.machine()
+        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")),
+        platform.processor() or platform.machine(),
     )
 
 
@@ -188,25 +213,53 @@ def commit() -> str:
     """Short hash of the code measured, with '-dirty' when files differ from it; 'none' outside a repository."""
 
     def git(*words: str) -> str:
-        return subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True, check=False).stdout.strip()
+        return subprocess.run(
+            ["git", "-C", str(ROOT), *words], capture_output=True, text=True, check=False
+        ).stdout.strip()
 
     head = git("rev-parse", "--short", "HEAD")
     return (head + ("-dirty" if git("status", "--porcelain") else "")) if head and head != "HEAD" else "none"
 
 
-def report(what: str, task: Task, yard: Task, times: Times, device: torch.device, settings: dict[str, object], **more: object) -> dict:
+def report(
+    what: str,
+    task: Task,
+    yard: Task,
+    times: Times,
+    device: torch.device,
+    settings: dict[str, object],
+    **more: object,
+) -> dict:
     """Print the JSON line of ``task`` beside the matrix product ``yard``; too few clean rounds are one line on stderr and exit code 1."""
     samples = times.seconds[task.name]
     if len(samples) < FEWEST_ROUNDS:
-        sys.exit(f"{what}: only {len(samples)} clean rounds and {times.rejected} disturbed ones, at least {FEWEST_ROUNDS} are needed; "
-                 "stop what else runs on this machine, or raise --max-foreign and say so")  # fmt: skip
+        sys.exit(
+            f"{what}: only {len(samples)} clean rounds and {times.rejected} disturbed ones, at least {FEWEST_ROUNDS} are needed; "
+            "stop what else runs on this machine, or raise --max-foreign and say so"
+        )
     middle, (low, _, high) = median(samples), quantiles(samples, n=4)
-    line: dict[str, object] = {"what": what, "machine": machine(device), "device": device.type, "threads": torch.get_num_threads()}
-    line |= {"torch": torch.__version__, "commit": commit(), "repeats": len(samples), "rejected": times.rejected}
-    line |= {"median_s": round(middle, 6), "spread": round((high - low) / middle, 4), "operations": task.operations}
+    line: dict[str, object] = {
+        "what": what,
+        "machine": machine(device),
+        "device": device.type,
+        "threads": torch.get_num_threads(),
+    }
+    line |= {
+        "torch": torch.__version__,
+        "commit": commit(),
+        "repeats": len(samples),
+        "rejected": times.rejected,
+    }
+    line |= {
+        "median_s": round(middle, 6),
+        "spread": round((high - low) / middle, 4),
+        "operations": task.operations,
+    }
     line |= {"gflops": round(task.operations / middle / 1e9, 1)}
     line |= {"matmul_gflops": round(yard.operations / median(times.seconds[yard.name]) / 1e9, 1)}
-    line |= {"share_of_matmul": round(task.operations / yard.operations / times.ratio(task.name, yard.name), 4)}
+    line |= {
+        "share_of_matmul": round(task.operations / yard.operations / times.ratio(task.name, yard.name), 4)
+    }
     if device.type == "cuda":
         line["peak_memory_gib"] = round(torch.cuda.max_memory_allocated(device) / 2**30, 3)
     line |= {**more, "settings": settings}

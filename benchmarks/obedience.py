@@ -14,7 +14,7 @@ import torch
 
 from latte.checkpoint.run import list_checkpoints
 from latte.data.procedural import read_motion
-from latte.trained import load_trained
+from latte.inference.pipeline import load_trained
 
 
 def measure(source: str | Path, count: int, seed: int) -> dict:
@@ -24,7 +24,10 @@ def measure(source: str | Path, count: int, seed: int) -> dict:
     labels = [index % len(names) for index in range(count)]
     motions = [read_motion(clip) for _, clip in trained.generate(range(seed, seed + count), labels)]
     right = [motion.direction == names[label] for motion, label in zip(motions, labels, strict=True)]
-    by_class = {name: sum(right[index :: len(names)]) / len(right[index :: len(names)]) for index, name in enumerate(names)}
+    by_class = {
+        name: sum(right[index :: len(names)]) / len(right[index :: len(names)])
+        for index, name in enumerate(names)
+    }
     return {
         "what": "obedience",
         "model": str(source),
@@ -45,7 +48,12 @@ def effort(run: Path, step: int) -> dict:
     """What the run had spent by ``step``, from its metrics.jsonl."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     near = max((line for line in lines if line["step"] <= step), key=lambda line: line["step"], default={})
-    return {"step": step, "train_seconds": near.get("seconds"), "train_cpu_seconds": near.get("cpu_seconds"), "loss": near.get("loss")}
+    return {
+        "step": step,
+        "train_seconds": near.get("seconds"),
+        "train_cpu_seconds": near.get("cpu_seconds"),
+        "loss": near.get("loss"),
+    }
 
 
 def main() -> None:
@@ -58,7 +66,11 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    checkpoints = sorted(list_checkpoints(Path(options.model)), key=lambda path: int(path.name.split("-")[1])) if options.every else []
+    checkpoints = (
+        sorted(list_checkpoints(Path(options.model)), key=lambda path: int(path.name.split("-")[1]))
+        if options.every
+        else []
+    )
     for source in checkpoints or [options.model]:
         line = measure(source, options.count, options.seed)
         if checkpoints:

@@ -21,11 +21,11 @@ from torch import Tensor
 
 from latte.data.media import VIDEO_SUFFIXES, read_frames
 from latte.data.procedural import draw_scene, render
-from latte.evaluation import damage
 from latte.evaluation.detectors import Detector, build_detector
 from latte.evaluation.frechet import frechet_distance
 from latte.evaluation.statistics import half_sample_interval
 from latte.runtime import generator
+from tools import corruptions as damage
 
 REAL_SEED, FAKE_SEED = 9_100_000, 9_200_000  # scenes that neither a recipe nor the detector's training draws
 SIZE = 64
@@ -34,7 +34,9 @@ SIZE = 64
 def draw_clips(seed: int, count: int, frames: int, speed: float = 1.0) -> Tensor:
     """``count`` procedural clips, moving ``speed`` times as fast: uint8 (b t h w c)."""
     scenes = [draw_scene(seed, index, frames) for index in range(count)]
-    return torch.stack([torch.from_numpy(render(replace(s, speed=s.speed * speed), frames, SIZE, SIZE)) for s in scenes])
+    return torch.stack(
+        [torch.from_numpy(render(replace(s, speed=s.speed * speed), frames, SIZE, SIZE)) for s in scenes]
+    )
 
 
 def read_clips(folder: Path, frames: int) -> tuple[Tensor, Tensor]:
@@ -61,7 +63,10 @@ DAMAGES = {  # unit and strengths
     "frozen": ("share of frames", (0, 0.25, 0.5, 0.75, 1)),
     "speed": ("factor", (1, 0.85, 0.7, 0.5, 0.25)),
     "hue": ("degrees", (0, 10, 20, 40, 80)),
-    "dimmed": ("share of light", (0, 0.05, 0.1, 0.2, 0.4)),  # this and what follows the built-in detector was never shown
+    "dimmed": (
+        "share of light",
+        (0, 0.05, 0.1, 0.2, 0.4),
+    ),  # this and what follows the built-in detector was never shown
     "jpeg": ("100 - quality", (0, 10, 30, 60, 90)),
     "repeated": ("share of clips", (0, 0.25, 0.5, 0.75, 0.95)),
 }
@@ -74,17 +79,26 @@ def damaged(name: str, strength: float, clean: Tensor) -> Tensor:
     if name == "repeated":  # so many clips are others over again: a model that draws little else
         return clean[torch.arange(len(clean)) % max(round((1 - strength) * len(clean)), 1)]
     change = CHANGES[name]
-    return torch.stack([change(clip, strength, generator("sensitivity", name, index)) for index, clip in enumerate(clean)])
+    return torch.stack(
+        [change(clip, strength, generator("sensitivity", name, index)) for index, clip in enumerate(clean)]
+    )
 
 
-def measure_kind(name: str, detector: Detector, real: Tensor, clips: Tensor, clean: Tensor, shared: dict) -> dict:
+def measure_kind(
+    name: str, detector: Detector, real: Tensor, clips: Tensor, clean: Tensor, shared: dict
+) -> dict:
     """Print a line per strength of damage ``name`` done to ``clips`` and the summary, which is returned; ``real``, ``clean`` (n k)."""
     unit, strengths = DAMAGES[name]
     found, began = [], time.perf_counter()
     for i, strength in enumerate(strengths):
         bank = detector(damaged(name, strength, clips)) if i else clean
         found.append(half_sample_interval(frechet_distance, real, bank))
-        line = {"what": f"sensitivity {name}", "strength": strength, "unit": unit, "above": found[-1].low > found[0].high}
+        line = {
+            "what": f"sensitivity {name}",
+            "strength": strength,
+            "unit": unit,
+            "above": found[-1].low > found[0].high,
+        }
         line |= {key: round(getattr(found[-1], key), 4) for key in ("value", "low", "high")}
         print(json.dumps(line | shared), flush=True)
     above = [interval.low > found[0].high for interval in found]
@@ -102,7 +116,9 @@ def main(argv: Sequence[str] | None = None) -> list[dict]:
     parser.add_argument("--detector", default="builtin")
     parser.add_argument("--clips", type=int, default=256, help="a side; the protocol's number")
     parser.add_argument("--frames", type=int, default=16)
-    parser.add_argument("--videos", type=Path, help="a folder of videos of one size, halved, instead of procedural clips")
+    parser.add_argument(
+        "--videos", type=Path, help="a folder of videos of one size, halved, instead of procedural clips"
+    )
     parser.add_argument("--kinds", nargs="*", choices=list(DAMAGES))
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args(argv)
@@ -116,7 +132,11 @@ def main(argv: Sequence[str] | None = None) -> list[dict]:
     else:
         sides = tuple(draw_clips(seed, options.clips, options.frames) for seed in (REAL_SEED, FAKE_SEED))
     real, clean = (detector(clips) for clips in sides)
-    shared = {"clips_of": options.videos.name if options.videos else "procedural", "clips": len(clean), "frames": options.frames}
+    shared = {
+        "clips_of": options.videos.name if options.videos else "procedural",
+        "clips": len(clean),
+        "frames": options.frames,
+    }
     shared |= {"detector": options.detector, "tensors_sha256": detector.tensors_sha256[:16]}
     shared |= {"commit": measure.commit(), "machine": measure.machine(torch.device("cpu"))}
     return [measure_kind(name, detector, real, sides[1], clean, shared) for name in kinds]

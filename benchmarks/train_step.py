@@ -9,18 +9,22 @@ import torch
 
 from latte.diffusion.loss import OBJECTIVES
 from latte.diffusion.process import DiffusionConfig, build_process
-from latte.model.cost import count
 from latte.model.latte import Latte
+from latte.profile.flops import count
 from latte.train.distributed import Group
 from latte.train.optim import Learner
 from latte.train.step import Task, backward
 
 
-def train_step(model: Latte, options: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> measure.Task:
+def train_step(
+    model: Latte, options: argparse.Namespace, device: torch.device, dtype: torch.dtype
+) -> measure.Task:
     """The step of the training loop itself, on the same random latents again and again; operations are three forward passes."""
     config = model.config
     process, objective = build_process(DiffusionConfig()), OBJECTIVES["paper"]
-    task = Task(model.train(), model, process, objective, None, 0, options.batch, options.micro_batch, device, dtype)
+    task = Task(
+        model.train(), model, process, objective, None, 0, options.batch, options.micro_batch, device, dtype
+    )
     learner, group, positions = Learner(model, 1e-4, 0.0, 0.9999), Group(), list(range(options.batch))
     video = torch.randn(options.batch, config.num_frames, config.latent_channels, *config.grid_size)
     label = None if config.num_classes is None else torch.zeros(options.batch, dtype=torch.int64)
@@ -37,7 +41,9 @@ def main(argv: Sequence[str] | None = None) -> dict:
     measure.add_arguments(parser)
     measure.add_model_arguments(parser)
     parser.add_argument("--micro-batch", type=int, help="clips at once; all of them without it")
-    parser.add_argument("--checkpointing", action="store_true", help="recompute each block in the backward pass")
+    parser.add_argument(
+        "--checkpointing", action="store_true", help="recompute each block in the backward pass"
+    )
     options = parser.parse_args(argv)
     device, dtype = measure.prepare(options)
     config = measure.model_config(options)
@@ -45,7 +51,10 @@ def main(argv: Sequence[str] | None = None) -> dict:
     model.gradient_checkpointing = options.checkpointing
     step, yard = train_step(model, options, device, dtype), measure.matmul(device, dtype)
     times = measure.interleave([step, yard], device, options.rounds, options.seconds, options.max_foreign)
-    settings = measure.settings_of(config, options) | {"micro_batch": options.micro_batch, "checkpointing": options.checkpointing}
+    settings = measure.settings_of(config, options) | {
+        "micro_batch": options.micro_batch,
+        "checkpointing": options.checkpointing,
+    }
     rate = options.batch / measure.median(times.seconds["train_step"]) if times.seconds["train_step"] else 0.0
     return measure.report("train_step", step, yard, times, device, settings, clips_per_second=round(rate, 4))
 

@@ -48,7 +48,9 @@ def make_videos(root: Path) -> Path:
 
 
 def folder_config(root: Path, **changes) -> DataConfig:
-    return DataConfig(**{"root": str(root), "resolution": (24, 32), "frames": 3, "interval": 2, "flip": True} | changes)
+    return DataConfig(
+        **{"root": str(root), "resolution": (24, 32), "frames": 3, "interval": 2, "flip": True} | changes
+    )
 
 
 def latents_of(config: DataConfig, out: Path) -> DataConfig:

@@ -18,13 +18,24 @@ from latte.autoencoder.codec import CodecConfig, build_codec
 from latte.checks import InputError
 from latte.data.media import write_mp4
 from latte.data.procedural import DIRECTIONS, draw_scene, render
-from latte.generate import SampleConfig
+from latte.inference.generate import SampleConfig
 from tiny import tiny_trained
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 TINY = ["--device", "cpu", "--rounds", "3", "--seconds", "0.001", "--max-foreign", "1"]
 MODEL = ["--depth", "2", "--width", "32", "--heads", "2", "--frames", "2", "--latent", "4"]
-KEYS = {"what", "machine", "device", "threads", "torch", "commit", "repeats", "median_s", "spread", "settings"}
+KEYS = {
+    "what",
+    "machine",
+    "device",
+    "threads",
+    "torch",
+    "commit",
+    "repeats",
+    "median_s",
+    "spread",
+    "settings",
+}
 
 
 @pytest.fixture
@@ -33,11 +44,16 @@ def benchmark(monkeypatch):
     monkeypatch.syspath_prepend(str(FOLDER))
     monkeypatch.setitem(importlib.import_module("measure").MATMUL, "cpu", 64)
     yield importlib.import_module
-    for name in [name for name, module in sys.modules.items() if str(FOLDER) in str(getattr(module, "__file__", ""))]:
+    for name in [
+        name for name, module in sys.modules.items() if str(FOLDER) in str(getattr(module, "__file__", ""))
+    ]:
         del sys.modules[name]
 
 
-@pytest.mark.parametrize(("name", "more"), [("forward", []), ("train_step", ["--micro-batch", "1", "--batch", "2", "--checkpointing"])])
+@pytest.mark.parametrize(
+    ("name", "more"),
+    [("forward", []), ("train_step", ["--micro-batch", "1", "--batch", "2", "--checkpointing"])],
+)
 def test_a_benchmark_prints_what_a_figure_needs(benchmark, capsys, name, more):
     line = benchmark(name).main([*TINY, *MODEL, *more])
     assert json.loads(capsys.readouterr().out) == line
@@ -53,7 +69,20 @@ def test_a_training_step_counts_three_forward_passes_per_clip(benchmark, capsys)
 
 
 def test_data_wait_measures_videos_and_latents(benchmark, capsys):
-    small = ["--videos", "2", "--resolution", "16", "--frames", "2", "--batch", "1", "--steps", "10", "--dtype", "fp32"]
+    small = [
+        "--videos",
+        "2",
+        "--resolution",
+        "16",
+        "--frames",
+        "2",
+        "--batch",
+        "1",
+        "--steps",
+        "10",
+        "--dtype",
+        "fp32",
+    ]
     lines = benchmark("data_wait").main([*TINY, *small, "model.depth=2", "model.width=16", "model.heads=2"])
     assert [line["what"] for line in lines] == ["data_wait videos", "data_wait latents"]
     assert all(line.keys() >= KEYS and 0 <= line["wait_share"] <= 1 for line in lines)
@@ -114,12 +143,16 @@ class Obedient:
     def generate(self, seeds, prompts):
         for seed, prompt in zip(seeds, prompts, strict=True):
             _, colour, shape, _, direction = prompt.split()
-            scene = next(scene for index in count() if (scene := draw_scene(1, index, 8)).direction == direction)
+            scene = next(
+                scene for index in count() if (scene := draw_scene(1, index, 8)).direction == direction
+            )
             colour = ("white" if colour != "white" else "red") if seed % 2 else colour
             yield seed, render(replace(scene, shape=shape, colour=colour), 8, 64, 64)
 
 
-@pytest.mark.parametrize(("words", "combinations"), [(["--hold-out", "6"], 12), (["--hold-out", "6", "--seen"], 60)])
+@pytest.mark.parametrize(
+    ("words", "combinations"), [(["--hold-out", "6"], 12), (["--hold-out", "6", "--seen"], 60)]
+)
 def test_captions_are_graded_part_by_part(benchmark, capsys, monkeypatch, words, combinations):
     captions = benchmark("captions")
     monkeypatch.setattr(captions, "load_trained", lambda source, device, prompts: Obedient())
@@ -127,7 +160,11 @@ def test_captions_are_graded_part_by_part(benchmark, capsys, monkeypatch, words,
     captions.main()
     line = json.loads(capsys.readouterr().out)
     assert [line[key] for key in ("shape", "colour", "direction", "all", "coherent")] == [1, 0.5, 1, 0.5, 1]
-    assert (line["clips"], line["combinations"], line["held_out"]) == (24, combinations, "--seen" not in words)
+    assert (line["clips"], line["combinations"], line["held_out"]) == (
+        24,
+        combinations,
+        "--seen" not in words,
+    )
 
 
 class Perfect:
@@ -153,7 +190,9 @@ def test_true_clips_are_graded_right_in_every_part(benchmark, capsys, monkeypatc
     monkeypatch.setattr(given, "load_trained", lambda *_: Perfect())
     lines = given.main(["--count", "8", "--seed", "1000", "--strengths", "0", "40"])
     assert [json.loads(line) for line in capsys.readouterr().out.splitlines()] == lines
-    assert [(line["given"], line["strength"]) for line in lines] == [(g, s) for g in ("first", "both", "middle") for s in (0, 40)]
+    assert [(line["given"], line["strength"]) for line in lines] == [
+        (g, s) for g in ("first", "both", "middle") for s in (0, 40)
+    ]
     for line in lines:
         assert [line[key] for key in ("colour", "shape", "coherent", "all", "direction")] == [1] * 5
         assert (line["worst"], line["psnr"], line["clips"]) == (0, None, 8)
@@ -168,7 +207,9 @@ def other_colour(clip, seed):
 def test_clips_that_leave_their_given_frame_are_told_apart(benchmark, monkeypatch):
     given = benchmark("given")
     scenes = [draw_scene(1000, index, 8) for index in range(8)]
-    turned = sum(scene.colour in ("red", "blue", "yellow") for scene in scenes[1::2])  # red and blue change places, yellow turns cyan
+    turned = sum(
+        scene.colour in ("red", "blue", "yellow") for scene in scenes[1::2]
+    )  # red and blue change places, yellow turns cyan
     assert turned
     clips = given.procedural(Perfect(), 8, 1000, 8)
     line = given.measure(Perfect(other_colour), clips, "first", 40.0, 1000)
@@ -188,9 +229,18 @@ def changed(clip, seed):
 
 
 def test_longer_clips_that_stay_what_they_were_are_told_from_those_that_do_not(benchmark):
-    longer, clips = benchmark("longer"), [render(draw_scene(1000, index, 16), 16, 64, 64) for index in range(8)]
+    longer, clips = (
+        benchmark("longer"),
+        [render(draw_scene(1000, index, 16), 16, 64, 64) for index in range(8)],
+    )
     true = longer.judge(clips, 8, True)
-    assert [true[key] for key in ("one_shape", "same_colour", "same_shape", "same", "clips")] == [1, 1, 1, 1, 8]
+    assert [true[key] for key in ("one_shape", "same_colour", "same_shape", "same", "clips")] == [
+        1,
+        1,
+        1,
+        1,
+        8,
+    ]
     assert true["seam"] < 1.3
     assert [true[key] for key in ("motion", "detail", "contrast")] == [pytest.approx(1, abs=0.05)] * 3
     keeps = [draw_scene(1000, index, 16).colour not in ("red", "blue", "yellow") for index in range(8)]
@@ -204,7 +254,9 @@ def test_longer_clips_that_stay_what_they_were_are_told_from_those_that_do_not(b
 
 
 @pytest.mark.parametrize("videos", [False, True])
-def test_the_benchmarks_of_given_frames_and_longer_clips_run_a_model(benchmark, monkeypatch, tmp_path, videos):
+def test_the_benchmarks_of_given_frames_and_longer_clips_run_a_model(
+    benchmark, monkeypatch, tmp_path, videos
+):
     words = ["--count", "2", *(["--videos", str(write_shapes(tmp_path / "shapes", 2))] if videos else [])]
     given, longer = benchmark("given"), benchmark("longer")
     monkeypatch.setattr(given, "load_trained", lambda *_: tiny_trained())
@@ -215,7 +267,9 @@ def test_the_benchmarks_of_given_frames_and_longer_clips_run_a_model(benchmark, 
     assert [line["method"] for line in lines] == ["real", *longer.METHODS]
     assert all(line["frames"] == 6 and ("same" in line) == (not videos) for line in lines)
     assert len({line["step"] for line in lines}) == len(lines), "each method draws clips of its own"
-    assert {path.name for path in (tmp_path / "sheets").iterdir()} == {f"{line['method']}-6.png" for line in lines}
+    assert {path.name for path in (tmp_path / "sheets").iterdir()} == {
+        f"{line['method']}-6.png" for line in lines
+    }
 
 
 def test_captions_of_a_run_that_held_nothing_out_are_refused(benchmark, monkeypatch):
@@ -242,11 +296,15 @@ def test_rounds_compare_like_with_like(benchmark):
 def test_others_share_of_the_machine(benchmark, monkeypatch):
     measure = benchmark("measure")
     monkeypatch.setattr(measure.os, "cpu_count", lambda: 2)
-    assert measure.foreign_share((10.0, 1.0), (14.0, 4.0), wall=2.0) == 0.25  # 4 busy seconds, 3 of them ours, of 4
+    assert (
+        measure.foreign_share((10.0, 1.0), (14.0, 4.0), wall=2.0) == 0.25
+    )  # 4 busy seconds, 3 of them ours, of 4
     assert measure.foreign_share((0.0, 0.0), (0.0, 1.0), wall=1.0) == 0.0
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the refusal without a GPU is tested where there is none")
+@pytest.mark.skipif(
+    torch.cuda.is_available(), reason="the refusal without a GPU is tested where there is none"
+)
 def test_the_gpu_benchmark_says_that_it_needs_one(benchmark, monkeypatch):
     monkeypatch.syspath_prepend(str(FOLDER / "gpu"))
     monkeypatch.setattr(sys, "argv", ["run.py"])
@@ -254,9 +312,13 @@ def test_the_gpu_benchmark_says_that_it_needs_one(benchmark, monkeypatch):
         benchmark("run").main()
 
 
-@pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="needs bitsandbytes (pip install 'latte-video[bits8]')")
+@pytest.mark.skipif(
+    find_spec("bitsandbytes") is None, reason="needs bitsandbytes (pip install 'latte-video[bits8]')"
+)
 def test_eight_bits_are_measured_against_float32(benchmark):
-    line = benchmark("eight_bits").main(["--width", "128", "--layers", "2", "--prompts", "2", "--tokens", "5"])
+    line = benchmark("eight_bits").main(
+        ["--width", "128", "--layers", "2", "--prompts", "2", "--tokens", "5"]
+    )
     assert line["float32_bytes"] == 4 * line["parameters"]
     assert line["bfloat16"]["bytes"] == 2 * line["parameters"]
     assert line["bits8"]["bytes"] < line["float32_bytes"]

@@ -7,11 +7,11 @@ import torch
 import latte.runtime
 from latte.build import build, build_model
 from latte.checks import InputError
-from latte.config import RunConfig, load_run
+from latte.config.run import RunConfig, load_run
 from latte.data.media import write_mp4
 from latte.data.procedural import draw_scene, render
-from latte.model.cost import count
 from latte.model.latte import ModelConfig
+from latte.profile.flops import count
 from tiny import WORDS
 
 
@@ -23,7 +23,9 @@ def config(*words, recipe=None):
 def videos(tmp_path):
     """Two classes of two clips of 4 frames, and one file that is none."""
     for index in range(4):
-        write_mp4(tmp_path / f"videos/{'ab'[index % 2]}/{index}.mp4", render(draw_scene(0, index, 4), 4, 16, 16))
+        write_mp4(
+            tmp_path / f"videos/{'ab'[index % 2]}/{index}.mp4", render(draw_scene(0, index, 4), 4, 16, 16)
+        )
     (tmp_path / "videos/a/broken.mp4").write_bytes(b"no video")
     return tmp_path / "videos"
 
@@ -36,7 +38,10 @@ def videos(tmp_path):
         (["codec.name=taef2", "data.resolution=64"], (16, (8, 8), 32)),
         (["codec.name=builtin", "data.resolution=64"], (16, (8, 8), 4)),
         (["codec.name=pixels", "data.resolution=24", "model.patch_size=3"], (16, (24, 24), 3)),
-        (["data.resolution=80", "model.patch_size=5"], (16, (10, 10), 4)),  # the default latent of 32 would not take this patch
+        (
+            ["data.resolution=80", "model.patch_size=5"],
+            (16, (10, 10), 4),
+        ),  # the default latent of 32 would not take this patch
     ],
 )
 def test_frames_size_and_channels_follow_from_data_and_codec(words, expected):
@@ -48,7 +53,9 @@ def test_frames_size_and_channels_follow_from_data_and_codec(words, expected):
 def test_what_was_set_by_hand_is_taken_when_it_fits_and_refused_with_both_numbers_when_not(key):
     fitting, wrong = {"num_frames": (16, 12), "latent_size": (32, 16), "latent_channels": (4, 16)}[key]
     assert getattr(config(f"model.{key}={fitting}").model, key) == fitting
-    with pytest.raises(InputError, match=rf"model.{key} is {wrong}, but .* {'32 x 32' if key == 'latent_size' else fitting}"):
+    with pytest.raises(
+        InputError, match=rf"model.{key} is {wrong}, but .* {'32 x 32' if key == 'latent_size' else fitting}"
+    ):
         config(f"model.{key}={wrong}")
 
 
@@ -64,7 +71,10 @@ def test_a_configuration_made_by_hand_is_checked_too():
 
 
 def test_a_size_that_the_codec_or_the_patches_do_not_divide_is_told_with_the_nearest():
-    with pytest.raises(InputError, match=r"data.resolution is 100, but codec 'kl' shrinks 8 times; the nearest multiple is 96"):
+    with pytest.raises(
+        InputError,
+        match=r"data.resolution is 100, but codec 'kl' shrinks 8 times; the nearest multiple is 96",
+    ):
         config("data.resolution=100")
     with pytest.raises(InputError, match=r"model.latent_size is 9, but patches are 2 x 2"):
         config("data.resolution=72")
@@ -85,8 +95,14 @@ def test_the_weights_are_a_function_of_the_seed_alone():
 
 def test_build_makes_what_the_configuration_names():
     job = build(config(*WORDS, recipe="shapes"), "cpu")
-    assert count(job.model.config).parameters == sum(parameter.numel() for parameter in job.model.parameters())
-    assert (job.codec.name, job.dataset.classes, job.device.type) == ("pixels", ["up", "down", "left", "right"], "cpu")
+    assert count(job.model.config).parameters == sum(
+        parameter.numel() for parameter in job.model.parameters()
+    )
+    assert (job.codec.name, job.dataset.classes, job.device.type) == (
+        "pixels",
+        ["up", "down", "left", "right"],
+        "cpu",
+    )
     clip = job.dataset.clip(0, latte.runtime.generator(0))
     assert job.codec.encode(clip.video[None]).shape[1:] == (3, 3, 16, 16)
 
@@ -98,7 +114,10 @@ def test_build_makes_what_the_configuration_names():
             ["model.num_classes=3"],
             r"model.num_classes is 3, but the data have 4 classes \(up, down, left, right\); set model.num_classes=4",
         ),
-        (["data.labels=false"], r"model.num_classes is 4, but the data have no classes; set model.num_classes=null"),
+        (
+            ["data.labels=false"],
+            r"model.num_classes is 4, but the data have no classes; set model.num_classes=null",
+        ),
     ],
 )
 def test_classes_that_do_not_fit_the_data_are_told_with_what_to_set(words, message):
@@ -114,7 +133,9 @@ def test_an_unconditional_model_may_learn_from_labelled_data(videos):
 
 def test_broken_files_are_noted_and_the_run_goes_on(videos, tmp_path):
     run = tmp_path / "run"
-    result = build(config(*WORDS, f"data.root={videos}", "train.steps=1", "model.num_classes=2", f"run.dir={run}"), "cpu").train()
+    result = build(
+        config(*WORDS, f"data.root={videos}", "train.steps=1", "model.num_classes=2", f"run.dir={run}"), "cpu"
+    ).train()
     assert result["step"] == 1
     assert "broken.mp4" in (run / "quarantine.jsonl").read_text()
 
@@ -130,5 +151,10 @@ def test_no_data_is_told(tmp_path):
 
 def test_sheets_are_drawn_while_training(tmp_path):
     words = [word for word in WORDS if "sample_every" not in word]
-    build(config(*words, "train.steps=3", "train.sample_every=2", f"run.dir={tmp_path}", recipe="shapes"), "cpu").train()
-    assert sorted(path.name for path in (tmp_path / "samples").iterdir()) == ["step-0000002.png", "step-0000003.png"]
+    build(
+        config(*words, "train.steps=3", "train.sample_every=2", f"run.dir={tmp_path}", recipe="shapes"), "cpu"
+    ).train()
+    assert sorted(path.name for path in (tmp_path / "samples").iterdir()) == [
+        "step-0000002.png",
+        "step-0000003.png",
+    ]

@@ -31,12 +31,19 @@ def commands(text: str) -> list[str]:
 def ci_steps(script: str) -> list[str]:
     """The commands of .ci/run that do something, as the README would write them."""
     lines = [line for line in script.splitlines() if re.match(r"(\[|\.venv|python)", line)]
-    return [re.sub(r'^\[ .* \] \|\| "\$\{PYTHON:-python3\}"', "python3", line).removesuffix(' "$@"') for line in lines]
+    return [
+        re.sub(r'^\[ .* \] \|\| "\$\{PYTHON:-python3\}"', "python3", line).removesuffix(' "$@"')
+        for line in lines
+    ]
 
 
 def drift(readme: str, script: str) -> list[str]:
     """What differs between the README's two commands, the agreed ones, and .ci/run."""
-    found = [f"README lacks: {line}" for line in (INSTALL_AND_RUN, INSTALL_AND_TEST) if line not in readme.splitlines()]
+    found = [
+        f"README lacks: {line}"
+        for line in (INSTALL_AND_RUN, INSTALL_AND_TEST)
+        if line not in readme.splitlines()
+    ]
     if ci_steps(script) != INSTALL_AND_TEST.split(" && "):
         found.append(f".ci/run runs {ci_steps(script)}")
     return found
@@ -49,7 +56,10 @@ def test_the_two_commands_are_the_agreed_ones_and_ci_runs_the_second():
     assert subprocess.run(["bash", "-n", str(script)], check=False).returncode == 0
 
 
-@pytest.mark.parametrize(("old", "new"), [("pytest -q", "pytest -x"), ("'.[test]'", "'.[dev]'"), (" -m venv .venv", " -m venv env")])
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [("pytest -q", "pytest -x"), ("'.[test]'", "'.[dev]'"), (" -m venv .venv", " -m venv env")],
+)
 def test_drift_is_noticed(old, new):
     script = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
     assert drift(README, script.replace(old, new)) != []
@@ -66,13 +76,20 @@ def unknown(line: str) -> str | None:
         if name not in here.commands:
             return name
         here = here.commands[name]
-    options = {option for parameter in here.params for option in (*parameter.opts, *parameter.secondary_opts)} | {"--help"}
+    options = {
+        option for parameter in here.params for option in (*parameter.opts, *parameter.secondary_opts)
+    } | {"--help"}
     given = [word.split("=")[0] for word in words if word.startswith("--") and "." not in word]
     return next((word for word in given if word not in options), None)
 
 
 def test_every_latte_line_exists():
-    lines = [part.strip() for line in commands(README) for part in line.split("&&") if part.strip().startswith("latte ")]
+    lines = [
+        part.strip()
+        for line in commands(README)
+        for part in line.split("&&")
+        if part.strip().startswith("latte ")
+    ]
     assert len(lines) >= 5
     assert [(line, unknown(line)) for line in lines if unknown(line)] == []
 
@@ -85,14 +102,24 @@ def test_a_line_that_does_not_exist_is_noticed():
 
 
 def test_every_file_that_the_readme_names_is_there():
-    named = re.findall(r"^\| `([\w./-]+)`", README, re.MULTILINE) + re.findall(r"\]\((?!http|#)([^)]+)\)", README)
+    named = re.findall(r"^\| `([\w./-]+)`", README, re.MULTILINE) + re.findall(
+        r"\]\((?!http|#)([^)]+)\)", README
+    )
     assert len(named) > 10
-    assert [name for name in named if not (ROOT / name).exists() and not (ROOT / "src/latte" / name).exists()] == []
+    assert [
+        name for name in named if not (ROOT / name).exists() and not (ROOT / "src/latte" / name).exists()
+    ] == []
 
 
 def test_every_package_and_top_module_is_in_the_file_map():
-    here = {path.name for path in (ROOT / "src/latte").glob("[a-z]*") if path.suffix == ".py" or any(path.glob("*.py"))}
-    assert here - {row.split("/")[0] for row in re.findall(r"^\| `([\w./-]+)`", README, re.MULTILINE)} == set()
+    here = {
+        path.name
+        for path in (ROOT / "src/latte").glob("[a-z]*")
+        if path.suffix == ".py" or any(path.glob("*.py"))
+    }
+    assert (
+        here - {row.split("/")[0] for row in re.findall(r"^\| `([\w./-]+)`", README, re.MULTILINE)} == set()
+    )
 
 
 def test_python_blocks_run(tmp_path, monkeypatch):

@@ -11,19 +11,32 @@ from support import wake
 
 from latte.autoencoder.codec import CodecConfig, build_codec
 from latte.diffusion.process import DiffusionConfig
-from latte.generate import SampleConfig
+from latte.inference.generate import SampleConfig
+from latte.inference.pipeline import Trained
+from latte.inference.prompts import PromptReader
 from latte.model.latte import Latte, ModelConfig
 from latte.model.text import LatteText, TextConfig
-from latte.prompts import PromptReader
-from latte.text_encoder import TextEncoderConfig
-from latte.trained import Trained
+from latte.text.encoders import TextEncoderConfig
 
 ROOT = Path(__file__).parents[1]
 WORDS = [
-    "codec.name=pixels", "model.depth=2", "model.width=16", "model.heads=2", "model.patch_size=4", "data.frames=3", "data.resolution=16",
-    "train.global_batch=4", "train.checkpoint_every=2", "train.sample_every=0", "train.dtype=fp32", "sample.steps=3", "sample.batch=2",
-]  # fmt: skip
-MODEL = ModelConfig(depth=2, width=16, heads=2, patch_size=4, num_frames=3, latent_size=16, latent_channels=3, num_classes=4)
+    "codec.name=pixels",
+    "model.depth=2",
+    "model.width=16",
+    "model.heads=2",
+    "model.patch_size=4",
+    "data.frames=3",
+    "data.resolution=16",
+    "train.global_batch=4",
+    "train.checkpoint_every=2",
+    "train.sample_every=0",
+    "train.dtype=fp32",
+    "sample.steps=3",
+    "sample.batch=2",
+]
+MODEL = ModelConfig(
+    depth=2, width=16, heads=2, patch_size=4, num_frames=3, latent_size=16, latent_channels=3, num_classes=4
+)
 CLASSES = ["up", "down", "left", "right"]
 
 
@@ -35,20 +48,45 @@ def tiny_trained(**changes: object) -> Trained:
     codec_config = CodecConfig(name="pixels")
     classes = CLASSES if config.num_classes else []
     sample = SampleConfig(sampler="ddim", steps=3, batch=2)
-    return Trained("tiny", model, DiffusionConfig(), codec_config, build_codec(codec_config), classes, sample, "none")
+    return Trained(
+        "tiny", model, DiffusionConfig(), codec_config, build_codec(codec_config), classes, sample, "none"
+    )
 
 
 def tiny_text(depth: int = 1) -> Trained:
     """A text model with random weights, in pixels, with the built-in text encoder."""
     torch.manual_seed(0)
-    config = TextConfig(depth=depth, width=16, heads=2, patch_size=4, num_frames=3, latent_size=16, latent_channels=3, caption_channels=64)
+    config = TextConfig(
+        depth=depth,
+        width=16,
+        heads=2,
+        patch_size=4,
+        num_frames=3,
+        latent_size=16,
+        latent_channels=3,
+        caption_channels=64,
+    )
     codec_config, reader = CodecConfig(name="pixels"), PromptReader(TextEncoderConfig(name="builtin"), "cpu")
-    return Trained("tiny", wake(LatteText(config), scale=0.2).eval(), DiffusionConfig(), codec_config, build_codec(codec_config), [],
-                   SampleConfig(sampler="ddim", steps=3, batch=2), "none", reader)  # fmt: skip
+    return Trained(
+        "tiny",
+        wake(LatteText(config), scale=0.2).eval(),
+        DiffusionConfig(),
+        codec_config,
+        build_codec(codec_config),
+        [],
+        SampleConfig(sampler="ddim", steps=3, batch=2),
+        "none",
+        reader,
+    )
 
 
 def latte(*words: object, **environment: str) -> subprocess.CompletedProcess:
     """Run the program in a process of its own."""
     paths = os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])
-    env, command = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", **environment}, [sys.executable, "-m", "latte"]
-    return subprocess.run([*command, *map(str, words)], capture_output=True, text=True, env=env, timeout=120, check=False)
+    env, command = (
+        {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", **environment},
+        [sys.executable, "-m", "latte"],
+    )
+    return subprocess.run(
+        [*command, *map(str, words)], capture_output=True, text=True, env=env, timeout=120, check=False
+    )

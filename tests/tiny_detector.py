@@ -35,11 +35,15 @@ def open_weights(path: Path | None = None, sha256: str | None = None) -> Weights
 
 
 PIXELS = Pixels(16)
-SPEC = DetectorSpec(open_weights, {"pool": 6}, PIXELS, "Sees brightness and motion, nothing else.", min_frames=2)
+SPEC = DetectorSpec(
+    open_weights, {"pool": 6}, PIXELS, "Sees brightness and motion, nothing else.", min_frames=2
+)
 TINY = Protocol("tiny", "tiny", "pool", PIXELS, "For tests.", frames=4, clips=6, start_fake="random")
 
 
-def build_tiny(name: str, device: object, path: Path | None, sha256: str | None, pixels: Pixels, layer: str, group: int) -> Detector:
+def build_tiny(
+    name: str, device: object, path: Path | None, sha256: str | None, pixels: Pixels, layer: str, group: int
+) -> Detector:
     """What ``build_detector`` does, for this detector alone."""
     assert name == "tiny"
     return Detector(name, SPEC, open_weights(path), pixels, layer, group, "cpu")
@@ -48,8 +52,14 @@ def build_tiny(name: str, device: object, path: Path | None, sha256: str | None,
 def draw_clip(seed: int, frames: int = 7, size: int = 24) -> np.ndarray:
     """uint8 (t h w c): a bright square that moves over a coarse pattern, both functions of the seed."""
     draw = generator(seed, "clip")
-    ground = torch.randint(20, 200, (6, 6, 3), generator=draw).repeat_interleave(size // 6, 0).repeat_interleave(size // 6, 1)
-    x, y, step = (int(torch.randint(low, high, (), generator=draw)) for low, high in ((0, 12), (0, 16), (1, 4)))
+    ground = (
+        torch.randint(20, 200, (6, 6, 3), generator=draw)
+        .repeat_interleave(size // 6, 0)
+        .repeat_interleave(size // 6, 1)
+    )
+    x, y, step = (
+        int(torch.randint(low, high, (), generator=draw)) for low, high in ((0, 12), (0, 16), (1, 4))
+    )
     clip = ground.to(torch.uint8).expand(frames, size, size, 3).clone().numpy()
     for t in range(frames):
         left = (x + step * t) % (size - 6)

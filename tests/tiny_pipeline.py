@@ -10,11 +10,19 @@ from latte.model.text import LatteText, TextConfig
 TINY = TextConfig(depth=2, width=32, heads=2, num_frames=5, latent_size=8, caption_channels=12)
 VAES = {
     "AutoencoderKL": {
-        "down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4, "block_out_channels": [4, 4, 8, 8],
-        "layers_per_block": 1, "norm_num_groups": 2, "latent_channels": 4,
+        "down_block_types": ["DownEncoderBlock2D"] * 4,
+        "up_block_types": ["UpDecoderBlock2D"] * 4,
+        "block_out_channels": [4, 4, 8, 8],
+        "layers_per_block": 1,
+        "norm_num_groups": 2,
+        "latent_channels": 4,
     },
-    "AutoencoderKLTemporalDecoder": {"down_block_types": ["DownEncoderBlock2D"] * 4, "block_out_channels": [32] * 4, "layers_per_block": 1},
-}  # fmt: skip
+    "AutoencoderKLTemporalDecoder": {
+        "down_block_types": ["DownEncoderBlock2D"] * 4,
+        "block_out_channels": [32] * 4,
+        "layers_per_block": 1,
+    },
+}
 NAMES = {"AutoencoderKL": "kl", "AutoencoderKLTemporalDecoder": "kl_temporal"}
 WORDS = ["a", "red", "blue", "circle", "square", "moves", "up", "down", "left", "right", ",", "."]
 
@@ -30,8 +38,16 @@ def tiny_t5(width: int = 12):
     """(T5EncoderModel, T5Tokenizer of WORDS)."""
     from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
-    vocabulary = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0), *((f"▁{word}", -1.0) for word in WORDS)]
-    config = T5Config(vocab_size=16, d_model=width, d_kv=4, d_ff=16, num_layers=2, num_heads=2, is_encoder_decoder=False)
+    vocabulary = [
+        ("<pad>", 0.0),
+        ("</s>", 0.0),
+        ("<unk>", 0.0),
+        ("▁", -2.0),
+        *((f"▁{word}", -1.0) for word in WORDS),
+    ]
+    config = T5Config(
+        vocab_size=16, d_model=width, d_kv=4, d_ff=16, num_layers=2, num_heads=2, is_encoder_decoder=False
+    )
     return seeded(lambda: T5EncoderModel(config)), T5Tokenizer(vocab=vocabulary, extra_ids=0)
 
 

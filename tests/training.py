@@ -17,14 +17,37 @@ from latte.diffusion.loss import OBJECTIVES
 from latte.diffusion.process import DiffusionConfig, build_process
 from latte.model.latte import Latte, ModelConfig
 from latte.runtime import generator
-from latte.train.loop import TrainConfig, train
+from latte.train.train import TrainConfig, train
 
-TINY = ModelConfig(depth=2, width=16, heads=2, num_frames=3, latent_size=4, latent_channels=4, num_classes=3, class_dropout=0.3)
-SHORT = TrainConfig(steps=12, global_batch=4, lr=1e-3, ema_decay=0.9, ema_warmup=True, clip_norm=0.5, clip_start=3, warmup_steps=4,
-                    checkpoint_every=3, keep_last=2, log_every=2, dtype="fp32")  # fmt: skip
+TINY = ModelConfig(
+    depth=2,
+    width=16,
+    heads=2,
+    num_frames=3,
+    latent_size=4,
+    latent_channels=4,
+    num_classes=3,
+    class_dropout=0.3,
+)
+SHORT = TrainConfig(
+    steps=12,
+    global_batch=4,
+    lr=1e-3,
+    ema_decay=0.9,
+    ema_warmup=True,
+    clip_norm=0.5,
+    clip_start=3,
+    warmup_steps=4,
+    checkpoint_every=3,
+    keep_last=2,
+    log_every=2,
+    dtype="fp32",
+)
 
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["torch._dynamo", "latte.train.loop"])  # torch imports its tracer with the first optimiser
+FORKS.set_forkserver_preload(
+    ["torch._dynamo", "latte.train.train"]
+)  # torch imports its tracer with the first optimiser
 
 
 class Latents:
@@ -61,11 +84,27 @@ def tiny_model(config: ModelConfig = TINY) -> Latte:
 
 def run(run_dir: Path, config: TrainConfig = SHORT, **changes) -> dict:
     """Train the tiny model in ``run_dir``; ``changes`` are keyword arguments of train and replace its parts by name."""
-    parts = {"process": build_process(DiffusionConfig()), "objective": OBJECTIVES["paper"], "codec": None, "dataset": Latents()}
-    return train(**{"model": changes.pop("model", None) or tiny_model(), **parts, "config": config, "run_dir": run_dir, **changes})
+    parts = {
+        "process": build_process(DiffusionConfig()),
+        "objective": OBJECTIVES["paper"],
+        "codec": None,
+        "dataset": Latents(),
+    }
+    return train(
+        **{
+            "model": changes.pop("model", None) or tiny_model(),
+            **parts,
+            "config": config,
+            "run_dir": run_dir,
+            **changes,
+        }
+    )
 
 
 def curve(run_dir: Path) -> list[dict]:
     """metrics.jsonl without what depends on the clock."""
     lines = [json.loads(line) for line in (Path(run_dir) / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if "second" not in key and key != "data_wait_share"} for line in lines]
+    return [
+        {key: value for key, value in line.items() if "second" not in key and key != "data_wait_share"}
+        for line in lines
+    ]

@@ -24,8 +24,16 @@ def number_of(frame: np.ndarray) -> int:
     return round((float(frame[h // 2 :, w // 2 :].mean()) - 20) / LEVEL)
 
 
-def encode(path: Path, frames: np.ndarray, codec: str = "libx264", pix_fmt: str = "yuv420p", rate: int = 25, ticks: list[int] | None = None,
-           full_range: bool = False, **options: str) -> Path:  # fmt: skip
+def encode(
+    path: Path,
+    frames: np.ndarray,
+    codec: str = "libx264",
+    pix_fmt: str = "yuv420p",
+    rate: int = 25,
+    ticks: list[int] | None = None,
+    full_range: bool = False,
+    **options: str,
+) -> Path:
     """Write uint8 (t h w c) with PyAV itself; ``ticks``: a presentation time in ms per frame; ``options`` go to the encoder."""
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=rate)

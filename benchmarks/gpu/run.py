@@ -34,7 +34,9 @@ def check(line: dict) -> dict:
     """The line, when its figures are possible."""
     share = line.get("share_of_matmul", 0.5)
     if not 0 < share <= 1.05:
-        sys.exit(f"{line['what']}: {share} of the matrix product's rate cannot be right; is something else running on this GPU?")
+        sys.exit(
+            f"{line['what']}: {share} of the matrix product's rate cannot be right; is something else running on this GPU?"
+        )
     return line
 
 
@@ -65,7 +67,12 @@ def largest_batch(compiled: str) -> dict:
         except torch.OutOfMemoryError:
             break
         peaks[batch] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
-    return {"what": "memory of a training step", "largest_batch": max(peaks, default=0), "peak_gib": peaks, "compile": compiled}
+    return {
+        "what": "memory of a training step",
+        "largest_batch": max(peaks, default=0),
+        "peak_gib": peaks,
+        "compile": compiled,
+    }
 
 
 def decode(rounds: int) -> dict:
@@ -74,13 +81,22 @@ def decode(rounds: int) -> dict:
 
     widths = (128, 256, 512, 512)
     blocks = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
-    network = AutoencoderKL(block_out_channels=widths, layers_per_block=2, latent_channels=4, **blocks).eval().requires_grad_(False)
+    network = (
+        AutoencoderKL(block_out_channels=widths, layers_per_block=2, latent_channels=4, **blocks)
+        .eval()
+        .requires_grad_(False)
+    )
     network = network.to("cuda", torch.bfloat16, memory_format=torch.channels_last)
     z, device = torch.randn(16, 4, 32, 32, device="cuda", dtype=torch.bfloat16), torch.device("cuda")
-    task, yard = measure.Task("decode", lambda: network.decode(z).sample, 16 * 622.2e9), measure.matmul(device, torch.bfloat16)
+    task, yard = (
+        measure.Task("decode", lambda: network.decode(z).sample, 16 * 622.2e9),
+        measure.matmul(device, torch.bfloat16),
+    )
     with torch.inference_mode():
         times = measure.interleave([task, yard], device, rounds, 0.2, 0.1)
-    return measure.report("decode 16 x 256 x 256", task, yard, times, device, {"dtype": "bf16", "weights": "random"})
+    return measure.report(
+        "decode 16 x 256 x 256", task, yard, times, device, {"dtype": "bf16", "weights": "random"}
+    )
 
 
 def verdicts(answers: dict[str, dict], name: str) -> list[str]:
@@ -97,7 +113,10 @@ def verdicts(answers: dict[str, dict], name: str) -> list[str]:
 
 def fastest(lines: list[dict], what: str, batch: int) -> dict:
     """The line of the fastest way of compiling."""
-    return min((x for x in lines if x["what"] == what and x["settings"]["batch"] == batch), key=lambda x: x["median_s"])
+    return min(
+        (x for x in lines if x["what"] == what and x["settings"]["batch"] == batch),
+        key=lambda x: x["median_s"],
+    )
 
 
 def main() -> None:
@@ -106,7 +125,9 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="eager only, three rounds")
     options = parser.parse_args()
     if not torch.cuda.is_available():
-        sys.exit("this benchmark needs a CUDA device; benchmarks/forward.py and benchmarks/train_step.py run on a CPU")
+        sys.exit(
+            "this benchmark needs a CUDA device; benchmarks/forward.py and benchmarks/train_step.py run on a CPU"
+        )
     rounds = ["--rounds", "3" if options.quick else "7"]
     lines = [precision()]
     for compiled in ("off",) if options.quick else ("off", "blocks", "graphs"):
@@ -117,11 +138,22 @@ def main() -> None:
         lines.append(check(train_step.main([*XL, *rounds, "--batch", "16", "--compile", compiled])))
     lines += [largest_batch("off"), decode(int(rounds[1]))]
 
-    chosen = [*(fastest(lines, what, batch) for what, batch in (("forward", 1), ("forward", 8), ("train_step", 16))), *lines[-2:]]
+    chosen = [
+        *(
+            fastest(lines, what, batch)
+            for what, batch in (("forward", 1), ("forward", 8), ("train_step", 16))
+        ),
+        *lines[-2:],
+    ]
     if out := os.environ.get("OUT"):
-        Path(out, "gpu.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+        Path(out, "gpu.jsonl").write_text(
+            "".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8"
+        )
     print(json.dumps(lines[0]), json.dumps(lines[-2]), sep="\n")
-    print("\n".join(verdicts(dict(zip(GOALS, chosen, strict=True)), torch.cuda.get_device_name())), file=sys.stderr)
+    print(
+        "\n".join(verdicts(dict(zip(GOALS, chosen, strict=True)), torch.cuda.get_device_name())),
+        file=sys.stderr,
+    )
 
 
 if __name__ == "__main__":

@@ -13,11 +13,11 @@ _HOMES = {  # public name -> module that defines it; imported at first use, so t
     "DiffusionConfig": "latte.diffusion.process",
     "build_process": "latte.diffusion.process",
     "build_codec": "latte.autoencoder.codec",
-    "RunConfig": "latte.config",
-    "load_run": "latte.config",
-    "Trained": "latte.trained",
-    "load_trained": "latte.trained",
-    "SampleConfig": "latte.generate",
+    "RunConfig": "latte.config.run",
+    "load_run": "latte.config.run",
+    "Trained": "latte.inference.pipeline",
+    "load_trained": "latte.inference.pipeline",
+    "SampleConfig": "latte.inference.generate",
 }
 __all__ = ["__version__", *_HOMES]
 

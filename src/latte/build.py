@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """RunConfig -> live objects: a run to train.
 
-That the parts fit together in number is settled in ``latte.config``; here meet those that only the data and the weights can tell.
+That the parts fit together in number is settled in ``latte.config.run``; here meet those that only the data and the weights can tell.
 """
 
 import logging
@@ -14,29 +14,37 @@ import numpy as np
 import torch
 from torch import nn
 
-from latte import t5
 from latte.autoencoder.codec import Codec, build_codec
-from latte.checkpoint.atomic import reported
-from latte.checkpoint.layout import build as build_network
 from latte.checkpoint.run import list_checkpoints
 from latte.checks import InputError, require
-from latte.config import RunConfig
-from latte.data.captions import EMPTY, CaptionFeatures, StoredFeatures, check_lengths, encode_captions, stored_captions, warn_of_sides
+from latte.config.run import RunConfig
+from latte.data.captions import (
+    EMPTY,
+    CaptionFeatures,
+    StoredFeatures,
+    check_lengths,
+    encode_captions,
+    stored_captions,
+    warn_of_sides,
+)
 from latte.data.datasets import Dataset, FolderDataset, build_dataset, write_quarantine
 from latte.data.latents import LatentDataset
 from latte.data.media import contact_sheet
 from latte.data.procedural import caption_of, split_combinations
 from latte.diffusion.loss import OBJECTIVES
 from latte.diffusion.process import build_process
-from latte.generate import generate
+from latte.files import reported
+from latte.inference.generate import generate
+from latte.inference.prompts import Prompts
+from latte.interop.coverage import build as build_network
 from latte.model.latte import Latte, ModelConfig
 from latte.model.text import LatteText, Network, TextConfig
-from latte.prompts import Prompts
 from latte.runtime import rank, resolve_device, resolve_dtype
-from latte.text_encoder import TEXT_ENCODERS, build_text_encoder
+from latte.text import t5
+from latte.text.encoders import TEXT_ENCODERS, build_text_encoder
 from latte.train.condition import CaptionReader
-from latte.train.loop import train
-from latte.train.start import look_at
+from latte.train.init import look_at
+from latte.train.train import train
 
 LOG = logging.getLogger(__name__)
 SHEET_CLIPS = 4
@@ -59,7 +67,7 @@ class Job:
     captions: CaptionFeatures | None = None
 
     def train(self, until: int | None = None) -> dict[str, Any]:
-        """Train or resume in ``run.dir``, to step ``until`` at most; what ``latte.train.loop.train`` returns.
+        """Train or resume in ``run.dir``, to step ``until`` at most; what ``latte.train.train.train`` returns.
 
         Unusable files are noted in its quarantine.jsonl.
         """
@@ -69,7 +77,11 @@ class Job:
             write_quarantine(folder / "quarantine.jsonl", dataset.quarantined)
             LOG.info("%d files cannot be used, see %s", len(dataset.quarantined), folder / "quarantine.jsonl")
         identity = self.codec.identity if self.codec else dataset.describe()["codec"]
-        text = {"text": {"encoder": self.captions.identity, "dropout": config.text.dropout}} if self.captions else {}
+        text = (
+            {"text": {"encoder": self.captions.identity, "dropout": config.text.dropout}}
+            if self.captions
+            else {}
+        )
         return train(
             self.model,
             build_process(config.diffusion),
@@ -80,7 +92,12 @@ class Job:
             folder,
             seed=config.run.seed,
             device=self.device,
-            facts={"diffusion": asdict(config.diffusion), "classes": list(dataset.classes), "codec": identity, **text},
+            facts={
+                "diffusion": asdict(config.diffusion),
+                "classes": list(dataset.classes),
+                "codec": identity,
+                **text,
+            },
             record=asdict(config),
             sample=self.sheets(self.codec, folder / "samples") if self.codec else None,
             captions=CaptionReader(self.captions, config.text.dropout) if self.captions else None,
@@ -92,7 +109,9 @@ class Job:
         """What training calls now and then to draw the same few clips."""
         if self.captions is None:
             return sheets(self.config, codec, self.dataset.classes, self.device, folder)
-        return text_sheets(self.config, codec, self.captions, sheet_prompts(self.config, self.dataset), self.device, folder)
+        return text_sheets(
+            self.config, codec, self.captions, sheet_prompts(self.config, self.dataset), self.device, folder
+        )
 
 
 def build(config: RunConfig, device: str = "auto") -> Job:
@@ -117,7 +136,13 @@ def open_data(config: RunConfig, device: torch.device) -> tuple[Dataset, Codec |
     if isinstance(dataset, LatentDataset):
         name = dataset.settings["codec"]["name"]
         rule = f"the latents in {config.data.root} were made with codec {name!r}"
-        require(config.codec.name == name, "codec.name", config.codec.name, rule, f"give codec.name={name}, or encode again")
+        require(
+            config.codec.name == name,
+            "codec.name",
+            config.codec.name,
+            rule,
+            f"give codec.name={name}, or encode again",
+        )
     return dataset, codec
 
 
@@ -126,11 +151,15 @@ def check_classes(num_classes: int | None, classes: list[str]) -> None:
     if num_classes is None or num_classes == len(classes):
         return
     if not classes:
-        raise InputError(f"model.num_classes is {num_classes}, but the data have no classes; "
-                         "set model.num_classes=null, or give data with a folder per class")  # fmt: skip
+        raise InputError(
+            f"model.num_classes is {num_classes}, but the data have no classes; "
+            "set model.num_classes=null, or give data with a folder per class"
+        )
     names = ", ".join(classes[:8]) + (", ..." if len(classes) > 8 else "")
-    raise InputError(f"model.num_classes is {num_classes}, but the data have {len(classes)} classes ({names}); "
-                     f"set model.num_classes={len(classes)}, or null for an unconditional model")  # fmt: skip
+    raise InputError(
+        f"model.num_classes is {num_classes}, but the data have {len(classes)} classes ({names}); "
+        f"set model.num_classes={len(classes)}, or null for an unconditional model"
+    )
 
 
 def build_model(config: ModelConfig | TextConfig, seed: int) -> Network:
@@ -148,19 +177,34 @@ def read_captions(config: RunConfig, dataset: Dataset, device: torch.device) -> 
     if config.text.name is None:
         return None
     if not dataset.captions:
-        raise InputError(f"text.name is {config.text.name}, but the data have no captions; "
-                         "give data.captions=auto, encode again with them, or set text.name=null")  # fmt: skip
+        raise InputError(
+            f"text.name is {config.text.name}, but the data have no captions; "
+            "give data.captions=auto, encode again with them, or set text.name=null"
+        )
     if config.data.flip and rank() == 0:
         warn_of_sides(dataset.captions)
     if isinstance(dataset, LatentDataset):
-        stored = stored_captions(dataset.root, dataset.manifest.get("captions", {}), dataset.captions, config.text.tokens)
+        stored = stored_captions(
+            dataset.root, dataset.manifest.get("captions", {}), dataset.captions, config.text.tokens
+        )
         if stored:
             return check_captions(stored, config, dataset.root, device)
-    encoder, wanted = build_text_encoder(config.text, device), list(dict.fromkeys([*dataset.captions, *sheet_prompts(config, dataset)]))
-    need = check_lengths(encoder, wanted, owners(dataset)) * encoder.channels * (t5.precision(device).itemsize if encoder.weights else 4)
+    encoder, wanted = (
+        build_text_encoder(config.text, device),
+        list(dict.fromkeys([*dataset.captions, *sheet_prompts(config, dataset)])),
+    )
+    need = (
+        check_lengths(encoder, wanted, owners(dataset))
+        * encoder.channels
+        * (t5.precision(device).itemsize if encoder.weights else 4)
+    )
     if need > HELD and rank() == 0:
-        LOG.warning("the features of %d captions will take %.1f GiB of memory in every process; to read them from the disk instead, encode "
-                    "once: latte data encode, then data.kind=latents", len(wanted), need / 2**30)  # fmt: skip
+        LOG.warning(
+            "the features of %d captions will take %.1f GiB of memory in every process; to read them from the disk instead, encode "
+            "once: latte data encode, then data.kind=latents",
+            len(wanted),
+            need / 2**30,
+        )
     features = encode_captions(encoder, wanted)
     encoder.free()
     return features
@@ -174,22 +218,38 @@ def owners(dataset: Dataset) -> dict[str, str]:
     return {record.caption: record.key for record in records if record.caption is not None}
 
 
-def check_captions(stored: CaptionFeatures, config: RunConfig, root: Path, device: torch.device) -> CaptionFeatures:
+def check_captions(
+    stored: CaptionFeatures, config: RunConfig, root: Path, device: torch.device
+) -> CaptionFeatures:
     """``stored``; InputError unless the run's encoder made them, whose weights are asked only where ``text.path`` says where they are."""
     way_out = "give the text encoder they were made with, or encode again"
     made = stored.features
     assert isinstance(made, StoredFeatures)
     require(
-        config.text.name == made.encoder, "text.name", config.text.name, f"the captions in {root} were read by {made.encoder!r}", way_out
+        config.text.name == made.encoder,
+        "text.name",
+        config.text.name,
+        f"the captions in {root} were read by {made.encoder!r}",
+        way_out,
     )
     if config.text.path is not None or not TEXT_ENCODERS[made.encoder].weights:
         encoder = build_text_encoder(config.text, device)
-        require(encoder.identity == stored.identity, "the text encoder", encoder.identity,
-                f"the captions in {root} were read by {stored.identity}", way_out)  # fmt: skip
+        require(
+            encoder.identity == stored.identity,
+            "the text encoder",
+            encoder.identity,
+            f"the captions in {root} were read by {stored.identity}",
+            way_out,
+        )
         encoder.free()
     width = made[EMPTY].shape[1]
-    require(width == config.text.channels, "the text encoder", f"{config.text.channels} channels", f"the captions in {root} have {width}",
-            "give text.path, the folder of the encoder they were made with")  # fmt: skip
+    require(
+        width == config.text.channels,
+        "the text encoder",
+        f"{config.text.channels} channels",
+        f"the captions in {root} have {width}",
+        "give text.path, the folder of the encoder they were made with",
+    )
     return stored
 
 
@@ -206,24 +266,37 @@ def spread(items: Sequence[str], count: int) -> list[str]:
     return [items[index * len(items) // count] for index in range(count)]
 
 
-def sheets(config: RunConfig, codec: Codec, classes: list[str], device: torch.device, folder: Path) -> Callable[[nn.Module, int], None]:
+def sheets(
+    config: RunConfig, codec: Codec, classes: list[str], device: torch.device, folder: Path
+) -> Callable[[nn.Module, int], None]:
     """What training calls now and then: the same few seeds and labels drawn into ``folder``/step-N.png, a row a clip."""
     process, dtype = build_process(config.diffusion), resolve_dtype(config.train.dtype, device)
     count = config.model.num_classes
-    labels = None if count is None else [index % count for index in range(max(SHEET_CLIPS, min(count, 2 * SHEET_CLIPS)))]
+    labels = (
+        None
+        if count is None
+        else [index % count for index in range(max(SHEET_CLIPS, min(count, 2 * SHEET_CLIPS)))]
+    )
     names = None if labels is None else [classes[label] for label in labels]
 
     def draw(model: nn.Module, step: int) -> None:
         assert isinstance(model, Latte)
         seeds = range(len(labels) if labels else SHEET_CLIPS)
-        clips = [clip for _, clip in generate(model, process, codec, seeds, labels, config.sample, dtype=dtype)]
+        clips = [
+            clip for _, clip in generate(model, process, codec, seeds, labels, config.sample, dtype=dtype)
+        ]
         save_sheet(folder, step, clips, names)
 
     return draw
 
 
 def text_sheets(
-    config: RunConfig, codec: Codec, captions: CaptionFeatures, prompts: Sequence[str], device: torch.device, folder: Path
+    config: RunConfig,
+    codec: Codec,
+    captions: CaptionFeatures,
+    prompts: Sequence[str],
+    device: torch.device,
+    folder: Path,
 ) -> Callable[[nn.Module, int], None]:
     """As ``sheets``, with a prompt a row."""
     process, dtype = build_process(config.diffusion), resolve_dtype(config.train.dtype, device)
@@ -231,7 +304,12 @@ def text_sheets(
 
     def draw(model: nn.Module, step: int) -> None:
         assert isinstance(model, LatteText)
-        clips = [clip for _, clip in generate(model, process, codec, range(len(prompts)), None, config.sample, dtype=dtype, prompts=told)]
+        clips = [
+            clip
+            for _, clip in generate(
+                model, process, codec, range(len(prompts)), None, config.sample, dtype=dtype, prompts=told
+            )
+        ]
         save_sheet(folder, step, clips, prompts)
 
     return draw

@@ -30,7 +30,9 @@ def choose(field: str, name: Any, table: Mapping[Any, T]) -> T:
     """``table[name]``, or an InputError that lists the names and proposes the nearest."""
     if name in table:
         return table[name]
-    raise InputError(f"{field} is {name!r}, which is not one of {', '.join(str(n) for n in table)}{nearest(name, table)}")
+    raise InputError(
+        f"{field} is {name!r}, which is not one of {', '.join(str(n) for n in table)}{nearest(name, table)}"
+    )
 
 
 def require(ok: bool, field: str, value: object, rule: str, way_out: str) -> None:

@@ -17,18 +17,26 @@ from typing import Any
 import numpy as np
 import torch
 
-from latte import __version__, report
-from latte.album import Wish, write_album
+from latte import __version__
+from latte import page as report
 from latte.build import Job, build
-from latte.checkpoint.atomic import reported
 from latte.checks import InputError, require
-from latte.config import load_run
+from latte.config.run import load_run
 from latte.data.procedural import DIRECTIONS, Motion, read_motion
+from latte.files import reported
+from latte.inference.outputs import Wish, write_album
+from latte.inference.pipeline import Trained, load_trained
 from latte.runtime import resolve_device, resolve_dtype
-from latte.trained import Trained, load_trained
 
 NAMES = tuple(DIRECTIONS)
-SMALL = ("model.depth=6", "model.width=96", "data.resolution=32", "train.global_batch=16", "train.lr=2e-3", "train.ema_decay=0.98")
+SMALL = (
+    "model.depth=6",
+    "model.width=96",
+    "data.resolution=32",
+    "train.global_batch=16",
+    "train.lr=2e-3",
+    "train.ema_decay=0.98",
+)
 PROBE_STEPS = 6  # the first of them is slower: caches, memory, threads
 WINDOW = 20  # steps that the drawn mean of the loss covers
 Tell = Callable[[str, int, int], Callable[[int, int], None]]
@@ -54,9 +62,15 @@ class DemoConfig:
     def __post_init__(self) -> None:
         require(self.shown >= 1, "--count", self.shown, "it counts clips", "give 1 or more")
         require(
-            self.graded >= self.shown, "--graded", self.graded, f"{self.shown} clips are shown and graded", f"give {self.shown} or more"
+            self.graded >= self.shown,
+            "--graded",
+            self.graded,
+            f"{self.shown} clips are shown and graded",
+            f"give {self.shown} or more",
         )
-        require(0 < self.seconds <= 86_400, "--seconds", self.seconds, "it is the time to train", "give e.g. 60")
+        require(
+            0 < self.seconds <= 86_400, "--seconds", self.seconds, "it is the time to train", "give e.g. 60"
+        )
         require(self.seed >= 0, "--seed", self.seed, "seeds count from 0", "give 0 or more")
 
 
@@ -118,21 +132,27 @@ class Learnt:
     seconds: float
 
 
-def draw(trained: Trained, folder: Path, shown: int, graded: int, seed: int, dtype: torch.dtype, tell: Tell) -> Drawn:
+def draw(
+    trained: Trained, folder: Path, shown: int, graded: int, seed: int, dtype: torch.dtype, tell: Tell
+) -> Drawn:
     """Draw ``graded`` clips, labels going round, write the first ``shown`` of them into ``folder``, grade all.
 
     InputError unless the model's classes are the four directions.
     """
     if tuple(trained.classes) != NAMES:
-        raise InputError(f"model {trained.name} has the classes {trained.classes or 'none'}, but the demo grades moving shapes with "
-                         f"{', '.join(NAMES)}; give a model of recipe shapes")  # fmt: skip
+        raise InputError(
+            f"model {trained.name} has the classes {trained.classes or 'none'}, but the demo grades moving shapes with "
+            f"{', '.join(NAMES)}; give a model of recipe shapes"
+        )
     began, clips, batch = time.perf_counter(), {}, trained.sample.batch
     wishes = [Wish(seed + index, index % len(NAMES), NAMES[index % len(NAMES)]) for index in range(graded)]
     parts = -(-shown // batch) + -(-(graded - shown) // batch)
 
     def ask(number: int, part: Sequence[Wish]) -> Iterator[tuple[int, np.ndarray]]:
         seeds, labels = [wish.seed for wish in part], [str(wish.word) for wish in part]
-        for seed_of, clip in trained.generate(seeds, labels, dtype=dtype, progress=tell(f"draw {graded} clips", number, parts)):
+        for seed_of, clip in trained.generate(
+            seeds, labels, dtype=dtype, progress=tell(f"draw {graded} clips", number, parts)
+        ):
             clips[seed_of] = clip
             yield seed_of, clip
 
@@ -149,13 +169,22 @@ def learn(config: DemoConfig, device: str, say: Callable[[str], None]) -> Learnt
     the rest, resumed from their checkpoint. Leaves with 130 or 143 when a signal stops it, everything saved."""
     began, run = time.perf_counter(), config.out / "run"
     changes = [*SMALL, *config.overrides]
-    words = [*changes, f"run.dir={run}", f"run.seed={config.seed}", "train.sample_every=0", "train.keep_last=1", "train.log_every=1"]
+    words = [
+        *changes,
+        f"run.dir={run}",
+        f"run.seed={config.seed}",
+        "train.sample_every=0",
+        "train.keep_last=1",
+        "train.log_every=1",
+    ]
 
     def train(steps: int) -> tuple[Job, list[dict[str, float]]]:
         job = build(load_run("shapes", [*words, f"train.steps={steps}"])[0], device)
         if code := job.train()["interrupted"]:
             raise SystemExit(code)
-        return job, [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+        return job, [
+            json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        ]
 
     say(f"training a small new model: {PROBE_STEPS} steps to see how fast this machine is")
     first = train(PROBE_STEPS)[1]
@@ -164,14 +193,36 @@ def learn(config: DemoConfig, device: str, say: Callable[[str], None]) -> Learnt
     steps = PROBE_STEPS + max(1, round(left / pace))
     say(f"{pace:.3f} s a step: going on to step {steps}, about {max(left, pace):.0f} s")
     job, lines = train(steps)
-    command = " ".join(["latte train shapes", *changes, f"train.steps={steps}", f"run.seed={config.seed}", "run.dir=runs/small"])
-    return Learnt(job, command, [int(line["step"]) for line in lines], [line["loss"] for line in lines], time.perf_counter() - began)
+    command = " ".join(
+        [
+            "latte train shapes",
+            *changes,
+            f"train.steps={steps}",
+            f"run.seed={config.seed}",
+            "run.dir=runs/small",
+        ]
+    )
+    return Learnt(
+        job,
+        command,
+        [int(line["step"]) for line in lines],
+        [line["loss"] for line in lines],
+        time.perf_counter() - began,
+    )
 
 
-def run_demo(config: DemoConfig, device: str, dtype: str, tell: Tell, say: Callable[[str], None]) -> dict[str, Any]:
+def run_demo(
+    config: DemoConfig, device: str, dtype: str, tell: Tell, say: Callable[[str], None]
+) -> dict[str, Any]:
     """Do everything -> what ``latte demo --json`` prints. ``tell`` makes progress functions, ``say`` takes lines for people."""
     began = time.perf_counter()
-    require(not (config.out / "run").exists(), "--out", str(config.out), "an earlier demo trained there", "give another folder")
+    require(
+        not (config.out / "run").exists(),
+        "--out",
+        str(config.out),
+        "an earlier demo trained there",
+        "give another folder",
+    )
     where = resolve_device(device)
     precision = resolve_dtype(dtype, where)
     trained = load_trained(config.model, device)
@@ -180,13 +231,18 @@ def run_demo(config: DemoConfig, device: str, dtype: str, tell: Tell, say: Calla
     learnt = learn(config, device, say)
     say("drawing clips from the new model")
     small = load_trained(learnt.job.config.run.dir or "", device)
-    after = draw(small, config.out / "new-clips", len(NAMES), config.graded_after, config.seed, precision, tell)
+    after = draw(
+        small, config.out / "new-clips", len(NAMES), config.graded_after, config.seed, precision, tell
+    )
     seconds = time.perf_counter() - began
     page = config.out / "report.html"
     with reported("the report", page):
         page.write_text(show(config, trained, shown, learnt, after, where, seconds), encoding="utf-8")
     return {
-        "clips": [{"path": str(shown.folder / wish.file), "seed": wish.seed, "label": wish.word} for wish in shown.wishes],
+        "clips": [
+            {"path": str(shown.folder / wish.file), "seed": wish.seed, "label": wish.word}
+            for wish in shown.wishes
+        ],
         "report": str(page),
         "label_accuracy": shown.grades.accuracy,
         "interval": shown.grades.interval(),
@@ -201,56 +257,100 @@ def run_demo(config: DemoConfig, device: str, dtype: str, tell: Tell, say: Calla
 
 
 def show(
-    config: DemoConfig, trained: Trained, shown: Drawn, learnt: Learnt, after: Drawn, device: torch.device, seconds: float
+    config: DemoConfig,
+    trained: Trained,
+    shown: Drawn,
+    learnt: Learnt,
+    after: Drawn,
+    device: torch.device,
+    seconds: float,
 ) -> report.Html:
     """The page."""
     mean = report.smooth(learnt.losses, WINDOW)
-    curve = [report.Series("every step", learnt.steps, learnt.losses, faint=True), report.Series(f"mean of {WINDOW}", learnt.steps, mean)]
+    curve = [
+        report.Series("every step", learnt.steps, learnt.losses, faint=True),
+        report.Series(f"mean of {WINDOW}", learnt.steps, mean),
+    ]
     size, sizes = parameters(trained.model), parameters(learnt.job.model)
     sample = f"latte sample {config.model} --count {config.shown} --seed {config.seed}"
-    machine = {"device": device, "threads": torch.get_num_threads(), "system": platform.platform(), "python": platform.python_version()}
+    machine = {
+        "device": device,
+        "threads": torch.get_num_threads(),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+    }
     machine |= {"torch": torch.__version__, "latte": __version__}
-    times = [("draw and grade", shown.seconds), ("train", learnt.seconds), ("draw from the new model", after.seconds), ("all", seconds)]
+    times = [
+        ("draw and grade", shown.seconds),
+        ("train", learnt.seconds),
+        ("draw from the new model", after.seconds),
+        ("all", seconds),
+    ]
     return report.page(
         "Latte, the whole job",
         f"Drawn, graded and trained on this machine in {seconds:.0f} seconds, without a network.",
-        report.tiles({
-            f"of {config.graded} clips move as asked": f"{shown.grades.accuracy:.1%}",
-            f"loss of the new model, {learnt.losses[0]:.2f} at first": f"{mean[-1]:.2f}",
-            "steps that it was trained": f"{learnt.steps[-1]:,}",
-            "seconds in all": f"{seconds:.0f}",
-        }),
+        report.tiles(
+            {
+                f"of {config.graded} clips move as asked": f"{shown.grades.accuracy:.1%}",
+                f"loss of the new model, {learnt.losses[0]:.2f} at first": f"{mean[-1]:.2f}",
+                "steps that it was trained": f"{learnt.steps[-1]:,}",
+                "seconds in all": f"{seconds:.0f}",
+            }
+        ),
         report.section(
             "Clips from the trained model",
-            report.prose(f"Model {config.model}, {size} parameters, {trained.sample.steps} steps of {trained.sample.sampler}, guidance "
-                         f"{trained.sample.guidance:g}. Each clip was asked to move in one direction: {', '.join(NAMES)}, and again."),
-            report.media(shown.gif, "All clips at once; labels go round from left to right, row by row.", width=512),
-            report.row(*(report.media(shown.folder / wish.file, str(wish.word), width=128) for wish in shown.wishes[: len(NAMES)])),
+            report.prose(
+                f"Model {config.model}, {size} parameters, {trained.sample.steps} steps of {trained.sample.sampler}, guidance "
+                f"{trained.sample.guidance:g}. Each clip was asked to move in one direction: {', '.join(NAMES)}, and again."
+            ),
+            report.media(
+                shown.gif, "All clips at once; labels go round from left to right, row by row.", width=512
+            ),
+            report.row(
+                *(
+                    report.media(shown.folder / wish.file, str(wish.word), width=128)
+                    for wish in shown.wishes[: len(NAMES)]
+                )
+            ),
             report.media(shown.sheet, "The same clips: a row a clip, a column a frame."),
             report.command(sample),
         ),
-        report.section("Do they obey?", *graded(shown.grades), report.command(f"latte demo --graded {config.graded} --seed {config.seed}")),
+        report.section(
+            "Do they obey?",
+            *graded(shown.grades),
+            report.command(f"latte demo --graded {config.graded} --seed {config.seed}"),
+        ),
         report.section(
             "A small new model",
-            report.prose(f"{sizes} parameters from nothing, {learnt.job.config.train.global_batch} procedural clips a step."),
+            report.prose(
+                f"{sizes} parameters from nothing, {learnt.job.config.train.global_batch} procedural clips a step."
+            ),
             report.line_plot("Training loss", curve, "step", "loss", log_y=True),
             report.command(learnt.command),
-            report.media(after.sheet, f"What it draws after {learnt.steps[-1]:,} steps. Shapes come first; their motion takes longer."),
+            report.media(
+                after.sheet,
+                f"What it draws after {learnt.steps[-1]:,} steps. Shapes come first; their motion takes longer.",
+            ),
             *graded(after.grades),
         ),
-        report.section("This machine", report.table(["what", "seconds"], times), report.table(["", ""], list(machine.items()))),
-    )  # fmt: skip
+        report.section(
+            "This machine",
+            report.table(["what", "seconds"], times),
+            report.table(["", ""], list(machine.items())),
+        ),
+    )
 
 
 def graded(grades: Grades) -> list[report.Html]:
     """The sentence and the table of a set of grades."""
     low, high = grades.interval()
-    sentence = (
-        f"{grades.obeyed} of {len(grades.asked)} clips move as asked ({low:.1%} to {high:.1%} with 95 % confidence), measured by the "
-    )
+    sentence = f"{grades.obeyed} of {len(grades.asked)} clips move as asked ({low:.1%} to {high:.1%} with 95 % confidence), measured by the "
     sentence += f"path of the shape's centre; {grades.coherent:.1%} show one compact shape in every frame."
     rows = [(name, *counts) for name, counts in zip(NAMES, grades.counts(), strict=True)]
-    return [report.prose(sentence), report.table(["asked", *(f"moves {name}" for name in NAMES), "unclear"], rows)]
+    return [
+        report.prose(sentence),
+        report.table(["asked", *(f"moves {name}" for name in NAMES), "unclear"], rows),
+    ]
 
 
 def parameters(model: torch.nn.Module) -> str:

@@ -41,7 +41,9 @@ def resolve_device(name: str = "auto") -> torch.device:
     if name == "auto":
         name = next(kind for kind in ("cuda", "mps", "cpu") if have[kind])
     if not choose("device", name, have):
-        raise InputError(f"device is {name!r}, but this machine has none that torch can use; give --device auto or cpu")
+        raise InputError(
+            f"device is {name!r}, but this machine has none that torch can use; give --device auto or cpu"
+        )
     return torch.device(name, local_rank()) if name == "cuda" else torch.device(name)
 
 

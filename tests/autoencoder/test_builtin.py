@@ -13,7 +13,15 @@ from support import noise
 from latte.autoencoder.builtin import WEIGHTS, BuiltinCodec
 from latte.data.clips import to_float, to_uint8
 from latte.data.procedural import draw_scene, read_motion, render
-from latte.train.autoencoder import TRAIN_SEED, AutoencoderConfig, draw_batch, fit, make_weights, measure, procedural_frames
+from tools.train_autoencoder import (
+    TRAIN_SEED,
+    AutoencoderConfig,
+    draw_batch,
+    fit,
+    make_weights,
+    measure,
+    procedural_frames,
+)
 
 UNSEEN = 123_456
 
@@ -54,7 +62,9 @@ def test_the_card_is_true_on_other_frames(codec, card):
 
 
 def test_latents_have_mean_0_and_variance_1(codec):
-    frames = torch.stack([to_float(render(draw_scene(UNSEEN, index, 4), 4, 64, 64))[:1] for index in range(64)])
+    frames = torch.stack(
+        [to_float(render(draw_scene(UNSEEN, index, 4), 4, 64, 64))[:1] for index in range(64)]
+    )
     latent = codec.encode(frames)
     assert latent.mean((0, 1, 3, 4)).abs().max() < 0.05
     assert (latent.std((0, 1, 3, 4)) - 1).abs().max() < 0.1
@@ -65,13 +75,20 @@ def test_decoded_clips_still_show_what_they_showed(codec):
         scene = draw_scene(UNSEEN, index, 8)
         latent = codec.encode(to_float(render(scene, 8, 64, 64))[None])
         seen = read_motion(to_uint8(codec.decode(latent + 0.3 * noise(*latent.shape, seed=index))[0]))
-        assert (seen.direction, seen.colour, seen.shape, seen.coherent) == (scene.direction, scene.colour, scene.shape, True)
+        assert (seen.direction, seen.colour, seen.shape, seen.coherent) == (
+            scene.direction,
+            scene.colour,
+            scene.shape,
+            True,
+        )
 
 
 def test_a_fresh_training_is_a_function_of_its_seed_and_learns():
     config = AutoencoderConfig(steps=10, batch=8, lr=2e-2, clips=4, size=32)
     one, two = fit(config), fit(config)
-    assert all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), two.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(one.state_dict().values(), two.state_dict().values(), strict=True)
+    )
     latent = one.encode(procedural_frames(TRAIN_SEED, 4, 32).float() / 127.5 - 1)
     assert latent.mean((0, 2, 3)).abs().max() < 1e-3
     assert (latent.var((0, 2, 3)) - 1).abs().max() < 1e-2

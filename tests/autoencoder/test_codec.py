@@ -117,9 +117,14 @@ def test_identity_is_of_the_numbers_not_of_the_file(tmp_path):
         for parameter in network.parameters():
             parameter.copy_(parameter.half().float())
     save_file(network.state_dict(), tmp_path / "a.safetensors")
-    save_file({name: tensor.half() for name, tensor in network.state_dict().items()}, tmp_path / "half.safetensors")
+    save_file(
+        {name: tensor.half() for name, tensor in network.state_dict().items()}, tmp_path / "half.safetensors"
+    )
     torch.save(dict(reversed(network.state_dict().items())), tmp_path / "b.pth")
-    loaded = [BuiltinCodec.load(str(tmp_path / name), 16, "cpu").identity for name in ("a.safetensors", "half.safetensors", "b.pth")]
+    loaded = [
+        BuiltinCodec.load(str(tmp_path / name), 16, "cpu").identity
+        for name in ("a.safetensors", "half.safetensors", "b.pth")
+    ]
     assert len(set(loaded)) == 1
     assert len(loaded[0]) == 16
     assert int(loaded[0], 16) >= 0
@@ -140,7 +145,10 @@ def test_identity_knows_name_and_scale():
 
 @pytest.mark.parametrize("size", [(20, 24), (16, 12), (0, 8)])
 def test_sizes_that_do_not_divide_are_refused(size):
-    with pytest.raises(InputError, match=r"frame (height|width) is \d+, but codec 'builtin' shrinks 8 times; give a multiple of 8"):
+    with pytest.raises(
+        InputError,
+        match=r"frame (height|width) is \d+, but codec 'builtin' shrinks 8 times; give a multiple of 8",
+    ):
         made("builtin").encode(torch.zeros(1, 1, 3, *size))
 
 
@@ -151,14 +159,21 @@ def test_wrong_frames_are_refused(shape):
 
 
 def test_wrong_latents_are_refused():
-    with pytest.raises(InputError, match=r"shape of latent is \(1, 2, 3, 8, 8\), but codec 'builtin' decodes .*4"):
+    with pytest.raises(
+        InputError, match=r"shape of latent is \(1, 2, 3, 8, 8\), but codec 'builtin' decodes .*4"
+    ):
         made("builtin").decode(torch.zeros(1, 2, 3, 8, 8))
 
 
 def test_the_table_holds_what_is_documented():
     assert set(CODECS) == {"kl", "kl_temporal", "taef2", "pixels", "builtin"}
     assert {name: (codec.channels, codec.downscale) for name, codec in CODECS.items()} == {
-        "kl": (4, 8), "kl_temporal": (4, 8), "taef2": (32, 8), "pixels": (3, 1), "builtin": (4, 8)}  # fmt: skip
+        "kl": (4, 8),
+        "kl_temporal": (4, 8),
+        "taef2": (32, 8),
+        "pixels": (3, 1),
+        "builtin": (4, 8),
+    }
 
 
 @pytest.mark.parametrize(

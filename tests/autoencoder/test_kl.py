@@ -16,7 +16,13 @@ from latte.checks import InputError
 from latte.runtime import generator
 
 BLOCKS = {"down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4}
-TINY = {**BLOCKS, "block_out_channels": [4, 4, 8, 8], "layers_per_block": 1, "norm_num_groups": 2, "latent_channels": 4}
+TINY = {
+    **BLOCKS,
+    "block_out_channels": [4, 4, 8, 8],
+    "layers_per_block": 1,
+    "norm_num_groups": 2,
+    "latent_channels": 4,
+}
 
 
 @pytest.fixture(scope="module")
@@ -45,14 +51,20 @@ def test_equals_diffusers(saved):
     with torch.no_grad():
         posterior = vae.encode(frames[0]).latent_dist
         torch.testing.assert_close(codec.encode(frames)[0], posterior.mean * 0.18215)
-        torch.testing.assert_close(codec.encode(frames, generator(5))[0], posterior.sample(generator(5)) * 0.18215)
+        torch.testing.assert_close(
+            codec.encode(frames, generator(5))[0], posterior.sample(generator(5)) * 0.18215
+        )
         latent = noise(1, 3, 4, 2, 3)
-        torch.testing.assert_close(codec.decode(latent)[0], vae.decode(latent[0] / 0.18215).sample.clamp(-1, 1))
+        torch.testing.assert_close(
+            codec.decode(latent)[0], vae.decode(latent[0] / 0.18215).sample.clamp(-1, 1)
+        )
 
 
 def test_the_chunk_changes_no_draw(saved):
     frames = noise(2, 3, 3, 16, 16).clamp(-1, 1)
-    one, two = (build_codec(CodecConfig("kl", str(saved), chunk)).encode(frames, generator(1)) for chunk in (16, 4))
+    one, two = (
+        build_codec(CodecConfig("kl", str(saved), chunk)).encode(frames, generator(1)) for chunk in (16, 4)
+    )
     torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-6)
 
 
@@ -87,7 +99,9 @@ def test_layouts_names_and_containers_are_one_codec(pipeline):
 def test_stable_diffusion_1_4_fits():
     """83,653,863 parameters in 248 tensors (Latte's reference facts, section 4.5), counted without memory."""
     with torch.device("meta"):
-        vae = AutoencoderKL(**BLOCKS, block_out_channels=[128, 256, 512, 512], layers_per_block=2, latent_channels=4)
+        vae = AutoencoderKL(
+            **BLOCKS, block_out_channels=[128, 256, 512, 512], layers_per_block=2, latent_channels=4
+        )
     assert (sum(p.numel() for p in vae.parameters()), len(vae.state_dict())) == (83_653_863, 248)
 
 
@@ -118,7 +132,17 @@ def spoil(root, fault: str) -> None:
         config.unlink()
 
 
-FAULTS = ("half downloaded", "truncated", "lacks", "of shape", "layout", "channels", "shift", "does not describe", "config.json does")
+FAULTS = (
+    "half downloaded",
+    "truncated",
+    "lacks",
+    "of shape",
+    "layout",
+    "channels",
+    "shift",
+    "does not describe",
+    "config.json does",
+)
 
 
 @pytest.mark.parametrize("fault", [*FAULTS, "no config.json"])

@@ -58,7 +58,9 @@ def test_equals_a_second_reading_of_the_layout(folder):
     encoder, decoder = (codec.network[part].state_dict() for part in ("encoder", "decoder"))
     frames = noise(1, 2, 3, 16, 24).clamp(-1, 1)
     latent = codec.encode(frames)
-    torch.testing.assert_close(latent[0], 1.2 * reference_encoder((frames[0] + 1) / 2, encoder), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        latent[0], 1.2 * reference_encoder((frames[0] + 1) / 2, encoder), rtol=1e-4, atol=1e-5
+    )
     expected = 2 * reference_decoder(latent[0] / 1.2, decoder) - 1
     torch.testing.assert_close(codec.decode_frames(latent[0]), expected, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(codec.decode(latent)[0], expected.clamp(-1, 1), rtol=1e-4, atol=1e-5)
@@ -67,7 +69,10 @@ def test_equals_a_second_reading_of_the_layout(folder):
 def test_parameters():
     counts = [sum(p.numel() for p in network.parameters()) for network in (build_encoder(), build_decoder())]
     assert counts == [1_338_528, 1_338_499]
-    pools = [{name.split(".")[0] for name in network.state_dict() if ".pool." in name} for network in (build_encoder(), build_decoder())]
+    pools = [
+        {name.split(".")[0] for name in network.state_dict() if ".pool." in name}
+        for network in (build_encoder(), build_decoder())
+    ]
     assert pools == [{"11", "12", "13"}, {"3", "4", "5"}]
 
 
@@ -98,6 +103,8 @@ def test_real_frames():
     frames = torch.stack([to_float(centre_crop_resize(read_frames(file, [10]), 128, 128)) for file in files])
     latent = codec.encode(frames)
     psnr = (10 * torch.log10(4 / (codec.decode(latent) - frames).square().mean((1, 2, 3, 4)))).mean().item()
-    print(f"taef2 on {len(files)} real frames: {psnr:.2f} dB, latents of standard deviation {latent.std():.3f}")
+    print(
+        f"taef2 on {len(files)} real frames: {psnr:.2f} dB, latents of standard deviation {latent.std():.3f}"
+    )
     assert 32 < psnr < 36
     assert 0.8 < latent.std() < 1.2

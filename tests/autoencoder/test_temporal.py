@@ -43,7 +43,9 @@ def test_encodes_frame_by_frame_as_diffusers_does(pipeline):
     codec, frames = load(pipeline, 2), noise(1, 3, 3, 16, 24).clamp(-1, 1)
     posterior = tiny().encode(frames[0]).latent_dist
     torch.testing.assert_close(codec.encode(frames)[0], posterior.mean * 0.18215, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(codec.encode(frames, generator(5))[0], posterior.sample(generator(5)) * 0.18215, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        codec.encode(frames, generator(5))[0], posterior.sample(generator(5)) * 0.18215, rtol=1e-4, atol=1e-5
+    )
 
 
 def test_frames_of_a_clip_see_each_other_and_clips_do_not(pipeline):
@@ -64,15 +66,22 @@ def test_the_release_s_size():
     """97,742,847 parameters in 374 tensors (reference facts of the release), counted without memory."""
     with torch.device("meta"):
         vae = AutoencoderKLTemporalDecoder(
-            down_block_types=["DownEncoderBlock2D"] * 4, block_out_channels=[128, 256, 512, 512], layers_per_block=2
+            down_block_types=["DownEncoderBlock2D"] * 4,
+            block_out_channels=[128, 256, 512, 512],
+            layers_per_block=2,
         )
     assert (sum(p.numel() for p in vae.parameters()), len(vae.state_dict())) == (97_742_847, 374)
 
 
 def test_other_autoencoders_and_empty_folders_are_refused(pipeline, tmp_path):
-    with pytest.raises(InputError, match=r"layout in .*AutoencoderKLTemporalDecoder.*codec 'kl' is an AutoencoderKL"):
+    with pytest.raises(
+        InputError, match=r"layout in .*AutoencoderKLTemporalDecoder.*codec 'kl' is an AutoencoderKL"
+    ):
         build_codec(CodecConfig("kl", str(pipeline / "vae_temporal_decoder")))
-    with pytest.raises(InputError, match=r"neither directly nor in vae_temporal_decoder or vae; give .* AutoencoderKLTemporalDecoder"):
+    with pytest.raises(
+        InputError,
+        match=r"neither directly nor in vae_temporal_decoder or vae; give .* AutoencoderKLTemporalDecoder",
+    ):
         load(tmp_path)
     with pytest.raises(InputError, match="codec 'kl_temporal' needs AutoencoderKLTemporalDecoder weights"):
         build_codec(CodecConfig("kl_temporal"))

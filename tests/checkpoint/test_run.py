@@ -14,7 +14,7 @@ import torch
 import yaml
 from support import noise
 
-from latte.checkpoint import atomic
+from latte import files as atomic
 from latte.checkpoint.lock import run_lock
 from latte.checkpoint.record import describe_run
 from latte.checkpoint.run import (
@@ -32,7 +32,10 @@ from training import FORKS
 
 
 def tensors(step: int) -> dict[str, dict[str, torch.Tensor]]:
-    return {"ema": {"w": noise(3, 4, seed=step), "n": torch.tensor(step)}, "optimizer": {"m": noise(5, seed=-step)}}
+    return {
+        "ema": {"w": noise(3, 4, seed=step), "n": torch.tensor(step)},
+        "optimizer": {"m": noise(5, seed=-step)},
+    }
 
 
 def save(run_dir: Path, step: int, keep: int | None = None) -> Path:
@@ -42,7 +45,11 @@ def save(run_dir: Path, step: int, keep: int | None = None) -> Path:
 def is_that_of(path: Path, step: int) -> bool:
     """Is the checkpoint at ``path`` bit for bit the one that ``save`` writes for ``step``?"""
     found = load_checkpoint(path)
-    same = all(torch.equal(found.tensors[group][key], value) for group, part in tensors(step).items() for key, value in part.items())
+    same = all(
+        torch.equal(found.tensors[group][key], value)
+        for group, part in tensors(step).items()
+        for key, value in part.items()
+    )
     return same and found.step == step and found.state["note"] == f"state of {step}"
 
 
@@ -55,7 +62,12 @@ def alter(file: Path, offset: int, value: int) -> None:
 def test_what_is_saved_comes_back_bit_for_bit(tmp_path):
     odd = torch.tensor([float("nan"), -0.0, float("inf"), 1e-45])
     groups = {
-        "model": {"odd": odd, "half": noise(2, 3).to(torch.bfloat16), "turned": noise(3, 2).T, "scalar": torch.tensor(7)},
+        "model": {
+            "odd": odd,
+            "half": noise(2, 3).to(torch.bfloat16),
+            "turned": noise(3, 2).T,
+            "scalar": torch.tensor(7),
+        },
         "empty": {},
     }
     path = save_checkpoint(tmp_path, 5, groups, {"seconds": 0.1, "nested": {"list": [1, None, "é"]}})
@@ -64,7 +76,12 @@ def test_what_is_saved_comes_back_bit_for_bit(tmp_path):
     assert found.state == {"seconds": 0.1, "nested": {"list": [1, None, "é"]}, "step": 5}
     assert tensors_sha256(found.tensors["model"]) == tensors_sha256(groups["model"])
     assert found.tensors["empty"] == {}
-    assert sorted(file.suffix for file in path.iterdir()) == [".json", ".json", ".safetensors", ".safetensors"]
+    assert sorted(file.suffix for file in path.iterdir()) == [
+        ".json",
+        ".json",
+        ".safetensors",
+        ".safetensors",
+    ]
 
 
 def test_files_are_as_readable_as_the_umask_says(tmp_path):
@@ -112,7 +129,9 @@ def test_a_damaged_newest_checkpoint_is_passed_over_with_a_warning_but_refused_b
     assert latest_checkpoint(tmp_path, say=said.append) == tmp_path / "checkpoints" / "step-20"
     assert "ema.safetensors has sha256" in said[0]
     assert "going on from the earlier checkpoint" in said[1]
-    assert latest_checkpoint(tmp_path, only=["optimizer"], say=said.append) == newest  # the damage is in the other file
+    assert (
+        latest_checkpoint(tmp_path, only=["optimizer"], say=said.append) == newest
+    )  # the damage is in the other file
     with pytest.raises(InputError, match="is damaged"):
         load_checkpoint(newest)
     for path in list_checkpoints(tmp_path):
@@ -122,7 +141,10 @@ def test_a_damaged_newest_checkpoint_is_passed_over_with_a_warning_but_refused_b
     assert latest_checkpoint(tmp_path / "elsewhere") is None
 
 
-@pytest.mark.parametrize("name", ["../outside.safetensors", "{}/outside.safetensors", ".hidden", "deep/er.safetensors", "line\n.json"])
+@pytest.mark.parametrize(
+    "name",
+    ["../outside.safetensors", "{}/outside.safetensors", ".hidden", "deep/er.safetensors", "line\n.json"],
+)
 def test_a_manifest_names_plain_files_of_its_own_folder_only(tmp_path, name):
     """The file is there, with the size and hash that the manifest gives: it is refused for its name alone."""
     path = save(tmp_path, 1)
@@ -136,7 +158,10 @@ def test_a_manifest_names_plain_files_of_its_own_folder_only(tmp_path, name):
         load_checkpoint(path)
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", "[" * 100_000, '{"files": 3, "format": 1}', "\x00", '{"format": 1, "files": {}}\n'])
+@pytest.mark.parametrize(
+    "text",
+    ["", "[]", "{}", "[" * 100_000, '{"files": 3, "format": 1}', "\x00", '{"format": 1, "files": {}}\n'],
+)
 def test_a_malformed_manifest_is_one_clear_line(tmp_path, text):
     path = save(tmp_path, 1)
     (path / "manifest.json").write_text(text)
@@ -158,7 +183,9 @@ def test_weights_that_fit_their_hash_and_are_no_safetensors_are_refused(tmp_path
     path = save(tmp_path, 1)
     (path / "ema.safetensors").write_bytes((1 << 40).to_bytes(8, "little") + b"{}")
     files = {file.name: atomic_fingerprint(file) for file in path.iterdir() if file.name != "manifest.json"}
-    (path / "manifest.json").write_text(json.dumps({"format": 1, "files": files}, indent=1, sort_keys=True) + "\n")
+    (path / "manifest.json").write_text(
+        json.dumps({"format": 1, "files": files}, indent=1, sort_keys=True) + "\n"
+    )
     with pytest.raises(InputError, match="cannot be read"):
         load_checkpoint(path)
 
@@ -222,7 +249,14 @@ class Crash:
         sys.addaudithook(self.hear)
 
     def hear(self, event: str, arguments: tuple) -> None:
-        if event in ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.chmod") and self.folder in str(arguments[0]):
+        if event in (
+            "open",
+            "os.mkdir",
+            "os.rename",
+            "os.remove",
+            "os.rmdir",
+            "os.chmod",
+        ) and self.folder in str(arguments[0]):
             self.count()
 
     def count(self) -> None:
@@ -279,10 +313,17 @@ def save_on_a_small_disk(folder: str, limits: list[int], results) -> None:
     for limit in limits:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
         try:
-            save_checkpoint(Path(folder), 2, {"model": {"w": torch.zeros(5000)}, "ema": {"w": torch.zeros(6000)}}, {"text": "x" * 3000})
+            save_checkpoint(
+                Path(folder),
+                2,
+                {"model": {"w": torch.zeros(5000)}, "ema": {"w": torch.zeros(6000)}},
+                {"text": "x" * 3000},
+            )
             results.put((limit, None, 0))
         except Exception as error:
-            results.put((limit, f"{type(error).__name__}: {error}", len(list(Path(folder).glob("checkpoints/.*")))))
+            results.put(
+                (limit, f"{type(error).__name__}: {error}", len(list(Path(folder).glob("checkpoints/.*"))))
+            )
     results.put(None)
 
 
@@ -290,7 +331,9 @@ def test_a_full_disk_is_one_line_and_the_checkpoint_before_is_as_it_was(tmp_path
     save(tmp_path, 1)
     limits = [0, 1, 100, 2999, 3100, 8192, 20_000, 20_100, 24_000, 24_050]
     results = FORKS.SimpleQueue()
-    child = FORKS.Process(target=save_on_a_small_disk, args=(str(tmp_path), [*limits, 30_000], results), daemon=True)
+    child = FORKS.Process(
+        target=save_on_a_small_disk, args=(str(tmp_path), [*limits, 30_000], results), daemon=True
+    )
     child.start()
     seen = list(iter(results.get, None))
     child.join(20)
@@ -326,7 +369,9 @@ def hold(folder: str, pipe) -> None:
 
 
 def test_a_second_trainer_is_refused_with_the_first_ones_pid_and_a_dead_one_is_forgotten(tmp_path):
-    (tmp_path / ".lock").write_text("process 1 on elsewhere\n")  # what is written there does not matter, the system's lock does
+    (tmp_path / ".lock").write_text(
+        "process 1 on elsewhere\n"
+    )  # what is written there does not matter, the system's lock does
     here, there = FORKS.Pipe()
     child = FORKS.Process(target=hold, args=(str(tmp_path), there), daemon=True)
     child.start()
@@ -362,7 +407,15 @@ def test_a_run_describes_itself_without_the_environments_secrets(tmp_path, monke
 
 def test_the_hash_of_tensors_knows_names_types_shapes_and_bits_but_no_order():
     a, b = noise(2, 3, seed=1), noise(4, seed=2)
-    seen = {tensors_sha256(one) for one in ({"a": a, "b": b}, {"a": b, "b": a}, {"a": a.view(3, 2), "b": b}, {"a": a.double(), "b": b})}
+    seen = {
+        tensors_sha256(one)
+        for one in (
+            {"a": a, "b": b},
+            {"a": b, "b": a},
+            {"a": a.view(3, 2), "b": b},
+            {"a": a.double(), "b": b},
+        )
+    }
     assert len(seen) == 4
     assert tensors_sha256({"b": b, "a": a}) == tensors_sha256({"a": a, "b": b})
     assert tensors_sha256({"a": torch.tensor(0.0)}) != tensors_sha256({"a": torch.tensor(-0.0)})

@@ -11,10 +11,23 @@ import yaml
 
 from latte.ablate import sweep
 from latte.ablate.axes import AXES
-from latte.config import recipes
+from latte.config.run import recipes
 from tiny import WORDS
 
-SMALL = [*WORDS, "data.frames=4", "--seeds", "0,1", "--steps", 2, "--points", 1, "--graded", 2, "--heldout", 2]
+SMALL = [
+    *WORDS,
+    "data.frames=4",
+    "--seeds",
+    "0,1",
+    "--steps",
+    2,
+    "--points",
+    1,
+    "--graded",
+    2,
+    "--heldout",
+    2,
+]
 
 
 def test_ablate_answers_with_its_keys_and_leaves_results_and_a_report(latte):
@@ -22,12 +35,24 @@ def test_ablate_answers_with_its_keys_and_leaves_results_and_a_report(latte):
     assert found.code == 0
     assert found.json["out"] == "runs/shapes-ablation"
     arms = found.json["arms"]
-    keys = {"name", "axis", "seeds", "heldout_loss", "label_accuracy", "score", "parameters", "operations", "seconds"}
+    keys = {
+        "name",
+        "axis",
+        "seeds",
+        "heldout_loss",
+        "label_accuracy",
+        "score",
+        "parameters",
+        "operations",
+        "seconds",
+    }
     assert all(keys <= arm.keys() for arm in arms)
     assert [(arm["axis"], arm["name"], arm["seeds"]) for arm in arms] == [
-        ("temporal_position", "absolute", [0, 1]), ("temporal_position", "rotary", [0, 1]),
-        ("conditioning", "s_adaln", [0, 1]), ("conditioning", "all_tokens", [0, 1]),
-    ]  # fmt: skip
+        ("temporal_position", "absolute", [0, 1]),
+        ("temporal_position", "rotary", [0, 1]),
+        ("conditioning", "s_adaln", [0, 1]),
+        ("conditioning", "all_tokens", [0, 1]),
+    ]
     assert arms[0]["run"] == arms[2]["run"] == "runs/shapes-ablation/baseline", "shared"
     lines = [json.loads(line) for line in Path("runs/shapes-ablation/results.jsonl").read_text().splitlines()]
     assert len(lines) == 3 * 2
@@ -35,8 +60,14 @@ def test_ablate_answers_with_its_keys_and_leaves_results_and_a_report(latte):
     assert all(0 <= line["label_accuracy"] <= 1 and line["score"] > 0 for line in lines)
     page = Path(found.json["report"]).read_text()
     assert "latte ablate shapes --axes=temporal_position,conditioning --seeds=0,1" in page
-    config = yaml.safe_load(Path("runs/shapes-ablation/conditioning-all_tokens/seed-1/config.yaml").read_text())
-    assert (config["model"]["conditioning"], config["run"]["seed"], config["train"]["steps"]) == ("all_tokens", 1, 2)
+    config = yaml.safe_load(
+        Path("runs/shapes-ablation/conditioning-all_tokens/seed-1/config.yaml").read_text()
+    )
+    assert (config["model"]["conditioning"], config["run"]["seed"], config["train"]["steps"]) == (
+        "all_tokens",
+        1,
+        2,
+    )
 
 
 def test_the_help_names_every_axis(latte):

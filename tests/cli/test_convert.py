@@ -11,12 +11,12 @@ from reference.official import dit_state, released_state
 from safetensors.torch import load_file
 from support import wake
 
-from latte.checkpoint.pipeline import save_pipeline
-from latte.checkpoint.weights import load_foreign
-from latte.generate import SampleConfig
+from latte.inference.generate import SampleConfig
+from latte.inference.pipeline import load_trained
+from latte.interop.load import load_foreign
+from latte.interop.pipeline import save_pipeline
 from latte.model.latte import Latte
 from latte.model.text import LatteText, TextConfig
-from latte.trained import load_trained
 from tiny_pipeline import NAMES, VAES, tiny_codec, tiny_denoiser, tiny_t5
 
 
@@ -32,7 +32,12 @@ def test_released_file_to_our_folder_and_back_bit_for_bit(latte, released, tmp_p
     assert answer.code == 0
     found = answer.json
     assert found.keys() >= {"out", "used", "missing", "unexpected"}
-    assert (found["out"], len(found["used"]), found["missing"], found["unexpected"]) == ("ours", len(released) - 2, [], [])
+    assert (found["out"], len(found["used"]), found["missing"], found["unexpected"]) == (
+        "ours",
+        len(released) - 2,
+        [],
+        [],
+    )
     assert "51 tensors used, 0 missing" in answer.err, "the report is on stderr"
     assert latte("convert", "ours", "again.pt", "--to", "official").code == 0
     again = torch.load(tmp_path / "again.pt", weights_only=True)["ema"]
@@ -56,14 +61,17 @@ def test_a_run_goes_out_and_comes_back_with_what_it_knows(latte, run_folder, tmp
     assert latte("convert", run_folder, "out.pt", "--to", "official").code == 0
     assert latte("convert", "out.pt", "back", "--heads", run.model.config.dimensions[2]).code == 0
     assert all(
-        torch.equal(tensor, run.model.state_dict()[name]) for name, tensor in load_file(tmp_path / "back" / "model.safetensors").items()
+        torch.equal(tensor, run.model.state_dict()[name])
+        for name, tensor in load_file(tmp_path / "back" / "model.safetensors").items()
     )
     assert latte("convert", "ours", "twice").code == 0
     assert load_trained(tmp_path / "twice", "cpu").classes == run.classes
 
 
 def test_text_to_video_to_diffusers_and_back(latte, tmp_path):
-    model = wake(LatteText(TextConfig(depth=1, width=32, heads=2, latent_size=8, num_frames=4, caption_channels=12)))
+    model = wake(
+        LatteText(TextConfig(depth=1, width=32, heads=2, latent_size=8, num_frames=4, caption_channels=12))
+    )
     model.save_pretrained(tmp_path / "ours")
     assert latte("convert", "ours", "transformer", "--to", "diffusers").code == 0
     assert load_foreign(tmp_path / "transformer").layout == "LatteT2V"
@@ -80,8 +88,23 @@ def test_named_gaps_are_allowed(latte, released, tmp_path):
     del released["blocks.1.attn.qkv.bias"]
     torch.save({**released, "more": torch.ones(1)}, tmp_path / "ucf.pt")
     assert latte("convert", "ucf.pt", "ours", "--heads", 4).code == 2
-    answer = latte("convert", "ucf.pt", "ours", "--heads", 4, "--allow-missing", "blocks.1.*", "--allow-unexpected", "more", "--json")
-    assert (answer.code, answer.json["missing"], answer.json["unexpected"]) == (0, ["blocks.1.branches.time.qkv.bias"], ["more"])
+    answer = latte(
+        "convert",
+        "ucf.pt",
+        "ours",
+        "--heads",
+        4,
+        "--allow-missing",
+        "blocks.1.*",
+        "--allow-unexpected",
+        "more",
+        "--json",
+    )
+    assert (answer.code, answer.json["missing"], answer.json["unexpected"]) == (
+        0,
+        ["blocks.1.branches.time.qkv.bias"],
+        ["more"],
+    )
 
 
 @pytest.mark.parametrize(
@@ -92,7 +115,10 @@ def test_named_gaps_are_allowed(latte, released, tmp_path):
         (["ucf.pt", "ours", "--to", "oficial"], "did you mean 'official'"),
         (["ucf.pt", "x", "--heads", 4, "--to", "diffusers"], "give --to official"),
         (["ucf.pt", "taken", "--heads", 4], "taken is there already"),
-        (["ucf.pt", "x", "--heads", 4, "--to", "pipeline"], "text to video, but this model reads no captions"),
+        (
+            ["ucf.pt", "x", "--heads", 4, "--to", "pipeline"],
+            "text to video, but this model reads no captions",
+        ),
         (["nothing.pt", "ours"], "neither a file, a folder nor a hub id"),
         (["empty", "ours"], "holds none of"),
         (["evil.pt", "ours"], "nothing in them was run: a call of __builtin__.exec"),
@@ -127,7 +153,9 @@ def test_a_pipeline_goes_in_and_out(latte, tmp_path):
     from latte.diffusion.process import DiffusionConfig
 
     model = tiny_denoiser()
-    save_pipeline(model, tiny_codec("AutoencoderKL", tmp_path / "vae"), *tiny_t5(), DiffusionConfig(), tmp_path / "in")
+    save_pipeline(
+        model, tiny_codec("AutoencoderKL", tmp_path / "vae"), *tiny_t5(), DiffusionConfig(), tmp_path / "in"
+    )
     alone = latte("convert", "in/transformer", "out", "--to", "pipeline")
     assert (alone.code, len(alone.errors)) == (2, 1)
     assert "--text-encoder is None, but a pipeline holds its text encoder" in alone.errors[0]
@@ -135,7 +163,13 @@ def test_a_pipeline_goes_in_and_out(latte, tmp_path):
     assert (half.code, "--codec is None" in half.errors[0]) == (2, True)
     assert latte("convert", "in", "out", "--to", "pipeline").code == 0, "a pipeline's folder holds its parts"
     assert sorted(file.name for file in (tmp_path / "out").iterdir()) == [
-        "model_index.json", "scheduler", "text_encoder", "tokenizer", "transformer", "vae"]  # fmt: skip
+        "model_index.json",
+        "scheduler",
+        "text_encoder",
+        "tokenizer",
+        "transformer",
+        "vae",
+    ]
     state = load_foreign(tmp_path / "out").state_dict
     assert all(torch.equal(state[name], tensor) for name, tensor in model.state_dict().items())
     needless = latte("convert", "in", "ours", "--text-encoder", "in")
@@ -149,7 +183,9 @@ def test_a_pipeline_is_sampled_as_it_is_and_goes_out_with_its_own_autoencoder(ki
     pytest.importorskip("transformers", reason="needs the extra t2v")
     from latte.diffusion.process import DiffusionConfig
 
-    save_pipeline(tiny_denoiser(), tiny_codec(kind, tmp_path / "vae"), *tiny_t5(), DiffusionConfig(), tmp_path / "in")
+    save_pipeline(
+        tiny_denoiser(), tiny_codec(kind, tmp_path / "vae"), *tiny_t5(), DiffusionConfig(), tmp_path / "in"
+    )
     words = ["--prompt", "a red circle moves up", "--steps", "ddim5", "--json"]
     released = latte("sample", "in", *words)
     assert released.code == 0, released.err
@@ -179,13 +215,22 @@ def test_another_decoder_draws_the_frames(latte, tmp_path):
     pytest.importorskip("transformers", reason="needs the extra t2v")
     from latte.diffusion.process import DiffusionConfig
 
-    save_pipeline(tiny_denoiser(), tiny_codec("AutoencoderKL", tmp_path / "vae"), *tiny_t5(), DiffusionConfig(), tmp_path / "in")
+    save_pipeline(
+        tiny_denoiser(),
+        tiny_codec("AutoencoderKL", tmp_path / "vae"),
+        *tiny_t5(),
+        DiffusionConfig(),
+        tmp_path / "in",
+    )
     tiny_codec("AutoencoderKLTemporalDecoder", tmp_path / "other")
     words = ["sample", "in", "--prompt", "a red circle moves up", "--steps", "ddim5", "--json"]
     plain, temporal = latte(*words), latte(*words, "--decoder", "other")
     assert (plain.code, temporal.code) == (0, 0), temporal.err
     assert temporal.json["sheet"] != plain.json["sheet"], "other settings, another album"
-    assert Path(temporal.json["clips"][0]["path"]).read_bytes() != Path(plain.json["clips"][0]["path"]).read_bytes()
+    assert (
+        Path(temporal.json["clips"][0]["path"]).read_bytes()
+        != Path(plain.json["clips"][0]["path"]).read_bytes()
+    )
     card = json.loads((tmp_path / "other/config.json").read_text())
     (tmp_path / "other/config.json").write_text(json.dumps({**card, "scaling_factor": 0.5}))
     refused = latte(*words, "--decoder", "other")
@@ -197,7 +242,21 @@ def test_a_released_file_is_sampled_when_it_is_said_where_its_autoencoder_is(lat
     torch.save({"ema": released_state(depth=2, width=384)}, tmp_path / "released.pt")
     alone = latte("sample", "released.pt", "--steps", 2, "--count", 1, "--frames", 3, "--size", 64)
     assert (alone.code, "--codec-path" in alone.errors[0]) == (2, True), alone.err
-    found = latte("sample", "released.pt", "--steps", 2, "--count", 1, "--frames", 3, "--size", 64, "--codec-path", "vae", "--json")
+    found = latte(
+        "sample",
+        "released.pt",
+        "--steps",
+        2,
+        "--count",
+        1,
+        "--frames",
+        3,
+        "--size",
+        64,
+        "--codec-path",
+        "vae",
+        "--json",
+    )
     assert found.code == 0, found.err
 
 
@@ -243,4 +302,7 @@ def test_what_is_known_of_a_run_is_on_its_card(latte, run_folder, tmp_path):
     assert latte("convert", "ours", "again").code == 0, "and it stays there"
     assert (tmp_path / "again" / "README.md").read_text() == card
     assert latte("convert", run_folder, "plain").code == 0
-    assert "| data | kind procedural, resolution 16, frames 3, interval 1 |" in (tmp_path / "plain" / "README.md").read_text()
+    assert (
+        "| data | kind procedural, resolution 16, frames 3, interval 1 |"
+        in (tmp_path / "plain" / "README.md").read_text()
+    )

@@ -50,7 +50,9 @@ def test_scan_asks_for_long_enough_clips_only_when_told_how_long(latte, videos):
     assert len(Path("quarantine.jsonl").read_text().splitlines()) == 8
 
 
-@pytest.mark.parametrize(("source", "told"), [("nowhere", "RUN is 'nowhere'"), (".", "holds no video"), ("shapes", "data.root")])
+@pytest.mark.parametrize(
+    ("source", "told"), [("nowhere", "RUN is 'nowhere'"), (".", "holds no video"), ("shapes", "data.root")]
+)
 def test_scan_of_nothing_is_told(latte, source, told):
     found = latte("data", "scan", source)
     assert found.code == 2
@@ -58,7 +60,17 @@ def test_scan_of_nothing_is_told(latte, source, told):
 
 
 def test_inspect_shows_clips_as_training_sees_them(latte, videos):
-    found = latte("data", "inspect", videos, "data.resolution=8", "data.frames=4", "codec.name=pixels", "--count", 3, "--json")
+    found = latte(
+        "data",
+        "inspect",
+        videos,
+        "data.resolution=8",
+        "data.frames=4",
+        "codec.name=pixels",
+        "--count",
+        3,
+        "--json",
+    )
     assert found.code == 0, found.err
     assert len(found.json["clips"]) == 3
     with Image.open(found.json["sheet"]) as sheet:
@@ -73,33 +85,76 @@ def test_encode_once_then_inspect_and_train_from_the_latents(latte, videos):
     assert (first.json["videos"], first.json["new_shards"]) == (8, first.json["shards"])
     assert latte("data", "encode", videos, *codec, "--out", "shards", "--json").json["new_shards"] == 0
     latents = ["data.kind=latents", "data.root=shards"]
-    assert latte("data", "inspect", "actions-small", *codec, "data.flip=false", "data.interval=1", *latents).code == 0
-    model = [word for word in WORDS if word.startswith(("model.depth", "model.width", "model.heads", "train.", "sample."))]
+    assert (
+        latte("data", "inspect", "actions-small", *codec, "data.flip=false", "data.interval=1", *latents).code
+        == 0
+    )
+    model = [
+        word
+        for word in WORDS
+        if word.startswith(("model.depth", "model.width", "model.heads", "train.", "sample."))
+    ]
     words = ["actions-small", *model, *codec, "data.flip=false", "data.interval=1", *latents, "train.steps=1"]
     trained = latte("train", *words, "--out", "run", "--json")
     assert trained.code == 0, trained.err
-    assert latte("train", *words, "train.sample_every=1", "train.steps=2", "--out", "run").code == 0, "samples may be asked for later"
+    assert latte("train", *words, "train.sample_every=1", "train.steps=2", "--out", "run").code == 0, (
+        "samples may be asked for later"
+    )
     assert latte("sample", "run", "--count", 1).code == 0
-    for words, told in [(["data.resolution=32"], "data.resolution"), (["codec.name=pixels", "model.patch_size=2"], "codec"),
-                        (["data.flip=true"], "data.flip"), (["data.frames=6"], "too-short")]:  # fmt: skip
-        found = latte("train", "actions-small", *model, *codec, "data.flip=false", "data.interval=1", *latents, *words, "--out", "other")
+    for words, told in [
+        (["data.resolution=32"], "data.resolution"),
+        (["codec.name=pixels", "model.patch_size=2"], "codec"),
+        (["data.flip=true"], "data.flip"),
+        (["data.frames=6"], "too-short"),
+    ]:
+        found = latte(
+            "train",
+            "actions-small",
+            *model,
+            *codec,
+            "data.flip=false",
+            "data.interval=1",
+            *latents,
+            *words,
+            "--out",
+            "other",
+        )
         assert found.code == 2
         assert told in found.errors[0]
 
 
-def test_encode_reads_captions_first_and_tells_what_is_wrong_with_them_before_anything_is_encoded(latte, videos):
-    words = ["shapes-text", "data.kind=folder", f"data.root={videos}", "data.hold_out=0", "data.captions=auto", "codec.name=pixels",
-             "data.resolution=16", "data.frames=4", "--out", "shards"]  # fmt: skip
+def test_encode_reads_captions_first_and_tells_what_is_wrong_with_them_before_anything_is_encoded(
+    latte, videos
+):
+    words = [
+        "shapes-text",
+        "data.kind=folder",
+        f"data.root={videos}",
+        "data.hold_out=0",
+        "data.captions=auto",
+        "codec.name=pixels",
+        "data.resolution=16",
+        "data.frames=4",
+        "--out",
+        "shards",
+    ]
     found = latte("data", "encode", *words, "text.length=5")
     assert (found.code, len(found.errors), Path("shards").exists()) == (2, 1, False)
-    assert re.match(r"error: the caption of \w+/0000\d.mp4 is 'a .*', but it has 6 tokens and text.length is 5 \(", found.errors[0])
+    assert re.match(
+        r"error: the caption of \w+/0000\d.mp4 is 'a .*', but it has 6 tokens and text.length is 5 \(",
+        found.errors[0],
+    )
     assert found.errors[0].endswith("; give text.length=6, or shorten them")
     found = latte("data", "encode", *words, "data.flip=true", "--json")
     assert found.code == 0, found.err
     assert found.json["new_captions"] == found.json["captions"] + 1
     (told,) = [line for line in found.err.splitlines() if "data.flip" in line]
-    assert re.match(r"\d of \d captions say left or right \('a .* (left|right)'\), .*; set data.flip=false$", told)
+    assert re.match(
+        r"\d of \d captions say left or right \('a .* (left|right)'\), .*; set data.flip=false$", told
+    )
     assert found.err.index("captions 100%") < found.err.index("encode 100%")
     again = latte("data", "encode", *words, "data.flip=true")
     assert "0 features are new" in again.out
-    assert not [line for line in latte("data", "encode", *words[:-1], "plain").err.splitlines() if "data.flip" in line]
+    assert not [
+        line for line in latte("data", "encode", *words[:-1], "plain").err.splitlines() if "data.flip" in line
+    ]

@@ -19,9 +19,9 @@ from latte.cli.main import app
 from latte.data.media import probe, read_frames
 from latte.data.procedural import DIRECTIONS, Motion, draw_scene, read_motion, render
 from latte.diffusion.process import DiffusionConfig
-from latte.generate import SampleConfig
+from latte.inference.generate import SampleConfig
+from latte.inference.pipeline import Trained, save_trained
 from latte.model.latte import Latte, ModelConfig
-from latte.trained import Trained, save_trained
 
 TINY = (
     "model.depth=2",
@@ -41,7 +41,9 @@ def tiny_model(tmp_path_factory):
     model = wake(Latte(ModelConfig(depth=2, width=16, heads=2, num_frames=3, latent_size=4, num_classes=4)))
     sample = SampleConfig(sampler="ddim", steps=2, guidance=2.0, batch=4)
     folder = tmp_path_factory.mktemp("model") / "weights"
-    save_trained(Trained("tiny", model, DiffusionConfig(), codec_config, codec, list(DIRECTIONS), sample, ""), folder)
+    save_trained(
+        Trained("tiny", model, DiffusionConfig(), codec_config, codec, list(DIRECTIONS), sample, ""), folder
+    )
     return folder
 
 
@@ -53,7 +55,9 @@ def invoke(*words):
 def finished(tiny_model, tmp_path_factory):
     """The folder, the JSON and the log of one demo."""
     out = tmp_path_factory.mktemp("demo") / "out"
-    done = invoke("--out", out, "--model", tiny_model, "--count", 4, "--graded", 6, "--seconds", 0.2, "--json", *TINY)
+    done = invoke(
+        "--out", out, "--model", tiny_model, "--count", 4, "--graded", 6, "--seconds", 0.2, "--json", *TINY
+    )
     assert done.exit_code == 0, done.output
     return out, json.loads(done.stdout.splitlines()[-1]), done.stderr
 
@@ -63,7 +67,10 @@ def test_result_names_what_was_written(finished):
     assert {"clips", "report", "label_accuracy", "seconds"} <= set(result)
     assert [(clip["seed"], clip["label"]) for clip in result["clips"]] == list(enumerate(DIRECTIONS))
     assert [probe(clip["path"]).frames for clip in result["clips"]] == [3] * 4
-    assert all(Path(result[name]).is_relative_to(out) and Path(result[name]).is_file() for name in ("sheet", "gif", "report"))
+    assert all(
+        Path(result[name]).is_relative_to(out) and Path(result[name]).is_file()
+        for name in ("sheet", "gif", "report")
+    )
     assert 0 <= result["interval"][0] <= result["label_accuracy"] <= result["interval"][1] <= 1
     assert (out / "run" / "metrics.jsonl").is_file()
 
@@ -72,7 +79,10 @@ def test_page_shows_curve_clips_and_figures_with_their_commands(finished):
     out, result, _ = finished
     text = Path(result["report"]).read_text(encoding="utf-8")
     root = ElementTree.fromstring(text)
-    losses = [json.loads(line)["loss"] for line in (out / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    losses = [
+        json.loads(line)["loss"]
+        for line in (out / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     assert f"{losses[0]:.2f} at first" in text
     assert len(list(root.iter("svg"))) == 1
     kinds = [element.attrib["src"].partition(";")[0] for element in root.iter() if "src" in element.attrib]
@@ -80,7 +90,11 @@ def test_page_shows_curve_clips_and_figures_with_their_commands(finished):
     assert {"data:image/gif", "data:image/png"} <= set(kinds)
     assert not re.search(r"https?:", text)
     assert str(out) not in text
-    assert [element.text.split()[:2] for element in root.iter("pre")] == [["latte", "sample"], ["latte", "demo"], ["latte", "train"]]
+    assert [element.text.split()[:2] for element in root.iter("pre")] == [
+        ["latte", "sample"],
+        ["latte", "demo"],
+        ["latte", "train"],
+    ]
 
 
 def test_progress_goes_to_stderr(finished):
@@ -94,8 +108,12 @@ def test_the_command_on_the_page_draws_the_same_clips(finished, tiny_model, tmp_
     done = CliRunner().invoke(app, [*command, "--out", str(tmp_path / "again"), "--json"])
     assert done.exit_code == 0, done.output
     clips = json.loads(done.stdout.splitlines()[-1])["clips"]
-    again, before = ([frames_of(Path(clip["path"])) for clip in some] for some in (clips, finished[1]["clips"]))
-    assert [Path(clip["path"]).name for clip in clips] == [Path(clip["path"]).name for clip in finished[1]["clips"]]
+    again, before = (
+        [frames_of(Path(clip["path"])) for clip in some] for some in (clips, finished[1]["clips"])
+    )
+    assert [Path(clip["path"]).name for clip in clips] == [
+        Path(clip["path"]).name for clip in finished[1]["clips"]
+    ]
     distances = np.array([[np.abs(a - b).mean() for b in before] for a in again])
     # the same to rounding, which depends on where memory happens to lie, and which an untrained model and the codec of mp4 enlarge
     assert distances.diagonal().max() < 2
@@ -117,7 +135,12 @@ def test_a_finished_folder_is_not_trained_in_again(finished, tiny_model):
 
 @pytest.mark.parametrize(
     ("words", "message"),
-    [(["--seconds", "0"], "--seconds"), (["--count", "0"], "--count"), (["--model", "nowhere"], "nowhere"), (["--seed", "-1"], "--seed")],
+    [
+        (["--seconds", "0"], "--seconds"),
+        (["--count", "0"], "--count"),
+        (["--model", "nowhere"], "nowhere"),
+        (["--seed", "-1"], "--seed"),
+    ],
 )
 def test_wrong_input_is_one_line_and_exit_code_2(words, message, tmp_path):
     done = invoke("--out", tmp_path / "out", *words)
@@ -130,7 +153,9 @@ def test_a_model_of_other_classes_is_refused(tiny_model, tmp_path):
     folder = tmp_path / "other"
     shutil.copytree(tiny_model, folder)
     card = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    (folder / "config.json").write_text(json.dumps(card | {"classes": ["cat", "dog", "owl", "bee"]}), encoding="utf-8")
+    (folder / "config.json").write_text(
+        json.dumps(card | {"classes": ["cat", "dog", "owl", "bee"]}), encoding="utf-8"
+    )
     done = invoke("--out", tmp_path / "out", "--model", folder)
     assert done.exit_code == 2
     assert "moving shapes" in done.stderr
@@ -166,7 +191,9 @@ def test_noise_is_unclear_not_obedient():
 
 @pytest.mark.parametrize(("obeyed", "n"), [(0, 64), (60, 64), (64, 64), (1, 2)])
 def test_interval_solves_wilsons_equation(obeyed, n):
-    grades = demo.Grades(["up"] * n, [Motion("up" if k < obeyed else None, None, None, True) for k in range(n)])
+    grades = demo.Grades(
+        ["up"] * n, [Motion("up" if k < obeyed else None, None, None, True) for k in range(n)]
+    )
     for bound in grades.interval():
         if 0 < bound < 1:
             assert abs(grades.accuracy - bound) == pytest.approx(1.959964 * (bound * (1 - bound) / n) ** 0.5)

@@ -14,8 +14,8 @@ import torch
 import tiny_detector
 from latte.data.media import probe, write_mp4
 from latte.data.procedural import draw_scene, render
-from latte.evaluate import page
 from latte.evaluation import protocols
+from latte.evaluation import report as page
 from latte.evaluation.detector_files import file_sha256
 from latte.evaluation.detectors import DETECTORS
 from latte.evaluation.frechet import frechet_distance
@@ -53,10 +53,16 @@ def test_a_score_with_its_manifest_and_again_from_it(latte, sides):
     first = latte("evaluate", "real", "fake", "--protocol", "tiny", "--device", "cpu", "--json")
     assert first.code == 0, first.err
     found = first.json
-    assert {"protocol", "metric", "value", "interval", "floor", "manifest", "manifest_hash", "report"} <= set(found)
+    assert {"protocol", "metric", "value", "interval", "floor", "manifest", "manifest_hash", "report"} <= set(
+        found
+    )
     assert Path(found["manifest"]).parent == Path("evaluations/fake-tiny")
     again = latte("evaluate", "--from-manifest", found["manifest"], "--out", "again", "--json").json
-    assert (again["value"], again["manifest_hash"], again["replayed"]) == (found["value"], found["manifest_hash"], "exact")
+    assert (again["value"], again["manifest_hash"], again["replayed"]) == (
+        found["value"],
+        found["manifest_hash"],
+        "exact",
+    )
     both = latte("evaluate", "real", "fake", "--protocol", "tiny", "--compare", found["manifest"])
     assert both.code == 0, both.err
     assert f"fvd (tiny, manifest {found['manifest_hash']})" in both.out
@@ -79,14 +85,32 @@ def other_rate(root):
 
 
 REFUSALS = {
-    "too few": (lambda root: [(root / "fake" / f"0{i}.mp4").unlink() for i in range(3)], "takes 6 clips of each side"),
-    "duplicate": (lambda root: shutil.copy(root / "fake" / "00.mp4", root / "fake" / "copy.mp4"), "have the same content"),
-    "overlap": (lambda root: shutil.copy(root / "real" / "00.mp4", root / "fake" / "taken.mp4"), "overlap in 1 videos"),
-    "short fake": (lambda root: write_mp4(root / "fake" / "short.mp4", draw_clip(70, 3), 8), "has 3 frames, 4 are needed"),
-    "broken fake": (lambda root: (root / "fake" / "bad.mp4").write_bytes(b"nothing"), "cannot be read, first 'bad.mp4'"),
+    "too few": (
+        lambda root: [(root / "fake" / f"0{i}.mp4").unlink() for i in range(3)],
+        "takes 6 clips of each side",
+    ),
+    "duplicate": (
+        lambda root: shutil.copy(root / "fake" / "00.mp4", root / "fake" / "copy.mp4"),
+        "have the same content",
+    ),
+    "overlap": (
+        lambda root: shutil.copy(root / "real" / "00.mp4", root / "fake" / "taken.mp4"),
+        "overlap in 1 videos",
+    ),
+    "short fake": (
+        lambda root: write_mp4(root / "fake" / "short.mp4", draw_clip(70, 3), 8),
+        "has 3 frames, 4 are needed",
+    ),
+    "broken fake": (
+        lambda root: (root / "fake" / "bad.mp4").write_bytes(b"nothing"),
+        "cannot be read, first 'bad.mp4'",
+    ),
     "mixed rates": (other_rate, "frame rates differ: real 8 and fake 25"),
     "no folder": (lambda root: shutil.rmtree(root / "real"), "REAL is 'real', but there is no such folder"),
-    "empty folder": (lambda root: (shutil.rmtree(root / "real"), (root / "real").mkdir()), "it holds no video"),
+    "empty folder": (
+        lambda root: (shutil.rmtree(root / "real"), (root / "real").mkdir()),
+        "it holds no video",
+    ),
 }
 
 
@@ -136,7 +160,12 @@ def test_a_run_folder_is_sampled_and_scored(latte, run_folder, sides):
     assert [clip.name.split("-")[1] for clip in clips] == [f"{seed:04d}" for seed in range(40, 46)]
     assert probe(clips[0]).fps == 8  # the real side's
     made = json.loads((sides / "out" / "manifest.json").read_text())["manifest"]["generation"]
-    assert (made["step"], made["weights"], made["class_rule"], made["sampling_seed"]) == (2, "EMA", "classes in turn", 40)
+    assert (made["step"], made["weights"], made["class_rule"], made["sampling_seed"]) == (
+        2,
+        "EMA",
+        "classes in turn",
+        40,
+    )
     assert made["checkpoint_sha256"]
     assert made["steps"] == 3
     again = latte("evaluate", "--from-manifest", first.json["manifest"], "--out", "again", "--json")
@@ -149,12 +178,17 @@ def test_a_run_folder_is_sampled_and_scored(latte, run_folder, sides):
 
 def test_the_builtin_model_is_scored_by_the_builtin_detector(latte, sides, monkeypatch):
     write_shapes(sides / "shapes", 2, 8, 64)
-    monkeypatch.setitem(protocols.PROTOCOLS, "two", replace(protocols.PROTOCOLS["builtin"], name="two", frames=8, clips=2))
+    monkeypatch.setitem(
+        protocols.PROTOCOLS, "two", replace(protocols.PROTOCOLS["builtin"], name="two", frames=8, clips=2)
+    )
     found = latte("evaluate", "shapes", "builtin", "--protocol", "two", "--device", "cpu", "--json")
     assert found.code == 0, found.err
     assert found.json["value"] > 0
     assert Path(found.json["manifest"]).parent == Path("evaluations/builtin-two")
-    assert sorted(path.name[:9] for path in (sides / "evaluations/builtin-two/samples").glob("*.mp4")) == ["seed-0000", "seed-0001"]
+    assert sorted(path.name[:9] for path in (sides / "evaluations/builtin-two/samples").glob("*.mp4")) == [
+        "seed-0000",
+        "seed-0001",
+    ]
     replay = json.loads(Path(found.json["manifest"]).read_text())["replay"]
     assert (replay["model"], replay["sample_seed"]) == ("builtin", 0)
 
@@ -183,7 +217,11 @@ def test_features_made_elsewhere_are_scored_under_their_own_protocol(latte, side
         found = latte("evaluate", *names, "--protocol", "external", "--out", f"out-{names[0]}", "--json")
         assert found.code == 0, found.err
         values.append(found.json["values"])
-        assert (found.json["protocol"], found.json["metric"], found.json["clips"]) == ("external", "frechet", {"real": 60, "fake": 50})
+        assert (found.json["protocol"], found.json["metric"], found.json["clips"]) == (
+            "external",
+            "frechet",
+            {"real": 60, "fake": 50},
+        )
         record = json.loads(Path(found.json["manifest"]).read_text())
         assert record["banks"]["fake"]["sha256"] == file_sha256(sides / names[1])
         assert names[1] in Path(found.json["report"]).read_text()
@@ -261,37 +299,77 @@ def test_what_was_asked_for_is_allowed_under_another_name(latte, sides):
     other_rate(sides)
     (sides / "real" / "06.mp4").unlink()
     (sides / "real" / "05.mp4").write_bytes(b"nothing")
-    found = latte("evaluate", "real", "fake", "--protocol", "tiny", "--allow-fewer", "--allow-mixed", "--out", "out", "--json")
+    found = latte(
+        "evaluate",
+        "real",
+        "fake",
+        "--protocol",
+        "tiny",
+        "--allow-fewer",
+        "--allow-mixed",
+        "--out",
+        "out",
+        "--json",
+    )
     assert found.code == 0, found.err
     assert (found.json["protocol"], found.json["clips"]) == ("tiny-nonstandard", {"real": 5, "fake": 5})
     assert "left out: real 05.mp4" in found.err
     manifest = json.loads((sides / "out" / "manifest.json").read_text())["manifest"]
     assert [bad["id"] for bad in manifest["data"]["dropped"]["real"]] == ["05.mp4"]
-    assert manifest["pixels"]["codec"] == {side: {"codec": {"h264": n}, "fps": {fps: n}} for side, n, fps in
-                                           (("real", 5, "8"), ("fake", 7, "25"))}  # fmt: skip
+    assert manifest["pixels"]["codec"] == {
+        side: {"codec": {"h264": n}, "fps": {fps: n}}
+        for side, n, fps in (("real", 5, "8"), ("fake", 7, "25"))
+    }
 
 
 def test_stages_alone(latte, sides):
-    planned = latte("evaluate", "real", "fake", "--protocol", "tiny", "--out", "out", "--until", "plan", "--json").json
-    assert sorted(path.name for path in (sides / "out").iterdir()) == ["clips.jsonl", "dropped.jsonl", "probes"]
+    planned = latte(
+        "evaluate", "real", "fake", "--protocol", "tiny", "--out", "out", "--until", "plan", "--json"
+    ).json
+    assert sorted(path.name for path in (sides / "out").iterdir()) == [
+        "clips.jsonl",
+        "dropped.jsonl",
+        "probes",
+    ]
     scored = latte("evaluate", "real", "fake", "--protocol", "tiny", "--out", "out", "--json").json
     assert planned["plan_sha256"] == scored["plan_sha256"]
 
 
 def test_a_model_is_sampled_resumed_and_scored(latte, sides, run_folder):
-    words = ["evaluate", "real", run_folder, "--protocol", "tiny3", "--out", "out", "--device", "cpu", "--sample-seed", 3, "--json"]
+    words = [
+        "evaluate",
+        "real",
+        run_folder,
+        "--protocol",
+        "tiny3",
+        "--out",
+        "out",
+        "--device",
+        "cpu",
+        "--sample-seed",
+        3,
+        "--json",
+    ]
     first = latte(*words)
     assert first.code == 0, first.err
     clips = sorted((sides / "out" / "samples").glob("seed-*.mp4"))
     labels = ["0-up", "1-down", "2-left", "3-right", "0-up", "1-down"]
-    assert [path.name for path in clips] == [f"seed-{seed:04d}-{label}.mp4" for seed, label in enumerate(labels, start=3)]
+    assert [path.name for path in clips] == [
+        f"seed-{seed:04d}-{label}.mp4" for seed, label in enumerate(labels, start=3)
+    ]
     stamps = [path.stat().st_mtime_ns for path in clips[1:]]
     clips[0].unlink()
     again = latte(*words)
     assert again.json["value"] == first.json["value"]
     assert [path.stat().st_mtime_ns for path in clips[1:]] == stamps
     made = json.loads((sides / "out" / "manifest.json").read_text())["manifest"]["generation"]
-    assert (made["class_rule"], made["sampling_seed"], made["weights"], made["step"], made["steps"]) == ("classes in turn", 3, "EMA", 2, 3)
+    assert (made["class_rule"], made["sampling_seed"], made["weights"], made["step"], made["steps"]) == (
+        "classes in turn",
+        3,
+        "EMA",
+        2,
+        3,
+    )
     replayed = latte("evaluate", "--from-manifest", "out/manifest.json", "--out", "elsewhere", "--json")
     assert replayed.code == 0, replayed.err
     assert (replayed.json["replayed"], replayed.json["value"]) == ("exact", first.json["value"])

@@ -30,7 +30,11 @@ def test_help_is_quick_and_imports_no_torch():
     for _ in range(2):
         began = time.perf_counter()
         found = subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, env={"PYTHONPATH": str(ROOT / "src")}, check=True
+            [sys.executable, "-c", code],
+            capture_output=True,
+            text=True,
+            env={"PYTHONPATH": str(ROOT / "src")},
+            check=True,
         )
         took.append(time.perf_counter() - began)
         assert "HEAVY []" in found.stdout
@@ -38,7 +42,9 @@ def test_help_is_quick_and_imports_no_torch():
     assert min(took) < 0.5 * 5, f"{took}: 0.5 s is the aim on a free machine, five times that on a shared one"
 
 
-@pytest.mark.parametrize("words", [["brew"], ["train"], ["sample", "--sugar"], ["data", "brew"], ["demo", "--count", "many"]])
+@pytest.mark.parametrize(
+    "words", [["brew"], ["train"], ["sample", "--sugar"], ["data", "brew"], ["demo", "--count", "many"]]
+)
 def test_wrong_usage_exits_with_2_and_no_traceback(latte, words):
     found = latte(*words)
     assert found.code == 2
@@ -46,7 +52,10 @@ def test_wrong_usage_exits_with_2_and_no_traceback(latte, words):
     assert found.err
 
 
-@pytest.mark.parametrize("name", [*COMMANDS, "data scan", "data inspect", "data encode", "data synth", "config show", "config schema"])
+@pytest.mark.parametrize(
+    "name",
+    [*COMMANDS, "data scan", "data inspect", "data encode", "data synth", "config show", "config schema"],
+)
 def test_every_command_has_help(latte, name):
     found = latte(*name.split(), "--help")
     assert found.code == 0

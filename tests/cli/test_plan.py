@@ -16,11 +16,30 @@ def test_plan_answers_with_the_papers_figures(latte):
 
 
 def test_plan_answers_with_memory_batch_disk_and_on_request_the_time(latte):
-    words = ("plan", "shapes", *WORDS, "train.steps=8", "train.micro_batch=2", "--device", "cpu", "--processes", 2)
+    words = (
+        "plan",
+        "shapes",
+        *WORDS,
+        "train.steps=8",
+        "train.micro_batch=2",
+        "--device",
+        "cpu",
+        "--processes",
+        2,
+    )
     found = latte(*words, "--json").json
     assert {"weights", "gradients", "optimizer", "ema", "activations", "total"} <= found["memory"].keys()
-    assert found["memory"]["weights"] == found["memory"]["gradients"] == found["memory"]["ema"] == 4 * found["parameters"]
-    assert (found["batch"]["global_batch"], found["batch"]["processes"], found["batch"]["accumulation"]) == (4, 2, 1)
+    assert (
+        found["memory"]["weights"]
+        == found["memory"]["gradients"]
+        == found["memory"]["ema"]
+        == 4 * found["parameters"]
+    )
+    assert (found["batch"]["global_batch"], found["batch"]["processes"], found["batch"]["accumulation"]) == (
+        4,
+        2,
+        1,
+    )
     assert found["disk"]["kept"] == 3 * found["disk"]["checkpoint"]
     assert found["time"] is None
     assert "hours" not in latte(*words).out

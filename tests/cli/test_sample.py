@@ -17,7 +17,11 @@ from latte.data.writers import write_mp4
 def test_sample_writes_an_mp4_each_a_gif_and_a_sheet(latte, run_folder):
     found = latte("sample", run_folder, "--count", 3, "--seed", 5, "--json")
     assert found.code == 0
-    assert [(clip["seed"], clip["label"]) for clip in found.json["clips"]] == [(5, "up"), (6, "down"), (7, "left")]
+    assert [(clip["seed"], clip["label"]) for clip in found.json["clips"]] == [
+        (5, "up"),
+        (6, "down"),
+        (7, "left"),
+    ]
     for clip in found.json["clips"]:
         info = probe(clip["path"])
         assert (info.frames, info.height, info.width, info.fps) == (3, 16, 16, 8)
@@ -26,8 +30,38 @@ def test_sample_writes_an_mp4_each_a_gif_and_a_sheet(latte, run_folder):
 
 
 def test_options_reach_the_clips(latte, run_folder):
-    words = ["--labels", "left,3", "--count", 2, "--frames", 2, "--size", "8x12", "--steps", "ddim2", "--sampler", "ddim", "--eta", 0.5]
-    found = latte("sample", run_folder, *words, "--guidance", 2, "--batch", 1, "--fps", 4, "--out", "here", "--dtype", "fp32", "--json")
+    words = [
+        "--labels",
+        "left,3",
+        "--count",
+        2,
+        "--frames",
+        2,
+        "--size",
+        "8x12",
+        "--steps",
+        "ddim2",
+        "--sampler",
+        "ddim",
+        "--eta",
+        0.5,
+    ]
+    found = latte(
+        "sample",
+        run_folder,
+        *words,
+        "--guidance",
+        2,
+        "--batch",
+        1,
+        "--fps",
+        4,
+        "--out",
+        "here",
+        "--dtype",
+        "fp32",
+        "--json",
+    )
     assert found.code == 0, found.err
     assert [(clip["label"], clip["class"]) for clip in found.json["clips"]] == [("left", 2), ("right", 3)]
     info = probe(found.json["clips"][0]["path"])
@@ -41,7 +75,10 @@ def test_the_same_command_keeps_what_is_there_and_other_settings_get_another_fol
     assert len(stamps) == 4
     assert latte("sample", run_folder, "--json").json == first
     assert stamps == {path: Path(path).stat().st_mtime_ns for path in stamps}
-    assert Path(latte("sample", run_folder, "--steps", 2, "--json").json["sheet"]).parent != Path(first["sheet"]).parent
+    assert (
+        Path(latte("sample", run_folder, "--steps", 2, "--json").json["sheet"]).parent
+        != Path(first["sheet"]).parent
+    )
     refused = latte("sample", run_folder, "--steps", 2, "--out", Path(first["sheet"]).parent)
     assert refused.code == 2
     assert "steps (3 there, 2 now)" in refused.errors[0]
@@ -101,13 +138,29 @@ def test_wrong_options_are_told_in_one_line(latte, run_folder, words, told):
 
 def test_prompts_from_the_command_line_and_a_file(latte, text_run_folder, tmp_path):
     (tmp_path / "more.txt").write_text("\ufeffa green circle moves up\n\n  a blue square moves down \n")
-    words = ["--prompt", "a red square moves left", "--prompts", "more.txt", "--count", 2, "--seed", 7, "--negative", "noise", "--json"]
+    words = [
+        "--prompt",
+        "a red square moves left",
+        "--prompts",
+        "more.txt",
+        "--count",
+        2,
+        "--seed",
+        7,
+        "--negative",
+        "noise",
+        "--json",
+    ]
     found = latte("sample", text_run_folder, *words)
     assert found.code == 0, found.err
     prompts = ["a red square moves left", "a green circle moves up", "a blue square moves down"]
-    assert [(clip["seed"], clip["prompt"]) for clip in found.json["clips"]] == [(7 + i, prompts[i // 2]) for i in range(6)]
+    assert [(clip["seed"], clip["prompt"]) for clip in found.json["clips"]] == [
+        (7 + i, prompts[i // 2]) for i in range(6)
+    ]
     paths = [Path(clip["path"]) for clip in found.json["clips"]]
-    assert paths[2].name.startswith("seed-0009-a-green-circle-moves-up-"), "without the mark that some editors put first"
+    assert paths[2].name.startswith("seed-0009-a-green-circle-moves-up-"), (
+        "without the mark that some editors put first"
+    )
     record = json.loads((paths[0].parent / "album.json").read_text())
     assert record["prompts"] == {path.name: prompts[i // 2] for i, path in enumerate(paths)}
     assert (record["facts"]["negative"], len(record["facts"]["text_encoder"])) == ("noise", 16)
@@ -125,7 +178,10 @@ def test_prompts_from_the_command_line_and_a_file(latte, text_run_folder, tmp_pa
         (["--prompt", "word " * 9], "has 10 tokens and text.length is 8"),
         (["--prompt", "red", "--negative", "word " * 9], "has 10 tokens"),
         (["--prompt", "  "], "it says nothing"),
-        (["--prompt", "red", "--text-bits", 8], "text.bits is 8, but the text encoder 'builtin' does not read it"),
+        (
+            ["--prompt", "red", "--text-bits", 8],
+            "text.bits is 8, but the text encoder 'builtin' does not read it",
+        ),
         (["--prompt", "red", "--offload"], "leave --offload out"),
         (["--prompt", "red", "--decoder", "nowhere"], "nowhere"),
         (["--prompt", "red", "--lora", "nowhere"], "nowhere"),
@@ -147,19 +203,30 @@ def test_wrong_prompts_are_told_in_one_line(latte, text_run_folder, tmp_path, wo
 def test_given_pictures_windows_and_more_frames_go_with_prompts(latte, text_run_folder, tmp_path):
     Image.new("RGB", (16, 16), (200, 30, 30)).save(tmp_path / "red.png")
     words = ["sample", text_run_folder, "--prompt", "a red square moves left", "--json"]
-    found = [latte(*words, *more) for more in ([], ["--first", "red.png", "--last", "red.png"], ["--frames", 6, "--window", 3],
-                                                   ["--frames", 6, "--window", 3, "--longer", "chained", "--overlap", 1])]  # fmt: skip
+    found = [
+        latte(*words, *more)
+        for more in (
+            [],
+            ["--first", "red.png", "--last", "red.png"],
+            ["--frames", 6, "--window", 3],
+            ["--frames", 6, "--window", 3, "--longer", "chained", "--overlap", 1],
+        )
+    ]
     assert [one.code for one in found] == [0, 0, 0, 0], [one.err for one in found]
     clips = [read_frames(info := probe(one.json["clips"][0]["path"]), range(info.frames)) for one in found]
     assert [len(clip) for clip in clips] == [3, 3, 6, 6]
     assert np.abs(clips[2].astype(int) - clips[3]).max() > 8
     assert len({one.json["sheet"] for one in found}) == 4, "other settings, other albums"
     for frame in (0, -1):
-        assert np.abs(clips[1][frame].reshape(-1, 3).mean(0) - (200, 30, 30)).max() < 12, "what was given is there"
+        assert np.abs(clips[1][frame].reshape(-1, 3).mean(0) - (200, 30, 30)).max() < 12, (
+            "what was given is there"
+        )
     assert np.abs(clips[0][0].reshape(-1, 3).mean(0) - (200, 30, 30)).max() > 12
 
 
-@pytest.mark.parametrize("words", [["--prompt", "red"], ["--negative", "red"], ["--text-encoder", "t5"], ["--text-bits", 8]])
+@pytest.mark.parametrize(
+    "words", [["--prompt", "red"], ["--negative", "red"], ["--text-encoder", "t5"], ["--text-bits", 8]]
+)
 def test_a_prompt_for_a_model_that_reads_none_is_refused(latte, run_folder, words):
     found = latte("sample", run_folder, *words)
     assert (found.code, len(found.errors)) == (2, 1)
@@ -180,7 +247,11 @@ def test_a_damaged_checkpoint_is_told_or_passed_over(latte, run_folder, tmp_path
 def test_a_codec_that_is_not_the_runs_is_refused(latte, run_folder, tmp_path):
     shutil.copytree(run_folder, tmp_path / "run")
     config = tmp_path / "run/config.yaml"
-    text = config.read_text().replace("name: pixels", "name: builtin").replace("resolution: 16", "resolution: 128")
+    text = (
+        config.read_text()
+        .replace("name: pixels", "name: builtin")
+        .replace("resolution: 16", "resolution: 128")
+    )
     config.write_text(text.replace("latent_channels: 3", "latent_channels: 4"))
     found = latte("sample", tmp_path / "run")
     assert found.code == 2
@@ -192,6 +263,8 @@ def test_sizes(text, size):
     assert read_size(text) == size
 
 
-@pytest.mark.parametrize(("text", "steps"), [("50", 50), ("ddim50", "ddim50"), (None, None), ("10,5", "10,5")])
+@pytest.mark.parametrize(
+    ("text", "steps"), [("50", 50), ("ddim50", "ddim50"), (None, None), ("10,5", "10,5")]
+)
 def test_steps(text, steps):
     assert read_steps(text) == steps

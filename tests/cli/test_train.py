@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from latte.config import flat, load_run
+from latte.config.run import flat, load_run
 from tiny import WORDS
 
 
@@ -27,7 +27,10 @@ def test_train_answers_with_its_keys_and_leaves_a_run_folder(latte):
 
 
 def test_the_same_command_goes_on_and_ends_where_an_unstopped_run_ends(latte):
-    words = [*WORDS, "train.decay_steps=0"]  # a rate that falls at the end would fall at the end of every part
+    words = [
+        *WORDS,
+        "train.decay_steps=0",
+    ]  # a rate that falls at the end would fall at the end of every part
     whole = latte("train", "shapes", *words, "train.steps=5", "--out", "whole", "--json").json
     for steps in (2, 3, 5):
         part = latte("train", "shapes", *words, f"train.steps={steps}", "--out", "part", "--json")
@@ -41,7 +44,9 @@ def test_the_run_folder_reloads_to_the_configuration_of_the_command(latte, run_f
     asked, _ = load_run("shapes", [*WORDS, "train.steps=2", f"run.dir={run_folder}"])
     again, origins = load_run(run_folder)
     assert flat(again) == flat(asked)
-    assert set(origins.values()) <= {f"{run_folder / 'config.yaml'}:{line}" for line in range(1, 99)} | {"the run folder"}
+    assert set(origins.values()) <= {f"{run_folder / 'config.yaml'}:{line}" for line in range(1, 99)} | {
+        "the run folder"
+    }
     assert yaml.safe_load((run_folder / "config.yaml").read_text())["version"] == 1
 
 
@@ -55,17 +60,35 @@ def test_the_run_folder_reloads_to_the_configuration_of_the_command(latte, run_f
         (["diffusion.num_steps=500"], "num_steps"),
     ],
 )
-def test_another_configuration_in_the_same_folder_is_refused_and_nothing_is_lost(latte, run_folder, tmp_path, words, told):
+def test_another_configuration_in_the_same_folder_is_refused_and_nothing_is_lost(
+    latte, run_folder, tmp_path, words, told
+):
     shutil.copytree(run_folder, tmp_path / "run")
     before = {path: path.read_bytes() for path in (tmp_path / "run/checkpoints").rglob("*") if path.is_file()}
     found = latte("train", "shapes", *WORDS, *words, "train.steps=4", "--out", tmp_path / "run")
     assert found.code == 2
     assert any(told in line for line in found.errors)
-    assert before == {path: path.read_bytes() for path in (tmp_path / "run/checkpoints").rglob("*") if path.is_file()}
+    assert before == {
+        path: path.read_bytes() for path in (tmp_path / "run/checkpoints").rglob("*") if path.is_file()
+    }
 
 
 def test_options_are_settings(latte):
-    found = latte("train", "shapes", *WORDS, "train.steps=1", "--out", "a b", "--seed", 9, "--dtype", "fp32", "--device", "cpu", "--json")
+    found = latte(
+        "train",
+        "shapes",
+        *WORDS,
+        "train.steps=1",
+        "--out",
+        "a b",
+        "--seed",
+        9,
+        "--dtype",
+        "fp32",
+        "--device",
+        "cpu",
+        "--json",
+    )
     config, _ = load_run("a b")
     assert (found.json["run"], config.run.seed, config.train.dtype) == ("a b", 9, "fp32")
 
@@ -152,7 +175,9 @@ def test_what_a_text_run_cannot_use_is_told_in_one_line(latte, captioned, rows, 
     assert told in found.errors[0]
 
 
-@pytest.mark.parametrize(("row", "told"), [("up/00000.mp4,", "its caption is empty"), (None, "have no caption, first")])
+@pytest.mark.parametrize(
+    ("row", "told"), [("up/00000.mp4,", "its caption is empty"), (None, "have no caption, first")]
+)
 def test_videos_without_a_caption_are_told(latte, captioned, row, told):
     lines = (captioned / "captions.csv").read_text().splitlines()
     kept = [line for line in lines if not line.startswith("up/00000.mp4")]

@@ -29,12 +29,12 @@ from latte.data.captions import (
     store_captions,
     stored_captions,
 )
-from latte.data.encoding import encode_dataset
+from latte.data.encode import encode_dataset
 from latte.data.joint import JointDataset
 from latte.data.latents import LatentDataset
-from latte.data.sampler import load_batch
+from latte.data.loader import load_batch
 from latte.data.shards import CAPTIONS, MANIFEST, PLAN, SINGLE, read_manifest
-from latte.text_encoder import BuiltinEncoder
+from latte.text.encoders import BuiltinEncoder
 
 
 class Counting(BuiltinEncoder):
@@ -60,7 +60,10 @@ def test_every_distinct_caption_is_encoded_once_and_the_empty_one_too():
 
 
 def test_all_lengths_are_checked_before_anything_is_encoded(tmp_path):
-    encoder, captions = Counting(4), [*(f"word{index}" for index in range(100)), "one two three four", "xx two three four five"]
+    encoder, captions = (
+        Counting(4),
+        [*(f"word{index}" for index in range(100)), "one two three four", "xx two three four five"],
+    )
     assert check_lengths(encoder, captions[:100], {}) == 2 * 100 + 1
     told = "the caption of b.mp4 is 'xx two three four five', but it has 6 tokens and text.length is 4 (2 of 102 captions are longer); "
     with pytest.raises(InputError, match=f"^{re.escape(told)}give text.length=6, or shorten them$"):
@@ -71,14 +74,27 @@ def test_all_lengths_are_checked_before_anything_is_encoded(tmp_path):
     codec.before = lambda: before.append("encoded")
     root.mkdir()
     make_videos(root)
-    rows = {"a/even.mp4": "up", "a/uneven.mp4": "a much longer caption, and more", "b/pictures": "up", "b/short.mp4": "down"}
-    (root / "captions.csv").write_text("path,caption\n" + "".join(f'{key},"{caption}"\n' for key, caption in rows.items()))
+    rows = {
+        "a/even.mp4": "up",
+        "a/uneven.mp4": "a much longer caption, and more",
+        "b/pictures": "up",
+        "b/short.mp4": "down",
+    }
+    (root / "captions.csv").write_text(
+        "path,caption\n" + "".join(f'{key},"{caption}"\n' for key, caption in rows.items())
+    )
     config = folder_config(root, captions="auto")
     for codec_given in (codec, lambda: before.append("built")):
-        with pytest.raises(InputError, match=r"caption of a/uneven.mp4 is .* has 8 tokens and text.length is 4 .* text.length=8"):
+        with pytest.raises(
+            InputError,
+            match=r"caption of a/uneven.mp4 is .* has 8 tokens and text.length is 4 .* text.length=8",
+        ):
             encode_dataset(config, codec_given, tmp_path / "out", cache_dir=tmp_path, text=encoder)
     assert (encoder.asked, before, (tmp_path / "out").exists()) == ([], [], False)
-    assert encode_dataset(config, codec, tmp_path / "out", cache_dir=tmp_path, text=Counting(8))["new_captions"] == 4
+    assert (
+        encode_dataset(config, codec, tmp_path / "out", cache_dir=tmp_path, text=Counting(8))["new_captions"]
+        == 4
+    )
 
 
 def test_what_comes_back_is_what_the_encoder_gives():
@@ -116,7 +132,12 @@ def test_stored_features_are_those_of_the_encoder_and_are_made_once(tmp_path):
     assert list_parts(tmp_path) == {"encoder": "builtin", "identity": encoder.identity, "parts": parts}
     assert [len(load_file(tmp_path / part["file"])) for part in parts] == [2, 2]
     calls, found = len(encoder.asked), stored(tmp_path, captions, 7)
-    assert (found.identity, found.length, len(found.features), sorted(found.features)) == (encoder.identity, 7, 4, sorted(["", *captions]))
+    assert (found.identity, found.length, len(found.features), sorted(found.features)) == (
+        encoder.identity,
+        7,
+        4,
+        sorted(["", *captions]),
+    )
     for mine, theirs in zip(found(captions), BuiltinEncoder(7).encode(captions), strict=True):
         assert torch.equal(mine, theirs)
     before, begun = contents(tmp_path), []
@@ -143,7 +164,11 @@ def test_only_what_a_batch_asks_for_is_read(tmp_path, monkeypatch):
     captions = [f"word{index}" for index in range(20)]
     store_captions(tmp_path, Counting(4), captions, size=3)
     read, get = [], under_test.StoredFeatures.__getitem__
-    monkeypatch.setattr(under_test.StoredFeatures, "__getitem__", lambda self, caption: read.append(caption) or get(self, caption))
+    monkeypatch.setattr(
+        under_test.StoredFeatures,
+        "__getitem__",
+        lambda self, caption: read.append(caption) or get(self, caption),
+    )
     features = stored(tmp_path, captions, 4)
     assert read == []
     features(["word7", "word3"])
@@ -174,7 +199,9 @@ class Rounded(BuiltinEncoder):
         return text.bfloat16().float(), mask
 
 
-@pytest.mark.parametrize(("encoder", "kind"), [(Rounded(4), torch.bfloat16), (BuiltinEncoder(4), torch.float32)])
+@pytest.mark.parametrize(
+    ("encoder", "kind"), [(Rounded(4), torch.bfloat16), (BuiltinEncoder(4), torch.float32)]
+)
 def test_numbers_are_kept_small_where_that_loses_nothing(tmp_path, encoder, kind):
     captions = ["red", "a b c"]
     store_captions(tmp_path, encoder, captions)
@@ -192,7 +219,10 @@ def test_numbers_beyond_float16_and_next_to_nothing_survive(tmp_path):
         tokens = torch.full((2, 3), value)
         assert torch.equal(compact(tokens).float(), tokens)
     encoder = Counting(4)
-    encoder.encode = lambda prompts: (torch.full((len(prompts), 4, 64), torch.nan), torch.ones(len(prompts), 4, dtype=torch.bool))
+    encoder.encode = lambda prompts: (
+        torch.full((len(prompts), 4, 64), torch.nan),
+        torch.ones(len(prompts), 4, dtype=torch.bool),
+    )
     with pytest.raises(RunError, match=r"features of caption '' are not numbers"):
         store_captions(tmp_path, encoder, ["red"])
     assert not list(tmp_path.glob(CAPTIONS))
@@ -203,8 +233,8 @@ import os, signal, sys
 sys.path[:0] = sys.argv[1:2]
 from encoded import SHAPES, pixels
 from latte.data import shards
-from latte.data.encoding import encode_dataset
-from latte.text_encoder import BuiltinEncoder
+from latte.data.encode import encode_dataset
+from latte.text.encoders import BuiltinEncoder
 save = shards.save_file
 def dying(tensors, path, **more):
     if "captions-00002" in str(path):
@@ -221,9 +251,15 @@ def test_a_kill_in_the_middle_of_the_captions_loses_a_part_alone(tmp_path):
     whole = encode_dataset(SHAPES, pixels(), tmp_path / "whole", text=BuiltinEncoder(8), caption_part=2)
     assert (whole["new_captions"], len(list((tmp_path / "whole").glob(CAPTIONS)))) == (6, 3)
     out, support = tmp_path / "out", Path(__file__).parents[1]
-    killed = subprocess.run([sys.executable, "-c", KILLED, str(support), str(out)], capture_output=True, check=False)
+    killed = subprocess.run(
+        [sys.executable, "-c", KILLED, str(support), str(out)], capture_output=True, check=False
+    )
     assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
-    assert sorted(path.name for path in out.glob("[!.]*")) == ["captions-00000.safetensors", "captions-00001.safetensors", MANIFEST]
+    assert sorted(path.name for path in out.glob("[!.]*")) == [
+        "captions-00000.safetensors",
+        "captions-00001.safetensors",
+        MANIFEST,
+    ]
     assert [path.read_bytes() for path in out.glob(".*.partial")] == [b"half a part"]
     with pytest.raises(InputError, match="not finished"):
         LatentDataset(latents_of(SHAPES, out))
@@ -249,7 +285,10 @@ def test_features_by_another_encoder_are_left_alone(tmp_path, monkeypatch):
     store_captions(tmp_path, BuiltinEncoder(4), ["red"])
     before, other = contents(tmp_path), Counting(4)
     monkeypatch.setattr(Counting, "identity", "0" * 16)
-    with pytest.raises(InputError, match=r"the text encoder is 'builtin 0000.* was made by builtin 42fe.*; give another folder, or remove"):
+    with pytest.raises(
+        InputError,
+        match=r"the text encoder is 'builtin 0000.* was made by builtin 42fe.*; give another folder, or remove",
+    ):
         store_captions(tmp_path, other, ["red", "blue"])
     assert (other.asked, contents(tmp_path)) == ([], before)
 
@@ -260,7 +299,9 @@ def test_features_that_do_not_fit_are_refused(tmp_path):
     told, path = list_parts(tmp_path), tmp_path / "captions-00000.safetensors"
     with pytest.raises(InputError, match="lack the features of 'green'; encode again"):
         stored_captions(tmp_path, told, ["red", "green"], 4)
-    with pytest.raises(InputError, match=r"text.length is 3, but caption 'a blue one' has 4 tokens; give 4 or more"):
+    with pytest.raises(
+        InputError, match=r"text.length is 3, but caption 'a blue one' has 4 tokens; give 4 or more"
+    ):
         stored_captions(tmp_path, told, ["a blue one"], 3)
     content = path.read_bytes()
     for damaged in (content[:50], b"", b"nothing"):
@@ -280,10 +321,18 @@ def test_the_single_file_of_former_folders_is_still_read_and_added_to(tmp_path):
     encode_dataset(SHAPES, pixels(), out)
     manifest = read_manifest(out)
     captions = sorted({video["caption"] for video in manifest["videos"]})
-    former = {f"caption:{caption}": tokens.float() for caption, tokens in encode_captions(encoder, captions[1:]).features.items()}
+    former = {
+        f"caption:{caption}": tokens.float()
+        for caption, tokens in encode_captions(encoder, captions[1:]).features.items()
+    }
     made = {PLAN: json.dumps({"identity": encoder.identity, "encoder": "builtin"})}
     save_file(former, out / SINGLE, metadata=made)
-    entry = {"file": SINGLE, "bytes": (out / SINGLE).stat().st_size, "encoder": "builtin", "identity": encoder.identity}
+    entry = {
+        "file": SINGLE,
+        "bytes": (out / SINGLE).stat().st_size,
+        "encoder": "builtin",
+        "identity": encoder.identity,
+    }
     (out / MANIFEST).write_text(json.dumps({**manifest, "captions": entry}))
     features = stored_captions(out, read_manifest(out)["captions"], captions[1:], 8)
     assert torch.equal(features(captions[1:])[0], BuiltinEncoder(8).encode(captions[1:])[0])
@@ -317,11 +366,22 @@ def test_the_text_encoder_is_gone_before_the_autoencoder_is_there(tmp_path):
     assert events == ["built", "gone", "read", "freed", "built", *["encoded"] * 6, "gone"]
     assert encode_dataset(SHAPES, codec, tmp_path / "out")["captions"] == 5
     assert events[-2:] == ["built", "gone"]
-    assert len(read_manifest(tmp_path / "out")["captions"]["parts"]) == 1, "they are there, whoever comes by without a text encoder"
+    assert len(read_manifest(tmp_path / "out")["captions"]["parts"]) == 1, (
+        "they are there, whoever comes by without a text encoder"
+    )
 
 
 def test_words_of_sides():
-    say = ["moves LEFT", "to the right.", "leftwards", "a left-hand turn", "lefthanded", "counter-clockwise", "Anticlockwise", "leftmost"]
+    say = [
+        "moves LEFT",
+        "to the right.",
+        "leftwards",
+        "a left-hand turn",
+        "lefthanded",
+        "counter-clockwise",
+        "Anticlockwise",
+        "leftmost",
+    ]
     silent = ["leftover soup", "bright light", "upright", "copyright", "a clock", "alright", "wright"]
     assert all(SIDES.search(caption) for caption in say)
     assert not any(SIDES.search(caption) for caption in silent)
@@ -329,8 +389,15 @@ def test_words_of_sides():
 
 def test_mirrored_clips_whose_captions_say_left_or_right_are_told(tmp_path, caplog):
     root = make_videos(Path(tmp_path, "set").mkdir() or tmp_path / "set")
-    rows = {"a/even.mp4": "A man steps to the Right", "a/uneven.mp4": "up", "b/pictures": "up", "b/short.mp4": "bright"}
-    (root / "captions.csv").write_text("path,caption\n" + "".join(f"{key},{caption}\n" for key, caption in rows.items()))
+    rows = {
+        "a/even.mp4": "A man steps to the Right",
+        "a/uneven.mp4": "up",
+        "b/pictures": "up",
+        "b/short.mp4": "bright",
+    }
+    (root / "captions.csv").write_text(
+        "path,caption\n" + "".join(f"{key},{caption}\n" for key, caption in rows.items())
+    )
     config = folder_config(root, captions="auto")
     with caplog.at_level(logging.WARNING):
         encode_dataset(config, pixels(), tmp_path / "mirrored", cache_dir=tmp_path)
@@ -342,7 +409,9 @@ def test_mirrored_clips_whose_captions_say_left_or_right_are_told(tmp_path, capl
         encode_dataset(folder_config(root), pixels(), tmp_path / "silent", cache_dir=tmp_path)
         encode_dataset(SHAPES, pixels(), tmp_path / "shapes")
     assert not caplog.records
-    assert SIDES.search(" ".join(LatentDataset(latents_of(SHAPES, tmp_path / "shapes")).captions)), "or the last one is empty"
+    assert SIDES.search(" ".join(LatentDataset(latents_of(SHAPES, tmp_path / "shapes")).captions)), (
+        "or the last one is empty"
+    )
     with pytest.raises(InputError, match=r"data.flip is True, but data.kind=procedural does not read it"):
         replace(SHAPES, flip=True)
 
@@ -376,11 +445,18 @@ def test_captions_of_a_folder_reach_the_latents_and_videos_without_any_are_refus
     with pytest.raises(InputError, match=r"the videos have no captions; give data.captions=auto"):
         encode_dataset(folder_config(root), pixels(), tmp_path / "out", text=BuiltinEncoder(8))
     keys = ["a/even.mp4", "a/uneven.mp4", "b/pictures", "b/short.mp4"]
-    (root / "captions.csv").write_text("path,caption\n" + "".join(f"{key},about {key[2:6]}\n" for key in keys))
+    (root / "captions.csv").write_text(
+        "path,caption\n" + "".join(f"{key},about {key[2:6]}\n" for key in keys)
+    )
     config = folder_config(root, captions="auto", interval=1)
     encode_dataset(config, pixels(), tmp_path / "out", text=BuiltinEncoder(8))
     dataset = LatentDataset(latents_of(replace(config, captions=None), tmp_path / "out"))
-    assert [record.caption for record in dataset.videos] == ["about even", "about unev", "about pict", "about shor"]
+    assert [record.caption for record in dataset.videos] == [
+        "about even",
+        "about unev",
+        "about pict",
+        "about shor",
+    ]
     with pytest.raises(InputError, match="holds latents of other settings"):
         encode_dataset(folder_config(root), pixels(), tmp_path / "out")
 

@@ -12,7 +12,16 @@ from PIL import Image
 from support import noise
 
 from latte.checks import InputError
-from latte.data.clips import RULES, ClipRule, centre_crop_resize, choose_frames, flip_horizontal, span, to_float, to_uint8
+from latte.data.clips import (
+    RULES,
+    ClipRule,
+    centre_crop_resize,
+    choose_frames,
+    flip_horizontal,
+    span,
+    to_float,
+    to_uint8,
+)
 from latte.runtime import generator
 
 
@@ -21,7 +30,9 @@ def rule_of(name: str, frames: int, interval: int) -> ClipRule:
 
 
 @pytest.mark.parametrize("name", RULES)
-@given(frames=st.integers(1, 20), interval=st.integers(1, 6), extra=st.integers(0, 30), seed=st.integers(0, 99))
+@given(
+    frames=st.integers(1, 20), interval=st.integers(1, 6), extra=st.integers(0, 30), seed=st.integers(0, 99)
+)
 @settings(deadline=None, max_examples=40)
 def test_a_clip_has_its_frames_in_order_inside_the_video(name, frames, interval, extra, seed):
     rule = rule_of(name, frames, interval)
@@ -71,7 +82,12 @@ def test_a_video_one_frame_too_short_is_refused_with_the_numbers(name):
     assert ("0.840" if name == "time" else str(needed - 1)) in str(refusal.value)
 
 
-@given(st.lists(st.integers(5, 300), min_size=30, max_size=60), st.integers(2, 8), st.integers(1, 3), st.sampled_from([5.0, 10.0, 23.976]))
+@given(
+    st.lists(st.integers(5, 300), min_size=30, max_size=60),
+    st.integers(2, 8),
+    st.integers(1, 3),
+    st.sampled_from([5.0, 10.0, 23.976]),
+)
 @settings(deadline=None, max_examples=50)
 def test_by_time_no_frame_is_nearer_than_the_chosen_one(delays, frames, interval, fps):
     times = (np.cumsum(delays) / 1000).tolist()
@@ -98,7 +114,15 @@ def test_by_time_a_mixed_set_moves_at_one_speed_and_rounded_stamps_do_no_harm():
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"frames": 0}, {"interval": 0}, {"rule": "strickt"}, {"rule": "time"}, {"rule": "time", "fps": 0.0}, {"fps": 8.0}]
+    "wrong",
+    [
+        {"frames": 0},
+        {"interval": 0},
+        {"rule": "strickt"},
+        {"rule": "time"},
+        {"rule": "time", "fps": 0.0},
+        {"fps": 8.0},
+    ],
 )
 def test_impossible_rules_are_refused(wrong):
     with pytest.raises(InputError, match="|".join(wrong)):
@@ -111,7 +135,9 @@ def test_floats_and_back_lose_nothing():
     assert there.shape == (1, 3, 16, 16)
     assert (float(there.min()), float(there.max())) == (-1.0, 1.0)
     np.testing.assert_array_equal(to_uint8(there), levels)
-    assert to_uint8(torch.tensor([-9.0, 9.0, float(there.min())])[:, None, None].expand(3, 1, 1)).ravel().tolist() == [0, 255, 0]
+    assert to_uint8(
+        torch.tensor([-9.0, 9.0, float(there.min())])[:, None, None].expand(3, 1, 1)
+    ).ravel().tolist() == [0, 255, 0]
     assert to_uint8(noise(2, 4, 3, 5, 6)).shape == (2, 4, 5, 6, 3)
 
 
@@ -128,15 +154,21 @@ def grain(t: int, height: int, width: int) -> np.ndarray:
 @given(st.integers(1, 200), st.integers(1, 200), st.integers(1, 64), st.integers(1, 64))
 @settings(deadline=None, max_examples=60)
 def test_every_source_size_gives_the_exact_size(h, w, height, width):
-    assert centre_crop_resize(np.full((2, h, w, 3), 77, np.uint8), height, width).tolist() == np.full((2, height, width, 3), 77).tolist()
+    assert (
+        centre_crop_resize(np.full((2, h, w, 3), 77, np.uint8), height, width).tolist()
+        == np.full((2, height, width, 3), 77).tolist()
+    )
 
 
-@pytest.mark.parametrize(("source", "target", "box"), [
-    ((60, 90), (32, 32), (15, 0, 75, 60)),
-    ((90, 60), (32, 32), (0, 15, 60, 75)),
-    ((40, 100), (20, 40), (10, 0, 90, 40)),
-    ((24, 24), (48, 48), (0, 0, 24, 24)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("source", "target", "box"),
+    [
+        ((60, 90), (32, 32), (15, 0, 75, 60)),
+        ((90, 60), (32, 32), (0, 15, 60, 75)),
+        ((40, 100), (20, 40), (10, 0, 90, 40)),
+        ((24, 24), (48, 48), (0, 0, 24, 24)),
+    ],
+)
 def test_the_centre_is_cut_and_shrunk_as_pillow_does(source, target, box):
     frames = grain(2, *source)
     ours = centre_crop_resize(frames, *target)

@@ -12,12 +12,20 @@ from PIL import Image
 from support import shared
 
 from latte.checks import InputError
-from latte.data import quarantine
+from latte.data import skipped as quarantine
 from latte.data.clips import ClipRule
-from latte.data.datasets import DATASETS, DataConfig, FolderDataset, ProceduralDataset, build_dataset, scan, write_quarantine
+from latte.data.datasets import (
+    DATASETS,
+    DataConfig,
+    FolderDataset,
+    ProceduralDataset,
+    build_dataset,
+    scan,
+    write_quarantine,
+)
 from latte.data.layouts import LAYOUTS
+from latte.data.loader import items_of_step, load_batch
 from latte.data.media import Unreadable
-from latte.data.sampler import items_of_step, load_batch
 from latte.runtime import generator
 from videos import encode, number_of, numbered
 
@@ -68,7 +76,12 @@ def encode_as(path: Path, codec: str) -> None:
 def test_class_folders_sorted_by_name_give_the_labels(classed):
     data = build_dataset(config(classed))
     assert data.classes == ["bend", "jump", "walk"]
-    assert [(clip.key, clip.label) for clip in data.clips] == [("bend/c.mkv", 0), ("jump/clip1", 1), ("walk/a.avi", 2), ("walk/b.mp4", 2)]
+    assert [(clip.key, clip.label) for clip in data.clips] == [
+        ("bend/c.mkv", 0),
+        ("jump/clip1", 1),
+        ("walk/a.avi", 2),
+        ("walk/b.mp4", 2),
+    ]
     assert not data.latent
     assert len(data.quarantined) == 0
     for index in range(4):
@@ -79,7 +92,11 @@ def test_class_folders_sorted_by_name_give_the_labels(classed):
             data.clips[index].label,
             None,
         )
-        assert (clip.key, clip.video.min() >= -1, clip.video.max() <= 1) == (data.clips[index].key, True, True)
+        assert (clip.key, clip.video.min() >= -1, clip.video.max() <= 1) == (
+            data.clips[index].key,
+            True,
+            True,
+        )
 
 
 def test_labels_off_a_flat_folder_and_deeper_folders_have_no_classes(classed, tmp_path):
@@ -121,7 +138,9 @@ def test_a_clip_is_a_function_of_its_generator_and_uses_every_start_and_both_sid
     for seed in range(10):
         plain = unflipped.clip(walk, generator(seed)).video
         turned = data.clip(walk, generator(seed)).video
-        assert torch.equal(turned, plain) or torch.equal(turned, plain.flip(-1)), "the start does not depend on flip"
+        assert torch.equal(turned, plain) or torch.equal(turned, plain.flip(-1)), (
+            "the start does not depend on flip"
+        )
 
 
 def test_bad_files_are_set_aside_with_a_reason_and_the_rest_goes_on(classed, tmp_path):
@@ -133,12 +152,21 @@ def test_bad_files_are_set_aside_with_a_reason_and_the_rest_goes_on(classed, tmp
     video(classed / "zzz" / "short.mp4", frames=3)
     data = FolderDataset(config(classed))
     assert len(data) == 4
-    assert data.classes == ["bend", "jump", "walk", "zzz"], "a class does not vanish, and others are not renumbered, for a broken file"
+    assert data.classes == ["bend", "jump", "walk", "zzz"], (
+        "a class does not vanish, and others are not renumbered, for a broken file"
+    )
     reasons = {os.path.relpath(bad["path"], classed): bad["reason"] for bad in data.quarantined}
     assert {path: reason.split(":")[0] for path, reason in reasons.items()} == {
-        "walk/cut.mp4": "not-a-video", "walk/text.mp4": "not-a-video", "walk/none.avi": "empty",
-        "walk/short.mp4": "too-short", "zzz/short.mp4": "too-short"}  # fmt: skip
-    assert reasons["walk/short.mp4"] == "too-short: 6 frames decode, a clip spans 7 (4 frames, interval 2, strict)"
+        "walk/cut.mp4": "not-a-video",
+        "walk/text.mp4": "not-a-video",
+        "walk/none.avi": "empty",
+        "walk/short.mp4": "too-short",
+        "zzz/short.mp4": "too-short",
+    }
+    assert (
+        reasons["walk/short.mp4"]
+        == "too-short: 6 frames decode, a clip spans 7 (4 frames, interval 2, strict)"
+    )
     out = tmp_path / "run" / "quarantine.jsonl"
     assert write_quarantine(out, data.quarantined) == 5
     assert write_quarantine(out, data.quarantined) == 0
@@ -170,7 +198,9 @@ def test_a_file_that_breaks_later_is_named(classed):
         data.clip(0, generator(0))
     (classed / "jump" / "clip1" / "5.png").unlink()
     (classed / "jump" / "clip1" / "6.png").write_bytes(b"")
-    last = next(seed for seed in range(99) if int(torch.randint(6, (), generator=generator(seed))) == 5)  # frames 5, 7, 9, 11 of 11
+    last = next(
+        seed for seed in range(99) if int(torch.randint(6, (), generator=generator(seed))) == 5
+    )  # frames 5, 7, 9, 11 of 11
     with pytest.raises(Unreadable, match="clip1"):
         data.clip(1, generator(last))
 
@@ -189,14 +219,20 @@ def test_missing_and_useless_folders_are_refused_in_one_line(tmp_path):
     with pytest.raises(InputError, match=r"holds no video \(.mp4"):
         FolderDataset(config(tmp_path / "empty"))
     (tmp_path / "videos" / "b.mp4").write_text("text")
-    with pytest.raises(InputError, match=r"2 tried, all refused, first: a.mp4 \(too-short: 3 frames.*; b.mp4 \(not-a-video") as refusal:
+    with pytest.raises(
+        InputError, match=r"2 tried, all refused, first: a.mp4 \(too-short: 3 frames.*; b.mp4 \(not-a-video"
+    ) as refusal:
         FolderDataset(config(tmp_path / "videos"))
     assert "\n" not in str(refusal.value)
 
 
 def test_nothing_is_probed_twice_unless_it_changed(classed, monkeypatch):
     probed = []
-    monkeypatch.setattr(quarantine, "probe", lambda path, probe=quarantine.probe: (probed.append(Path(path).name), probe(path))[1])
+    monkeypatch.setattr(
+        quarantine,
+        "probe",
+        lambda path, probe=quarantine.probe: (probed.append(Path(path).name), probe(path))[1],
+    )
     (classed / "bend" / "text.mp4").write_text("no video")
     first = scan(classed)
     assert sorted(probed) == ["a.avi", "b.mp4", "c.mkv", "clip1", "text.mp4"]
@@ -230,7 +266,14 @@ def test_a_cache_that_cannot_be_written_is_done_without(classed, tmp_path, monke
     assert len(scan(classed, cache_dir=tmp_path / "file" / "below").clips) == 4
     monkeypatch.setattr(quarantine, "SAVE_EVERY", 0.0)
     calls = []
-    assert len(scan(classed, cache_dir=tmp_path / "cache", progress=lambda done, of: calls.append((done, of))).clips) == 4
+    assert (
+        len(
+            scan(
+                classed, cache_dir=tmp_path / "cache", progress=lambda done, of: calls.append((done, of))
+            ).clips
+        )
+        == 4
+    )
     assert calls == [(i, 4) for i in (1, 2, 3, 4)]
     assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".json"]
 
@@ -244,7 +287,11 @@ def test_links_are_followed_but_not_in_circles(classed, tmp_path):
     (joined / "right" / "dead.mp4").symlink_to(tmp_path / "nothing.mp4")
     found = scan(joined)
     assert found.classes == ("left", "right")
-    assert [clip.key for clip in found.clips if clip.key.count("/") == 1] == ["left/a.avi", "left/b.mp4", "right/c.mkv"]
+    assert [clip.key for clip in found.clips if clip.key.count("/") == 1] == [
+        "left/a.avi",
+        "left/b.mp4",
+        "right/c.mkv",
+    ]
     assert [bad["reason"].split(":")[0] for bad in found.quarantined] == ["missing"]
 
 
@@ -274,11 +321,23 @@ def test_the_procedural_set_is_labelled_captioned_and_endless():
     assert batch.label.tolist() == [data.clip(int(key.split("/")[1])).label for key in batch.keys]
 
 
-@pytest.mark.parametrize("wrong", [
-    {"kind": "foldr"}, {"resolution": 0}, {"resolution": (32, -1)}, {"frames": 0}, {"rule": "tim"}, {"seed": 3}, {"num_clips": 5},
-    {"kind": "procedural", "root": "x"}, {"kind": "procedural", "flip": True}, {"kind": "procedural", "interval": 3},
-    {"kind": "procedural", "num_clips": 0}, {"kind": "latents", "seed": 1},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"kind": "foldr"},
+        {"resolution": 0},
+        {"resolution": (32, -1)},
+        {"frames": 0},
+        {"rule": "tim"},
+        {"seed": 3},
+        {"num_clips": 5},
+        {"kind": "procedural", "root": "x"},
+        {"kind": "procedural", "flip": True},
+        {"kind": "procedural", "interval": 3},
+        {"kind": "procedural", "num_clips": 0},
+        {"kind": "latents", "seed": 1},
+    ],
+)
 def test_wrong_or_unread_keys_are_refused_by_name(wrong):
     with pytest.raises(InputError, match=list(wrong)[-1]):
         DataConfig(**wrong)
@@ -290,12 +349,18 @@ def test_every_kind_of_data_set_is_in_the_table():
 
 
 def test_real_clips_of_several_rates_and_containers():
-    data = FolderDataset(DataConfig(root=str(shared("data", "odd")), resolution=(32, 48), frames=8, interval=2, rule="time", fps=25.0))
+    data = FolderDataset(
+        DataConfig(
+            root=str(shared("data", "odd")), resolution=(32, 48), frames=8, interval=2, rule="time", fps=25.0
+        )
+    )
     assert len(data.quarantined) >= 4
     for index in range(len(data)):
         clip = data.clip(index, generator(0, index))
         assert clip.video.shape == (8, 3, 32, 48)
         assert clip.video.isfinite().all()
-    print(f"{len(data)} clips, {len(data.quarantined)} refused: {sorted({bad['reason'].split(':')[0] for bad in data.quarantined})}")
+    print(
+        f"{len(data)} clips, {len(data.quarantined)} refused: {sorted({bad['reason'].split(':')[0] for bad in data.quarantined})}"
+    )
     actions = FolderDataset(DataConfig(root=str(shared("data", "weizmann_actions")), resolution=64))
     assert (len(actions), actions.classes) == (36, ["bend", "jack", "wave1", "wave2"])

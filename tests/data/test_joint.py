@@ -8,7 +8,7 @@ from support import noise, wake
 from latte.checks import InputError
 from latte.data.datasets import DataConfig, ProceduralDataset
 from latte.data.joint import JointDataset, append_images
-from latte.data.sampler import load_batch
+from latte.data.loader import load_batch
 from latte.diffusion.loss import OBJECTIVES
 from latte.diffusion.process import DiffusionConfig, build_process
 from latte.model.latte import Latte, ModelConfig
@@ -28,7 +28,9 @@ def test_the_clip_is_the_one_without_stills():
 
 def test_every_still_is_a_frame_of_the_set_with_its_own_label():
     plain = ProceduralDataset(CONFIG)
-    frames = {plain.clip(i).video[f].numpy().tobytes(): plain.clip(i).label for i in range(40) for f in range(4)}
+    frames = {
+        plain.clip(i).video[f].numpy().tobytes(): plain.clip(i).label for i in range(40) for f in range(4)
+    }
     seen = set()
     for index in range(12):
         clip = JointDataset(plain, 4).clip(index, generator(index, "stills"))
@@ -47,7 +49,13 @@ def test_sizes_must_agree():
 
 def test_a_joint_step_trains_the_spatial_path_and_leaves_time_to_the_clip():
     """With the loss on the stills alone, nothing of the temporal blocks gets a gradient."""
-    model = wake(Latte(ModelConfig(depth=2, width=16, heads=2, num_frames=4, latent_size=16, latent_channels=3, num_classes=4)))
+    model = wake(
+        Latte(
+            ModelConfig(
+                depth=2, width=16, heads=2, num_frames=4, latent_size=16, latent_channels=3, num_classes=4
+            )
+        )
+    )
     batch = load_batch(JointDataset(ProceduralDataset(CONFIG), 2), 0, 0, 2)
     assert batch.label.shape == (2, 3)
     out = model(batch.video, torch.tensor([10, 500]), batch.label, num_images=2)

@@ -12,7 +12,7 @@ from encoded import SHAPES, folder_config, latents_of, make_videos, pixels
 from latte.autoencoder.codec import CodecConfig, build_codec
 from latte.checks import InputError, RunError
 from latte.data.datasets import FolderDataset, ProceduralDataset, build_dataset
-from latte.data.encoding import encode_dataset
+from latte.data.encode import encode_dataset
 from latte.data.latents import LatentDataset
 from latte.data.shards import MANIFEST
 from latte.runtime import generator
@@ -24,7 +24,8 @@ def videos(tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"interval": 1, "frames": 5}, {"rule": "linspace"}, {"rule": "time", "fps": 25.0}, {"flip": False}]
+    "changes",
+    [{}, {"interval": 1, "frames": 5}, {"rule": "linspace"}, {"rule": "time", "fps": 25.0}, {"flip": False}],
 )
 def test_clips_are_those_of_the_folder(videos, tmp_path, changes):
     """With the identity as codec and float32, the clip of every draw is the same to the last bit: start, mirror image, label, key."""
@@ -51,7 +52,10 @@ def test_clips_are_those_of_the_folder(videos, tmp_path, changes):
 def test_one_encoding_serves_every_rule_that_fits(videos, tmp_path):
     config = folder_config(videos, frames=16, interval=1)
     encode_dataset(config, pixels(), tmp_path / "out", cache_dir=tmp_path)
-    lengths = {frames: len(LatentDataset(replace(latents_of(config, tmp_path / "out"), frames=frames))) for frames in (2, 9, 16, 20)}
+    lengths = {
+        frames: len(LatentDataset(replace(latents_of(config, tmp_path / "out"), frames=frames)))
+        for frames in (2, 9, 16, 20)
+    }
     assert lengths == {2: 4, 9: 3, 16: 2, 20: 1}
     with pytest.raises(InputError, match=r"hold no clip that fits: 4 videos are there, first: .*too-short"):
         LatentDataset(replace(latents_of(config, tmp_path / "out"), frames=21))
@@ -60,7 +64,10 @@ def test_one_encoding_serves_every_rule_that_fits(videos, tmp_path):
 def test_latents_are_what_the_codec_makes_of_the_frames(tmp_path):
     codec, config = build_codec(CodecConfig("builtin")), replace(SHAPES, resolution=(16, 24))
     encode_dataset(config, codec, tmp_path / "out")
-    source, latents = ProceduralDataset(config), build_dataset(latents_of(config, tmp_path / "out"), codec_identity=codec.identity)
+    source, latents = (
+        ProceduralDataset(config),
+        build_dataset(latents_of(config, tmp_path / "out"), codec_identity=codec.identity),
+    )
     assert len(latents) == 6
     assert latents.latent
     assert latents.classes == source.classes
@@ -97,15 +104,27 @@ def truncate(out: Path) -> None:
 @pytest.mark.parametrize(
     ("spoil", "changes", "message"),
     [
-        (lambda out: None, {"resolution": 24}, r"data.resolution is \[24, 24\], but the latents in .* are of frames \[16, 16\]"),
+        (
+            lambda out: None,
+            {"resolution": 24},
+            r"data.resolution is \[24, 24\], but the latents in .* are of frames \[16, 16\]",
+        ),
         (lambda out: None, {"flip": True}, "data.flip is True, but the latents in .* hold no mirror images"),
-        (lambda out: None, {"root": "/nowhere/at/all"}, "data.root is '/nowhere/at/all', but there is no such folder"),
+        (
+            lambda out: None,
+            {"root": "/nowhere/at/all"},
+            "data.root is '/nowhere/at/all', but there is no such folder",
+        ),
         (lambda out: (out / MANIFEST).unlink(), {}, "holds no manifest.json"),
         (lambda out: (out / MANIFEST).write_text('{"format": '), {}, "manifest.json is damaged"),
         (lambda out: edit(out, version=99), {}, "format of .*manifest.json is .*99"),
         (lambda out: edit(out, complete=False), {}, "not finished"),
         (truncate, {}, r"size of .*shard-00000\.safetensors is"),
-        (lambda out: (out / "shard-00000.safetensors").unlink(), {}, r"size of .*shard-00000\.safetensors is 0"),
+        (
+            lambda out: (out / "shard-00000.safetensors").unlink(),
+            {},
+            r"size of .*shard-00000\.safetensors is 0",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused_with_its_reason(made, spoil, changes, message):
@@ -118,7 +137,9 @@ def test_what_does_not_fit_is_refused_with_its_reason(made, spoil, changes, mess
 
 
 def test_latents_of_another_codec_are_refused(made):
-    with pytest.raises(InputError, match=f"made with codec pixels {pixels().identity}, but this run's codec is {'0' * 16}"):
+    with pytest.raises(
+        InputError, match=f"made with codec pixels {pixels().identity}, but this run's codec is {'0' * 16}"
+    ):
         LatentDataset(latents_of(SHAPES, made), "0" * 16)
 
 

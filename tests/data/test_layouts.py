@@ -28,7 +28,9 @@ def images(folder: Path, frames: int = 6) -> None:
 
 
 def read(kind: str, root: Path, cache: Path, **changes):
-    return build_dataset(DataConfig(kind=kind, root=str(root), resolution=16, frames=2, interval=2, **changes), cache)
+    return build_dataset(
+        DataConfig(kind=kind, root=str(root), resolution=16, frames=2, interval=2, **changes), cache
+    )
 
 
 def test_right_layouts(tmp_path):
@@ -38,8 +40,12 @@ def test_right_layouts(tmp_path):
     images(tmp_path / "taichi/clip")
     for name in (f"Class{i:03d}" for i in range(101)):
         video(tmp_path / "ucf" / name / "v_g01_c01.mp4", frames=4)
-    for kind, folder, clips, classes in [("faceforensics", "ffs", 2, 0), ("skytimelapse", "sky", 1, 0), ("taichi", "taichi", 1, 0),
-                                         ("ucf101", "ucf", 101, 101)]:  # fmt: skip
+    for kind, folder, clips, classes in [
+        ("faceforensics", "ffs", 2, 0),
+        ("skytimelapse", "sky", 1, 0),
+        ("taichi", "taichi", 1, 0),
+        ("ucf101", "ucf", 101, 101),
+    ]:
         found = read(kind, tmp_path / folder, tmp_path / "cache")
         assert (len(found), len(found.classes)) == (clips, classes)
         assert found.clip(0, generator(0)).video.shape == (2, 3, 16, 16)
@@ -50,11 +56,23 @@ def test_right_layouts(tmp_path):
 @pytest.mark.parametrize(
     ("kind", "make", "message"),
     [
-        ("skytimelapse", lambda root: video(root / "sky/a.mp4"), "'sky/a.mp4' is a video file, but clips of skytimelapse are folders of"),
+        (
+            "skytimelapse",
+            lambda root: video(root / "sky/a.mp4"),
+            "'sky/a.mp4' is a video file, but clips of skytimelapse are folders of",
+        ),
         ("taichi", lambda root: video(root / "a.mp4"), "'a.mp4' is a video file"),
-        ("faceforensics", lambda root: images(root / "a/clip"), "'a/clip' is a folder of images, but clips of faceforensics are video"),
+        (
+            "faceforensics",
+            lambda root: images(root / "a/clip"),
+            "'a/clip' is a folder of images, but clips of faceforensics are video",
+        ),
         ("ucf101", lambda root: video(root / "x/y/a.mp4"), "'x/y/a.mp4' does not lie at <class>/<clip>"),
-        ("ucf101", lambda root: [video(root / c / "a.mp4") for c in "ab"], "holds 2 classes, but ucf101 has 101"),
+        (
+            "ucf101",
+            lambda root: [video(root / c / "a.mp4") for c in "ab"],
+            "holds 2 classes, but ucf101 has 101",
+        ),
     ],
 )
 def test_wrong_layouts_name_the_first_misfit_and_draw_the_tree(kind, make, message, tmp_path):

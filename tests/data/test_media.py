@@ -16,8 +16,17 @@ from PIL import Image
 from support import shared
 
 from latte.checks import InputError, RunError
-from latte.data import framefolder, media
-from latte.data.media import Unreadable, contact_sheet, decode_frames, probe, read_frames, write_gif, write_mp4
+from latte.data import frame_folder as framefolder
+from latte.data import media
+from latte.data.media import (
+    Unreadable,
+    contact_sheet,
+    decode_frames,
+    probe,
+    read_frames,
+    write_gif,
+    write_mp4,
+)
 from videos import LEVEL, encode, number_of, numbered
 
 KINDS = {
@@ -63,7 +72,11 @@ def test_order_and_repeats_are_as_asked_and_indices_outside_are_refused(tmp_path
 
 def test_a_seek_that_lands_elsewhere_is_never_believed(tmp_path):
     info = probe(encode(tmp_path / "a.mp4", numbered(60), g="12"))
-    for wrong in (replace(info, start=info.start + 1), replace(info, keys=(0, 7, 19, 31)), replace(info, steps=((1024, 59),))):
+    for wrong in (
+        replace(info, start=info.start + 1),
+        replace(info, keys=(0, 7, 19, 31)),
+        replace(info, steps=((1024, 59),)),
+    ):
         frames, _ = decode_frames(wrong, [33, 35])
         assert [number_of(frame) for frame in frames] == [33, 35]
 
@@ -71,10 +84,15 @@ def test_a_seek_that_lands_elsewhere_is_never_believed(tmp_path):
 def test_a_stream_that_decodes_otherwise_after_a_seek_is_read_from_its_start(tmp_path, monkeypatch):
     """As 4:4:4 files of old x264 do, without an error: what tells the decoder about them is in the first packet alone."""
     even = {"g": "10", "sc_threshold": "0"}
-    path, other = encode(tmp_path / "a.mp4", numbered(30), **even), encode(tmp_path / "b.mp4", numbered(30) // 2, **even)
+    path, other = (
+        encode(tmp_path / "a.mp4", numbered(30), **even),
+        encode(tmp_path / "b.mp4", numbered(30) // 2, **even),
+    )
     assert probe(path).keys == (0, 10, 20)
     honest = media._decoded
-    monkeypatch.setattr(media, "_decoded", lambda path, seek=None: honest(path if seek is None else str(other), seek))
+    monkeypatch.setattr(
+        media, "_decoded", lambda path, seek=None: honest(path if seek is None else str(other), seek)
+    )
     info = probe(path)
     assert info.keys == (0,)
     frames, decoded = decode_frames(info, [22])
@@ -89,7 +107,13 @@ def test_uneven_frame_times_are_kept(tmp_path):
     assert [number_of(frame) for frame in read_frames(info, [9, 4])] == [9, 4]
 
 
-FORMATS = [("yuv420p", (48, 64)), ("yuv422p", (48, 64)), ("yuv420p10le", (48, 64)), ("full", (48, 64)), ("yuv444p", (47, 65))]
+FORMATS = [
+    ("yuv420p", (48, 64)),
+    ("yuv422p", (48, 64)),
+    ("yuv420p10le", (48, 64)),
+    ("full", (48, 64)),
+    ("yuv444p", (47, 65)),
+]
 
 
 @pytest.mark.parametrize(("pix_fmt", "size"), FORMATS)
@@ -98,7 +122,9 @@ def test_pixel_formats_and_odd_sizes_keep_their_colours(tmp_path, pix_fmt, size)
     frames = np.empty((3, *size, 3), np.uint8)
     frames[:] = colour
     full = pix_fmt == "full"
-    path = encode(tmp_path / "a.mp4", frames, pix_fmt="yuv420p" if full else pix_fmt, full_range=full, crf="4")
+    path = encode(
+        tmp_path / "a.mp4", frames, pix_fmt="yuv420p" if full else pix_fmt, full_range=full, crf="4"
+    )
     assert probe(path).frames == 3
     assert probe(path).height == size[0]
     read = read_frames(path, [0, 2])
@@ -114,7 +140,9 @@ def test_rotation_in_the_metadata_is_applied(tmp_path, matrix, turns):
     data = bytearray(path.read_bytes())
     fixed = [value << 16 & 0xFFFFFFFF for value in matrix]
     plain = b"".join(v.to_bytes(4, "big") for v in (1 << 16, 0, 0, 0, 1 << 16, 0, 0, 0, 1 << 30))
-    turned = b"".join(v.to_bytes(4, "big") for v in (fixed[0], fixed[1], 0, fixed[2], fixed[3], 0, 0, 0, 1 << 30))
+    turned = b"".join(
+        v.to_bytes(4, "big") for v in (fixed[0], fixed[1], 0, fixed[2], fixed[3], 0, 0, 0, 1 << 30)
+    )
     at = data.index(plain, data.index(b"tkhd"))
     data[at : at + len(plain)] = turned
     path.write_bytes(data)
@@ -208,7 +236,10 @@ def test_disguises_devices_and_giants_are_refused(tmp_path, monkeypatch):
     disguises = {
         "text.mp4": (b"hello " * 200, "not-a-video"),
         "concat.mp4": (b"ffconcat version 1.0\nfile good.mp4\n", "not-a-video"),
-        "playlist.mp4": (b"#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:9,\ngood.mp4\n#EXT-X-ENDLIST\n", "not-a-video"),
+        "playlist.mp4": (
+            b"#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:9,\ngood.mp4\n#EXT-X-ENDLIST\n",
+            "not-a-video",
+        ),
         "vector.mp4": (b'<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"></svg>', "not-a-video"),
         "empty.mp4": (b"", "empty"),
     }
@@ -220,7 +251,11 @@ def test_disguises_devices_and_giants_are_refused(tmp_path, monkeypatch):
             probe(tmp_path / name)
         assert refusal.value.reason.startswith(code), refusal.value.reason
         assert name in str(refusal.value)
-    for name, code in {"nothing.mp4": "missing", "subfile,,start,0,end,0,,:good.mp4": "missing", "nul\0.mp4": "missing"}.items():
+    for name, code in {
+        "nothing.mp4": "missing",
+        "subfile,,start,0,end,0,,:good.mp4": "missing",
+        "nul\0.mp4": "missing",
+    }.items():
         with pytest.raises(Unreadable, match=code):
             probe(tmp_path / name)
     os.mkfifo(tmp_path / "pipe.mp4")
@@ -235,7 +270,10 @@ def test_disguises_devices_and_giants_are_refused(tmp_path, monkeypatch):
         probe(save_frames(tmp_path / "giants", [1, 2]))
 
 
-@pytest.mark.parametrize("name", ["with space.mp4", "ü#1%20.MP4", "line\nbreak.mp4", "-dash.mp4", os.fsdecode(b"not-utf8-\xff.mp4")])
+@pytest.mark.parametrize(
+    "name",
+    ["with space.mp4", "ü#1%20.MP4", "line\nbreak.mp4", "-dash.mp4", os.fsdecode(b"not-utf8-\xff.mp4")],
+)
 def test_names_of_any_kind(tmp_path, name):
     source = encode(tmp_path / "source.mp4", numbered(3))
     try:
@@ -280,7 +318,9 @@ def test_mutated_files_are_read_or_refused_but_never_crash_or_hang(tmp_path):
             path.unlink()
             if sys.platform == "linux":
                 open_before = open_before or len(os.listdir("/proc/self/fd"))
-    print(f"whole {whole}, in part {part}, refused {refused} (of these at reading {failed_later}), slowest {slowest:.2f} s")
+    print(
+        f"whole {whole}, in part {part}, refused {refused} (of these at reading {failed_later}), slowest {slowest:.2f} s"
+    )
     assert whole + part + refused == 120
     assert min(whole, part, refused) >= 10
     assert failed_later == 0, "what a probe promises can be read"
@@ -308,8 +348,12 @@ def test_every_odd_file_is_read_as_its_manifest_says_or_refused():
         if info.frames * info.height * info.width < 1.5e7:
             everything = read_frames(path, range(info.frames))
             for index in (info.frames // 2, info.frames - 1):
-                np.testing.assert_array_equal(read_frames(info, [index])[0], everything[index], err_msg=entry["file"])
-        assert bool(info.note) == bool("decode_error" in entry or entry["file"] in ("truncated.mkv", "header_says_30_decodes_25.mp4"))
+                np.testing.assert_array_equal(
+                    read_frames(info, [index])[0], everything[index], err_msg=entry["file"]
+                )
+        assert bool(info.note) == bool(
+            "decode_error" in entry or entry["file"] in ("truncated.mkv", "header_says_30_decodes_25.mp4")
+        )
         read += 1
     print(f"{read} files read, {refused} refused")
     assert (read, refused) == (27, 3)
@@ -335,7 +379,11 @@ def test_gif_keeps_frames_and_colours(tmp_path):
 
 
 def test_writers_refuse_other_arrays_and_say_why_a_file_cannot_be_written(tmp_path):
-    for wrong in (np.zeros((3, 8, 8, 3), np.float32), np.zeros((3, 3, 8, 8), np.uint8), np.zeros((0, 8, 8, 3), np.uint8)):
+    for wrong in (
+        np.zeros((3, 8, 8, 3), np.float32),
+        np.zeros((3, 3, 8, 8), np.uint8),
+        np.zeros((0, 8, 8, 3), np.uint8),
+    ):
         for write in (write_mp4, write_gif):
             with pytest.raises(InputError, match="uint8"):
                 write(tmp_path / "a.mp4", wrong)

@@ -9,7 +9,16 @@ import pytest
 import torch
 
 from latte.checks import InputError
-from latte.data.procedural import COLOURS, DIRECTIONS, GROUND, SHAPES, draw_scene, read_motion, render, split_combinations
+from latte.data.procedural import (
+    COLOURS,
+    DIRECTIONS,
+    GROUND,
+    SHAPES,
+    draw_scene,
+    read_motion,
+    render,
+    split_combinations,
+)
 
 SIZES = [(8, 32, 32), (8, 64, 64), (16, 48, 40)]
 
@@ -20,7 +29,12 @@ def test_the_measured_scene_is_the_drawn_one(frames, height, width):
     for index in range(120):
         scene = draw_scene(3, index, frames)
         seen = read_motion(render(scene, frames, height, width))
-        if (seen.direction, seen.colour, seen.shape, seen.coherent) != (scene.direction, scene.colour, scene.shape, True):
+        if (seen.direction, seen.colour, seen.shape, seen.coherent) != (
+            scene.direction,
+            scene.colour,
+            scene.shape,
+            True,
+        ):
             wrong.append((index, scene.caption, seen))
     assert not wrong, f"{len(wrong)} of 120: {wrong[:3]}"
 
@@ -51,7 +65,9 @@ def test_labels_captions_and_attributes_are_even():
     assert all(list(DIRECTIONS)[s.label] == s.direction for s in scenes)
     counts = Counter((s.shape, s.colour) for s in scenes)
     assert set(counts) == set(product(SHAPES, COLOURS))
-    assert sum((n - 80) ** 2 / 80 for n in counts.values()) < 40.8, "chi-squared with 17 degrees of freedom, 0.1 % level"
+    assert sum((n - 80) ** 2 / 80 for n in counts.values()) < 40.8, (
+        "chi-squared with 17 degrees of freedom, 0.1 % level"
+    )
     assert scenes[0].caption == f"a {scenes[0].colour} {scenes[0].shape} moves {scenes[0].direction}"
 
 
@@ -69,17 +85,30 @@ def test_one_combination_in_n_is_held_out_and_never_drawn(n):
 def test_of_the_held_out_every_pair_of_attributes_is_still_drawn():
     drawn, held = split_combinations(6)
     for one, other in ((0, 1), (0, 2), (1, 2)):
-        assert {(place[one], place[other]) for place in drawn} == {(place[one], place[other]) for place in (*drawn, *held)}
+        assert {(place[one], place[other]) for place in drawn} == {
+            (place[one], place[other]) for place in (*drawn, *held)
+        }
     for attribute in range(3):
-        assert len(set(Counter(place[attribute] for place in held).values())) == 1, "every value is held out equally often"
+        assert len(set(Counter(place[attribute] for place in held).values())) == 1, (
+            "every value is held out equally often"
+        )
 
 
 def test_nothing_held_out_changes_nothing():
     assert split_combinations(0)[1] == ()
     scene = draw_scene(3, 14, 8)
-    assert (scene.caption, scene.size, scene.speed) == ("a magenta circle moves left", 0.14378584044262058, 0.06180921978474322)
+    assert (scene.caption, scene.size, scene.speed) == (
+        "a magenta circle moves left",
+        0.14378584044262058,
+        0.06180921978474322,
+    )
     other = draw_scene(3, 14, 8, hold_out=6)
-    assert (other.size, other.speed, other.start, other.direction) == (scene.size, scene.speed, scene.start, scene.direction)
+    assert (other.size, other.speed, other.start, other.direction) == (
+        scene.size,
+        scene.speed,
+        scene.start,
+        scene.direction,
+    )
 
 
 @pytest.mark.parametrize("n", [1, -6, 73])
@@ -101,8 +130,14 @@ def test_what_is_not_a_moving_shape_is_not_taken_for_one():
     empty = np.broadcast_to(np.array(GROUND, np.uint8), (8, 32, 32, 3))
     assert read_motion(empty) == read_motion(np.zeros((8, 32, 32, 3), np.uint8))
     assert not read_motion(empty).coherent
-    two = np.maximum(render(draw_scene(0, 0, 8), 8, 64, 64), render(draw_scene(0, 0, 8), 8, 64, 64)[:, ::-1, ::-1])
-    split = [i for i in range(40) if not read_motion(np.maximum(*(render(draw_scene(s, i, 8), 8, 64, 64) for s in (0, 1)))).coherent]
+    two = np.maximum(
+        render(draw_scene(0, 0, 8), 8, 64, 64), render(draw_scene(0, 0, 8), 8, 64, 64)[:, ::-1, ::-1]
+    )
+    split = [
+        i
+        for i in range(40)
+        if not read_motion(np.maximum(*(render(draw_scene(s, i, 8), 8, 64, 64) for s in (0, 1)))).coherent
+    ]
     assert len(split) > 10, "two shapes in one clip are seen as two"
     assert two.shape == (8, 64, 64, 3)
     backwards = render(draw_scene(0, 2, 8), 8, 32, 32)[::-1]

@@ -48,7 +48,9 @@ def test_noise_is_extrapolated_and_variance_is_the_conditional_one(learn_sigma, 
     c, u = halves(model, z)
     out = guided(model, LABEL, scale)(z, T)
     assert out.shape == c.shape
-    torch.testing.assert_close(out[:, :, :4], (1 - scale) * u[:, :, :4] + scale * c[:, :, :4], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        out[:, :, :4], (1 - scale) * u[:, :, :4] + scale * c[:, :, :4], rtol=1e-5, atol=1e-5
+    )
     assert torch.equal(out[:, :, 4:], c[:, :, 4:])
 
 
@@ -64,7 +66,9 @@ def test_a_clips_guidance_does_not_depend_on_its_batch():
     z = noise(3, 2, 4, 2, 2)
     together = guided(Model(), LABEL, 4.0)(z, T)
     for row in range(3):
-        assert torch.equal(guided(Model(), LABEL[row : row + 1], 4.0)(z[row : row + 1], T[:1])[0], together[row])
+        assert torch.equal(
+            guided(Model(), LABEL[row : row + 1], 4.0)(z[row : row + 1], T[:1])[0], together[row]
+        )
 
 
 def test_a_window_guides_inside_and_costs_one_pass_outside():
@@ -89,7 +93,9 @@ def test_an_unconditional_model_is_its_own_denoiser_and_cannot_be_guided():
         guided(model, None, 3.0)
 
 
-@pytest.mark.parametrize(("scale", "window"), [(-1.0, None), (float("nan"), None), (float("inf"), None), (2.0, (700, 300))])
+@pytest.mark.parametrize(
+    ("scale", "window"), [(-1.0, None), (float("nan"), None), (float("inf"), None), (2.0, (700, 300))]
+)
 def test_bad_settings_are_refused(scale, window):
     with pytest.raises(InputError, match="guidance"):
         guided(Model(), LABEL, scale, window)
@@ -114,5 +120,7 @@ def test_any_condition_guides_as_labels_do():
 
 
 def test_a_null_caption_of_another_length_is_refused():
-    with pytest.raises(InputError, match=r"shapes of the null condition is \[\(3, 4, 6\)\].*pad both to one length"):
+    with pytest.raises(
+        InputError, match=r"shapes of the null condition is \[\(3, 4, 6\)\].*pad both to one length"
+    ):
         guided_pair(caption_model, (noise(3, 5, 6),), (noise(3, 4, 6),), 2.0)

@@ -9,12 +9,21 @@ import torch
 from reference.diffusion import betas, clip_loss
 from support import noise
 
-from latte.diffusion.loss import OBJECTIVES, bound, discretised_log_likelihood, draw_timesteps, gaussian_kl, min_snr
+from latte.diffusion.loss import (
+    OBJECTIVES,
+    bound,
+    discretised_log_likelihood,
+    draw_timesteps,
+    gaussian_kl,
+    min_snr,
+)
 from latte.diffusion.process import SCHEDULES, DiffusionConfig, build_process
 from latte.runtime import generator
 
 SHAPE = (2, 3, 2, 2)
-CONFIGS = [pair for pair in itertools.product(OBJECTIVES, SCHEDULES) if pair != ("rectified_flow", "squared_cosine")]
+CONFIGS = [
+    pair for pair in itertools.product(OBJECTIVES, SCHEDULES) if pair != ("rectified_flow", "squared_cosine")
+]
 STEPS = torch.tensor([0, 1, 30, 99])
 
 
@@ -25,7 +34,9 @@ def answer(zt):
 
 def batch(seed=0, dtype=torch.float64):
     z0 = 0.6 * noise(4, *SHAPE, seed=seed, dtype=dtype)
-    z0[0, 0, 0] = torch.tensor([[1.2, -1.3], [0.9999, 0.0]])  # the open outer bins of the discretised likelihood at t = 0
+    z0[0, 0, 0] = torch.tensor(
+        [[1.2, -1.3], [0.9999, 0.0]]
+    )  # the open outer bins of the discretised likelihood at t = 0
     return z0, noise(4, *SHAPE, seed=seed + 1, dtype=dtype), noise(4, *SHAPE, seed=seed + 2, dtype=dtype)
 
 
@@ -78,9 +89,13 @@ def test_the_bound_is_zero_for_the_true_posterior_only():
     t = torch.tensor([1, 5, 500, 999])
     zt = process.add_noise(z0, t, eps)
     low = torch.cat([eps, -torch.ones_like(eps)], 2)  # exact noise, variance of the posterior
-    torch.testing.assert_close(bound(process, low, z0, zt, t), torch.zeros(4, dtype=torch.float64), rtol=0, atol=1e-9)
+    torch.testing.assert_close(
+        bound(process, low, z0, zt, t), torch.zeros(4, dtype=torch.float64), rtol=0, atol=1e-9
+    )
     assert (bound(process, torch.cat([eps + 0.1, -torch.ones_like(eps)], 2), z0, zt, t) > 1e-6).all()
-    assert (bound(process, torch.cat([eps, 3 * torch.ones_like(eps)], 2), z0, zt, t) > 1e-13).all()  # beta is almost the posterior at 999
+    assert (
+        bound(process, torch.cat([eps, 3 * torch.ones_like(eps)], 2), z0, zt, t) > 1e-13
+    ).all()  # beta is almost the posterior at 999
 
 
 def test_kl_is_torchs():
@@ -129,7 +144,9 @@ def test_a_clips_loss_does_not_depend_on_its_batch(objective):
 
     together = OBJECTIVES[objective](denoise, process, z0, STEPS, eps)
     for row in range(4):
-        alone = OBJECTIVES[objective](denoise, process, z0[row : row + 1], STEPS[row : row + 1], eps[row : row + 1])
+        alone = OBJECTIVES[objective](
+            denoise, process, z0[row : row + 1], STEPS[row : row + 1], eps[row : row + 1]
+        )
         assert torch.equal(torch.cat(alone), torch.stack([part[row] for part in together]))
 
 

@@ -10,19 +10,33 @@ from reference.diffusion import bayes, betas, remaining
 from support import noise
 
 from latte.checks import InputError
-from latte.diffusion.process import PREDICTIONS, SCHEDULES, DiffusionConfig, Process, build_process, spread, trailing
+from latte.diffusion.process import (
+    PREDICTIONS,
+    SCHEDULES,
+    DiffusionConfig,
+    Process,
+    build_process,
+    spread,
+    trailing,
+)
 
 PAPER = build_process(DiffusionConfig())
 
 
 def test_constants_of_the_paper():
-    assert PAPER.betas.dtype == PAPER.alphas_cumprod.dtype == PAPER.posterior_log_variance.dtype == torch.float64
+    assert (
+        PAPER.betas.dtype == PAPER.alphas_cumprod.dtype == PAPER.posterior_log_variance.dtype == torch.float64
+    )
     assert PAPER.betas[0].item() == 1e-4
     assert PAPER.alphas_cumprod[0].item() == pytest.approx(0.9999, rel=1e-14)
     assert PAPER.alphas_cumprod[499].item() == pytest.approx(0.07858724288, rel=1e-9)
     assert PAPER.alphas_cumprod[999].item() == pytest.approx(4.035829765e-5, rel=1e-9)
     assert PAPER.posterior_variance[0].item() == 0
-    assert PAPER.posterior_log_variance[0].item() == PAPER.posterior_log_variance[1].item() == pytest.approx(-9.81672514, rel=1e-9)
+    assert (
+        PAPER.posterior_log_variance[0].item()
+        == PAPER.posterior_log_variance[1].item()
+        == pytest.approx(-9.81672514, rel=1e-9)
+    )
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -39,7 +53,10 @@ def test_schedules_agree_with_the_formulas(schedule, num_steps):
 def test_add_noise_has_the_moments_of_the_chain():
     """Iterating z_t = sqrt(1 - beta) z_t-1 + sqrt(beta) n moves mean and variance to what add_noise draws at once."""
     mean, variance = 1.0, 0.0
-    one, none = torch.ones(1, 1, 1, 1, 1, dtype=torch.float64), torch.zeros(1, 1, 1, 1, 1, dtype=torch.float64)
+    one, none = (
+        torch.ones(1, 1, 1, 1, 1, dtype=torch.float64),
+        torch.zeros(1, 1, 1, 1, 1, dtype=torch.float64),
+    )
     for t in range(1000):
         beta = PAPER.betas[t].item()
         mean, variance = math.sqrt(1 - beta) * mean, (1 - beta) * variance + beta
@@ -54,7 +71,9 @@ def test_posterior_is_bayes(t, schedule):
     process = build_process(DiffusionConfig(schedule=schedule))
     z0, zt = 0.7, 0.7 * process.signal[t].item() - 0.4 * process.noise[t].item()
     mean, variance = bayes(betas(schedule, 1000), t, z0, zt)
-    at = process.posterior(*torch.tensor([z0, zt], dtype=torch.float64).view(2, 1, 1, 1, 1, 1), torch.tensor([t]))
+    at = process.posterior(
+        *torch.tensor([z0, zt], dtype=torch.float64).view(2, 1, 1, 1, 1, 1), torch.tensor([t])
+    )
     assert at.mean.item() == pytest.approx(mean, rel=1e-6)
     assert at.variance.item() == pytest.approx(variance, rel=1e-5)
     assert at.log_variance.item() == pytest.approx(math.log(variance), rel=1e-5)
@@ -62,7 +81,12 @@ def test_posterior_is_bayes(t, schedule):
 
 @pytest.mark.parametrize(
     ("dtype", "gives"),
-    [(torch.float64, torch.float64), (torch.float32, torch.float32), (torch.bfloat16, torch.float32), (torch.float16, torch.float32)],
+    [
+        (torch.float64, torch.float64),
+        (torch.float32, torch.float32),
+        (torch.bfloat16, torch.float32),
+        (torch.float16, torch.float32),
+    ],
 )
 def test_tables_change_precision_only_on_the_way_out(dtype, gives):
     z, t = noise(3, 2, 4, 2, 2, dtype=dtype), torch.tensor([0, 500, 999])
@@ -85,7 +109,13 @@ def test_a_half_precision_output_is_read_in_float32():
 def test_one_ancestral_step_is_diffusers_with_learned_range(steps):
     from diffusers import DDPMScheduler
 
-    scheduler = DDPMScheduler(variance_type="learned_range", timestep_spacing="linspace", clip_sample=False, beta_start=1e-4, beta_end=0.02)
+    scheduler = DDPMScheduler(
+        variance_type="learned_range",
+        timestep_spacing="linspace",
+        clip_sample=False,
+        beta_start=1e-4,
+        beta_end=0.02,
+    )
     scheduler.set_timesteps(int(steps))
     process = PAPER.respaced(steps)
     assert process.timestep_map.tolist() == scheduler.timesteps.tolist()[::-1]
@@ -94,7 +124,9 @@ def test_one_ancestral_step_is_diffusers_with_learned_range(steps):
         reading = process.read(output, z, torch.tensor([index]))
         draw = torch.randn((2, 4, 4, 4), generator=torch.Generator().manual_seed(5))
         ours = reading.mean + (index > 0) * torch.exp(0.5 * reading.log_variance) * draw
-        theirs = scheduler.step(output[0], process.timestep_map[index], z[0], generator=torch.Generator().manual_seed(5)).prev_sample
+        theirs = scheduler.step(
+            output[0], process.timestep_map[index], z[0], generator=torch.Generator().manual_seed(5)
+        ).prev_sample
         torch.testing.assert_close(ours[0], theirs, rtol=2e-4, atol=2e-4)
 
 
@@ -119,7 +151,9 @@ def test_reading_undoes_the_target(objective):
 
 
 def test_every_prediction_is_reached_by_an_objective():
-    assert {build_process(DiffusionConfig(objective=name)).prediction for name in ("paper", "v", "rectified_flow")} == set(PREDICTIONS)
+    assert {
+        build_process(DiffusionConfig(objective=name)).prediction for name in ("paper", "v", "rectified_flow")
+    } == set(PREDICTIONS)
 
 
 def test_respacing_lists_of_the_released_code():
@@ -131,7 +165,11 @@ def test_respacing_lists_of_the_released_code():
     assert PAPER.respaced("ddim3").timestep_map.tolist() == [0, 334, 668]
     assert PAPER.respaced("1").timestep_map.tolist() == [0]
     parts = PAPER.respaced("10,15,20").timestep_map.tolist()
-    assert [sum(lo <= i < hi for i in parts) for lo, hi in ((0, 334), (334, 667), (667, 1000))] == [10, 15, 20]
+    assert [sum(lo <= i < hi for i in parts) for lo, hi in ((0, 334), (334, 667), (667, 1000))] == [
+        10,
+        15,
+        20,
+    ]
     assert (parts[0], parts[9], parts[10], parts[24], parts[25], parts[44]) == (0, 333, 334, 666, 667, 999)
 
 
@@ -148,7 +186,9 @@ def test_every_respacing_ascends_without_repeats(count):
 @pytest.mark.parametrize("sections", ["250", "ddim50", "10,15,20", "1000", "1"])
 def test_respaced_process_keeps_the_marginals(sections):
     short = PAPER.respaced(sections)
-    torch.testing.assert_close(short.alphas_cumprod, PAPER.alphas_cumprod[short.timestep_map], rtol=1e-10, atol=0)
+    torch.testing.assert_close(
+        short.alphas_cumprod, PAPER.alphas_cumprod[short.timestep_map], rtol=1e-10, atol=0
+    )
     assert torch.equal(short.original(torch.arange(short.num_steps)), short.timestep_map)
     z = noise(1, 1, 4, 2, 2)
     assert all(part.isfinite().all() for part in short.read(torch.cat([z, z], 2), z, torch.tensor([0])))

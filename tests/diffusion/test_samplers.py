@@ -18,8 +18,15 @@ from latte.runtime import SampleNoise
 
 MEAN, DEVIATION = 0.7, 0.4
 SHAPE = (2, 3, 2, 2)
-PROCESSES = {name: build_process(DiffusionConfig(objective=name)) for name in ("paper", "v", "rectified_flow")}
-PAIRS = [(name, objective) for objective, p in PROCESSES.items() for name, s in SAMPLERS.items() if p.prediction in s.predictions]
+PROCESSES = {
+    name: build_process(DiffusionConfig(objective=name)) for name in ("paper", "v", "rectified_flow")
+}
+PAIRS = [
+    (name, objective)
+    for objective, p in PROCESSES.items()
+    for name, s in SAMPLERS.items()
+    if p.prediction in s.predictions
+]
 DIFFUSERS = ("dpmpp", "unipc", "euler", "heun")
 
 
@@ -79,7 +86,9 @@ def test_more_steps_come_closer(name):
 
 def test_the_solvers_beat_ddim_at_few_steps():
     ddim = abs(law("ddim", PROCESSES["paper"], 20)[1] - DEVIATION)
-    assert all(abs(law(name, PROCESSES["paper"], 20)[1] - DEVIATION) < ddim for name in ("dpmpp", "unipc", "heun"))
+    assert all(
+        abs(law(name, PROCESSES["paper"], 20)[1] - DEVIATION) < ddim for name in ("dpmpp", "unipc", "heun")
+    )
 
 
 def test_ddim_at_eta_one_with_all_steps_is_ddpm_in_law():
@@ -92,7 +101,15 @@ def test_ddim_at_eta_one_is_ddpm_draw_by_draw(steps):
     """Without a learned variance the two take the same step from the same noise."""
     denoise = gaussian(PROCESSES["paper"])
     ddpm, ddim = (
-        sample(name, denoise, PROCESSES["paper"], lambda shape, s=SampleNoise([3]): s(shape).double(), SHAPE, steps, eta)
+        sample(
+            name,
+            denoise,
+            PROCESSES["paper"],
+            lambda shape, s=SampleNoise([3]): s(shape).double(),
+            SHAPE,
+            steps,
+            eta,
+        )
         for name, eta in (("ddpm", 0.0), ("ddim", 1.0))
     )
     torch.testing.assert_close(ddim, ddpm, rtol=1e-6, atol=1e-6)
@@ -103,14 +120,18 @@ def test_euler_is_ddim_on_its_grid(schedule):
     """A DDIM step is an Euler step of the same equation in the variables z / sqrt(alphas_cumprod) and sigma."""
     process = build_process(DiffusionConfig(schedule=schedule))
     euler = sample("euler", gaussian(process), process, SampleNoise([1, 2]), SHAPE, 10)
-    ddim = sample("ddim", gaussian(process), process.keep(range(99, 1000, 100)), SampleNoise([1, 2]), SHAPE, 10)
+    ddim = sample(
+        "ddim", gaussian(process), process.keep(range(99, 1000, 100)), SampleNoise([1, 2]), SHAPE, 10
+    )
     torch.testing.assert_close(euler, ddim, rtol=1e-3, atol=1e-3)
 
 
 def test_ddim_is_diffusers():
     from diffusers import DDIMScheduler
 
-    scheduler = DDIMScheduler(beta_start=1e-4, beta_end=0.02, clip_sample=False, set_alpha_to_one=True, timestep_spacing="leading")
+    scheduler = DDIMScheduler(
+        beta_start=1e-4, beta_end=0.02, clip_sample=False, set_alpha_to_one=True, timestep_spacing="leading"
+    )
     scheduler.set_timesteps(50)
     for eta in (0.0, 0.6, 1.0):
         ours = sample("ddim", network, PROCESSES["paper"], SampleNoise([7]), SHAPE, "ddim50", eta)
@@ -118,27 +139,47 @@ def test_ddim_is_diffusers():
         z = stream(SHAPE)
         for t in scheduler.timesteps:
             draw = stream(SHAPE) if eta and t > 0 else torch.zeros_like(z)
-            z = scheduler.step(network(z, t.view(1))[:, :, :3], t, z, eta=eta, variance_noise=draw).prev_sample
+            z = scheduler.step(
+                network(z, t.view(1))[:, :, :3], t, z, eta=eta, variance_noise=draw
+            ).prev_sample
         torch.testing.assert_close(ours, z, rtol=1e-3, atol=1e-3)
 
 
 def test_ddpm_is_diffusers():
     from diffusers import DDPMScheduler
 
-    scheduler = DDPMScheduler(variance_type="learned_range", timestep_spacing="linspace", clip_sample=False, beta_start=1e-4, beta_end=0.02)
+    scheduler = DDPMScheduler(
+        variance_type="learned_range",
+        timestep_spacing="linspace",
+        clip_sample=False,
+        beta_start=1e-4,
+        beta_end=0.02,
+    )
     scheduler.set_timesteps(50)
     ours = sample("ddpm", network, PROCESSES["paper"], SampleNoise([7]), SHAPE, 50)
     stream = SampleNoise([7])
     z = stream(SHAPE)
-    for t in scheduler.timesteps:  # its scheduler draws from a generator and not at t = 0, so hand it the one of this sample
-        z = scheduler.step(network(z, t.view(1))[0], t, z[0], generator=stream.generators[0]).prev_sample[None]
+    for t in (
+        scheduler.timesteps
+    ):  # its scheduler draws from a generator and not at t = 0, so hand it the one of this sample
+        z = scheduler.step(network(z, t.view(1))[0], t, z[0], generator=stream.generators[0]).prev_sample[
+            None
+        ]
     torch.testing.assert_close(ours, z, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize(("name", "objective"), PAIRS)
 def test_a_sample_does_not_depend_on_its_batch(name, objective):
     def run(seeds):
-        return sample(name, network, PROCESSES[objective], SampleNoise(seeds), SHAPE, 7, eta=0.5 if name == "ddim" else 0.0)
+        return sample(
+            name,
+            network,
+            PROCESSES[objective],
+            SampleNoise(seeds),
+            SHAPE,
+            7,
+            eta=0.5 if name == "ddim" else 0.0,
+        )
 
     together = run([11, 12, 13])
     assert together.shape == (3, *SHAPE)
@@ -171,7 +212,14 @@ def test_one_step_goes_from_noise_to_the_exact_mean(name, objective):
 )
 def test_the_model_is_told_original_timesteps(name, steps, told):
     seen = []
-    sample(name, lambda z, t: seen.append(t) or network(z, t), PROCESSES["paper"], SampleNoise([0, 1]), SHAPE, steps)
+    sample(
+        name,
+        lambda z, t: seen.append(t) or network(z, t),
+        PROCESSES["paper"],
+        SampleNoise([0, 1]),
+        SHAPE,
+        steps,
+    )
     assert [t[0].item() for t in seen[:5]] == told
     assert all(t.dtype == torch.int64 and t.shape == (2,) and t[0] == t[1] for t in seen)
     assert len(seen) == (99 if name == "heun" else 50)
@@ -180,7 +228,10 @@ def test_the_model_is_told_original_timesteps(name, steps, told):
 
 @pytest.mark.parametrize("name", [name for name in SAMPLERS if name != "flow"])
 def test_a_sample_is_the_same_read_from_epsilon_or_from_v(name):
-    as_eps, as_v = (sample(name, gaussian(PROCESSES[k]), PROCESSES[k], SampleNoise([4]), SHAPE, 20) for k in ("paper", "v"))
+    as_eps, as_v = (
+        sample(name, gaussian(PROCESSES[k]), PROCESSES[k], SampleNoise([4]), SHAPE, 20)
+        for k in ("paper", "v")
+    )
     torch.testing.assert_close(as_eps, as_v, rtol=1e-3, atol=1e-3)
 
 
@@ -193,7 +244,14 @@ def test_variance_channels_never_reach_a_solver(name):
 @pytest.mark.parametrize("steps", [1, 3, 100])
 def test_flow_reaches_a_single_point_in_any_number_of_steps(steps):
     process, point = PROCESSES["rectified_flow"], noise(1, *SHAPE)
-    out = sample("flow", lambda z, t: (z - point) / process.at("times", t, z), process, SampleNoise([1, 2]), SHAPE, steps)
+    out = sample(
+        "flow",
+        lambda z, t: (z - point) / process.at("times", t, z),
+        process,
+        SampleNoise([1, 2]),
+        SHAPE,
+        steps,
+    )
     torch.testing.assert_close(out, point.expand_as(out), rtol=1e-4, atol=1e-4)
 
 
@@ -201,11 +259,17 @@ def test_flow_reaches_a_single_point_in_any_number_of_steps(steps):
 @pytest.mark.parametrize("steps", [2, 5, 100])
 def test_any_step_count_of_either_schedule_stays_finite(name, steps):
     for schedule in ("linear", "squared_cosine"):
-        process = build_process(DiffusionConfig(schedule, 100)) if name != "flow" else PROCESSES["rectified_flow"]
-        assert sample(name, gaussian(process), process, SampleNoise([0]), (1, 1, 1, 1), steps).isfinite().all()
+        process = (
+            build_process(DiffusionConfig(schedule, 100)) if name != "flow" else PROCESSES["rectified_flow"]
+        )
+        assert (
+            sample(name, gaussian(process), process, SampleNoise([0]), (1, 1, 1, 1), steps).isfinite().all()
+        )
 
 
-@pytest.mark.parametrize(("name", "calls"), [("ddpm", 6), ("ddim", 6), ("dpmpp", 6), ("unipc", 6), ("euler", 6), ("heun", 11)])
+@pytest.mark.parametrize(
+    ("name", "calls"), [("ddpm", 6), ("ddim", 6), ("dpmpp", 6), ("unipc", 6), ("euler", 6), ("heun", 11)]
+)
 def test_progress_counts_the_model_calls(name, calls):
     events = []
 
@@ -213,7 +277,15 @@ def test_progress_counts_the_model_calls(name, calls):
         events.append("call")
         return network(z, t)
 
-    sample(name, denoise, PROCESSES["paper"], SampleNoise([0]), SHAPE, 6, progress=lambda i, n: events.append((i, n)))
+    sample(
+        name,
+        denoise,
+        PROCESSES["paper"],
+        SampleNoise([0]),
+        SHAPE,
+        6,
+        progress=lambda i, n: events.append((i, n)),
+    )
     assert events == [event for i in range(1, calls + 1) for event in ("call", (i, calls))]
 
 

@@ -8,7 +8,7 @@ import torch
 from support import noise, wake
 
 from latte.checks import InputError
-from latte.diffusion.known import restore, with_known
+from latte.diffusion.frame_conditioning import restore, with_known
 from latte.diffusion.process import DiffusionConfig, build_process
 from latte.diffusion.samplers import sample
 from latte.diffusion.windows import edge_weights, in_windows, window_starts
@@ -34,7 +34,9 @@ def test_one_window_is_the_plain_sampler_bit_for_bit(kind, frames):
     process, denoise = build_process(DiffusionConfig()), denoiser(kind)
     for sampler in ("ddpm", "dpmpp"):
         plain = sample(sampler, denoise, process, SampleNoise([0, 1]), (frames, 4, 4, 4), 5)
-        assert torch.equal(sample(sampler, in_windows(denoise, 4), process, SampleNoise([0, 1]), (frames, 4, 4, 4), 5), plain)
+        assert torch.equal(
+            sample(sampler, in_windows(denoise, 4), process, SampleNoise([0, 1]), (frames, 4, 4, 4), 5), plain
+        )
 
 
 @pytest.mark.parametrize(
@@ -65,7 +67,9 @@ def test_overlapping_frames_get_the_weighted_mean_of_the_windows_answers(kind):
     assert edge_weights(4).tolist() == [1, 2, 2, 1]
     for frame in range(7):
         inside = {start: [1, 2, 2, 1][frame - start] for start in parts if 0 <= frame - start < 4}
-        expected = sum(weight * parts[start][:, frame - start] for start, weight in inside.items()) / sum(inside.values())
+        expected = sum(weight * parts[start][:, frame - start] for start, weight in inside.items()) / sum(
+            inside.values()
+        )
         torch.testing.assert_close(answer[:, frame], expected, rtol=1e-5, atol=1e-6)
 
 
@@ -96,7 +100,9 @@ def test_windows_tell_each_other_through_the_overlap(sampler):
         ends = []
         for size in (0.0, 5.0):
             wrapped = with_known(in_windows(blend, 4, overlap), process, known + size, mask, 0.0)
-            z = restore(sample(sampler, wrapped, process, SampleNoise([0]), (12, 4, 4, 4), 6), known + size, mask)
+            z = restore(
+                sample(sampler, wrapped, process, SampleNoise([0]), (12, 4, 4, 4), 6), known + size, mask
+            )
             assert torch.equal(z[:, 0], (known + size)[:, 0])
             ends.append(z)
         moved[overlap] = (ends[1] - ends[0]).abs().amax((0, 2, 3, 4))

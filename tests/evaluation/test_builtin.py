@@ -12,15 +12,24 @@ import torch
 from safetensors import safe_open
 
 from latte.checks import InputError
-from latte.evaluation import builtin
-from latte.evaluation.builtin import ANSWERS, CLASSES, MEASURES, NUM_FEATURES, WEIGHTS, BuiltinDetector, moments, neighbours
 from latte.evaluation.detectors import Detector, build_detector
 from latte.evaluation.frechet import frechet_distance
+from latte.evaluation.networks import builtin
+from latte.evaluation.networks.builtin import (
+    ANSWERS,
+    CLASSES,
+    MEASURES,
+    NUM_FEATURES,
+    WEIGHTS,
+    BuiltinDetector,
+    moments,
+    neighbours,
+)
 from latte.runtime import generator
-from latte.train import detector as training
-from latte.train import detector_clips
-from latte.train.detector import DetectorConfig, fit, make_weights, measure
-from latte.train.detector_clips import draw_batch, draw_damages, draw_pool, procedural_clips, show, to_input
+from tools import detector_clips
+from tools import train_detector as training
+from tools.detector_clips import draw_batch, draw_damages, draw_pool, procedural_clips, show, to_input
+from tools.train_detector import DetectorConfig, fit, make_weights, measure
 
 UNSEEN = 123_456
 BENCHMARKS = str(Path(__file__).parents[2] / "benchmarks")
@@ -61,7 +70,9 @@ def test_it_needs_no_download(monkeypatch, tmp_path):
 def test_it_knows_unseen_scenes(detector, frames):
     found = measure(detector.network, 64, frames, UNSEEN)
     assert min(found[name] for name in CLASSES) >= 0.98
-    assert max(value for name, value in found.items() if name.endswith("_error")) < 0.15  # a guessed size would be wrong by 0.83
+    assert (
+        max(value for name, value in found.items() if name.endswith("_error")) < 0.15
+    )  # a guessed size would be wrong by 0.83
 
 
 def test_features_do_not_depend_on_the_batch(detector):
@@ -84,9 +95,15 @@ def test_the_distance_rises_with_damage(detector, monkeypatch, name):
     monkeypatch.syspath_prepend(BENCHMARKS)
     import sensitivity
 
-    real, clean = detector(sensitivity.draw_clips(1, 48, 8)), sensitivity.draw_clips(sensitivity.FAKE_SEED, 48, 8)
+    real, clean = (
+        detector(sensitivity.draw_clips(1, 48, 8)),
+        sensitivity.draw_clips(sensitivity.FAKE_SEED, 48, 8),
+    )
     strengths = sensitivity.DAMAGES[name][1]
-    values = [frechet_distance(real, detector(sensitivity.damaged(name, strength, clean))) for strength in strengths[::2]]
+    values = [
+        frechet_distance(real, detector(sensitivity.damaged(name, strength, clean)))
+        for strength in strengths[::2]
+    ]
     assert values == sorted(values)
     assert values[-1] > 1.15 * values[0]  # 48 clips of 128 features: mostly bias
     del sys.modules["sensitivity"]
@@ -134,7 +151,9 @@ def test_neighbours_and_moments_are_what_they_say():
     x = torch.randn(2, 4, 3, 5, 5, generator=torch.Generator().manual_seed(0))
     found = neighbours(x)
     for t in range(4):
-        torch.testing.assert_close(found[:, t], torch.cat([x[:, max(t - 1, 0)], x[:, t], x[:, min(t + 1, 3)]], 1))
+        torch.testing.assert_close(
+            found[:, t], torch.cat([x[:, max(t - 1, 0)], x[:, t], x[:, min(t + 1, 3)]], 1)
+        )
     values = x.transpose(1, 2).flatten(2)
     greatest = torch.stack([x[:, t].flatten(2).max(2).values for t in range(4)]).mean(0)
     expected = torch.cat([values.mean(2), values.std(2, correction=0), greatest], 1)
@@ -145,7 +164,9 @@ def centres(clips):
     """Place of the shape in every frame of uint8 (b t h w c), from pixels alone: (b t 2), x and y in frame sides."""
     bright = (clips.float().amax(-1) > 60).float()
     axis = (torch.arange(64.0) + 0.5) / 64
-    return torch.stack([(bright * line).sum((2, 3)) / bright.sum((2, 3)) for line in (axis, axis[:, None])], -1)
+    return torch.stack(
+        [(bright * line).sum((2, 3)) / bright.sum((2, 3)) for line in (axis, axis[:, None])], -1
+    )
 
 
 def answer(labels, name):
@@ -161,18 +182,31 @@ def test_a_batch_is_a_function_of_its_step_and_its_labels_are_true(monkeypatch):
     pool = draw_pool(5, 16)
     for step, frames in ((0, 8), (1, 8), (2, 16)):  # every speed and length
         clips, labels = draw_batch(pool, 32, 0, step)
-        assert all(torch.equal(a, b) for a, b in zip(draw_batch(pool, 32, 0, step), (clips, labels), strict=True))
+        assert all(
+            torch.equal(a, b) for a, b in zip(draw_batch(pool, 32, 0, step), (clips, labels), strict=True)
+        )
         assert clips.shape == (32 if frames == 8 else 16, frames, 64, 64, 3)
         path = centres(clips)
         speed = answer(labels, "speed")[:, None] * 0.02 + 0.035
-        torch.testing.assert_close((path[:, -1] - path[:, 0]) / (frames - 1), WAYS[answer(labels, "direction").long()] * speed,
-                                   rtol=0, atol=2e-3)  # fmt: skip
+        torch.testing.assert_close(
+            (path[:, -1] - path[:, 0]) / (frames - 1),
+            WAYS[answer(labels, "direction").long()] * speed,
+            rtol=0,
+            atol=2e-3,
+        )
         middle = torch.stack([answer(labels, "x"), answer(labels, "y")], 1) * 0.2 + 0.5
-        middle[:, 1] += 0.2 * (answer(labels, "size") * 0.015 + 0.155) * (answer(labels, "shape") == 2)  # a triangle's centroid
+        middle[:, 1] += (
+            0.2 * (answer(labels, "size") * 0.015 + 0.155) * (answer(labels, "shape") == 2)
+        )  # a triangle's centroid
         torch.testing.assert_close(path.mean(1), middle, rtol=0, atol=5e-3)
         assert (labels[:, -5:] == 0).all()
-        brightest = torch.stack([clip.flatten(0, 2)[clip.flatten(0, 2).sum(1).argmax()] for clip in clips]) / 127.5 - 1
-        torch.testing.assert_close(labels[:, [list(ANSWERS).index(name) for name in ("red", "green", "blue")]], brightest)
+        brightest = (
+            torch.stack([clip.flatten(0, 2)[clip.flatten(0, 2).sum(1).argmax()] for clip in clips]) / 127.5
+            - 1
+        )
+        torch.testing.assert_close(
+            labels[:, [list(ANSWERS).index(name) for name in ("red", "green", "blue")]], brightest
+        )
 
 
 @pytest.mark.parametrize("damages", [{"shuffled": 0.5}, {"frozen": 0.4}, {"shuffled": 1.0, "frozen": 0.3}])
@@ -185,11 +219,21 @@ def test_damaged_order_is_labelled_as_the_pixels_show_it(damages):
         steps = path.diff(dim=0).norm(dim=1)
         found = {name: float(answer(labels[None], name)) for name in MEASURES}
         assert 0.02 * (2 ** found["motion"] - 1) == pytest.approx(float(steps.mean()), abs=2e-3)
-        assert found["still"] / 2 == pytest.approx(float((shown.diff(dim=0) == 0).flatten(1).all(1).float().mean()))
-        usual = WAYS[["up", "down", "left", "right"].index(scene.direction)] * scene.speed * torch.tensor([1.0, -1.0])
+        assert found["still"] / 2 == pytest.approx(
+            float((shown.diff(dim=0) == 0).flatten(1).all(1).float().mean())
+        )
+        usual = (
+            WAYS[["up", "down", "left", "right"].index(scene.direction)]
+            * scene.speed
+            * torch.tensor([1.0, -1.0])
+        )
         wrong = ((path.diff(dim=0) - usual).norm(dim=1) > scene.speed / 2) & (steps > scene.speed / 2)
         assert found["wild"] / 2 == pytest.approx(float(wrong.float().mean()))
-        assert (found["speed"] != found["speed"]) == (answer(labels[None], "direction").item() < 0) == bool(wrong.any())
+        assert (
+            (found["speed"] != found["speed"])
+            == (answer(labels[None], "direction").item() < 0)
+            == bool(wrong.any())
+        )
 
 
 def test_damaged_pixels_are_labelled_with_their_damage():
@@ -200,7 +244,9 @@ def test_damaged_pixels_are_labelled_with_their_damage():
     assert (found["blur"], found["noise"]) == (2.0, 2.0)
     assert found["hue"] == (0.0 if scene.colour == "white" else 1.5)
     assert found["colour"] < 0
-    assert 20 < float((shown[:, :8, :8].float() - torch.tensor([24.0, 26.0, 34.0])).std()) < 26  # dark ground is clamped at 0
+    assert (
+        20 < float((shown[:, :8, :8].float() - torch.tensor([24.0, 26.0, 34.0])).std()) < 26
+    )  # dark ground is clamped at 0
     turned, labels = show(clip, scene, torch.arange(8), False, {"hue": 60.0}, draw)
     red = list(ANSWERS).index("red")
     peak = turned[0].flatten(0, 1).float()[clip[0].flatten(0, 1).float().sum(1).argmax()]
@@ -221,7 +267,9 @@ def test_every_damage_is_drawn_and_two_of_five_clips_have_none():
 def test_a_fresh_training_is_a_function_of_its_seed(tmp_path):
     one, two = fit(SMALL), fit(SMALL)
     assert isinstance(one, BuiltinDetector)
-    assert all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), two.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(one.state_dict().values(), two.state_dict().values(), strict=True)
+    )
 
 
 def test_a_stopped_training_goes_on_where_it_was(tmp_path, monkeypatch):
@@ -242,7 +290,10 @@ def test_a_stopped_training_goes_on_where_it_was(tmp_path, monkeypatch):
     assert steps[3:] == [0, 1, 2, 3]  # the first three batches are looked at to condition the layers
     resumed = fit(config, keep=keep)
     assert steps[10:] == [2, 3]
-    assert all(torch.equal(a, b) for a, b in zip(resumed.state_dict().values(), fit(config).state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(resumed.state_dict().values(), fit(config).state_dict().values(), strict=True)
+    )
     with pytest.raises(InputError, match="delete it"):
         fit(replace(config, steps=5), keep=keep)
 
@@ -252,7 +303,9 @@ def test_layers_begin_with_outputs_of_mean_0_and_variance_1():
     training.condition(model, clips)
     for layer in (model.stem, model.time2, model.second):
         outputs = []
-        with layer.register_forward_hook(lambda _module, _inputs, output, outputs=outputs: outputs.append(output)):
+        with layer.register_forward_hook(
+            lambda _module, _inputs, output, outputs=outputs: outputs.append(output)
+        ):
             model.code(to_input(clips))
         values = outputs[0].transpose(0, 1).flatten(1)
         torch.testing.assert_close(values.mean(1), torch.zeros(len(values)), rtol=0, atol=1e-3)

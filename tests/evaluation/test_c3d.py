@@ -7,8 +7,8 @@ from reference.c3d import PlainC3D
 from support import noise
 
 from latte.checks import InputError
-from latte.evaluation import c3d
-from latte.evaluation.layers import channels_last
+from latte.evaluation.networks import c3d
+from latte.evaluation.networks.layers import channels_last
 
 
 def pair(classes, width, hidden):

@@ -14,7 +14,7 @@ from support import noise
 from torch import nn
 
 from latte.checks import InputError, RunError
-from latte.evaluation import c3d, detector_files
+from latte.evaluation import detector_files
 from latte.evaluation.detector_files import (
     PublicFile,
     cache_dir,
@@ -26,7 +26,8 @@ from latte.evaluation.detector_files import (
     rename,
     tensors_sha256,
 )
-from latte.evaluation.layers import Network, Scheme, fold_norms
+from latte.evaluation.networks import c3d
+from latte.evaluation.networks.layers import Network, Scheme, fold_norms
 
 NETWORK = Network(lambda: c3d.C3D(5, 2, 16), c3d.SCHEMES, c3d.NORM_EPS)
 
@@ -57,7 +58,9 @@ def published(plain, tmp_path, monkeypatch):
     """A small C3D file that the table knows as the file of detector 'c3d'."""
     path = tmp_path / "c3d_small.pt"
     torch.save(plain.state_dict(), path)
-    file = PublicFile("c3d_small.pt", "c3d", file_sha256(path), path.stat().st_size, ("https://example.org/c3d_small.pt",))
+    file = PublicFile(
+        "c3d_small.pt", "c3d", file_sha256(path), path.stat().st_size, ("https://example.org/c3d_small.pt",)
+    )
     other = PublicFile("other.pt", None, "0" * 64, note="a file that nobody should use")
     monkeypatch.setattr(detector_files, "FILES", (file, other))
     return path
@@ -66,9 +69,15 @@ def published(plain, tmp_path, monkeypatch):
 def test_a_published_file_becomes_safetensors_once(published, plain):
     converted = import_weights("c3d", NETWORK, published)
     assert converted == cache_dir() / f"c3d-{file_sha256(published)[:8]}.safetensors"
-    assert [path.name for path in cache_dir().iterdir()] == [converted.name]  # nothing half-written stays behind
+    assert [path.name for path in cache_dir().iterdir()] == [
+        converted.name
+    ]  # nothing half-written stays behind
     weights = load_converted(converted, NETWORK)
-    assert (weights.sha256, weights.source, weights.size) == (file_sha256(published), "c3d_small.pt", published.stat().st_size)
+    assert (weights.sha256, weights.source, weights.size) == (
+        file_sha256(published),
+        "c3d_small.pt",
+        published.stat().st_size,
+    )
     expected = plain.state_dict()
     assert weights.tensors_sha256 == tensors_sha256(expected)
     assert all(torch.equal(tensor, expected[name]) for name, tensor in weights.network.state_dict().items())
@@ -115,7 +124,9 @@ def test_tensors_of_another_network_are_refused(published, plain, tmp_path):
     ):
         torch.save(changed, tmp_path / f"{name}.pt")
         with pytest.raises(InputError, match=reason):
-            import_weights("c3d", NETWORK, tmp_path / f"{name}.pt", sha256=file_sha256(tmp_path / f"{name}.pt"))
+            import_weights(
+                "c3d", NETWORK, tmp_path / f"{name}.pt", sha256=file_sha256(tmp_path / f"{name}.pt")
+            )
     assert not list(cache_dir().glob("*"))
 
 
@@ -177,7 +188,9 @@ def test_downloads_that_never_end_or_fail_are_given_up(published, monkeypatch):
     with pytest.raises(RunError, match="bytes came"):
         find_weights("c3d", NETWORK)
     assert asked
-    monkeypatch.setattr(urllib.request, "urlopen", lambda url, timeout: (_ for _ in ()).throw(OSError("no route")))
+    monkeypatch.setattr(
+        urllib.request, "urlopen", lambda url, timeout: (_ for _ in ()).throw(OSError("no route"))
+    )
     with pytest.raises(RunError, match="no route"):
         find_weights("c3d", NETWORK)
 
@@ -201,7 +214,9 @@ def test_the_offline_switch_holds_whenever_it_is_set(switch, published, monkeypa
     assert not is_offline()
     monkeypatch.setenv(switch, "1")
     assert is_offline()
-    with pytest.raises(InputError, match=r"needs c3d_small.pt, .*offline; download it \(https://example.org/c3d_small.pt\)"):
+    with pytest.raises(
+        InputError, match=r"needs c3d_small.pt, .*offline; download it \(https://example.org/c3d_small.pt\)"
+    ):
         find_weights("c3d", NETWORK)
 
 
@@ -240,18 +255,30 @@ def test_folding_is_the_norm_behind_the_convolution():
         for tensor in (norm.weight, norm.bias, norm.running_mean):
             tensor.copy_(noise(4))
         norm.running_var.copy_(noise(4).abs() / 100)
-    tensors = {"c.weight": conv.weight, "c.gain": norm.weight, "c.shift": norm.bias, "c.mean": norm.running_mean, "c.var": norm.running_var}
+    tensors = {
+        "c.weight": conv.weight,
+        "c.gain": norm.weight,
+        "c.shift": norm.bias,
+        "c.mean": norm.running_mean,
+        "c.var": norm.running_var,
+    }
     x = noise(1, 3, 8, 8)
     folded = fold_norms(tensors, 1e-3)
-    torch.testing.assert_close(nn.functional.conv2d(x, folded["c.weight"], folded["c.bias"]), norm(conv(x)), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        nn.functional.conv2d(x, folded["c.weight"], folded["c.bias"]), norm(conv(x)), rtol=1e-4, atol=1e-4
+    )
     without_gain = fold_norms({k: v for k, v in tensors.items() if k != "c.gain"}, 1e-3)
-    torch.testing.assert_close(without_gain["c.weight"] * norm.weight.reshape(-1, 1, 1, 1), folded["c.weight"])
+    torch.testing.assert_close(
+        without_gain["c.weight"] * norm.weight.reshape(-1, 1, 1, 1), folded["c.weight"]
+    )
 
 
 def test_identity_of_tensors_is_names_shapes_and_bits():
     a = {"x": noise(2, 3), "y": torch.tensor(3)}
     assert tensors_sha256(a) == tensors_sha256(dict(reversed(a.items())))
-    assert tensors_sha256(a) == tensors_sha256(a | {"x": a["x"].t().contiguous().t()})  # storage order is no matter
+    assert tensors_sha256(a) == tensors_sha256(
+        a | {"x": a["x"].t().contiguous().t()}
+    )  # storage order is no matter
     others = [
         {"x": a["x"]},
         a | {"x": a["x"].reshape(3, 2)},

@@ -11,9 +11,17 @@ from torch import Tensor, nn
 from latte.checks import InputError
 from latte.evaluation import detectors
 from latte.evaluation.detector_files import Weights
-from latte.evaluation.detectors import DETECTORS, RESIZES, Detector, DetectorSpec, Pixels, build_detector, full_precision
+from latte.evaluation.detectors import (
+    DETECTORS,
+    RESIZES,
+    Detector,
+    DetectorSpec,
+    Pixels,
+    build_detector,
+    full_precision,
+)
 from latte.evaluation.frechet import frechet_distance
-from latte.evaluation.layers import Conv, channels_last
+from latte.evaluation.networks.layers import Conv, channels_last
 from latte.runtime import generator
 
 
@@ -55,12 +63,18 @@ def test_resizes_equal_the_loops(rule, size):
 def test_resize_rules_differ_as_measured():
     image = noise(1, 3, 64, 64).clamp(-1, 1)
     found = {rule: resize(image, (224, 224)) for rule, resize in RESIZES.items()}
-    assert float((found["half-pixel"] - found["tf1"]).abs().max()) > 0.3  # 0.43 between the protocols' rules on 64 to 224
+    assert (
+        float((found["half-pixel"] - found["tf1"]).abs().max()) > 0.3
+    )  # 0.43 between the protocols' rules on 64 to 224
 
 
 @pytest.mark.parametrize(
     ("pixels", "low", "high"),
-    [(Pixels(), -1.0, 1.0), (Pixels(299, "tf1", values="(x - 128) / 128"), -1.0, 127 / 128), (Pixels(8, values="[0, 1]"), 0.0, 1.0)],
+    [
+        (Pixels(), -1.0, 1.0),
+        (Pixels(299, "tf1", values="(x - 128) / 128"), -1.0, 127 / 128),
+        (Pixels(8, values="[0, 1]"), 0.0, 1.0),
+    ],
 )
 def test_value_ranges(pixels, low, high):
     for value, expected in ((0, low), (255, high)):
@@ -78,7 +92,9 @@ def test_channels_frames_and_clips_stay_in_order():
 def test_centre_crop_keeps_the_middle_of_the_longer_side():
     wide = clips(1, 1, 8, 13)
     squeezed, cropped = Pixels(4).prepare(wide), Pixels(4, crop="centre").prepare(wide)
-    expected = resize_loops(wide[0, 0].double().numpy(), 4, 7, "half-pixel")[:, 1:5]  # 13 * 4 / 8 = 6.5 is rounded up, 3 columns leave
+    expected = resize_loops(wide[0, 0].double().numpy(), 4, 7, "half-pixel")[
+        :, 1:5
+    ]  # 13 * 4 / 8 = 6.5 is rounded up, 3 columns leave
     np.testing.assert_allclose(cropped[0, :, 0].permute(1, 2, 0), expected / 127.5 - 1, atol=1e-5)
     assert float((squeezed - cropped).abs().max()) > 0.1
     tall = wide.transpose(2, 3)
@@ -94,7 +110,9 @@ def test_unknown_pixel_rules_are_refused(wrong):
 
 
 def test_published_detectors_state_their_protocol():
-    table = {name: (spec.pixels, spec.unit, dict(spec.layers), spec.min_frames) for name, spec in DETECTORS.items()}
+    table = {
+        name: (spec.pixels, spec.unit, dict(spec.layers), spec.min_frames) for name, spec in DETECTORS.items()
+    }
     half, tf1, caffe = Pixels(224), Pixels(299, "tf1", values="(x - 128) / 128"), Pixels(112, "align-corners")
     assert table["i3d"] == table["i3d400"] == table["random-i3d"] == (half, "clip", {"logits": 400}, 9)
     assert table["inception"] == (tf1, "frame", {"pool3": 2048, "logits": 1008}, 1)
@@ -196,15 +214,30 @@ def test_random_i3d_is_the_same_on_every_machine(random_i3d):
     assert detectors.random_i3d(seed=1).sha256 != RANDOM_I3D_SHA256
     described = random_i3d.describe()
     assert described["dimension"] == random_i3d.dim == 400
-    assert described["pixels"] == {"size": 224, "resize": "half-pixel", "crop": "none", "values": "[-1, 1]", "antialias": False}
+    assert described["pixels"] == {
+        "size": 224,
+        "resize": "half-pixel",
+        "crop": "none",
+        "values": "[-1, 1]",
+        "antialias": False,
+    }
     with pytest.raises(InputError, match="reads no file"):
         detectors.random_i3d(path="x")
 
 
 def test_random_i3d_tells_kinds_of_clips_apart(random_i3d):
-    smooth = [Pixels(64).prepare(clips(1, 9, 3, 3, seed=i))[0].permute(1, 2, 3, 0) * 127.5 + 127.5 for i in range(4)]
+    smooth = [
+        Pixels(64).prepare(clips(1, 9, 3, 3, seed=i))[0].permute(1, 2, 3, 0) * 127.5 + 127.5 for i in range(4)
+    ]
     rough = [clip + 60 * noise(*clip.shape, seed=i) for i, clip in enumerate(smooth)]
-    banks = [random_i3d(torch.stack(side).clamp(0, 255).to(torch.uint8)) for side in (smooth[:2], smooth[2:], rough[2:])]
+    banks = [
+        random_i3d(torch.stack(side).clamp(0, 255).to(torch.uint8))
+        for side in (smooth[:2], smooth[2:], rough[2:])
+    ]
     assert frechet_distance(banks[0], banks[2]) > 1.5 * frechet_distance(banks[0], banks[1])
-    values = torch.linalg.svdvals(torch.cat(banks[:2]).double() - torch.cat(banks[:2]).double().mean(0)).square()
-    assert float(values.sum() ** 2 / values.square().sum()) > 2  # an effective rank near 1 would mean one direction for all clips
+    values = torch.linalg.svdvals(
+        torch.cat(banks[:2]).double() - torch.cat(banks[:2]).double().mean(0)
+    ).square()
+    assert (
+        float(values.sum() ** 2 / values.square().sum()) > 2
+    )  # an effective rank near 1 would mean one direction for all clips

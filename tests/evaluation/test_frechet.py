@@ -13,7 +13,14 @@ from latte.checks import InputError
 from latte.evaluation.frechet import bias_floor, frechet_distance, frechet_of, gaussian, merge
 from latte.evaluation.statistics import kernel_distance, precision_recall
 
-SHAPES = [(300, 40), (41, 40), (40, 40), (17, 40), (2, 40), (5000, 3)]  # longer, as long, shorter than wide; more than one chunk
+SHAPES = [
+    (300, 40),
+    (41, 40),
+    (40, 40),
+    (17, 40),
+    (2, 40),
+    (5000, 3),
+]  # longer, as long, shorter than wide; more than one chunk
 
 
 def exact_bank(n, mean, root, ddof, seed=0):
@@ -40,7 +47,9 @@ def test_frechet_is_zero_for_equal_banks_and_symmetric(shape, ddof):
     assert abs(frechet_distance(x, x, ddof)) < tolerance
     assert abs(frechet_distance(x, x[order], ddof)) < tolerance
     assert frechet_distance(x, y, ddof) == pytest.approx(frechet_distance(y, x, ddof), abs=tolerance)
-    assert frechet_distance(x, y, ddof) > float((x.mean(0) - y.mean(0)).square().sum()) > 0  # spreads only add to the means' distance
+    assert (
+        frechet_distance(x, y, ddof) > float((x.mean(0) - y.mean(0)).square().sum()) > 0
+    )  # spreads only add to the means' distance
 
 
 # 2. and 3. Translation, rotation, scale, constants
@@ -60,12 +69,17 @@ def test_frechet_under_translation(shape):
 @pytest.mark.parametrize("shape", SHAPES[:4])
 def test_frechet_under_rotation_scale_and_constants(shape):
     x, y = bank(*shape), bank(*shape, seed=1)
-    d, rotation = frechet_distance(x, y), torch.linalg.qr(noise(shape[1], shape[1], seed=5, dtype=torch.float64)).Q
+    d, rotation = (
+        frechet_distance(x, y),
+        torch.linalg.qr(noise(shape[1], shape[1], seed=5, dtype=torch.float64)).Q,
+    )
     tolerance = 1e-9 * trace(x, y)
     assert frechet_distance(x @ rotation, y @ rotation) == pytest.approx(d, abs=tolerance)
     assert frechet_distance(3 * x, 3 * y) == pytest.approx(9 * d, abs=9 * tolerance)
     constant = torch.full((shape[0], 4), 7.0, dtype=torch.float64)
-    assert frechet_distance(torch.cat([x, constant], 1), torch.cat([y, constant], 1)) == pytest.approx(d, abs=tolerance)
+    assert frechet_distance(torch.cat([x, constant], 1), torch.cat([y, constant], 1)) == pytest.approx(
+        d, abs=tolerance
+    )
 
 
 # 4. Closed forms
@@ -80,7 +94,10 @@ def closed_forms():
     """Name -> (root of S1, root of S2, trace sqrt(S1 S2)): covariances for which the square root is known."""
     rotation = torch.linalg.qr(noise(6, 6, seed=3, dtype=torch.float64)).Q
     a, b = diagonal(6, -0.3) @ rotation, diagonal(6, 0.4) @ rotation
-    two = [torch.tensor([[2.0, 1.0], [0.0, 0.5]], dtype=torch.float64), torch.tensor([[0.3, 0.0], [1.0, 1.5]], dtype=torch.float64)]
+    two = [
+        torch.tensor([[2.0, 1.0], [0.0, 0.5]], dtype=torch.float64),
+        torch.tensor([[0.3, 0.0], [1.0, 1.5]], dtype=torch.float64),
+    ]
     product = two[0].T @ two[0] @ two[1].T @ two[1]
     first, second = diagonal(8, -0.5).clone(), diagonal(8, -0.5).clone()
     first[:, 4:], second[:, :4] = 0, 0
@@ -95,7 +112,11 @@ def closed_forms():
         "one dimension": (2 * one, 5 * one, torch.tensor(10.0)),
         "two dimensions": (*two, torch.sqrt(product.trace() + 2 * torch.sqrt(torch.linalg.det(product)))),
         "no common direction": (first, second, torch.tensor(0.0)),
-        "as wide as FVD": (diagonal(400, -0.5), diagonal(400, -0.25), (diagonal(400, -0.5) @ diagonal(400, -0.25)).trace()),
+        "as wide as FVD": (
+            diagonal(400, -0.5),
+            diagonal(400, -0.25),
+            (diagonal(400, -0.5) @ diagonal(400, -0.25)).trace(),
+        ),
     }
 
 
@@ -103,18 +124,27 @@ def closed_forms():
 @pytest.mark.parametrize("name", closed_forms())
 def test_frechet_has_its_closed_form(name, ddof):
     a, b, shared = closed_forms()[name]
-    k, means = len(a), (noise(len(a), seed=7, dtype=torch.float64), noise(len(a), seed=8, dtype=torch.float64))
+    k, means = (
+        len(a),
+        (noise(len(a), seed=7, dtype=torch.float64), noise(len(a), seed=8, dtype=torch.float64)),
+    )
     x, y = exact_bank(2 * k + 60, means[0], a, ddof), exact_bank(k + 90, means[1], b, ddof, seed=1)
     expected = (means[0] - means[1]).square().sum() + a.square().sum() + b.square().sum() - 2 * shared
-    assert frechet_distance(x, y, ddof) == pytest.approx(float(expected), abs=1e-9 * float(a.square().sum() + b.square().sum()))
+    assert frechet_distance(x, y, ddof) == pytest.approx(
+        float(expected), abs=1e-9 * float(a.square().sum() + b.square().sum())
+    )
 
 
 @pytest.mark.parametrize("ddof", [0, 1])
 def test_frechet_equals_the_textbook(ddof):
     x, y = bank(400, 30), bank(300, 30, seed=1, offset=0.2)
-    assert frechet_distance(x, y, ddof) == pytest.approx(frechet_sqrtm(x.numpy(), y.numpy(), ddof), abs=1e-8 * trace(x, y))
+    assert frechet_distance(x, y, ddof) == pytest.approx(
+        frechet_sqrtm(x.numpy(), y.numpy(), ddof), abs=1e-8 * trace(x, y)
+    )
     one, other = bank(50, 1), bank(40, 1, seed=1, offset=3)
-    assert frechet_distance(one, other, ddof) == pytest.approx(frechet_1d(one.numpy(), other.numpy(), ddof), rel=1e-9)
+    assert frechet_distance(one, other, ddof) == pytest.approx(
+        frechet_1d(one.numpy(), other.numpy(), ddof), rel=1e-9
+    )
 
 
 # 5. The bias law
@@ -123,7 +153,10 @@ def test_frechet_equals_the_textbook(ddof):
 @pytest.mark.parametrize(("k", "n"), [(100, 1000), (32, 128)])
 def test_equal_distributions_score_the_bias_floor(k, n):
     draws = iter(range(1000))
-    values = [frechet_distance(*(noise(n, k, seed=next(draws), dtype=torch.float64) for _ in range(2))) for _ in range(8)]
+    values = [
+        frechet_distance(*(noise(n, k, seed=next(draws), dtype=torch.float64) for _ in range(2)))
+        for _ in range(8)
+    ]
     assert sum(values) / 8 == pytest.approx(k * (k + 5) / (2 * n), rel=0.05)
 
 
@@ -137,7 +170,9 @@ def test_printed_bias_floor_is_the_law(k, n):
 
 def test_bias_floor_of_a_falling_spectrum():
     sides = [[bank(300, 40, seed=2 * i + j) for j in range(2)] for i in range(20)]
-    assert bias_floor(bank(600, 40, seed=77), 300, 300) == pytest.approx(sum(frechet_distance(*pair) for pair in sides) / 20, rel=0.1)
+    assert bias_floor(bank(600, 40, seed=77), 300, 300) == pytest.approx(
+        sum(frechet_distance(*pair) for pair in sides) / 20, rel=0.1
+    )
 
 
 # 6. and 7. Duplicates and shards
@@ -207,7 +242,9 @@ def test_rows_that_are_not_finite_are_named(function, value):
 def test_two_rows_are_enough():
     x, y = bank(2, 5), bank(2, 5, seed=1)
     a, b = x[0] - x[1], y[0] - y[1]  # rank one on both sides: trace sqrt(S1 S2) = |a.b| / 2
-    expected = (x.mean(0) - y.mean(0)).square().sum() + a.square().sum() / 2 + b.square().sum() / 2 - (a @ b).abs()
+    expected = (
+        (x.mean(0) - y.mean(0)).square().sum() + a.square().sum() / 2 + b.square().sum() / 2 - (a @ b).abs()
+    )
     assert frechet_distance(x, y, ddof=1) == pytest.approx(float(expected), rel=1e-12)
 
 

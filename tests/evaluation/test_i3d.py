@@ -11,11 +11,18 @@ from reference.i3d import PlainI3D, names_of_hassony2, tensorflow_variables, wak
 from support import noise
 
 from latte.checks import InputError
-from latte.evaluation import i3d
 from latte.evaluation.detector_files import FILES, cache_dir, import_weights, load_converted, rename
 from latte.evaluation.detectors import Pixels
 from latte.evaluation.frechet import frechet_distance
-from latte.evaluation.layers import Conv, channels_last, convolve, fold_norms, max_pool_same, same_padding
+from latte.evaluation.networks import i3d
+from latte.evaluation.networks.layers import (
+    Conv,
+    channels_last,
+    convolve,
+    fold_norms,
+    max_pool_same,
+    same_padding,
+)
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +33,9 @@ def plain():
 @pytest.fixture(scope="module")
 def ours(plain):
     network = i3d.I3D()
-    network.load_state_dict(fold_norms(rename(plain.state_dict(), i3d.NETWORK, "the plain port"), i3d.NORM_EPS))
+    network.load_state_dict(
+        fold_norms(rename(plain.state_dict(), i3d.NETWORK, "the plain port"), i3d.NORM_EPS)
+    )
     return channels_last(network)
 
 
@@ -44,7 +53,11 @@ def test_every_public_key_is_used_under_three_namings(plain):
     ours_by_scheme = {name: set(scheme.names) for name, scheme in i3d.SCHEMES.items()}
     assert ours_by_scheme["piergiaj"] == set(state)
     assert ours_by_scheme["hassony2"] == set(names_of_hassony2())
-    assert {name: len(keys) for name, keys in ours_by_scheme.items()} == {"piergiaj": 344, "hassony2": 344, "tensorflow": 230}
+    assert {name: len(keys) for name, keys in ours_by_scheme.items()} == {
+        "piergiaj": 344,
+        "hassony2": 344,
+        "tensorflow": 230,
+    }
     assert {f"{name}:0" for name in ours_by_scheme["tensorflow"]} == set(tensorflow_variables(plain))
 
 
@@ -53,7 +66,9 @@ def test_all_namings_lead_to_the_same_network(plain):
     expected = fold_norms(rename(state, i3d.NETWORK, "piergiaj"), i3d.NORM_EPS)
     renamed = dict(zip(names_of_hassony2(), state.values(), strict=True))
     assert all(tuple(renamed[name].shape) == shape for name, shape in names_of_hassony2().items())
-    found = fold_norms(rename({f"module.{k}": v for k, v in renamed.items()}, i3d.NETWORK, "hassony2"), i3d.NORM_EPS)
+    found = fold_norms(
+        rename({f"module.{k}": v for k, v in renamed.items()}, i3d.NETWORK, "hassony2"), i3d.NORM_EPS
+    )
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
     with torch.no_grad():  # the TF graph has no gains
@@ -78,7 +93,9 @@ def test_published_sizes(plain):
 def test_same_padding_is_tensorflows(size, kernel, stride):
     before, after = same_padding(size, kernel, stride)
     outputs = -(-size // stride)
-    assert (size + before + after - kernel) // stride + 1 == outputs or (kernel < stride and before == after == 0)
+    assert (size + before + after - kernel) // stride + 1 == outputs or (
+        kernel < stride and before == after == 0
+    )
     assert before <= after <= before + 1
 
 
@@ -89,11 +106,16 @@ def test_same_padding_at_the_first_convolution():
 
 @pytest.mark.parametrize("length", range(4, 9))
 @pytest.mark.parametrize(
-    ("kernel", "stride"), [((3, 3, 3), (2, 2, 2)), ((1, 3, 3), (1, 2, 2)), ((2, 2, 2), (2, 2, 2)), ((3, 3, 3), (1, 1, 1))]
+    ("kernel", "stride"),
+    [((3, 3, 3), (2, 2, 2)), ((1, 3, 3), (1, 2, 2)), ((2, 2, 2), (2, 2, 2)), ((3, 3, 3), (1, 1, 1))],
 )
 def test_pools_pad_with_zeros(length, kernel, stride):
     x = noise(2, 3, length, length + 1, 5, seed=length).relu()
-    pads = [amount for n, k, s in list(zip(x.shape[2:], kernel, stride, strict=True))[::-1] for amount in same_padding(n, k, s)]
+    pads = [
+        amount
+        for n, k, s in list(zip(x.shape[2:], kernel, stride, strict=True))[::-1]
+        for amount in same_padding(n, k, s)
+    ]
     expected = torch.nn.functional.max_pool3d(torch.nn.functional.pad(x, pads), kernel, stride)
     assert torch.equal(max_pool_same(x, kernel, stride), expected)
 
@@ -119,7 +141,10 @@ def test_clips_it_cannot_read_are_refused(ours, shape):
 def published_i3d(name):
     """The network ``name`` with its real weights and the TF graph's eps, or a skip that says what is missing."""
     file = next(file for file in FILES if file.detector == name)
-    places = [*cache_dir().glob(f"{name}-{file.sha256[:8]}.safetensors"), Path(__file__).parents[3] / "shared" / "weights" / file.name]
+    places = [
+        *cache_dir().glob(f"{name}-{file.sha256[:8]}.safetensors"),
+        Path(__file__).parents[3] / "shared" / "weights" / file.name,
+    ]
     found = [place for place in places if place.is_file()]
     if not found:
         pytest.skip(f"{file.name} is neither in {cache_dir()} nor in ../shared/weights")
@@ -132,7 +157,9 @@ def published_i3d(name):
 
 def constant_clips_fvd(network, frames, pixels):
     """Squared distance between black and white clips of 64 x 64: both sets have no spread."""
-    black, white = (network(pixels.prepare(torch.full((1, frames, 64, 64, 3), v, dtype=torch.uint8))) for v in (0, 255))
+    black, white = (
+        network(pixels.prepare(torch.full((1, frames, 64, 64, 3), v, dtype=torch.uint8))) for v in (0, 255)
+    )
     return float((white.double() - black.double()).square().sum())
 
 

@@ -8,9 +8,9 @@ from reference.inception import PlainInception
 from support import noise
 
 from latte.checks import InputError
-from latte.evaluation import inception
 from latte.evaluation.detector_files import rename
-from latte.evaluation.layers import Conv, channels_last, fold_norms
+from latte.evaluation.networks import inception
+from latte.evaluation.networks.layers import Conv, channels_last, fold_norms
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +21,9 @@ def plain():
 @pytest.fixture(scope="module")
 def ours(plain):
     network = inception.Inception()
-    network.load_state_dict(fold_norms(rename(plain.state_dict(), inception.NETWORK, "the plain port"), inception.NORM_EPS))
+    network.load_state_dict(
+        fold_norms(rename(plain.state_dict(), inception.NETWORK, "the plain port"), inception.NORM_EPS)
+    )
     return channels_last(network)
 
 
@@ -31,7 +33,9 @@ def test_features_equal_the_plain_port(plain, ours, size):
     frames = noise(1, 3, *size, seed=size[0])
     for layer, expected in zip(("pool3", "logits"), plain(frames), strict=True):
         assert expected.std() > 0.01
-        torch.testing.assert_close(ours(frames, layer), expected, rtol=0, atol=1e-4 * float(expected.abs().max()))
+        torch.testing.assert_close(
+            ours(frames, layer), expected, rtol=0, atol=1e-4 * float(expected.abs().max())
+        )
 
 
 def test_all_566_public_keys_are_used(plain):

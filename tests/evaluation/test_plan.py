@@ -28,11 +28,13 @@ def test_the_bytes_are_the_same_for_every_order_of_listing():
 
 def test_choice_and_start_are_hashes_of_seed_and_name():
     plan = make_plan(TINY, BOTH, seed=5)
-    value = lambda *key: int(hashlib.sha256(json.dumps([5, *key]).encode()).hexdigest(), 16)  # noqa: E731
+    value = lambda *key: int(hashlib.sha256(json.dumps([5, *key]).encode()).hexdigest(), 16)
     wanted = sorted((s.id for s in REAL), key=lambda id: value(id))[: TINY.clips]
     assert [clip.id for clip in plan.side("real")] == wanted
     frames = {s.id: s.frames for s in REAL}
-    assert [clip.start for clip in plan.side("real")] == [value("start", id) % (frames[id] - 3) for id in wanted]
+    assert [clip.start for clip in plan.side("real")] == [
+        value("start", id) % (frames[id] - 3) for id in wanted
+    ]
     assert all(clip.indices == list(range(clip.start, clip.start + 4)) for clip in plan.clips)
 
 
@@ -46,7 +48,9 @@ def test_another_video_moves_nobody_elses_clip():
     before = {clip.id: clip.start for clip in make_plan(TINY, BOTH).clips}
     more = {**BOTH, "real": (*REAL, Source("new.mp4", 50, "new", 25.0, "h264"))}
     after = {clip.id: clip.start for clip in make_plan(TINY, more).clips}
-    assert {id: start for id, start in after.items() if id in before} == {id: start for id, start in before.items() if id in after}
+    assert {id: start for id, start in after.items() if id in before} == {
+        id: start for id, start in before.items() if id in after
+    }
     assert len(set(before) ^ set(after)) <= 2
 
 
@@ -61,7 +65,10 @@ def test_sides_have_their_own_stride():
     assert {clip.stride for clip in plan.side("fake")} == {1}
 
 
-@pytest.mark.parametrize(("stride", "shortest", "kept"), [(1, "span", 10), (2, "span", 7), (3, "span", 4), (3, "frames x stride", 2)])
+@pytest.mark.parametrize(
+    ("stride", "shortest", "kept"),
+    [(1, "span", 10), (2, "span", 7), (3, "span", 4), (3, "frames x stride", 2)],
+)
 def test_short_real_videos_are_listed_never_lost(stride, shortest, kept):
     tree = tuple(Source(f"{n:02d}", n, f"c{n}", 25.0, "h264") for n in range(1, 14))
     protocol = replace(TINY, clips=2, stride_real=stride, shortest=shortest)
@@ -85,9 +92,18 @@ REFUSALS = {
     "same fake content twice": ({"fake": (*FAKE, replace(FAKE[0], id="copy.mp4"))}, "same content"),
     "overlapping": ({"fake": (*FAKE, replace(REAL[3], id="mine.mp4"))}, "overlap in 1 videos"),
     "identical": ({"fake": REAL}, "overlap in 20 videos"),
-    "short fake": ({"fake": (*FAKE, Source("s.mp4", 3, "s", 25.0, "h264"))}, "'s.mp4' has 3 frames, 4 are needed"),
-    "other codec": ({"fake": tuple(replace(s, codec="images") for s in FAKE)}, "codecs differ: real h264 and fake images"),
-    "other rate": ({"fake": tuple(replace(s, fps=8.0) for s in FAKE)}, "frame rates differ: real 25 and fake 8"),
+    "short fake": (
+        {"fake": (*FAKE, Source("s.mp4", 3, "s", 25.0, "h264"))},
+        "'s.mp4' has 3 frames, 4 are needed",
+    ),
+    "other codec": (
+        {"fake": tuple(replace(s, codec="images") for s in FAKE)},
+        "codecs differ: real h264 and fake images",
+    ),
+    "other rate": (
+        {"fake": tuple(replace(s, fps=8.0) for s in FAKE)},
+        "frame rates differ: real 25 and fake 8",
+    ),
 }
 
 

@@ -57,7 +57,16 @@ def test_every_protocol_has_a_golden_hash():
 @pytest.mark.parametrize("name", sorted(PUBLISHED))
 def test_published_protocols_are_what_was_read(name):
     p = PROTOCOLS[name]
-    found = (p.clips, p.stride_real, p.stride_fake, p.ddof, p.order, p.needed("real"), p.detector, p.pixels.crop)
+    found = (
+        p.clips,
+        p.stride_real,
+        p.stride_fake,
+        p.ddof,
+        p.order,
+        p.needed("real"),
+        p.detector,
+        p.pixels.crop,
+    )
     assert found == PUBLISHED[name]
     assert p.frames == 16
 
@@ -72,7 +81,9 @@ def test_its_detector_has_the_layer_and_can_read_its_clips(protocol):
 @pytest.mark.parametrize("stride", [1, 2, 3, 6])
 @pytest.mark.parametrize("shortest", ["span", "frames x stride"])
 def test_starts_are_counted_as_by_trying_them_all(stride, shortest):
-    protocol = Protocol("x", "i3d", "logits", CLEAN.pixels, "", frames=4, stride_real=stride, shortest=shortest)
+    protocol = Protocol(
+        "x", "i3d", "logits", CLEAN.pixels, "", frames=4, stride_real=stride, shortest=shortest
+    )
     for frames in range(40):
         fits = [start for start in range(frames) if start + 3 * stride < frames]
         if shortest == "frames x stride" and frames < 4 * stride:
@@ -82,7 +93,12 @@ def test_starts_are_counted_as_by_trying_them_all(stride, shortest):
 
 def test_any_change_changes_the_name():
     changed = nonstandard(CLEAN, clips=100)
-    assert (changed.name, changed.clips, changed.standard, CLEAN.standard) == ("clean-nonstandard", 100, False, True)
+    assert (changed.name, changed.clips, changed.standard, CLEAN.standard) == (
+        "clean-nonstandard",
+        100,
+        False,
+        True,
+    )
     assert nonstandard(CLEAN, clips=2048) is CLEAN
     assert nonstandard(changed, clips=50).name == "clean-nonstandard"
 

@@ -47,11 +47,17 @@ def test_inception_score_equals_the_loops(splits):
 
 
 def test_inception_score_and_the_order_of_rows():
-    logits = torch.cat([4 * torch.eye(10)[i].expand(20, 10) + noise(20, 10, seed=i) for i in range(10)])  # sorted by class
+    logits = torch.cat(
+        [4 * torch.eye(10)[i].expand(20, 10) + noise(20, 10, seed=i) for i in range(10)]
+    )  # sorted by class
     shuffled = logits[torch.randperm(200, generator=torch.Generator().manual_seed(1))]
     assert inception_score(logits, 1).mean == pytest.approx(inception_score(shuffled, 1).mean, rel=1e-12)
-    assert inception_score(logits, 10).mean < 0.7 * inception_score(shuffled, 10).mean  # 7.25 against 11.05 in the official code
-    assert inception_score(logits, 10, shuffle=42).mean == pytest.approx(inception_score(shuffled, 10).mean, rel=0.1)
+    assert (
+        inception_score(logits, 10).mean < 0.7 * inception_score(shuffled, 10).mean
+    )  # 7.25 against 11.05 in the official code
+    assert inception_score(logits, 10, shuffle=42).mean == pytest.approx(
+        inception_score(shuffled, 10).mean, rel=0.1
+    )
     order = np.arange(200)
     np.random.RandomState(42).shuffle(order)
     assert inception_score(logits, 10, shuffle=42) == inception_score(logits[torch.from_numpy(order)], 10)
@@ -111,7 +117,9 @@ def test_kernel_distance_over_subsets():
     x, y = bank(50, 6), bank(40, 6, seed=1, offset=1)
     full = kernel_distance_subsets(x, y[:40], num_subsets=1, subset_size=40)
     assert kernel_distance_subsets(x[:40], y, num_subsets=3, subset_size=40).std == pytest.approx(0, abs=1e-9)
-    assert kernel_distance_subsets(x[:40], y, 1, 40).mean == pytest.approx(kernel_distance(x[:40], y), rel=1e-9)
+    assert kernel_distance_subsets(x[:40], y, 1, 40).mean == pytest.approx(
+        kernel_distance(x[:40], y), rel=1e-9
+    )
     assert full == kernel_distance_subsets(x, y, num_subsets=1, subset_size=40)
     assert kernel_distance_subsets(x, y, 40, 20).mean == pytest.approx(kernel_distance(x, y), rel=0.3)
     with pytest.raises(InputError, match="subset_size is 1000"):
@@ -134,7 +142,9 @@ def test_precision_and_recall_at_the_extremes():
     x = noise(50, 4)
     assert precision_recall(x, x) == (1, 1)
     assert precision_recall(x, x + 100) == (0, 0)
-    assert precision_recall(x, x[:1].repeat(20, 1))[1] < 0.1  # one clip over and over: precise, without variety
+    assert (
+        precision_recall(x, x[:1].repeat(20, 1))[1] < 0.1
+    )  # one clip over and over: precise, without variety
     with pytest.raises(InputError, match="neighbours is 9"):
         precision_recall(x, x[:9], neighbours=9)
 
@@ -144,13 +154,17 @@ def test_precision_and_recall_at_the_extremes():
 
 def pair_of_banks(seed, shift, scale, n=256, k=32):
     """Two banks of one experiment."""
-    return noise(n, k, seed=2 * seed, dtype=torch.float64), scale * noise(n, k, seed=2 * seed + 1, dtype=torch.float64) + shift
+    return noise(n, k, seed=2 * seed, dtype=torch.float64), scale * noise(
+        n, k, seed=2 * seed + 1, dtype=torch.float64
+    ) + shift
 
 
 @pytest.mark.parametrize(("shift", "scale"), [(0.0, 1.0), (0.3, 1.5)])
 def test_intervals_cover_the_truth_about_nine_times_in_ten(shift, scale):
     truth = np.mean([frechet_distance(*pair_of_banks(1000 + i, shift, scale)) for i in range(200)])
-    intervals = [half_sample_interval(frechet_distance, *pair_of_banks(i, shift, scale), seed=i) for i in range(100)]
+    intervals = [
+        half_sample_interval(frechet_distance, *pair_of_banks(i, shift, scale), seed=i) for i in range(100)
+    ]
     covered = sum(interval.low <= truth <= interval.high for interval in intervals)
     assert 80 <= covered <= 98
     spread = np.std([interval.value for interval in intervals])
@@ -176,7 +190,9 @@ def test_halves_share_no_row(rows):
     assert not set(a.flatten().tolist()) & set(b.flatten().tolist())
 
 
-@pytest.mark.parametrize(("shift", "scale", "population"), [(0.0, 1.0, 0.0), (0.3, 1.5, 2.88 + 8.0), (1.0, 1.0, 32.0)])
+@pytest.mark.parametrize(
+    ("shift", "scale", "population"), [(0.0, 1.0, 0.0), (0.3, 1.5, 2.88 + 8.0), (1.0, 1.0, 32.0)]
+)
 def test_extrapolation_takes_the_bias_off(shift, scale, population):
     found = [extrapolate(frechet_distance, *pair_of_banks(i, shift, scale), seed=i).value for i in range(20)]
     plain = [frechet_distance(*pair_of_banks(i, shift, scale)) for i in range(20)]

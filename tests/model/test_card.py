@@ -10,21 +10,32 @@ from reference.official import released_state
 from safetensors.torch import load_file, save_file
 from support import wake
 
-from latte.checkpoint.diffusers import save_diffusers
-from latte.checkpoint.export import publish, save_ours, score_of
 from latte.checkpoint.run import tensors_sha256
 from latte.checks import InputError
+from latte.interop.diffusers import save_diffusers
+from latte.interop.export import publish, save_ours, score_of
 from latte.model.card import cell
 from latte.model.latte import Latte, ModelConfig
 from latte.model.text import LatteText, TextConfig
 
 SMALL = {"depth": 2, "width": 16, "heads": 2, "num_frames": 4, "latent_size": 4}
-SCORE = {"protocol": "paper-fvd-16", "metric": "fvd", "value": 123.456, "interval": [120.0, 127.0], "manifest_hash": "0123456789ab"}
+SCORE = {
+    "protocol": "paper-fvd-16",
+    "metric": "fvd",
+    "value": 123.456,
+    "interval": [120.0, 127.0],
+    "manifest_hash": "0123456789ab",
+}
 FACTS = {
     "diffusion": {"schedule": "linear", "num_steps": 1000},
     "codec": {"name": "builtin", "path": None, "identity": "e42f04ac7221ceed"},
     "classes": ["up", "down"],
-    "about": {"data": {"kind": "procedural", "frames": 4}, "licence": "cc-by-4.0", "step": 7000, "scores": [SCORE]},
+    "about": {
+        "data": {"kind": "procedural", "frames": 4},
+        "licence": "cc-by-4.0",
+        "step": 7000,
+        "scores": [SCORE],
+    },
 }
 
 
@@ -34,7 +45,9 @@ def model(kind: str):
     return Latte(ModelConfig(**SMALL, num_classes=2 if kind == "class" else None))
 
 
-@pytest.mark.parametrize(("kind", "says"), [("text", "text to video"), ("class", "2 classes"), ("plain", "unconditional")])
+@pytest.mark.parametrize(
+    ("kind", "says"), [("text", "text to video"), ("class", "2 classes"), ("plain", "unconditional")]
+)
 def test_save_pretrained_alone_names_what_it_does_not_know(kind, says, tmp_path):
     built = model(kind)
     built.save_pretrained(tmp_path)
@@ -49,11 +62,19 @@ def test_save_pretrained_alone_names_what_it_does_not_know(kind, says, tmp_path)
 def test_a_weights_folder_has_all_the_facts_on_its_card_and_in_its_config(tmp_path):
     built = model("class")
     save_ours(built, tmp_path / "w", FACTS)
-    card, config = ModelCard.load(tmp_path / "w" / "README.md"), json.loads((tmp_path / "w" / "config.json").read_text())
+    card, config = (
+        ModelCard.load(tmp_path / "w" / "README.md"),
+        json.loads((tmp_path / "w" / "config.json").read_text()),
+    )
     assert card.data.license == "cc-by-4.0"
-    for line in ("| data | kind procedural, frames 4 |", "| step | 7000 |", "| classes | up, down |",
-                 "| autoencoder | name builtin, identity e42f04ac7221ceed |", f"| weights, sha256 | {config['weights_sha256']} |",
-                 "| fvd | 123.456 (90 % interval 120 to 127), protocol paper-fvd-16, manifest 0123456789ab |"):  # fmt: skip
+    for line in (
+        "| data | kind procedural, frames 4 |",
+        "| step | 7000 |",
+        "| classes | up, down |",
+        "| autoencoder | name builtin, identity e42f04ac7221ceed |",
+        f"| weights, sha256 | {config['weights_sha256']} |",
+        "| fvd | 123.456 (90 % interval 120 to 127), protocol paper-fvd-16, manifest 0123456789ab |",
+    ):
         assert line in card.text
     assert "Not recorded" not in card.text
     assert "from latte import load_trained" in card.text
@@ -82,10 +103,17 @@ def test_from_pretrained_never_loads_a_part_unless_it_is_named(tmp_path):
     built.save_pretrained(tmp_path / "w")
     file = tmp_path / "w" / "model.safetensors"
     tensors = load_file(file)
-    save_file({**{name: tensors[name] for name in tensors if name != "final_linear.bias"}, "more": torch.ones(1)}, file)
-    with pytest.raises(InputError, match=r"1 tensors missing \(final_linear.bias\), 1 tensors unexpected \(more\)"):
+    save_file(
+        {**{name: tensors[name] for name in tensors if name != "final_linear.bias"}, "more": torch.ones(1)},
+        file,
+    )
+    with pytest.raises(
+        InputError, match=r"1 tensors missing \(final_linear.bias\), 1 tensors unexpected \(more\)"
+    ):
         Latte.from_pretrained(tmp_path / "w")
-    found = Latte.from_pretrained(tmp_path / "w", allow_missing=["final_linear.bias"], allow_unexpected=["more"])
+    found = Latte.from_pretrained(
+        tmp_path / "w", allow_missing=["final_linear.bias"], allow_unexpected=["more"]
+    )
     assert torch.equal(found.final_linear.weight, built.final_linear.weight)
 
 
@@ -108,7 +136,9 @@ def test_paths_of_this_machine_stay_here(tmp_path):
 
 
 def test_half_known_facts_and_scores_without_an_interval():
-    text = str(model("class").generate_model_card({"about": {"step": 5, "scores": [{**SCORE, "interval": None}]}}))
+    text = str(
+        model("class").generate_model_card({"about": {"step": 5, "scores": [{**SCORE, "interval": None}]}})
+    )
     assert "Not recorded: data, licence." in text
     assert "| fvd | 123.456, protocol paper-fvd-16" in text
 
@@ -133,7 +163,9 @@ def test_publish_pushes_weights_config_with_facts_and_card(monkeypatch):
             return type("Repository", (), {"repo_id": repo_id})
 
         def upload_folder(self, repo_id, folder_path, **others):
-            pushed.update({file.name: file.read_bytes() for file in folder_path.iterdir()}, repository=repo_id)
+            pushed.update(
+                {file.name: file.read_bytes() for file in folder_path.iterdir()}, repository=repo_id
+            )
             return "https://hub/commit"
 
     monkeypatch.setattr("huggingface_hub.hub_mixin.HfApi", Api)

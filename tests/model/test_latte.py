@@ -18,12 +18,16 @@ from latte.model.positions import TEMPORAL_POSITIONS
 from latte.model.variants import VARIANTS
 from latte.runtime import generator
 
-TINY = ModelConfig(depth=4, width=16, heads=2, num_frames=4, latent_size=(4, 6), latent_channels=3, num_classes=5)
+TINY = ModelConfig(
+    depth=4, width=16, heads=2, num_frames=4, latent_size=(4, 6), latent_channels=3, num_classes=5
+)
 GRID = list(itertools.product(VARIANTS, PATCHES, CONDITIONINGS, TEMPORAL_POSITIONS))
 
 
 def tiny(variant=1, patch="uniform", conditioning="s_adaln", position="absolute", **changes) -> Latte:
-    config = replace(TINY, variant=variant, patch=patch, conditioning=conditioning, temporal_position=position, **changes)
+    config = replace(
+        TINY, variant=variant, patch=patch, conditioning=conditioning, temporal_position=position, **changes
+    )
     return wake(Latte(config), 0.2)
 
 
@@ -51,14 +55,18 @@ def test_agrees_with_slow_loops_to_rounding(variant, monkeypatch):
     for position in TEMPORAL_POSITIONS:
         model = tiny(variant, position=position).double()
         z = noise(1, 4, 3, 4, 6, dtype=torch.float64)
-        fast = model(z, torch.tensor([0]), torch.tensor([1]))[0]  # t = 0: cosines 1 and sines 0 are exact in float32
+        fast = model(z, torch.tensor([0]), torch.tensor([1]))[
+            0
+        ]  # t = 0: cosines 1 and sines 0 are exact in float32
         slow = slow_latte(model.config, model.state_dict(), z[0], 0, [1])
         torch.testing.assert_close(fast, slow, rtol=0, atol=1e-10)
 
 
 def wide_spatial(positions, rows, columns, width):
     y, x = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
-    return torch.cat([positions.sincos(x.flatten(), width // 2), positions.sincos(y.flatten(), width // 2)], dim=1)
+    return torch.cat(
+        [positions.sincos(x.flatten(), width // 2), positions.sincos(y.flatten(), width // 2)], dim=1
+    )
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -68,9 +76,20 @@ def test_one_frame_through_the_spatial_path_is_diffusers_dit():
     from diffusers import DiTTransformer2DModel
 
     d, heads, classes = 32, 2, 5
-    theirs = DiTTransformer2DModel(num_attention_heads=heads, attention_head_dim=d // heads, in_channels=4, out_channels=8, num_layers=2,
-                                   sample_size=8, patch_size=2, num_embeds_ada_norm=classes, norm_eps=1e-6).eval()  # fmt: skip
-    ours = wake(Latte(ModelConfig(depth=4, width=d, heads=heads, variant=2, latent_size=8, num_classes=classes)), 0.1).eval()
+    theirs = DiTTransformer2DModel(
+        num_attention_heads=heads,
+        attention_head_dim=d // heads,
+        in_channels=4,
+        out_channels=8,
+        num_layers=2,
+        sample_size=8,
+        patch_size=2,
+        num_embeds_ada_norm=classes,
+        norm_eps=1e-6,
+    ).eval()
+    ours = wake(
+        Latte(ModelConfig(depth=4, width=d, heads=heads, variant=2, latent_size=8, num_classes=classes)), 0.1
+    ).eval()
     ours.blocks = ours.blocks[:2]  # the spatial half
     their = theirs.state_dict()
     for i, block in enumerate(ours.blocks):
@@ -80,18 +99,26 @@ def test_one_frame_through_the_spatial_path_is_diffusers_dit():
         q, k, v = mine["branches.space.qkv.weight"].chunk(3)
         qb, kb, vb = mine["branches.space.qkv.bias"].chunk(3)
         pairs = {
-            "attn1.to_q.weight": q, "attn1.to_k.weight": k, "attn1.to_v.weight": v,
-            "attn1.to_q.bias": qb, "attn1.to_k.bias": kb, "attn1.to_v.bias": vb,
-            "attn1.to_out.0.weight": mine["branches.space.proj.weight"], "attn1.to_out.0.bias": mine["branches.space.proj.bias"],
-            "ff.net.0.proj.weight": mine["branches.mlp.fc1.weight"], "ff.net.0.proj.bias": mine["branches.mlp.fc1.bias"],
-            "ff.net.2.weight": mine["branches.mlp.fc2.weight"], "ff.net.2.bias": mine["branches.mlp.fc2.bias"],
-            "norm1.linear.weight": mine["modulation.linear.weight"], "norm1.linear.bias": mine["modulation.linear.bias"],
+            "attn1.to_q.weight": q,
+            "attn1.to_k.weight": k,
+            "attn1.to_v.weight": v,
+            "attn1.to_q.bias": qb,
+            "attn1.to_k.bias": kb,
+            "attn1.to_v.bias": vb,
+            "attn1.to_out.0.weight": mine["branches.space.proj.weight"],
+            "attn1.to_out.0.bias": mine["branches.space.proj.bias"],
+            "ff.net.0.proj.weight": mine["branches.mlp.fc1.weight"],
+            "ff.net.0.proj.bias": mine["branches.mlp.fc1.bias"],
+            "ff.net.2.weight": mine["branches.mlp.fc2.weight"],
+            "ff.net.2.bias": mine["branches.mlp.fc2.bias"],
+            "norm1.linear.weight": mine["modulation.linear.weight"],
+            "norm1.linear.bias": mine["modulation.linear.bias"],
             "norm1.emb.timestep_embedder.linear_1.weight": ours.time_embedding.fc1.weight,
             "norm1.emb.timestep_embedder.linear_1.bias": ours.time_embedding.fc1.bias,
             "norm1.emb.timestep_embedder.linear_2.weight": ours.time_embedding.fc2.weight,
             "norm1.emb.timestep_embedder.linear_2.bias": ours.time_embedding.fc2.bias,
             "norm1.emb.class_embedder.embedding_table.weight": ours.label_embedding.table.weight,
-        }  # fmt: skip
+        }
         for key, value in pairs.items():
             their[f"{name}.{key}"].copy_(value)
     their["pos_embed.proj.weight"].copy_(ours.patch.proj.weight)
@@ -101,7 +128,9 @@ def test_one_frame_through_the_spatial_path_is_diffusers_dit():
     their["proj_out_2.weight"].copy_(ours.final_linear.weight)
     their["proj_out_2.bias"].copy_(ours.final_linear.bias)
     theirs.load_state_dict(their)
-    for block in theirs.transformer_blocks:  # diffusers spreads the 128 frequencies over 127 steps, DiT's own code over 128
+    for block in (
+        theirs.transformer_blocks
+    ):  # diffusers spreads the 128 frequencies over 127 steps, DiT's own code over 128
         block.norm1.emb.time_proj.downscale_freq_shift = 0
     z, t, label = noise(2, 4, 8, 8), torch.tensor([7, 901]), torch.tensor([3, 1])
     expected = theirs(z, timestep=t, class_labels=label).sample
@@ -164,7 +193,11 @@ def test_variant_2_is_variant_1_with_its_blocks_reordered():
     order = [0, 2, 1, 3]  # spatial blocks first
     renamed = {k: v for k, v in state.items() if not k.startswith("blocks.")}
     for new, old in enumerate(order):
-        renamed |= {k.replace(f"blocks.{old}.", f"blocks.{new}."): v for k, v in state.items() if k.startswith(f"blocks.{old}.")}
+        renamed |= {
+            k.replace(f"blocks.{old}.", f"blocks.{new}."): v
+            for k, v in state.items()
+            if k.startswith(f"blocks.{old}.")
+        }
     two.load_state_dict(renamed)
     one.blocks = torch.nn.ModuleList(one.blocks[i] for i in order)
     one.time_enters = 2
@@ -180,7 +213,9 @@ def test_rotary_depends_on_differences_only():
     sin, cos = temporal_table(40, 8).chunk(2, dim=-1)
 
     def score(i: int, j: int) -> float:
-        return (turn(q, sin[i : i + 1], cos[i : i + 1]) * turn(k, sin[j : j + 1], cos[j : j + 1])).sum().item()
+        return (
+            (turn(q, sin[i : i + 1], cos[i : i + 1]) * turn(k, sin[j : j + 1], cos[j : j + 1])).sum().item()
+        )
 
     assert score(3, 7) == pytest.approx(score(30, 34), abs=1e-5)
     assert abs(score(3, 7) - score(3, 9)) > 1e-3
@@ -206,7 +241,9 @@ def test_a_clip_does_not_depend_on_its_batch():
     z, t, label = noise(3, 4, 3, 4, 6), torch.tensor([1, 500, 999]), torch.tensor([0, 1, -1])
     together = model(z, t, label)
     for i in range(3):
-        torch.testing.assert_close(model(z[i : i + 1], t[i : i + 1], label[i : i + 1])[0], together[i], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(
+            model(z[i : i + 1], t[i : i + 1], label[i : i + 1])[0], together[i], rtol=1e-5, atol=1e-6
+        )
 
 
 @torch.no_grad()
@@ -241,9 +278,13 @@ def test_gradient_checkpointing_changes_nothing(variant):
         torch.testing.assert_close(a, b.grad, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize(("variant", "patch", "conditioning", "position"), [g for g in GRID if g[0] != "joint"])
+@pytest.mark.parametrize(
+    ("variant", "patch", "conditioning", "position"), [g for g in GRID if g[0] != "joint"]
+)
 @pytest.mark.parametrize("images", [0, 2])
-def test_all_64_combinations_train_one_step_save_and_load(variant, patch, conditioning, position, images, tmp_path):
+def test_all_64_combinations_train_one_step_save_and_load(
+    variant, patch, conditioning, position, images, tmp_path
+):
     model = tiny(variant, patch, conditioning, position)
     optimiser = torch.optim.AdamW(model.parameters(), 1e-3)
     z, t = noise(2, 4 + images, 3, 4, 6), torch.tensor([3, 700])
@@ -262,7 +303,12 @@ def test_all_64_combinations_train_one_step_save_and_load(variant, patch, condit
 @pytest.mark.parametrize("size", SIZES)
 def test_sizes_are_table_4(size):
     depth, width, heads = ModelConfig(size=size).dimensions
-    assert (depth, width, heads) == {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}[size]
+    assert (depth, width, heads) == {
+        "S": (12, 384, 6),
+        "B": (12, 768, 12),
+        "L": (24, 1024, 16),
+        "XL": (28, 1152, 16),
+    }[size]
 
 
 def test_depth_follows_the_parameter_budget():
@@ -282,7 +328,10 @@ def test_depth_follows_the_parameter_budget():
         ({"depth": 5}, "multiple of 2; the nearest is 4"),
         ({"width": 18}, "multiple of 4 is 16"),
         ({"width": 32, "heads": 5}, "give a divisor of it, e.g. 4"),
-        ({"variant": 4, "width": 24, "heads": 3}, "splits the heads between space and time; the nearest valid number is 4"),
+        (
+            {"variant": 4, "width": 24, "heads": 3},
+            "splits the heads between space and time; the nearest valid number is 4",
+        ),
         ({"latent_size": 33}, "patches are 2 x 2; the nearest multiple is 32"),
         ({"patch": "compression", "tube": 3}, "tubes hold 3 frames; the nearest multiple is 15"),
         ({"num_classes": 0}, "1 or more"),
@@ -323,4 +372,6 @@ def test_cuda_agrees_with_the_cpu(variant):
     model = tiny(variant)
     z, t, label = noise(2, 4, 3, 4, 6), torch.tensor([3, 900]), torch.tensor([0, 1])
     expected = model(z, t, label)
-    torch.testing.assert_close(model.cuda()(z.cuda(), t.cuda(), label.cuda()).cpu(), expected, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(
+        model.cuda()(z.cuda(), t.cuda(), label.cuda()).cpu(), expected, rtol=1e-3, atol=1e-4
+    )

@@ -29,7 +29,7 @@ def mask_of(*lengths: int, width: int = 7) -> torch.Tensor:
 def in_diffusers(model: LatteText, frames: int):
     from diffusers import LatteTransformer3DModel
 
-    from latte.checkpoint.diffusers import diffusers_config, diffusers_state
+    from latte.interop.diffusers import diffusers_config, diffusers_state
 
     config = {key: value for key, value in diffusers_config(model.config).items() if not key.startswith("_")}
     theirs = LatteTransformer3DModel(**{**config, "video_length": frames})
@@ -49,7 +49,16 @@ def in_diffusers(model: LatteText, frames: int):
         (4, (8, 8), (3, 7), True, {"learn_sigma": False, "patch_size": 4, "depth": 3, "heads": 4}),
         (2, (8, 8), None, True, {"latent_size": 128}),  # positions in steps of a half
     ],
-    ids=["plain", "temporal-off", "one-frame", "non-square", "masked", "six-frames", "other-sizes", "coarse-positions"],
+    ids=[
+        "plain",
+        "temporal-off",
+        "one-frame",
+        "non-square",
+        "masked",
+        "six-frames",
+        "other-sizes",
+        "coarse-positions",
+    ],
 )
 @pytest.mark.filterwarnings("ignore:.*frames are more")
 @torch.no_grad()
@@ -58,7 +67,9 @@ def test_equals_diffusers_on_the_same_weights(frames, size, lengths, temporal, c
     z, text = noise(2, frames, 4, *size), noise(2, 7, 12, seed=5)
     mask = None if lengths is None else mask_of(*lengths)
     bias = None if mask is None else (1 - mask.float())[:, None].repeat_interleave(frames, 0) * -10000.0
-    theirs = in_diffusers(ours, frames)(z.transpose(1, 2), T, text, bias, enable_temporal_attentions=temporal).sample.transpose(1, 2)
+    theirs = in_diffusers(ours, frames)(
+        z.transpose(1, 2), T, text, bias, enable_temporal_attentions=temporal
+    ).sample.transpose(1, 2)
     found = ours(z, T, text, mask, temporal=temporal)
     assert theirs.std() > 0.1
     assert float((found - theirs).abs().max()) < 1e-5 * float(theirs.abs().max())
@@ -92,7 +103,10 @@ def test_a_prompt_alone_and_beside_longer_ones():
 def test_stills_leave_the_clip_untouched_and_are_pictures(own):
     model = tiny()
     clip, stills = noise(2, 4, 4, 8, 8), noise(2, 3, 4, 8, 8, seed=1)
-    text, mask = noise(2, 4, 7, 12, seed=2), torch.stack([mask_of(3, 7), mask_of(5, 2), mask_of(7, 7), mask_of(1, 6)], 1)
+    text, mask = (
+        noise(2, 4, 7, 12, seed=2),
+        torch.stack([mask_of(3, 7), mask_of(5, 2), mask_of(7, 7), mask_of(1, 6)], 1),
+    )
     if not own:
         text, mask = text[:, 0].contiguous(), mask[:, 0]
     out = model(torch.cat([clip, stills], 1), T, text, mask, num_images=3)
@@ -110,12 +124,18 @@ def test_who_sees_whom():
     z, text = noise(2, 4, 4, 8, 8), noise(2, 7, 12)
     moved = z.clone()
     moved[:, 2] += 1
-    apart = (model(moved, T, text, temporal=False) - model(z, T, text, temporal=False)).abs().amax((0, 2, 3, 4))
+    apart = (
+        (model(moved, T, text, temporal=False) - model(z, T, text, temporal=False)).abs().amax((0, 2, 3, 4))
+    )
     assert apart.count_nonzero() == 1, "without time a frame sees itself alone"
-    assert ((model(moved, T, text) - model(z, T, text)).abs().amax((0, 2, 3, 4)) > 1e-4).all(), "with time every frame sees every other"
+    assert ((model(moved, T, text) - model(z, T, text)).abs().amax((0, 2, 3, 4)) > 1e-4).all(), (
+        "with time every frame sees every other"
+    )
     words = text.clone()
     words[:, 3] += 1
-    assert ((model(z, T, words) - model(z, T, text)).abs().amax((0, 2, 3, 4)) > 1e-4).all(), "every frame reads every word"
+    assert ((model(z, T, words) - model(z, T, text)).abs().amax((0, 2, 3, 4)) > 1e-4).all(), (
+        "every frame reads every word"
+    )
 
 
 @torch.no_grad()
@@ -156,7 +176,9 @@ def test_the_gate_is_no_parameter_and_opens_to_a_model_without_one():
     assert torch.equal(outs[2], plain(z, T, text))
     assert plain.opened == 1.0
     assert all((outs[1] - out).abs().max() > 1e-3 for out in (outs[0], outs[2]))
-    with pytest.raises(InputError, match=r"share is 1.5, but it is a share of the temporal table; give 0 to 1"):
+    with pytest.raises(
+        InputError, match=r"share is 1.5, but it is a share of the temporal table; give 0 to 1"
+    ):
         gated.open_gate(1.5)
     with pytest.raises(InputError, match="gated_time is False"):
         plain.open_gate(1.0)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """I3D written the plain way: pad with zeros, convolve, normalise, rectify, one module per layer, public (capitalised) layer names.
 
-The yardstick for the values and the speed of ``latte.evaluation.i3d``. Shares no code with it.
+The yardstick for the values and the speed of ``latte.evaluation.networks.i3d``. Shares no code with it.
 Axes: b clip, c channels, t frames, h w size.
 """
 
@@ -150,14 +150,25 @@ def names_of_hassony2(classes: int = 400) -> dict[str, tuple[int, ...]]:
         unit(f"{name.lower()}.branch_2.0", c, b2a, 1)
         unit(f"{name.lower()}.branch_2.1", b2a, b2b, 3)
         unit(f"{name.lower()}.branch_3.1", c, b3b, 1)
-    return shapes | {"conv3d_0c_1x1.conv3d.weight": (classes, 1024, 1, 1, 1), "conv3d_0c_1x1.conv3d.bias": (classes,)}
+    return shapes | {
+        "conv3d_0c_1x1.conv3d.weight": (classes, 1024, 1, 1, 1),
+        "conv3d_0c_1x1.conv3d.bias": (classes,),
+    }
 
 
 def tensorflow_variables(network: PlainI3D) -> dict[str, Tensor]:
     """The same weights as the TF-Hub graph stores them: kernels (t h w in out), norm vectors (1 1 1 1 c), no gains."""
     variables: dict[str, Tensor] = {}
-    branches = {"b0": "Branch_0/Conv3d_0a_1x1", "b1a": "Branch_1/Conv3d_0a_1x1", "b1b": "Branch_1/Conv3d_0b_3x3"}
-    branches |= {"b2a": "Branch_2/Conv3d_0a_1x1", "b2b": "Branch_2/Conv3d_0b_3x3", "b3b": "Branch_3/Conv3d_0b_1x1"}
+    branches = {
+        "b0": "Branch_0/Conv3d_0a_1x1",
+        "b1a": "Branch_1/Conv3d_0a_1x1",
+        "b1b": "Branch_1/Conv3d_0b_3x3",
+    }
+    branches |= {
+        "b2a": "Branch_2/Conv3d_0a_1x1",
+        "b2b": "Branch_2/Conv3d_0b_3x3",
+        "b3b": "Branch_3/Conv3d_0b_1x1",
+    }
     for name, module in network.named_modules():
         if not isinstance(module, Unit):
             continue
@@ -167,7 +178,11 @@ def tensorflow_variables(network: PlainI3D) -> dict[str, Tensor]:
             path = "Mixed_5b/Branch_2/Conv3d_0a_3x3"
         start = f"RGB/inception_i3d/{path}"
         variables[f"{start}/conv_3d/w:0"] = module.conv3d.weight.detach().permute(2, 3, 4, 1, 0)
-        for tf, tensor in (("beta", module.bn.bias), ("moving_mean", module.bn.running_mean), ("moving_variance", module.bn.running_var)):
+        for tf, tensor in (
+            ("beta", module.bn.bias),
+            ("moving_mean", module.bn.running_mean),
+            ("moving_variance", module.bn.running_var),
+        ):
             variables[f"{start}/batch_norm/{tf}:0"] = tensor.detach().reshape(1, 1, 1, 1, -1)
     last = "RGB/inception_i3d/Logits/Conv3d_0c_1x1/conv_3d"
     variables[f"{last}/w:0"] = network.logits.conv3d.weight.detach().permute(2, 3, 4, 1, 0)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Inception-v3 with FID's pools written the plain way, one class per kind of block, public layer names.
 
-The yardstick of ``latte.evaluation.inception``; shares no code with it. Axes: b frames, c channels, h w size.
+The yardstick of ``latte.evaluation.networks.inception``; shares no code with it. Axes: b frames, c channels, h w size.
 """
 
 import torch
@@ -114,7 +114,13 @@ class BlockE(nn.Module):
         y = self.branch3x3_1(x)
         z = self.branch3x3dbl_2(self.branch3x3dbl_1(x))
         pooled = mean_pool(x) if self.pool == "mean" else F.max_pool2d(x, 3, stride=1, padding=1)
-        parts = [self.branch1x1(x), self.branch3x3_2a(y), self.branch3x3_2b(y), self.branch3x3dbl_3a(z), self.branch3x3dbl_3b(z)]
+        parts = [
+            self.branch1x1(x),
+            self.branch3x3_2a(y),
+            self.branch3x3_2b(y),
+            self.branch3x3dbl_3a(z),
+            self.branch3x3dbl_3b(z),
+        ]
         return torch.cat([*parts, self.branch_pool(pooled)], 1)
 
 
@@ -130,7 +136,12 @@ class PlainInception(nn.Module):
         self.Conv2d_4a_3x3 = Basic(80, 192, kernel_size=3)
         self.Mixed_5b, self.Mixed_5c, self.Mixed_5d = BlockA(192, 32), BlockA(256, 64), BlockA(288, 64)
         self.Mixed_6a = BlockB()
-        self.Mixed_6b, self.Mixed_6c, self.Mixed_6d, self.Mixed_6e = BlockC(128), BlockC(160), BlockC(160), BlockC(192)
+        self.Mixed_6b, self.Mixed_6c, self.Mixed_6d, self.Mixed_6e = (
+            BlockC(128),
+            BlockC(160),
+            BlockC(160),
+            BlockC(192),
+        )
         self.Mixed_7a = BlockD()
         self.Mixed_7b, self.Mixed_7c = BlockE(1280, "mean"), BlockE(2048, "max")
         self.fc = nn.Linear(2048, classes)

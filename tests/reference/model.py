@@ -100,14 +100,18 @@ def block(w, index, kinds, x, c, frames, heads, rotary, video_only):
     active = frames if video_only else len(x)
     x = x.clone()
     plain = f"{base}.modulation.linear.weight" not in w
-    six = None if plain else torch.stack([linear(w, f"{base}.modulation.linear", silu(v)) for v in c[:active]])
+    six = (
+        None if plain else torch.stack([linear(w, f"{base}.modulation.linear", silu(v)) for v in c[:active]])
+    )
     d = x.shape[-1]
     for kind in kinds:
         reach = frames if kind == "time" else active
         y = norm(w, f"{base}.norms.{kind}", x[:active])
         start = 3 * d if kind == "mlp" else 0
         if not plain:
-            shift, scale, gate = (six[:, None, start + part * d : start + (part + 1) * d] for part in range(3))
+            shift, scale, gate = (
+                six[:, None, start + part * d : start + (part + 1) * d] for part in range(3)
+            )
             y = y * (1 + scale) + shift
         out = branch(w, f"{base}.branches.{kind}", kind, y, frames, heads, rotary)
         out = out if plain else gate * out
@@ -122,7 +126,9 @@ def latte(config, weights, z, t, labels, num_images=0):
     p, s = config.patch_size, config.tube if config.patch == "compression" else 1
     rows, columns = z.shape[2] // p, z.shape[3] // p
     frames = z.shape[1 - 1] - num_images
-    tubes = [z[i * s : (i + 1) * s] for i in range(frames // s)] + [z[frames + i].expand(s, -1, -1, -1) for i in range(num_images)]
+    tubes = [z[i * s : (i + 1) * s] for i in range(frames // s)] + [
+        z[frames + i].expand(s, -1, -1, -1) for i in range(num_images)
+    ]
     kernel = w["patch.proj.weight"].reshape(d, config.latent_channels, s, p, p)
     x = torch.zeros(len(tubes), rows * columns, d, dtype=torch.float64)
     for f, tube in enumerate(tubes):
@@ -137,7 +143,9 @@ def latte(config, weights, z, t, labels, num_images=0):
     base = linear(w, "time_embedding.fc2", silu(linear(w, "time_embedding.fc1", features)))
     table = w.get("label_embedding.table.weight")
     rows_of_c = [base if table is None else base + table[label] for label in (labels or [None])]
-    c = [rows_of_c[0]] * frames + [rows_of_c[1 + i] if len(rows_of_c) > 1 else rows_of_c[0] for i in range(num_images)]
+    c = [rows_of_c[0]] * frames + [
+        rows_of_c[1 + i] if len(rows_of_c) > 1 else rows_of_c[0] for i in range(num_images)
+    ]
     if config.conditioning == "all_tokens":
         x = torch.cat([x, torch.stack(c)[:, None]], dim=1)
     rotary = config.temporal_position == "rotary"
@@ -158,10 +166,18 @@ def latte(config, weights, z, t, labels, num_images=0):
     image = torch.zeros(len(x), o, rows * p, columns * p, dtype=torch.float64)
     for r in range(rows):
         for q in range(columns):
-            image[:, :, r * p : (r + 1) * p, q * p : (q + 1) * p] = x[:, r * columns + q].reshape(-1, p, p, o).permute(0, 3, 1, 2)
+            image[:, :, r * p : (r + 1) * p, q * p : (q + 1) * p] = (
+                x[:, r * columns + q].reshape(-1, p, p, o).permute(0, 3, 1, 2)
+            )
     if s == 1:
         return image
-    expanded = [torch.einsum("ihw,io->ohw", one, w["patch.expand.weight"][:, :, k, 0, 0]) + w["patch.expand.bias"][:, None, None]
-                for one in image for k in range(s)]  # fmt: skip
-    stills = [torch.stack(expanded[(frames + i) * s : (frames + i + 1) * s]).mean(0) for i in range(num_images)]
+    expanded = [
+        torch.einsum("ihw,io->ohw", one, w["patch.expand.weight"][:, :, k, 0, 0])
+        + w["patch.expand.bias"][:, None, None]
+        for one in image
+        for k in range(s)
+    ]
+    stills = [
+        torch.stack(expanded[(frames + i) * s : (frames + i + 1) * s]).mean(0) for i in range(num_images)
+    ]
     return torch.stack(expanded[: frames * s] + stills)

@@ -24,7 +24,9 @@ def silu(x):
 
 def block(w, name, x, c, heads):
     """x (s l d): a DiT block over l; c (s d)."""
-    shift, scale, gate, shift2, scale2, gate2 = linear(w, f"{name}.adaLN_modulation.1", silu(c))[:, None].chunk(6, dim=-1)
+    shift, scale, gate, shift2, scale2, gate2 = linear(w, f"{name}.adaLN_modulation.1", silu(c))[
+        :, None
+    ].chunk(6, dim=-1)
     s, l, d = x.shape
     qkv = linear(w, f"{name}.attn.qkv", normed(x) * (1 + scale) + shift).reshape(s, l, 3, heads, d // heads)
     q, k, v = (qkv[:, :, part].transpose(1, 2) for part in range(3))
@@ -40,9 +42,15 @@ def released_latte(w, z, t, heads, label=None, picture=False):
     b, f, _, height, width = z.shape
     d, _, p, _ = w["x_embedder.proj.weight"].shape
     patches = torch.nn.functional.unfold(z.double().flatten(0, 1), p, stride=p).transpose(1, 2)  # (bf n cpp)
-    x = patches @ w["x_embedder.proj.weight"].double().flatten(1).T + w["x_embedder.proj.bias"].double() + w["pos_embed"].double()
+    x = (
+        patches @ w["x_embedder.proj.weight"].double().flatten(1).T
+        + w["x_embedder.proj.bias"].double()
+        + w["pos_embed"].double()
+    )
     angle = t.double()[:, None] * torch.exp(-math.log(10000) * torch.arange(128, dtype=torch.float64) / 128)
-    c = linear(w, "t_embedder.mlp.2", silu(linear(w, "t_embedder.mlp.0", torch.cat([angle.cos(), angle.sin()], 1))))
+    c = linear(
+        w, "t_embedder.mlp.2", silu(linear(w, "t_embedder.mlp.0", torch.cat([angle.cos(), angle.sin()], 1)))
+    )
     if label is not None:
         c = c + w["y_embedder.embedding_table.weight"].double()[label]
     n, depth = x.shape[1], len({name.split(".")[1] for name in w if name.startswith("blocks.")})
@@ -54,7 +62,9 @@ def released_latte(w, z, t, heads, label=None, picture=False):
             x = x + w["temp_embed"].double() if k == 1 else x
             x = block(w, f"blocks.{k}", x, c.repeat_interleave(n, 0), heads)
             x = x.reshape(b, n, f, d).transpose(1, 2).reshape(b * f, n, d)
-    shift, scale = linear(w, "final_layer.adaLN_modulation.1", silu(c.repeat_interleave(f, 0)))[:, None].chunk(2, dim=-1)
+    shift, scale = linear(w, "final_layer.adaLN_modulation.1", silu(c.repeat_interleave(f, 0)))[
+        :, None
+    ].chunk(2, dim=-1)
     x = linear(w, "final_layer.linear", normed(x) * (1 + scale) + shift)
     rows, columns = height // p, width // p
     x = x.reshape(b, f, rows, columns, p, p, -1).permute(0, 1, 6, 2, 4, 3, 5)
@@ -66,24 +76,37 @@ def sincos(positions, width):
     return torch.cat([angle.sin(), angle.cos()], 1)
 
 
-def released_state(depth=4, width=32, side=8, frames=4, channels=4, patch=2, classes=None, sigma=True, seed=0):
+def released_state(
+    depth=4, width=32, side=8, frames=4, channels=4, patch=2, classes=None, sigma=True, seed=0
+):
     """A state dict in the released layout with random weights; ``classes`` adds a label table with a null class."""
     draw = torch.Generator().manual_seed(seed)
 
     def pair(name, rows, columns):
-        return {f"{name}.weight": 0.1 * torch.randn(rows, columns, generator=draw), f"{name}.bias": 0.1 * torch.randn(rows, generator=draw)}
+        return {
+            f"{name}.weight": 0.1 * torch.randn(rows, columns, generator=draw),
+            f"{name}.bias": 0.1 * torch.randn(rows, generator=draw),
+        }
 
     grid = torch.arange(side // patch, dtype=torch.float64)
     rows, columns = grid.repeat_interleave(len(grid)), grid.repeat(len(grid))
-    state = {"pos_embed": torch.cat([sincos(columns, width // 2), sincos(rows, width // 2)], 1)[None].float(),
-             "temp_embed": sincos(torch.arange(frames, dtype=torch.float64), width)[None].float()}  # fmt: skip
+    state = {
+        "pos_embed": torch.cat([sincos(columns, width // 2), sincos(rows, width // 2)], 1)[None].float(),
+        "temp_embed": sincos(torch.arange(frames, dtype=torch.float64), width)[None].float(),
+    }
     state |= pair("x_embedder.proj", width, channels * patch * patch)
     state["x_embedder.proj.weight"] = state["x_embedder.proj.weight"].reshape(width, channels, patch, patch)
     state |= pair("t_embedder.mlp.0", width, 256) | pair("t_embedder.mlp.2", width, width)
     if classes is not None:
         state["y_embedder.embedding_table.weight"] = torch.randn(classes + 1, width, generator=draw)
     for k in range(depth):
-        sizes = {"attn.qkv": (3, 1), "attn.proj": (1, 1), "mlp.fc1": (4, 1), "mlp.fc2": (1, 4), "adaLN_modulation.1": (6, 1)}
+        sizes = {
+            "attn.qkv": (3, 1),
+            "attn.proj": (1, 1),
+            "mlp.fc1": (4, 1),
+            "mlp.fc2": (1, 4),
+            "adaLN_modulation.1": (6, 1),
+        }
         for part, (out, into) in sizes.items():
             state |= pair(f"blocks.{k}.{part}", out * width, into * width)
     state |= pair("final_layer.linear", patch * patch * channels * (2 if sigma else 1), width)

@@ -22,7 +22,9 @@ def frechet_sqrtm(x: np.ndarray, y: np.ndarray, ddof: int) -> float:
     """The textbook formula with a matrix square root (good to about 1e-9 of the trace where both banks have full rank)."""
     product = np.cov(x, rowvar=False, ddof=ddof) @ np.cov(y, rowvar=False, ddof=ddof)
     traces = np.trace(np.cov(x, rowvar=False, ddof=ddof)) + np.trace(np.cov(y, rowvar=False, ddof=ddof))
-    return float(((x.mean(0) - y.mean(0)) ** 2).sum() + traces - 2 * np.trace(scipy.linalg.sqrtm(product)).real)
+    return float(
+        ((x.mean(0) - y.mean(0)) ** 2).sum() + traces - 2 * np.trace(scipy.linalg.sqrtm(product)).real
+    )
 
 
 def frechet_1d(x: np.ndarray, y: np.ndarray, ddof: int) -> float:
@@ -54,7 +56,9 @@ def mmd_loops(x: np.ndarray, y: np.ndarray, degree: int, coef: float, unbiased: 
         return (sum(u * v for u, v in zip(a, b, strict=True)) / len(a) + coef) ** degree
 
     def within(z: np.ndarray) -> float:
-        pairs = [kernel(z[i], z[j]) for i in range(len(z)) for j in range(len(z)) if not (unbiased and i == j)]
+        pairs = [
+            kernel(z[i], z[j]) for i in range(len(z)) for j in range(len(z)) if not (unbiased and i == j)
+        ]
         return sum(pairs) / len(pairs)
 
     across = [kernel(a, b) for a in x for b in y]
@@ -67,7 +71,10 @@ def coverage_loops(points: np.ndarray, manifold: np.ndarray, neighbours: int) ->
     for i, row in enumerate(manifold):
         others = sorted(math.dist(row, other) for j, other in enumerate(manifold) if j != i)
         radii.append(others[neighbours - 1])
-    inside = [any(math.dist(point, row) <= radius for row, radius in zip(manifold, radii, strict=True)) for point in points]
+    inside = [
+        any(math.dist(point, row) <= radius for row, radius in zip(manifold, radii, strict=True))
+        for point in points
+    ]
     return sum(inside) / len(inside)
 
 

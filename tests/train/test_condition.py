@@ -11,7 +11,7 @@ from latte.diffusion.loss import OBJECTIVES
 from latte.diffusion.process import DiffusionConfig, build_process
 from latte.model.text import LatteText, TextConfig
 from latte.runtime import generator
-from latte.text_encoder import BuiltinEncoder
+from latte.text.encoders import BuiltinEncoder
 from latte.train.condition import CaptionReader
 from latte.train.step import Task, backward
 
@@ -31,16 +31,28 @@ def tiny_model() -> LatteText:
 def task(model=None, **changes) -> Task:
     """A task of six clips."""
     model = model or tiny_model()
-    parts = {"process": build_process(DiffusionConfig()), "objective": OBJECTIVES["paper"], "codec": None, "seed": 7, "global_batch": 6,
-             "micro_batch": None, "device": torch.device("cpu"), "dtype": torch.float32}  # fmt: skip
+    parts = {
+        "process": build_process(DiffusionConfig()),
+        "objective": OBJECTIVES["paper"],
+        "codec": None,
+        "seed": 7,
+        "global_batch": 6,
+        "micro_batch": None,
+        "device": torch.device("cpu"),
+        "dtype": torch.float32,
+    }
     return Task(**{"model": model, "forward": model, **parts, **changes})
 
 
-def gradient(task: Task, positions=range(6), dropout=0.3, captions=CAPTIONS, video=VIDEO) -> tuple[torch.Tensor, torch.Tensor]:
+def gradient(
+    task: Task, positions=range(6), dropout=0.3, captions=CAPTIONS, video=VIDEO
+) -> tuple[torch.Tensor, torch.Tensor]:
     """(loss mse vlb), and the whole gradient in one row."""
     told = CaptionReader(FEATURES, dropout)([captions[position] for position in positions])
     losses = backward(task, 5, positions, video[list(positions)], told)
-    return losses, torch.cat([parameter.grad.flatten() for parameter in task.model.parameters() if parameter.grad is not None])
+    return losses, torch.cat(
+        [parameter.grad.flatten() for parameter in task.model.parameters() if parameter.grad is not None]
+    )
 
 
 @pytest.mark.parametrize("micro_batch", [1, 4])
@@ -90,7 +102,11 @@ def test_stills_have_captions_of_their_own_and_are_dropped_with_their_clip():
     empty = FEATURES([""])[0][0]
     gone = [bool((row == empty).all()) for row in part[0]]
     assert 0 < sum(gone) < 6
-    assert all(torch.equal(now, before) for now, before, dropped in zip(part[0], full[0], gone, strict=True) if not dropped)
+    assert all(
+        torch.equal(now, before)
+        for now, before, dropped in zip(part[0], full[0], gone, strict=True)
+        if not dropped
+    )
 
 
 @pytest.mark.parametrize("told", [None, torch.zeros(6, dtype=torch.int64)])

@@ -20,7 +20,9 @@ from latte.train import distributed
 from latte.train.distributed import Group
 from training import FORKS, SHORT, curve, run
 
-TWO = replace(SHORT, steps=6, lr=1e-4)  # Adam turns rounding of the smallest gradients into a share of the rate
+TWO = replace(
+    SHORT, steps=6, lr=1e-4
+)  # Adam turns rounding of the smallest gradients into a share of the rate
 
 
 def one_of_two(rank: int, ports: list[int], folder: str, stops: tuple[int, ...], pipe) -> None:
@@ -29,8 +31,13 @@ def one_of_two(rank: int, ports: list[int], folder: str, stops: tuple[int, ...],
     Every group has a port of its own: the process that is ahead must not meet the one behind at the store of the group before.
     """
     torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1",
-                   "GLOO_SOCKET_IFNAME": "lo"}  # fmt: skip
+    os.environ |= {
+        "RANK": str(rank),
+        "WORLD_SIZE": "2",
+        "LOCAL_RANK": str(rank),
+        "MASTER_ADDR": "127.0.0.1",
+        "GLOO_SOCKET_IFNAME": "lo",
+    }
     distributed.TIMEOUT = timedelta(seconds=60)
     try:
         for attempt, steps in enumerate(stops):
@@ -81,7 +88,11 @@ def pair(tmp_path_factory) -> tuple[Path, list]:
     pipes, children = zip(*(FORKS.Pipe() for _ in range(2)), strict=True), []
     ours, theirs = pipes
     for rank in range(2):
-        children.append(FORKS.Process(target=one_of_two, args=(rank, ports, str(folder), (2, 6), theirs[rank]), daemon=True))
+        children.append(
+            FORKS.Process(
+                target=one_of_two, args=(rank, ports, str(folder), (2, 6), theirs[rank]), daemon=True
+            )
+        )
         children[-1].start()
     assert all(pipe.poll(200) for pipe in ours)
     results = [pipe.recv() for pipe in ours]

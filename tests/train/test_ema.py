@@ -47,7 +47,9 @@ def test_it_is_the_geometric_mean_of_the_past(decay):
     ema = EMA(model, decay)
     first = model.weight.detach().double()
     seen = walk(model, ema, range(2, 22))
-    expected = decay ** len(seen) * first + (1 - decay) * sum(decay ** (len(seen) - k) * w for k, w in enumerate(seen, 1))
+    expected = decay ** len(seen) * first + (1 - decay) * sum(
+        decay ** (len(seen) - k) * w for k, w in enumerate(seen, 1)
+    )
     torch.testing.assert_close(ema.model.weight.double(), expected, rtol=0, atol=3e-6)
 
 

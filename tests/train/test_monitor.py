@@ -58,7 +58,10 @@ def test_opening_the_file_drops_what_will_be_written_again(tmp_path):
 
 
 def test_a_file_that_cannot_be_written_is_one_line(tmp_path):
-    with pytest.raises(RunError, match="could not write the metrics"), MetricsFile(tmp_path / "missing" / "metrics.jsonl", 0):
+    with (
+        pytest.raises(RunError, match="could not write the metrics"),
+        MetricsFile(tmp_path / "missing" / "metrics.jsonl", 0),
+    ):
         pass
 
 
@@ -93,7 +96,14 @@ def test_a_log_gets_a_plain_line_now_and_then_and_one_at_the_end(monkeypatch, ca
 
 
 @pytest.mark.parametrize(
-    ("seconds", "text"), [(0.4, "0 s"), (59, "59 s"), (185, "3 min 05 s"), (7620, "2 h 07 min"), (3 * 86400 + 4 * 3600, "3 d 04 h")]
+    ("seconds", "text"),
+    [
+        (0.4, "0 s"),
+        (59, "59 s"),
+        (185, "3 min 05 s"),
+        (7620, "2 h 07 min"),
+        (3 * 86400 + 4 * 3600, "3 d 04 h"),
+    ],
 )
 def test_durations_are_for_people(seconds, text):
     assert duration(seconds) == text

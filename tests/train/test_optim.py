@@ -45,7 +45,11 @@ def test_it_is_adam_with_decoupled_weight_decay(weight_decay):
         g = with_gradient(model, step).weight.grad.double()
         optimizer.step()
         m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g * g
-        w = w - 1e-2 * weight_decay * w - 1e-2 * (m / (1 - 0.9**step)) / ((v / (1 - 0.999**step)).sqrt() + 1e-8)
+        w = (
+            w
+            - 1e-2 * weight_decay * w
+            - 1e-2 * (m / (1 - 0.9**step)) / ((v / (1 - 0.999**step)).sqrt() + 1e-8)
+        )
     torch.testing.assert_close(model.weight.double(), w, rtol=0, atol=1e-6)
 
 
@@ -71,9 +75,13 @@ def test_clipping_scales_the_whole_gradient_and_reports_the_norm_before():
     before = [parameter.grad.clone() for parameter in model.parameters()]
     norm = math.sqrt(sum(float(g.double().square().sum()) for g in before))
     assert clip_gradients(model.parameters(), None).item() == pytest.approx(norm)
-    assert all(torch.equal(parameter.grad, old) for parameter, old in zip(model.parameters(), before, strict=True))
+    assert all(
+        torch.equal(parameter.grad, old) for parameter, old in zip(model.parameters(), before, strict=True)
+    )
     assert clip_gradients(model.parameters(), 2 * norm).item() == pytest.approx(norm)
-    assert all(torch.equal(parameter.grad, old) for parameter, old in zip(model.parameters(), before, strict=True))
+    assert all(
+        torch.equal(parameter.grad, old) for parameter, old in zip(model.parameters(), before, strict=True)
+    )
     assert clip_gradients(model.parameters(), 0.1).item() == pytest.approx(norm)
     for parameter, old in zip(model.parameters(), before, strict=True):
         torch.testing.assert_close(parameter.grad, old * 0.1 / norm, rtol=1e-5, atol=0)
@@ -86,7 +94,9 @@ def test_the_optimisers_state_goes_through_its_tensors_bit_for_bit():
         with_gradient(model, step)
         optimizer.step()
     saved = {key: value.clone() for key, value in optimizer_tensors(model, optimizer).items()}
-    assert set(saved) == {f"{name}:{what}" for name in ("weight", "bias") for what in ("step", "exp_avg", "exp_avg_sq")}
+    assert set(saved) == {
+        f"{name}:{what}" for name in ("weight", "bias") for what in ("step", "exp_avg", "exp_avg_sq")
+    }
     other.load_state_dict(model.state_dict())
     load_optimizer_tensors(other, again, saved)
     for step in range(3, 6):
@@ -111,7 +121,10 @@ def test_a_number_that_is_none_never_reaches_weights_or_average(bad, place):
     for step in (1, 2):
         with_gradient(learner.model, step)
         learner.update(step, losses, 1e-2, 0.1, Group())
-    before = {group: {key: value.clone() for key, value in part.items()} for group, part in learner.tensors().items()}
+    before = {
+        group: {key: value.clone() for key, value in part.items()}
+        for group, part in learner.tensors().items()
+    }
     with_gradient(learner.model, 3)
     if place == "loss":
         losses[0] = bad

@@ -17,7 +17,7 @@ from latte.checkpoint import run as checkpoints
 from latte.checkpoint.record import source_commit
 from latte.checkpoint.run import latest_checkpoint, list_checkpoints, load_checkpoint, tensors_sha256
 from latte.checks import InputError
-from latte.train import loop
+from latte.train import train as loop
 from training import FORKS, SHORT, TINY, Latents, curve, run, tiny_model
 
 
@@ -38,7 +38,10 @@ def assert_same(run_dir: Path, clean: Path) -> None:
     for group, tensors in other.tensors.items():
         assert tensors.keys() == one.tensors[group].keys()
         for name, tensor in tensors.items():
-            assert tensors_sha256({"": one.tensors[group][name]}) == tensors_sha256({"": tensor}), (group, name)
+            assert tensors_sha256({"": one.tensors[group][name]}) == tensors_sha256({"": tensor}), (
+                group,
+                name,
+            )
             compared += tensor.numel()
     assert compared > 10_000
     assert curve(run_dir) == curve(clean)
@@ -59,7 +62,13 @@ def test_looking_at_a_run_on_its_way_changes_no_bit_of_a_rate_that_falls(tmp_pat
 @pytest.mark.parametrize(
     "stops",
     [(1,), (3,), (7,), (11,), (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11)],
-    ids=["first step", "epoch's second batch", "after pruning, between lines and checkpoints", "last but one", "every step"],
+    ids=[
+        "first step",
+        "epoch's second batch",
+        "after pruning, between lines and checkpoints",
+        "last but one",
+        "every step",
+    ],
 )
 def test_stopping_changes_no_bit(tmp_path, clean, stops):
     for steps in (*stops, SHORT.steps):
@@ -124,7 +133,13 @@ def test_a_run_of_another_configuration_is_refused_with_every_difference(tmp_pat
     run(tmp_path, replace(SHORT, steps=2), facts={"diffusion": {"schedule": "linear"}})
     written = (tmp_path / "config.yaml").read_text()
     with pytest.raises(InputError) as caught:
-        run(tmp_path, replace(SHORT, global_batch=8), seed=1, dataset=OtherData(), model=tiny_model(replace(TINY, heads=4)))
+        run(
+            tmp_path,
+            replace(SHORT, global_batch=8),
+            seed=1,
+            dataset=OtherData(),
+            model=tiny_model(replace(TINY, heads=4)),
+        )
     first, *lines = str(caught.value).splitlines()
     assert str(tmp_path) in first
     assert lines == [
@@ -183,7 +198,11 @@ def kill_again_and_again(folder: str, kills: int, results) -> None:
         done = os.read(here, 1)
         time.sleep(dice.random() * 0.03)
         deadline = time.monotonic() + 10
-        while number % 2 == 0 and time.monotonic() < deadline and not list(run_dir.glob("checkpoints/.tmp-step-*")):
+        while (
+            number % 2 == 0
+            and time.monotonic() < deadline
+            and not list(run_dir.glob("checkpoints/.tmp-step-*"))
+        ):
             pass
         os.kill(child, signal.SIGKILL)
         killed = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL

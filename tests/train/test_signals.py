@@ -36,7 +36,9 @@ def deaf(pipe) -> None:
 def wait_for_steps(run_dir: Path, steps: int) -> None:
     deadline = time.monotonic() + 60
     metrics = run_dir / "metrics.jsonl"
-    while time.monotonic() < deadline and not (metrics.exists() and metrics.read_bytes().count(b"\n") >= steps):
+    while time.monotonic() < deadline and not (
+        metrics.exists() and metrics.read_bytes().count(b"\n") >= steps
+    ):
         time.sleep(0.01)
 
 

@@ -19,8 +19,16 @@ VIDEO, LABEL = noise(6, 3, 4, 4, 4), torch.tensor([0, 1, 2, 0, 1, 2])
 
 def task(model=None, **changes) -> Task:
     model = model or tiny_model()
-    parts = {"process": build_process(DiffusionConfig()), "objective": OBJECTIVES["paper"], "codec": None, "seed": 7, "global_batch": 6,
-             "micro_batch": None, "device": torch.device("cpu"), "dtype": torch.float32}  # fmt: skip
+    parts = {
+        "process": build_process(DiffusionConfig()),
+        "objective": OBJECTIVES["paper"],
+        "codec": None,
+        "seed": 7,
+        "global_batch": 6,
+        "micro_batch": None,
+        "device": torch.device("cpu"),
+        "dtype": torch.float32,
+    }
     return Task(**{"model": model, "forward": model, **parts, **changes})
 
 
@@ -44,12 +52,16 @@ def test_it_is_the_mean_over_clips_taken_one_by_one_with_the_draws_of_their_plac
         dropped += drop
         a = alphas_cumprod[t].item()
         zt = a**0.5 * VIDEO[position] + (1 - a) ** 0.5 * eps
-        loss = (other(zt[None], t, torch.tensor([-1 if drop else int(LABEL[position])])) - eps).square().mean() / 6
+        loss = (
+            other(zt[None], t, torch.tensor([-1 if drop else int(LABEL[position])])) - eps
+        ).square().mean() / 6
         loss.backward()
         total += loss.item()
     assert 0 < dropped < 6
     torch.testing.assert_close(losses, torch.tensor([total, total, 0.0]))
-    torch.testing.assert_close(found, torch.cat([parameter.grad.flatten() for parameter in other.parameters()]), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(
+        found, torch.cat([parameter.grad.flatten() for parameter in other.parameters()]), rtol=1e-4, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("micro_batch", [1, 2, 4, 5, 100])
@@ -68,7 +80,10 @@ def test_shares_of_several_processes_add_up_to_the_whole():
 
 @pytest.mark.parametrize("change", [{"step": 6}, {"seed": 8}, {"class_dropout": 0.9}])
 def test_every_part_of_the_key_counts(change):
-    step, model = change.pop("step", 5), tiny_model(replace(TINY, class_dropout=change.pop("class_dropout", 0.3)))
+    step, model = (
+        change.pop("step", 5),
+        tiny_model(replace(TINY, class_dropout=change.pop("class_dropout", 0.3))),
+    )
     assert not torch.equal(gradient(task(model, **change), step=step)[0], gradient(task())[0])
 
 
@@ -106,7 +121,9 @@ def test_frames_are_encoded_by_place_not_by_batch():
 
     frames = torch.zeros(6, 3, 3, 8, 8)
     for micro_batch in (6, 4):
-        backward(task(codec=NoisyCodec(), objective=objective, micro_batch=micro_batch), 5, range(6), frames, LABEL)
+        backward(
+            task(codec=NoisyCodec(), objective=objective, micro_batch=micro_batch), 5, range(6), frames, LABEL
+        )
     assert [len(z0) for z0 in seen] == [6, 4, 2]
     assert torch.equal(seen[0], torch.cat(seen[1:]))
     assert len({tuple(z0.flatten()[:3].tolist()) for z0 in seen[0]}) == 6
@@ -121,10 +138,15 @@ def test_stills_share_their_clips_timestep_and_bring_labels_of_their_own():
 
     stills = noise(6, 2, 4, 4, 4, seed=3)
     labels = torch.stack([LABEL, LABEL.flip(0), LABEL], dim=1)
-    backward(task(model, forward=forward, num_images=2), 5, range(6), torch.cat([VIDEO, stills], dim=1), labels)
+    backward(
+        task(model, forward=forward, num_images=2), 5, range(6), torch.cat([VIDEO, stills], dim=1), labels
+    )
     (shape, label, num_images) = calls[0]
     assert (shape, num_images) == ((6, 5, 4, 4, 4), 2)
-    assert all(torch.equal(row, given) or row.tolist() == [-1, -1, -1] for row, given in zip(label, labels, strict=True))
+    assert all(
+        torch.equal(row, given) or row.tolist() == [-1, -1, -1]
+        for row, given in zip(label, labels, strict=True)
+    )
     labels[3, 1] = 3
     with pytest.raises(InputError, match="label is 3"):
         backward(task(num_images=2), 5, range(6), torch.cat([VIDEO, stills], dim=1), labels)
@@ -137,4 +159,8 @@ def test_labels_the_model_does_not_have_are_refused_and_an_unconditional_one_tak
         backward(task(), 1, range(6), VIDEO, LABEL - 1)
     with pytest.raises(InputError, match="the data have no labels"):
         backward(task(), 1, range(6), VIDEO, None)
-    assert backward(task(tiny_model(replace(TINY, num_classes=None))), 1, range(6), VIDEO, LABEL + 100).isfinite().all()
+    assert (
+        backward(task(tiny_model(replace(TINY, num_classes=None))), 1, range(6), VIDEO, LABEL + 100)
+        .isfinite()
+        .all()
+    )

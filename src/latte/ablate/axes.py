@@ -9,18 +9,18 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 
-from latte.checkpoint.dit import MAPPINGS
 from latte.checks import InputError, choose, require
-from latte.config import RunConfig
+from latte.config.run import RunConfig
 from latte.data.datasets import UNREAD
 from latte.diffusion.loss import OBJECTIVES
 from latte.diffusion.samplers import SAMPLERS
+from latte.interop.dit import MAPPINGS
 from latte.model.conditioning import CONDITIONINGS
-from latte.model.cost import Cost, count
 from latte.model.latte import SIZES, ModelConfig
 from latte.model.patches import PATCHES
 from latte.model.positions import TEMPORAL_POSITIONS
 from latte.model.variants import VARIANTS
+from latte.profile.flops import Cost, count
 
 Overrides = dict[str, object]
 """Dotted key of a run's settings -> value."""
@@ -45,7 +45,9 @@ def variants(base: RunConfig) -> dict[str, Overrides]:
     arms, depth, mine = options("model.variant", VARIANTS, base), base.model.depth, base.model.variant_spec
     if depth is not None:
         for (name, arm), spec in zip(arms.items(), VARIANTS.values(), strict=True):
-            fitting = max(round(depth * mine.weight / spec.weight / spec.depth_multiple), 1) * spec.depth_multiple
+            fitting = (
+                max(round(depth * mine.weight / spec.weight / spec.depth_multiple), 1) * spec.depth_multiple
+            )
             arms[name] = arm | {"model.depth": depth if spec is mine else fitting}
     return arms
 
@@ -57,7 +59,11 @@ def objectives(base: RunConfig) -> dict[str, Overrides]:
         fitting = [sampler for sampler, kind in SAMPLERS.items() if objective.prediction in kind.predictions]
         if base.sample.sampler not in fitting:
             steps = str(base.sample.steps).removeprefix("ddim").split(",")
-            arms[name] |= {"sample.sampler": fitting[0], "sample.steps": sum(map(int, steps)), "sample.eta": 0.0}
+            arms[name] |= {
+                "sample.sampler": fitting[0],
+                "sample.steps": sum(map(int, steps)),
+                "sample.eta": 0.0,
+            }
         if objective.prediction == "flow":
             arms[name] |= {"diffusion.schedule": "linear"}  # the flow has a path of its own
     return arms
@@ -66,8 +72,10 @@ def objectives(base: RunConfig) -> dict[str, Overrides]:
 def intervals(base: RunConfig) -> dict[str, Overrides]:
     """Every first, second, third frame, and the base's own interval; InputError for data without one."""
     if "interval" in UNREAD[base.data.kind]:
-        raise InputError(f"--axes interval needs videos, but data.kind is {base.data.kind!r} ({UNREAD[base.data.kind]['interval']}); "
-                         "leave the axis out, or give data.kind=folder and data.root")  # fmt: skip
+        raise InputError(
+            f"--axes interval needs videos, but data.kind is {base.data.kind!r} ({UNREAD[base.data.kind]['interval']}); "
+            "leave the axis out, or give data.kind=folder and data.root"
+        )
     return options("data.interval", sorted({*INTERVALS, base.data.interval}), base)
 
 
@@ -80,7 +88,9 @@ def sizes(base: RunConfig) -> dict[str, Overrides]:
     arms: dict[str, Overrides] = {}
     for scale in SCALES:
         fitting = max(round(heads * scale / multiple), 1) * multiple
-        arm: Overrides = {} if scale == 1 else {"model.heads": fitting, "model.width": width // heads * fitting}
+        arm: Overrides = (
+            {} if scale == 1 else {"model.heads": fitting, "model.width": width // heads * fitting}
+        )
         if scale == 1 or (fitting != heads and arm not in arms.values()):  # few heads: nothing between
             arms[f"x{scale:g}"] = arm
     return arms
@@ -133,7 +143,9 @@ def apply(base: RunConfig, overrides: Overrides) -> RunConfig:
     for key, value in overrides.items():
         section, _, leaf = key.partition(".")
         parts.setdefault(section, {})[leaf] = value
-    return replace(base, **{section: replace(getattr(base, section), **values) for section, values in parts.items()})
+    return replace(
+        base, **{section: replace(getattr(base, section), **values) for section, values in parts.items()}
+    )
 
 
 @lru_cache(maxsize=256)
@@ -147,8 +159,15 @@ def make_arm(base: RunConfig, axis: str, name: str, overrides: Overrides) -> Arm
     settings = {key: value for key, value in overrides.items() if key != INIT}
     config, mapping = apply(base, settings), overrides.get(INIT)
     same = config == base and mapping is None
-    return Arm(axis, name, BASELINE if same else f"{axis}-{name}", config, {} if same else settings,
-               None if mapping is None else str(mapping), cost_of(config.model))  # fmt: skip
+    return Arm(
+        axis,
+        name,
+        BASELINE if same else f"{axis}-{name}",
+        config,
+        {} if same else settings,
+        None if mapping is None else str(mapping),
+        cost_of(config.model),
+    )
 
 
 def make_arms(base: RunConfig, axes: Sequence[str]) -> tuple[list[Arm], list[LeftOut]]:
@@ -160,7 +179,13 @@ def make_arms(base: RunConfig, axes: Sequence[str]) -> tuple[list[Arm], list[Lef
     left: list[LeftOut] = []
     for axis in axes:
         table = choose("--axes", axis, AXES)(base)
-        require(axes.count(axis) == 1, "--axes", ",".join(axes), f"{axis} is there more than once", "name every axis once")
+        require(
+            axes.count(axis) == 1,
+            "--axes",
+            ",".join(axes),
+            f"{axis} is there more than once",
+            "name every axis once",
+        )
         mine: list[Arm] = []
         for name, overrides in table.items():
             try:
@@ -175,6 +200,8 @@ def make_arms(base: RunConfig, axes: Sequence[str]) -> tuple[list[Arm], list[Lef
                 left.append(LeftOut(axis, name, f"for this recipe it is the same as {twin.name}"))
         if len(mine) < 2:
             reasons = "; ".join(f"{one.name}: {one.reason}" for one in left if one.axis == axis)
-            raise InputError(f"--axes {axis} leaves nothing to compare with this recipe ({reasons}); leave the axis out")
+            raise InputError(
+                f"--axes {axis} leaves nothing to compare with this recipe ({reasons}); leave the axis out"
+            )
         arms += mine
     return arms, left

@@ -32,7 +32,9 @@ class Codec(ABC):
     def __init__(self, network: nn.Module, chunk: int = 16, device: str | torch.device = "cpu"):
         self.device, self.chunk = torch.device(device), chunk
         network = network.eval().requires_grad_(False)
-        self.network: Any = nn.Module.to(network, self.device, torch.float32)  # diffusers' own warns of nothing
+        self.network: Any = nn.Module.to(
+            network, self.device, torch.float32
+        )  # diffusers' own warns of nothing
         for weight in self.network.parameters():
             if weight.ndim == 4:  # of convolutions over a frame; the format is not defined for others
                 weight.data = weight.data.contiguous(memory_format=torch.channels_last)
@@ -73,7 +75,13 @@ class Codec(ABC):
         """(c, h, w) of a frame of height x width; InputError unless ``downscale`` divides both."""
         for field, size in (("frame height", height), ("frame width", width)):
             ok = size > 0 and size % self.downscale == 0
-            require(ok, field, size, f"codec {self.name!r} shrinks {self.downscale} times", f"give a multiple of {self.downscale}")
+            require(
+                ok,
+                field,
+                size,
+                f"codec {self.name!r} shrinks {self.downscale} times",
+                f"give a multiple of {self.downscale}",
+            )
         return self.channels, height // self.downscale, width // self.downscale
 
     def encode(self, frames: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -82,7 +90,13 @@ class Codec(ABC):
         The draw is made for the whole call before any chunk, so the result depends on ``generator`` and not on ``chunk``.
         """
         rule = "a codec encodes frames of shape (batch, frames, 3, height, width)"
-        require(frames.ndim == 5 and frames.shape[2] == 3, "shape of frames", tuple(frames.shape), rule, "pass RGB clips, channels third")
+        require(
+            frames.ndim == 5 and frames.shape[2] == 3,
+            "shape of frames",
+            tuple(frames.shape),
+            rule,
+            "pass RGB clips, channels third",
+        )
         shape = self.latent_shape(*frames.shape[-2:])
         noise = None
         if generator is not None and self.stochastic:
@@ -93,11 +107,19 @@ class Codec(ABC):
         """(b f c h w) -> (b f 3 H W) in [-1, 1], clamped."""
         rule = f"codec {self.name!r} decodes latents of shape (batch, frames, {self.channels}, height, width)"
         ok = latent.ndim == 5 and latent.shape[2] == self.channels
-        require(ok, "shape of latent", tuple(latent.shape), rule, "use the codec that the latents or the model were made with")
+        require(
+            ok,
+            "shape of latent",
+            tuple(latent.shape),
+            rule,
+            "use the codec that the latents or the model were made with",
+        )
         return self._in_chunks(lambda part, _: self.decode_frames(part), latent, None).clamp_(-1, 1)
 
     @torch.no_grad()
-    def _in_chunks(self, function: Callable[[Tensor, Tensor | None], Tensor], clips: Tensor, noise: Tensor | None) -> Tensor:
+    def _in_chunks(
+        self, function: Callable[[Tensor, Tensor | None], Tensor], clips: Tensor, noise: Tensor | None
+    ) -> Tensor:
         """Apply ``function`` to (b f ...) flattened to frames, ``chunk`` frames at a time."""
         parts = []
         flat = clips.flatten(0, 1)

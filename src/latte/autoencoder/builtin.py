@@ -2,7 +2,7 @@
 """The built-in autoencoder: a plain convolutional pair, 8x smaller each way, trained by this project on procedural clips.
 
 Without norms or attention a pixel depends on its neighbourhood alone, so any frame size divisible by 8 works.
-``python -m latte.train.autoencoder OUT.safetensors`` makes the weights, which lie beside this file.
+``python -m tools.train_autoencoder OUT.safetensors`` makes the weights, which lie beside this file.
 Axes: n frames, c channels, h height, w width.
 """
 
@@ -97,7 +97,7 @@ class BuiltinCodec(Codec):
 
     @classmethod
     def load(cls, path: str | None, chunk: int, device: str | torch.device) -> Self:
-        """``path``: a file that ``latte.train.autoencoder`` wrote, None for the one in the package."""
+        """``path``: a file that ``tools.train_autoencoder`` wrote, None for the one in the package."""
         return cls(load_network(BuiltinAutoencoder(), path or WEIGHTS, "codec.path"), chunk, device)
 
     @classmethod

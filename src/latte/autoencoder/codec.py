@@ -34,7 +34,13 @@ class CodecConfig:
 
     def __post_init__(self):
         choose("codec.name", self.name, CODECS)
-        require(self.chunk >= 1, "codec.chunk", self.chunk, "at least one frame must go through at a time", "give 1 or more")
+        require(
+            self.chunk >= 1,
+            "codec.chunk",
+            self.chunk,
+            "at least one frame must go through at a time",
+            "give 1 or more",
+        )
 
 
 def kind_at(path: str) -> type[Posterior]:
@@ -47,8 +53,13 @@ def decoder_for(codec: Codec, path: str) -> Codec:
     """The KL autoencoder at ``path`` as a decoder of ``codec``'s latents; InputError for one whose latents have another form or scale."""
     found = build_codec(CodecConfig(kind_at(path).name, path, TEMPORAL_CHUNK), codec.device)
     ours, theirs = ((one.channels, one.downscale, one.scale) for one in (codec, found))
-    require(ours == theirs, "--decoder", path, f"its latents (channels, times, scale) are {theirs}, the model's are {ours}",
-            "give another decoder of the same autoencoder")  # fmt: skip
+    require(
+        ours == theirs,
+        "--decoder",
+        path,
+        f"its latents (channels, times, scale) are {theirs}, the model's are {ours}",
+        "give another decoder of the same autoencoder",
+    )
     return found
 
 
@@ -57,4 +68,6 @@ def build_codec(config: CodecConfig, device: str | torch.device = "cpu") -> Code
     return CODECS[config.name].load(config.path, config.chunk, device)
 
 
-CODECS: dict[str, type[Codec]] = {codec.name: codec for codec in (KLCodec, TemporalCodec, Taef2Codec, PixelCodec, BuiltinCodec)}
+CODECS: dict[str, type[Codec]] = {
+    codec.name: codec for codec in (KLCodec, TemporalCodec, Taef2Codec, PixelCodec, BuiltinCodec)
+}

@@ -19,7 +19,11 @@ from latte.autoencoder.base import Codec
 from latte.autoencoder.files import fill_network, read_tensors
 from latte.checks import InputError, require
 
-WEIGHT_FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.fp16.safetensors", "diffusion_pytorch_model.bin")
+WEIGHT_FILES = (
+    "diffusion_pytorch_model.safetensors",
+    "diffusion_pytorch_model.fp16.safetensors",
+    "diffusion_pytorch_model.bin",
+)
 STABLE_DIFFUSION = {"block_out_channels": [128, 256, 512, 512], "layers_per_block": 2, "latent_channels": 4}
 OLD_NAMES = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
 
@@ -49,10 +53,14 @@ class Posterior(Codec):
     def load(cls, path: str | None, chunk: int, device: str | torch.device) -> Self:
         """``path``: a folder or a hub id that holds the autoencoder itself, or a whole pipeline with it in one of ``places``."""
         if path is None:
-            raise InputError(f"codec.path is missing, but codec {cls.name!r} needs {cls.layout} weights; give a folder or a hub id")
+            raise InputError(
+                f"codec.path is missing, but codec {cls.name!r} needs {cls.layout} weights; give a folder or a hub id"
+            )
         config_file, weights_file = _find(path, cls)
         network = _build(config_file, cls)
-        tensors = {_renamed(name): tensor for name, tensor in read_tensors(weights_file, "codec.path").items()}
+        tensors = {
+            _renamed(name): tensor for name, tensor in read_tensors(weights_file, "codec.path").items()
+        }
         return cls(fill_network(network, tensors, weights_file, "codec.path"), chunk, device)
 
     @classmethod
@@ -72,7 +80,11 @@ class KLCodec(Posterior):
     """diffusers' AutoencoderKL as a codec: every frame by itself."""
 
     name, layout, places = "kl", "AutoencoderKL", ("vae/", "")
-    published: ClassVar = {"down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4, **STABLE_DIFFUSION}
+    published: ClassVar = {
+        "down_block_types": ["DownEncoderBlock2D"] * 4,
+        "up_block_types": ["UpDecoderBlock2D"] * 4,
+        **STABLE_DIFFUSION,
+    }
 
     @staticmethod
     def network_class() -> Any:
@@ -88,19 +100,27 @@ def _find(path: str, codec: type[Posterior]) -> tuple[Path, Path]:
     """(config.json, weight file) of ``codec`` in the folder or hub repository ``path``, or an InputError saying what is not there."""
     local = Path(path).is_dir()
     if not local and (path.count("/") != 1 or path.startswith((".", "/", "~"))):
-        raise InputError(f"codec.path is {path!r}, which is no folder here and no hub id (owner/name); give one of the two")
+        raise InputError(
+            f"codec.path is {path!r}, which is no folder here and no hub id (owner/name); give one of the two"
+        )
     reasons: list[str] = []
     for folder in codec.places:
         config = _fetch(path, f"{folder}config.json", local, reasons)
         if config:
-            weights = next((file for name in WEIGHT_FILES if (file := _fetch(path, folder + name, local, reasons))), None)
+            weights = next(
+                (file for name in WEIGHT_FILES if (file := _fetch(path, folder + name, local, reasons))), None
+            )
             if weights:
                 return config, weights
-            raise InputError(f"codec.path: {path} has {folder}config.json but no {WEIGHT_FILES[0]}; it is half downloaded, fetch it again")
+            raise InputError(
+                f"codec.path: {path} has {folder}config.json but no {WEIGHT_FILES[0]}; it is half downloaded, fetch it again"
+            )
     why = f" ({reasons[-1]})" if reasons else ""
     inside = " or ".join(place.rstrip("/") for place in codec.places if place)
-    raise InputError(f"codec.path: {path} has no config.json, neither directly nor in {inside}{why}; give the folder or hub id of an "
-                     f"{codec.layout}")  # fmt: skip
+    raise InputError(
+        f"codec.path: {path} has no config.json, neither directly nor in {inside}{why}; give the folder or hub id of an "
+        f"{codec.layout}"
+    )
 
 
 def layout_at(path: str) -> str | None:
@@ -135,14 +155,28 @@ def _build(file: Path, codec: type[Posterior]) -> nn.Module:
         config = json.loads(file.read_text(encoding="utf-8"))
         layout = config.get("_class_name", "another layout")
         if layout == codec.layout:
-            network = codec.network_class().from_config({key: value for key, value in config.items() if key[0] != "_"})
+            network = codec.network_class().from_config(
+                {key: value for key, value in config.items() if key[0] != "_"}
+            )
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise InputError(f"codec.path: {file} does not describe an {codec.layout} ({error}); fetch it again") from error
+        raise InputError(
+            f"codec.path: {file} does not describe an {codec.layout} ({error}); fetch it again"
+        ) from error
     rule = f"codec {codec.name!r} is an {codec.layout} of 4 channels, 8 times smaller, without shift"
     require(network is not None, f"layout in {file}", layout, rule, "give another folder or codec.name")
     shape = network.config
-    found = (shape["latent_channels"], 2 ** (len(shape["block_out_channels"]) - 1), shape.get("shift_factor") or 0)
-    require(found == (4, 8, 0), f"(channels, times, shift) in {file}", found, rule, "give another folder or codec.name")
+    found = (
+        shape["latent_channels"],
+        2 ** (len(shape["block_out_channels"]) - 1),
+        shape.get("shift_factor") or 0,
+    )
+    require(
+        found == (4, 8, 0),
+        f"(channels, times, shift) in {file}",
+        found,
+        rule,
+        "give another folder or codec.name",
+    )
     return network
 
 

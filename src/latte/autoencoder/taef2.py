@@ -28,9 +28,16 @@ class Block(nn.Module):
 
     def __init__(self, pool: bool = False):
         super().__init__()
-        self.conv = nn.Sequential(conv(WIDTH, WIDTH), nn.ReLU(), conv(WIDTH, WIDTH), nn.ReLU(), conv(WIDTH, WIDTH))
+        self.conv = nn.Sequential(
+            conv(WIDTH, WIDTH), nn.ReLU(), conv(WIDTH, WIDTH), nn.ReLU(), conv(WIDTH, WIDTH)
+        )
         wide = 4 * WIDTH
-        layers = (nn.Conv2d(WIDTH, wide, 1, bias=False), nn.GroupNorm(4, wide), nn.ReLU(), nn.Conv2d(wide, WIDTH, 1, bias=False))
+        layers = (
+            nn.Conv2d(WIDTH, wide, 1, bias=False),
+            nn.GroupNorm(4, wide),
+            nn.ReLU(),
+            nn.Conv2d(wide, WIDTH, 1, bias=False),
+        )
         self.pool = nn.Sequential(*layers) if pool else None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -58,7 +65,11 @@ def build_decoder() -> nn.Sequential:
     """(n 32 h w) -> (n 3 8h 8w), about [0, 1]."""
     layers: list[nn.Module] = [SoftClamp(), conv(32, WIDTH), nn.ReLU(), Block(True), Block(True), Block(True)]
     for blocks in (3, 3, 1):
-        layers += [nn.Upsample(scale_factor=2), conv(WIDTH, WIDTH, bias=False), *(Block() for _ in range(blocks))]
+        layers += [
+            nn.Upsample(scale_factor=2),
+            conv(WIDTH, WIDTH, bias=False),
+            *(Block() for _ in range(blocks)),
+        ]
     return nn.Sequential(*layers, conv(WIDTH, 3))
 
 
@@ -71,7 +82,9 @@ class Taef2Codec(Codec):
     def load(cls, path: str | None, chunk: int, device: str | torch.device) -> Self:
         """``path``: the folder with taef2_encoder and taef2_decoder; .safetensors is preferred to .pth."""
         if path is None or not Path(path).is_dir():
-            raise InputError(f"codec.path is {path!r}, but codec 'taef2' needs taef2_encoder and taef2_decoder; give their folder")
+            raise InputError(
+                f"codec.path is {path!r}, but codec 'taef2' needs taef2_encoder and taef2_decoder; give their folder"
+            )
         parts = {"encoder": build_encoder(), "decoder": build_decoder()}
         for part, network in parts.items():
             files = [Path(path) / f"taef2_{part}{suffix}" for suffix in (".safetensors", ".pth")]

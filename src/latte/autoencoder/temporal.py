@@ -18,7 +18,11 @@ from latte.autoencoder.kl import STABLE_DIFFUSION, Posterior
 class TemporalCodec(Posterior):
     """diffusers' AutoencoderKLTemporalDecoder as a codec: ``decode_frames`` takes its frames for a piece of one clip."""
 
-    name, layout, places = "kl_temporal", "AutoencoderKLTemporalDecoder", ("vae_temporal_decoder/", "vae/", "")
+    name, layout, places = (
+        "kl_temporal",
+        "AutoencoderKLTemporalDecoder",
+        ("vae_temporal_decoder/", "vae/", ""),
+    )
     published: ClassVar = {"down_block_types": ["DownEncoderBlock2D"] * 4, **STABLE_DIFFUSION}
 
     @staticmethod

@@ -19,23 +19,40 @@ from pathlib import Path
 import torch
 import yaml
 
-from latte.checkpoint.atomic import commit_file, reported
+from latte.files import commit_file, reported
 from latte.runtime import world_size
 
-PACKAGES = ("latte-video", "torch", "numpy", "safetensors", "pillow", "diffusers", "av", "transformers", "peft", "bitsandbytes")
+PACKAGES = (
+    "latte-video",
+    "torch",
+    "numpy",
+    "safetensors",
+    "pillow",
+    "diffusers",
+    "av",
+    "transformers",
+    "peft",
+    "bitsandbytes",
+)
 
 
-def describe_run(run_dir: Path, config: Mapping[str, object], device: torch.device, command: str | None = None) -> None:
+def describe_run(
+    run_dir: Path, config: Mapping[str, object], device: torch.device, command: str | None = None
+) -> None:
     """Write the three files; ``config`` is plain data, ``command`` defaults to this process's own command line.
 
     Raises RunError when the folder cannot be written.
     """
     program = Path(sys.argv[0])
-    command = command or shlex.join([*(["python", "-m", "latte"] if program.name == "__main__.py" else [program.name]), *sys.argv[1:]])
+    command = command or shlex.join(
+        [*(["python", "-m", "latte"] if program.name == "__main__.py" else [program.name]), *sys.argv[1:]]
+    )
     now = datetime.now(UTC).isoformat(timespec="seconds")
     with reported("the run's description", run_dir):
         commit_file(run_dir / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False))
-        commit_file(run_dir / "env.json", json.dumps({"started": now, **environment(device)}, indent=2) + "\n")
+        commit_file(
+            run_dir / "env.json", json.dumps({"started": now, **environment(device)}, indent=2) + "\n"
+        )
         with open(run_dir / "command.txt", "a", encoding="utf-8") as file:
             file.write(f"{now} {command}\n")
 
@@ -71,7 +88,9 @@ def source_commit() -> str | None:
         return None
     try:
         commit, changes = (
-            subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+            subprocess.run(
+                ["git", "-C", str(root), *words], capture_output=True, text=True, timeout=10, check=True
+            ).stdout.strip()
             for words in (("rev-parse", "HEAD"), ("status", "--porcelain", "--untracked-files=no"))
         )
     except (OSError, subprocess.SubprocessError):

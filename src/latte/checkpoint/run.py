@@ -21,8 +21,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from latte.checkpoint.atomic import TEMPORARY, commit_folder, reported
 from latte.checks import InputError
+from latte.files import TEMPORARY, commit_folder, reported
 
 T = TypeVar("T")
 FORMAT = 1
@@ -47,7 +47,11 @@ def say_on_stderr(message: str) -> None:
 
 
 def save_checkpoint(
-    run_dir: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, object], keep: int | None = None
+    run_dir: Path,
+    step: int,
+    tensors: Mapping[str, Mapping[str, Tensor]],
+    state: Mapping[str, object],
+    keep: int | None = None,
 ) -> Path:
     """Commit ``tensors`` (group -> name -> tensor) and ``state`` (plain data) as ``run_dir``/checkpoints/step-``step``.
 
@@ -65,7 +69,9 @@ def save_checkpoint(
             file = folder / f"{name}.safetensors"
             save_file({key: tensor.detach().contiguous() for key, tensor in group.items()}, file)
             shutil.copymode(folder / STATE, file)  # safetensors makes it private whatever the umask says
-        (folder / MANIFEST).write_text(manifest_text({file.name: fingerprint(file) for file in folder.iterdir()}), encoding="utf-8")
+        (folder / MANIFEST).write_text(
+            manifest_text({file.name: fingerprint(file) for file in folder.iterdir()}), encoding="utf-8"
+        )
 
     earlier = list_checkpoints(run_dir)
     kept = f"; {earlier[-1]} is as it was" if earlier else ""
@@ -110,14 +116,19 @@ def read_manifest(path: Path) -> dict[str, dict]:
     """File name -> {bytes, sha256} of a checkpoint folder; InputError unless it is exactly what ``save_checkpoint`` writes."""
     file = path / MANIFEST
     if not file.is_file():
-        raise InputError(f"checkpoint {path} has no {MANIFEST}, so it is no complete checkpoint; give a folder checkpoints/step-N of a run")
+        raise InputError(
+            f"checkpoint {path} has no {MANIFEST}, so it is no complete checkpoint; give a folder checkpoints/step-N of a run"
+        )
     try:
         with open(file, encoding="utf-8") as opened:
             text = opened.read(MAX_MANIFEST_BYTES)
         manifest = json.loads(text)
         files = manifest["files"]
         exact = manifest["format"] == FORMAT and STATE in files and manifest_text(files) == text
-        exact = exact and all(PLAIN_NAME.fullmatch(name) and entry.keys() == {"bytes", "sha256"} for name, entry in files.items())
+        exact = exact and all(
+            PLAIN_NAME.fullmatch(name) and entry.keys() == {"bytes", "sha256"}
+            for name, entry in files.items()
+        )
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise damaged(path, f"{MANIFEST} cannot be read ({error})") from error
     if not exact:
@@ -138,16 +149,24 @@ def fingerprint(file: Path) -> dict[str, int | str]:
 
 def damaged(path: Path, how: str) -> InputError:
     """The message about a checkpoint that cannot be trusted."""
-    return InputError(f"checkpoint {path} is damaged: {how}; use another checkpoint, or delete this folder to go on from the one before")
+    return InputError(
+        f"checkpoint {path} is damaged: {how}; use another checkpoint, or delete this folder to go on from the one before"
+    )
 
 
 def list_checkpoints(run_dir: Path) -> list[Path]:
     """Committed checkpoint folders of a run, oldest first, not verified."""
-    found = {int(match[1]): path for path in Path(run_dir).glob("checkpoints/step-*") if (match := re.fullmatch(r"step-(\d+)", path.name))}
+    found = {
+        int(match[1]): path
+        for path in Path(run_dir).glob("checkpoints/step-*")
+        if (match := re.fullmatch(r"step-(\d+)", path.name))
+    }
     return [found[step] for step in sorted(found)]
 
 
-def latest_checkpoint(run_dir: Path, only: Collection[str] | None = None, say: Callable[[str], None] = say_on_stderr) -> Path | None:
+def latest_checkpoint(
+    run_dir: Path, only: Collection[str] | None = None, say: Callable[[str], None] = say_on_stderr
+) -> Path | None:
     """The newest checkpoint of a run whose files all fit (``only``: state and these groups); None when the run has none.
 
     A damaged one is passed over with a warning through ``say``; InputError when all are damaged.
@@ -160,7 +179,9 @@ def latest_checkpoint(run_dir: Path, only: Collection[str] | None = None, say: C
     return newest(run_dir, read, say)
 
 
-def load_latest(run_dir: Path, only: Collection[str] | None = None, say: Callable[[str], None] = say_on_stderr) -> Checkpoint | None:
+def load_latest(
+    run_dir: Path, only: Collection[str] | None = None, say: Callable[[str], None] = say_on_stderr
+) -> Checkpoint | None:
     """``load_checkpoint`` of what ``latest_checkpoint`` finds, reading every file once."""
     return newest(run_dir, lambda path: load_checkpoint(path, only), say)
 
@@ -178,8 +199,10 @@ def newest(run_dir: Path, read: Callable[[Path], T], say: Callable[[str], None])
             say(f"warning: going on from the earlier checkpoint {path}")
         return found
     if paths:
-        raise InputError(f"every checkpoint of {run_dir} is damaged ({len(paths)} of {len(paths)}); restore one, "
-                         "or delete the folder checkpoints to start over")  # fmt: skip
+        raise InputError(
+            f"every checkpoint of {run_dir} is damaged ({len(paths)} of {len(paths)}); restore one, "
+            "or delete the folder checkpoints to start over"
+        )
     return None
 
 
@@ -190,9 +213,15 @@ def prune(run_dir: Path, step: int, keep: int) -> None:
     be ones that a resume has passed over as damaged, and training will replace them.
     """
     steps = {path: int(path.name.removeprefix("step-")) for path in list_checkpoints(run_dir)}
-    earlier = sorted((path for path in steps if steps[path] < step), key=lambda path: (looks_whole(path), steps[path]), reverse=True)
+    earlier = sorted(
+        (path for path in steps if steps[path] < step),
+        key=lambda path: (looks_whole(path), steps[path]),
+        reverse=True,
+    )
     for path in earlier[max(keep - 1, 0) :]:
-        gone = path.with_name(f"{TEMPORARY}pruned-{path.name}")  # renamed first: a half-removed checkpoint is never seen
+        gone = path.with_name(
+            f"{TEMPORARY}pruned-{path.name}"
+        )  # renamed first: a half-removed checkpoint is never seen
         os.rename(path, gone)
         shutil.rmtree(gone, ignore_errors=True)
 
@@ -200,7 +229,9 @@ def prune(run_dir: Path, step: int, keep: int) -> None:
 def looks_whole(path: Path) -> bool:
     """Do the files have the sizes of their manifest? (The hashes of old checkpoints are not recomputed at every save.)"""
     try:
-        return all((path / name).stat().st_size == entry["bytes"] for name, entry in read_manifest(path).items())
+        return all(
+            (path / name).stat().st_size == entry["bytes"] for name, entry in read_manifest(path).items()
+        )
     except (InputError, OSError):
         return False
 

@@ -11,7 +11,16 @@ from latte.cli.options import OVERRIDABLE, Debug, Device, Json, Overrides, Run, 
 
 __all__ = ["OVERRIDABLE", "ablate"]
 
-COLUMNS = ("axis", "arm", "held-out loss", "label obedience", "built-in score", "parameters", "operations per clip", "training s")
+COLUMNS = (
+    "axis",
+    "arm",
+    "held-out loss",
+    "label obedience",
+    "built-in score",
+    "parameters",
+    "operations per clip",
+    "training s",
+)
 
 Axes = Annotated[
     str,
@@ -23,12 +32,21 @@ Axes = Annotated[
 ]
 Seeds = Annotated[str, typer.Option(metavar="N,N,...", help="Seeds; every arm is trained with each.")]
 Steps = Annotated[int | None, typer.Option(help="train.steps; those of the recipe by default.")]
-Out = Annotated[Path | None, typer.Option(help="Folder of the sweep; runs/RUN-ablation by default. The same command on it goes on.")]
-Dit = Annotated[str | None, typer.Option(metavar="PATH", help="The DiT that axis init starts from: a file or a hub id.")]
+Out = Annotated[
+    Path | None,
+    typer.Option(help="Folder of the sweep; runs/RUN-ablation by default. The same command on it goes on."),
+]
+Dit = Annotated[
+    str | None, typer.Option(metavar="PATH", help="The DiT that axis init starts from: a file or a hub id.")
+]
 Points = Annotated[int, typer.Option(help="How many times a run is measured, the last step included.")]
 Heldout = Annotated[int, typer.Option(help="Clips of the held-out loss.")]
-Graded = Annotated[int, typer.Option(help="Generated clips that are graded and scored at every point; 0 for none.")]
-TrainDtype = Annotated[str | None, typer.Option("--dtype", metavar="NAME", help="train.dtype: auto, fp32 or bf16.")]
+Graded = Annotated[
+    int, typer.Option(help="Generated clips that are graded and scored at every point; 0 for none.")
+]
+TrainDtype = Annotated[
+    str | None, typer.Option("--dtype", metavar="NAME", help="train.dtype: auto, fp32 or bf16.")
+]
 
 
 def ablate(
@@ -52,10 +70,10 @@ def ablate(
     Small enough for two CPU cores and a quarter of an hour: latte ablate shapes-tiny --axes variant
     """
     from latte.ablate.axes import make_arms
-    from latte.ablate.page import show as page_of
+    from latte.ablate.report import show as page_of
     from latte.ablate.sweep import Plan, settle, summary, sweep
-    from latte.checkpoint.atomic import commit_file, reported
-    from latte.config import load_run
+    from latte.config.run import load_run
+    from latte.files import commit_file, reported
     from latte.runtime import resolve_device
 
     speak()
@@ -81,7 +99,12 @@ def ablate(
     entries = summary(plan, arms)
     lines = table([COLUMNS, *(cells(entry) for entry in entries)])
     stopped = [f"stopped; go on with: {plan.command()}"] if code else []
-    result = {"out": str(where), "report": str(page), "arms": entries, "left_out": [vars(one) for one in left]}
+    result = {
+        "out": str(where),
+        "report": str(page),
+        "arms": entries,
+        "left_out": [vars(one) for one in left],
+    }
     show(result, as_json, [*lines, *stopped, f"see: {page}"])
     if code:
         raise typer.Exit(code)
@@ -89,10 +112,19 @@ def ablate(
 
 def cells(entry: dict[str, Any]) -> tuple[str, ...]:
     """An arm's line of the table."""
-    loss, share, score, seconds = (entry[key] for key in ("heldout_loss", "label_accuracy", "score", "seconds"))
-    return (entry["axis"], entry["name"], "-" if loss is None else f"{loss:.4f}", "-" if share is None else f"{share:.1%}",
-            "-" if score is None else f"{score:.4g}", f"{entry['parameters']:,}", f"{entry['operations']:,}",
-            "-" if seconds is None else f"{seconds:g}")  # fmt: skip
+    loss, share, score, seconds = (
+        entry[key] for key in ("heldout_loss", "label_accuracy", "score", "seconds")
+    )
+    return (
+        entry["axis"],
+        entry["name"],
+        "-" if loss is None else f"{loss:.4f}",
+        "-" if share is None else f"{share:.1%}",
+        "-" if score is None else f"{score:.4g}",
+        f"{entry['parameters']:,}",
+        f"{entry['operations']:,}",
+        "-" if seconds is None else f"{seconds:g}",
+    )
 
 
 def say(line: str) -> None:
@@ -109,5 +141,7 @@ def read_seeds(text: str) -> tuple[int, ...]:
     """'0,1,2' -> (0, 1, 2); InputError for anything but numbers from 0."""
     words = read_list(text)
     if not words or not all(word.isdecimal() for word in words):
-        raise InputError(f"--seeds is {text!r}, but it must be whole numbers from 0 with commas between them; give e.g. 0,1,2")
+        raise InputError(
+            f"--seeds is {text!r}, but it must be whole numbers from 0 with commas between them; give e.g. 0,1,2"
+        )
     return tuple(int(word) for word in words)

@@ -8,25 +8,34 @@ import typer
 
 from latte.cli.options import OVERRIDABLE, Debug, Json, Overrides, show, table
 
-MaybeRun = Annotated[str | None, typer.Argument(metavar="[RUN]", help="A recipe, a YAML file or a run folder; the defaults without it.")]
+MaybeRun = Annotated[
+    str | None,
+    typer.Argument(metavar="[RUN]", help="A recipe, a YAML file or a run folder; the defaults without it."),
+]
 
 app = typer.Typer(help="Show a run's settings, or the schema of the YAML file.", no_args_is_help=True)
 
 
 @app.command("show", context_settings=OVERRIDABLE)
-def show_config(run: MaybeRun = None, overrides: Overrides = None, as_json: Json = False, debug: Debug = False) -> None:
+def show_config(
+    run: MaybeRun = None, overrides: Overrides = None, as_json: Json = False, debug: Debug = False
+) -> None:
     """Every setting of a run, its value and its origin."""
-    from latte.config import flat, load_run
+    from latte.config.run import flat, load_run
 
     config, origins = load_run(run, overrides or [])
     values = flat(config)
     result = {key: {"value": value, "origin": origins[key]} for key, value in values.items()}
-    show(result, as_json, table([(key, json.dumps(value), f"({origins[key]})") for key, value in values.items()]))
+    show(
+        result,
+        as_json,
+        table([(key, json.dumps(value), f"({origins[key]})") for key, value in values.items()]),
+    )
 
 
 @app.command("schema")
 def schema(debug: Debug = False) -> None:
     """JSON schema of the YAML file, for editors."""
-    from latte.config import schema as schema_of
+    from latte.config.run import schema as schema_of
 
     print(json.dumps(schema_of(), indent=2))

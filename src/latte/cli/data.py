@@ -12,17 +12,19 @@ import typer
 from latte.cli.options import OVERRIDABLE, Debug, Device, Json, Overrides, show, speak, tell
 
 if TYPE_CHECKING:
-    from latte.config import RunConfig
+    from latte.config.run import RunConfig
 
 app = typer.Typer(help="List, look at, encode and draw clips.", no_args_is_help=True)
 
-Source = Annotated[str, typer.Argument(metavar="SOURCE", help="A folder of videos, or a RUN.", show_default=False)]
+Source = Annotated[
+    str, typer.Argument(metavar="SOURCE", help="A folder of videos, or a RUN.", show_default=False)
+]
 Seed = Annotated[int, typer.Option(help="Seed of the random choice.")]
 
 
 def load_source(source: str, overrides: list[str] | None) -> tuple["RunConfig", dict[str, str]]:
     """A folder of videos is the default configuration with ``data.root``; anything else is a RUN."""
-    from latte.config import RUN_FILE, load_run, recipes
+    from latte.config.run import RUN_FILE, load_run, recipes
 
     if source not in recipes() and Path(source).is_dir() and not (Path(source) / RUN_FILE).is_file():
         return load_run(None, [f"data.root={source}", *(overrides or [])])
@@ -33,7 +35,9 @@ def load_source(source: str, overrides: list[str] | None) -> tuple["RunConfig", 
 def scan_folder(
     source: Source,
     overrides: Overrides = None,
-    out: Annotated[Path, typer.Option(help="Where the unusable files and their reasons are noted.")] = Path("quarantine.jsonl"),
+    out: Annotated[Path, typer.Option(help="Where the unusable files and their reasons are noted.")] = Path(
+        "quarantine.jsonl"
+    ),
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -41,26 +45,39 @@ def scan_folder(
 
     Clips too short for a run are refused when SOURCE is one, or when data.frames or data.interval are given.
     """
-    from latte.config import DEFAULT
+    from latte.config.run import DEFAULT
     from latte.data.datasets import scan, write_quarantine
-    from latte.data.quarantine import check_folder, require_clips
+    from latte.data.skipped import check_folder, require_clips
 
     speak()
     config, origins = load_source(source, overrides)
     data = config.data
     ruled = any(origins[f"data.{key}"] != DEFAULT for key in ("frames", "interval", "rule", "fps"))
-    found = scan(check_folder(data.root or ""), data.clip_rule if ruled else None, data.labels, progress=tell("scan", 0, 1))
+    found = scan(
+        check_folder(data.root or ""),
+        data.clip_rule if ruled else None,
+        data.labels,
+        progress=tell("scan", 0, 1),
+    )
     if found.quarantined:
         write_quarantine(out, found.quarantined)
     require_clips(found)
     names = list(found.classes)
     files = [
-        {"path": clip.info.path, "frames": clip.info.frames, "height": clip.info.height, "width": clip.info.width, "fps": clip.info.fps,
-         "class": None if clip.label is None else names[clip.label]}
+        {
+            "path": clip.info.path,
+            "frames": clip.info.frames,
+            "height": clip.info.height,
+            "width": clip.info.width,
+            "fps": clip.info.fps,
+            "class": None if clip.label is None else names[clip.label],
+        }
         for clip in found.clips
-    ]  # fmt: skip
+    ]
     result = {"clips": len(files), "classes": names, "quarantined": list(found.quarantined), "files": files}
-    lines = [f"{f['path']}  {f['frames']} frames of {f['width']}x{f['height']}, {f['fps']:g} fps" for f in files]
+    lines = [
+        f"{f['path']}  {f['frames']} frames of {f['width']}x{f['height']}, {f['fps']:g} fps" for f in files
+    ]
     lines += [f"{bad['path']}  refused: {bad['reason']}" for bad in found.quarantined]
     summary = f"{len(files)} clips, {len(names)} classes{': ' if names else ''}{', '.join(names)}; {len(found.quarantined)} refused"
     show(result, as_json, [*lines, summary + (f", see {out}" if found.quarantined else "")])
@@ -81,8 +98,8 @@ def inspect(
     from latte.autoencoder.codec import build_codec
     from latte.data.clips import to_uint8
     from latte.data.datasets import build_dataset
+    from latte.data.loader import items_of_step
     from latte.data.media import contact_sheet
-    from latte.data.sampler import items_of_step
     from latte.runtime import generator, resolve_device
 
     speak()
@@ -93,7 +110,9 @@ def inspect(
     clips = [dataset.clip(item, generator(seed, "inspect", item)) for item in items]
     videos = [codec.decode(clip.video[None])[0] if codec else clip.video for clip in clips]
     captions = [
-        clip.key + (f" ({dataset.classes[clip.label]})" if clip.label is not None else "") + (f": {clip.caption}" if clip.caption else "")
+        clip.key
+        + (f" ({dataset.classes[clip.label]})" if clip.label is not None else "")
+        + (f": {clip.caption}" if clip.caption else "")
         for clip in clips
     ]
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -105,8 +124,12 @@ def inspect(
 def encode(
     source: Source,
     overrides: Overrides = None,
-    out: Annotated[Path | None, typer.Option(help="The folder of shards; latents/SOURCE by default.", show_default=False)] = None,
-    shard_dtype: Annotated[str, typer.Option(metavar="NAME", help="float16, bfloat16 or float32: how latents are kept.")] = "float16",
+    out: Annotated[
+        Path | None, typer.Option(help="The folder of shards; latents/SOURCE by default.", show_default=False)
+    ] = None,
+    shard_dtype: Annotated[
+        str, typer.Option(metavar="NAME", help="float16, bfloat16 or float32: how latents are kept.")
+    ] = "float16",
     seed: Seed = 0,
     device: Device = "auto",
     as_json: Json = False,
@@ -119,27 +142,42 @@ def encode(
     from latte.autoencoder.codec import build_codec
     from latte.data.latents import encode_dataset
     from latte.runtime import resolve_device
-    from latte.text_encoder import build_text_encoder
+    from latte.text.encoders import build_text_encoder
 
     speak()
     config, _ = load_source(source, overrides)
     where = resolve_device(device)
     folder = out or Path("latents") / (Path(source).stem or "data")
     text = build_text_encoder(config.text, where) if config.text.name else None
-    result = encode_dataset(config.data, lambda: build_codec(config.codec, where), folder, dtype=shard_dtype, seed=seed,
-                            progress=tell("encode", 0, 1), text=text, caption_progress=tell("captions", 0, 1))  # fmt: skip
+    result = encode_dataset(
+        config.data,
+        lambda: build_codec(config.codec, where),
+        folder,
+        dtype=shard_dtype,
+        seed=seed,
+        progress=tell("encode", 0, 1),
+        text=text,
+        caption_progress=tell("captions", 0, 1),
+    )
     refused = len(result["quarantined"])
     lines = [
         f"{result['videos']} videos, {result['frames']} frames, {result['shards']} shards, {result['bytes']:,} bytes; {refused} refused"
     ]
     if text:
-        lines.append(f"{result['captions']} captions; {result['new_captions']} features are new (with that of the empty caption)")
+        lines.append(
+            f"{result['captions']} captions; {result['new_captions']} features are new (with that of the empty caption)"
+        )
     show(result, as_json, [*lines, f"train on it with: data.kind=latents data.root={folder}"])
 
 
 @app.command("synth")
 def synth(
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to fill: OUT/<direction>/<number>.mp4 and captions.csv.")],
+    out: Annotated[
+        Path,
+        typer.Argument(
+            metavar="OUT", help="The folder to fill: OUT/<direction>/<number>.mp4 and captions.csv."
+        ),
+    ],
     count: Annotated[int, typer.Option(min=1, help="How many clips.")] = 64,
     frames: Annotated[int, typer.Option(min=1, help="Frames of a clip.")] = 16,
     size: Annotated[int, typer.Option(min=8, help="Pixels of a side.")] = 64,

@@ -10,9 +10,22 @@ import typer
 
 from latte.cli.options import Debug, Device, Dtype, Json, show, speak, tell
 
-Small = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings of the small new model, e.g. model.depth=4.")]
-Out = Annotated[Path | None, typer.Option(help="Folder for everything; by default the first of runs/demo, runs/demo-2, ... that is free.")]
-Model = Annotated[str, typer.Option(metavar="MODEL", help="A model of moving shapes: builtin, a run folder or a weights folder.")]
+Small = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Settings of the small new model, e.g. model.depth=4."),
+]
+Out = Annotated[
+    Path | None,
+    typer.Option(
+        help="Folder for everything; by default the first of runs/demo, runs/demo-2, ... that is free."
+    ),
+]
+Model = Annotated[
+    str,
+    typer.Option(
+        metavar="MODEL", help="A model of moving shapes: builtin, a run folder or a weights folder."
+    ),
+]
 Count = Annotated[int, typer.Option(help="Clips to write, labels going round.")]
 Graded = Annotated[int, typer.Option(help="Clips to draw and grade, those written among them.")]
 Seconds = Annotated[float, typer.Option(help="How long to train the small new model.")]
@@ -38,7 +51,13 @@ def demo(
 
     speak()
     config = DemoConfig(
-        out or free_folder(), model, count, max(graded, count), seconds=seconds, seed=seed, overrides=tuple(overrides or ())
+        out or free_folder(),
+        model,
+        count,
+        max(graded, count),
+        seconds=seconds,
+        seed=seed,
+        overrides=tuple(overrides or ()),
     )
     result = run_demo(config, device, dtype, tell, lambda line: typer.echo(line, err=True))
     low, high = result["interval"]

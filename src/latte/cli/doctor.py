@@ -19,8 +19,14 @@ LEAST_DISK, LEAST_MEMORY = 1 * GIB, 2 * GIB
 def doctor(device: Device = "auto", as_json: Json = False, debug: Debug = False) -> None:
     """Is this machine fit? Versions, device, threads, autoencoders, video, disk and memory; exit code 1 if something needed is missing."""
     facts = examine(device)
-    rows = [(name, ", ".join(map(str, value)) if isinstance(value, list) else value) for name, value in facts.items() if name != "problems"]
-    verdict = [f"problem: {problem}" for problem in facts["problems"]] or ["fit: everything that is needed is here"]
+    rows = [
+        (name, ", ".join(map(str, value)) if isinstance(value, list) else value)
+        for name, value in facts.items()
+        if name != "problems"
+    ]
+    verdict = [f"problem: {problem}" for problem in facts["problems"]] or [
+        "fit: everything that is needed is here"
+    ]
     show(facts, as_json, [*table(rows), *verdict])
     if facts["problems"]:
         raise typer.Exit(1)
@@ -42,9 +48,13 @@ def examine(device: str) -> dict[str, Any]:
     if encoders is None:
         problems.append("PyAV cannot be imported, so no video can be read or written; pip install 'av>=17.1'")
     elif "libx264" not in encoders:
-        problems.append("PyAV was built without libx264, so mp4 files cannot be written; pip install av from PyPI")
+        problems.append(
+            "PyAV was built without libx264, so mp4 files cannot be written; pip install av from PyPI"
+        )
     if disk < LEAST_DISK:
-        problems.append(f"{disk / GIB:.1f} GiB of disk are free here; a run wants at least {LEAST_DISK // GIB}")
+        problems.append(
+            f"{disk / GIB:.1f} GiB of disk are free here; a run wants at least {LEAST_DISK // GIB}"
+        )
     if memory is not None and memory < LEAST_MEMORY:
         problems.append(f"{memory / GIB:.1f} GiB of memory; even small models want {LEAST_MEMORY // GIB}")
     return {

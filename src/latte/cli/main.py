@@ -39,7 +39,10 @@ class Guarded(TyperGroup):
         except Exception as error:
             if type(error).__module__.startswith(("click", "typer")):
                 raise  # wrong usage: typer prints it and exits with 2
-            self.explain(ctx, f"{type(error).__name__}: {error or 'no message'} (this should not happen; --debug shows where)")
+            self.explain(
+                ctx,
+                f"{type(error).__name__}: {error or 'no message'} (this should not happen; --debug shows where)",
+            )
             raise typer.Exit(1) from None
 
     @staticmethod
@@ -72,10 +75,14 @@ def _version(value: bool) -> None:
 
 @app.callback()
 def _start(
-    version: Annotated[bool, typer.Option("--version", help="Print the version.", callback=_version, is_eager=True)] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_version, is_eager=True)
+    ] = False,
 ) -> None:
     """The options before a command."""
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # diffusers imports it wherever it is installed, and it tells what it lacks
+    logging.getLogger("bitsandbytes").setLevel(
+        logging.ERROR
+    )  # diffusers imports it wherever it is installed, and it tells what it lacks
 
 
 app.command("demo")(demo.demo)

@@ -18,13 +18,25 @@ def _remember(context: typer.Context, value: bool) -> bool:
     return value
 
 
-Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object, the last line of stdout.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.", callback=_remember, is_eager=True)]
+Json = Annotated[
+    bool, typer.Option("--json", help="Print the result as one JSON object, the last line of stdout.")
+]
+Debug = Annotated[
+    bool, typer.Option("--debug", help="Show the traceback of an error.", callback=_remember, is_eager=True)
+]
 Device = Annotated[str, typer.Option(metavar="NAME", help="auto, cpu, cuda or mps.")]
-Dtype = Annotated[str, typer.Option(metavar="NAME", help="auto, fp32, bf16 or fp16: precision of matrix products.")]
-Run = Annotated[str, typer.Argument(metavar="RUN", help="A recipe's name, a YAML file or a run folder.", show_default=False)]
+Dtype = Annotated[
+    str, typer.Option(metavar="NAME", help="auto, fp32, bf16 or fp16: precision of matrix products.")
+]
+Run = Annotated[
+    str,
+    typer.Argument(metavar="RUN", help="A recipe's name, a YAML file or a run folder.", show_default=False),
+]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings, e.g. train.steps=1000 (see latte config show RUN).")
+    list[str] | None,
+    typer.Argument(
+        metavar="[KEY=VALUE]...", help="Settings, e.g. train.steps=1000 (see latte config show RUN)."
+    ),
 ]
 
 
@@ -65,4 +77,7 @@ def table(rows: list[tuple[Any, ...]]) -> list[str]:
     """Rows of cells as lines with aligned columns."""
     cells = [[str(cell) for cell in row] for row in rows]
     widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))] if cells else []
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in cells
+    ]

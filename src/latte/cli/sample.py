@@ -14,44 +14,109 @@ from latte.checks import InputError, require
 from latte.cli.options import Debug, Device, Dtype, Json, show, speak, tell
 
 if TYPE_CHECKING:
-    from latte.album import Wish
-    from latte.trained import Trained
+    from latte.inference.outputs import Wish
+    from latte.inference.pipeline import Trained
 
-Model = Annotated[str, typer.Argument(metavar="[MODEL]", help="A run folder, a weights folder, a hub id, or builtin.")]
-Labels = Annotated[str | None, typer.Option(metavar="A,B,...", help="Class names or numbers, one after the other; all classes by default.")]
-Prompt = Annotated[list[str] | None, typer.Option(metavar="TEXT", help="What a text model is to show; give it as often as you like.")]
-PromptFile = Annotated[Path | None, typer.Option("--prompts", metavar="FILE", help="Prompts from a text file, one a line.")]
-Negative = Annotated[
-    str, typer.Option(metavar="TEXT", help="What guidance leads a text model away from; nothing in particular by default.")
+Model = Annotated[
+    str, typer.Argument(metavar="[MODEL]", help="A run folder, a weights folder, a hub id, or builtin.")
 ]
-Count = Annotated[int | None, typer.Option(help="How many clips; 4, or one per label, or one of each prompt by default.")]
-Steps = Annotated[str | None, typer.Option(metavar="N", help="Denoising steps: a number, or a respacing such as ddim50.")]
-SamplerName = Annotated[str | None, typer.Option(metavar="NAME", help="ddpm, ddim, dpmpp, unipc, euler, heun, or flow.")]
-Guidance = Annotated[float | None, typer.Option(help="Weight of the label or the prompt; 1 is the plain model.")]
+Labels = Annotated[
+    str | None,
+    typer.Option(
+        metavar="A,B,...", help="Class names or numbers, one after the other; all classes by default."
+    ),
+]
+Prompt = Annotated[
+    list[str] | None,
+    typer.Option(metavar="TEXT", help="What a text model is to show; give it as often as you like."),
+]
+PromptFile = Annotated[
+    Path | None, typer.Option("--prompts", metavar="FILE", help="Prompts from a text file, one a line.")
+]
+Negative = Annotated[
+    str,
+    typer.Option(
+        metavar="TEXT", help="What guidance leads a text model away from; nothing in particular by default."
+    ),
+]
+Count = Annotated[
+    int | None, typer.Option(help="How many clips; 4, or one per label, or one of each prompt by default.")
+]
+Steps = Annotated[
+    str | None, typer.Option(metavar="N", help="Denoising steps: a number, or a respacing such as ddim50.")
+]
+SamplerName = Annotated[
+    str | None, typer.Option(metavar="NAME", help="ddpm, ddim, dpmpp, unipc, euler, heun, or flow.")
+]
+Guidance = Annotated[
+    float | None, typer.Option(help="Weight of the label or the prompt; 1 is the plain model.")
+]
 Eta = Annotated[float | None, typer.Option(help="Noise of ddim, 0 to 1.")]
 Seed = Annotated[int, typer.Option(help="Seed of the first clip; the others count on from it.")]
-Frames = Annotated[int | None, typer.Option(help="Frames of a clip; those the model was trained with by default.")]
-Window = Annotated[int | None, typer.Option(metavar="N", help="For longer clips: let the model see N frames at a time, overlapping.")]
-Longer = Annotated[
-    str | None, typer.Option(metavar="NAME", help="How windows become a clip: freenoise (a scene stays) or chained (it moves on).")
+Frames = Annotated[
+    int | None, typer.Option(help="Frames of a clip; those the model was trained with by default.")
 ]
-Overlap = Annotated[int | None, typer.Option(metavar="N", help="Frames that neighbouring windows share; half of one by default.")]
-First = Annotated[Path | None, typer.Option(metavar="FILE", help="A picture to start from, or a video whose first frame is meant.")]
-Last = Annotated[Path | None, typer.Option(metavar="FILE", help="A picture to end on, or a video whose last frame is meant.")]
-Size = Annotated[str | None, typer.Option(metavar="N|HxW", help="Pixels; those the model was trained with by default.")]
+Window = Annotated[
+    int | None,
+    typer.Option(metavar="N", help="For longer clips: let the model see N frames at a time, overlapping."),
+]
+Longer = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME", help="How windows become a clip: freenoise (a scene stays) or chained (it moves on)."
+    ),
+]
+Overlap = Annotated[
+    int | None,
+    typer.Option(metavar="N", help="Frames that neighbouring windows share; half of one by default."),
+]
+First = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="A picture to start from, or a video whose first frame is meant."),
+]
+Last = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="A picture to end on, or a video whose last frame is meant."),
+]
+Size = Annotated[
+    str | None, typer.Option(metavar="N|HxW", help="Pixels; those the model was trained with by default.")
+]
 Batch = Annotated[int | None, typer.Option(help="Clips drawn at once.")]
 Fps = Annotated[float | None, typer.Option(help="Frames a second of the files.")]
-Out = Annotated[Path | None, typer.Option(help="Folder; samples/NAME-HASH by default. Clips that are there already are kept.")]
-CodecPath = Annotated[str | None, typer.Option(help="Where the autoencoder's weights are, if they have moved.")]
+Out = Annotated[
+    Path | None,
+    typer.Option(help="Folder; samples/NAME-HASH by default. Clips that are there already are kept."),
+]
+CodecPath = Annotated[
+    str | None, typer.Option(help="Where the autoencoder's weights are, if they have moved.")
+]
 TextPath = Annotated[
-    str | None, typer.Option("--text-encoder", metavar="PATH", help="Where the text encoder's weights are, if they have moved.")
+    str | None,
+    typer.Option(
+        "--text-encoder", metavar="PATH", help="Where the text encoder's weights are, if they have moved."
+    ),
 ]
-TextBits = Annotated[int | None, typer.Option(metavar="8", help="Hold the text encoder's weights as eight-bit numbers (extra bits8).")]
+TextBits = Annotated[
+    int | None,
+    typer.Option(metavar="8", help="Hold the text encoder's weights as eight-bit numbers (extra bits8)."),
+]
 Decoder = Annotated[
-    str | None, typer.Option(metavar="PATH", help="A KL autoencoder that draws the frames instead, e.g. one with a temporal decoder.")
+    str | None,
+    typer.Option(
+        metavar="PATH",
+        help="A KL autoencoder that draws the frames instead, e.g. one with a temporal decoder.",
+    ),
 ]
-Offload = Annotated[bool, typer.Option("--offload", help="Keep on the GPU only the part at work; slower, less memory (latte plan).")]
-LoraFolder = Annotated[Path | None, typer.Option("--lora", metavar="FOLDER", help="Adapters (LoRA) of this model, folded in first.")]
+Offload = Annotated[
+    bool,
+    typer.Option(
+        "--offload", help="Keep on the GPU only the part at work; slower, less memory (latte plan)."
+    ),
+]
+LoraFolder = Annotated[
+    Path | None,
+    typer.Option("--lora", metavar="FOLDER", help="Adapters (LoRA) of this model, folded in first."),
+]
 
 
 def sample(
@@ -90,42 +155,83 @@ def sample(
     """Draw clips: an mp4 each, one gif, and a contact sheet (rows clips, columns frames)."""
     from dataclasses import replace
 
-    from latte.album import write_album
-    from latte.diffusion.longer import LONGER
+    from latte.diffusion.long_video import LONGER
+    from latte.inference.outputs import write_album
+    from latte.inference.pipeline import load_trained
     from latte.runtime import resolve_device, resolve_dtype
-    from latte.trained import load_trained
 
     speak()
-    chosen = {"steps": read_steps(steps), "sampler": sampler, "guidance": guidance, "eta": eta, "batch": batch, "fps": fps}
+    chosen = {
+        "steps": read_steps(steps),
+        "sampler": sampler,
+        "guidance": guidance,
+        "eta": eta,
+        "batch": batch,
+        "fps": fps,
+    }
     texts = [*(check_prompt(text) for text in prompt or []), *(read_lines(prompts) if prompts else [])]
     read = [*texts, negative] if texts else []
     trained = load_trained(model, device, codec_path, text_encoder, read, lora, decoder, text_bits, offload)
     config = replace(trained.sample, **{key: value for key, value in chosen.items() if value is not None})
     trained.check_prompts(bool(texts))
     wishes = wish_texts(texts, count, seed) if texts else wish(trained, labels, count, seed)
-    kind, idle = ("text", {"--labels": labels}) if trained.reader else (
-        "no text", {"--negative": negative, "--text-encoder": text_encoder, "--text-bits": text_bits})  # fmt: skip
+    kind, idle = (
+        ("text", {"--labels": labels})
+        if trained.reader
+        else ("no text", {"--negative": negative, "--text-encoder": text_encoder, "--text-bits": text_bits})
+    )
     refuse(idle, f"{trained.name} reads {kind}", "leave it out")
     if window is None:
-        refuse({"--overlap": overlap, "--longer": longer}, "without --window there are no windows", "give --window")
+        refuse(
+            {"--overlap": overlap, "--longer": longer},
+            "without --window there are no windows",
+            "give --window",
+        )
     precision = resolve_dtype(dtype, resolve_device(device))
     given = read_given(first, last, trained.frame_size(read_size(size)))
-    options = {"config": config, "frames": frames, "size": read_size(size), "dtype": precision, "window": window, "given": given}
+    options = {
+        "config": config,
+        "frames": frames,
+        "size": read_size(size),
+        "dtype": precision,
+        "window": window,
+        "given": given,
+    }
     options |= {"longer": longer or next(iter(LONGER)), "overlap": overlap}
     facts = facts_of(trained, options, negative)
-    folder = out or Path("samples") / f"{Path(trained.name).name}-{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:8]}"
+    folder = (
+        out
+        or Path("samples")
+        / f"{Path(trained.name).name}-{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:8]}"
+    )
     batches = -(-len(wishes) // config.batch)
 
     def draw(number: int, part: Sequence["Wish"]) -> Iterator[tuple[int, Any]]:
         labels_of = [one.label for one in part if one.label is not None] or None
         prompts_of = [one.prompt for one in part if one.prompt is not None] or None
         told = {"labels": labels_of, "prompts": prompts_of, "negative": negative}
-        return trained.generate([one.seed for one in part], progress=tell("sample", number, batches), **told, **options)
+        return trained.generate(
+            [one.seed for one in part], progress=tell("sample", number, batches), **told, **options
+        )
 
     sheet, gif = write_album(folder, wishes, draw, facts, config.batch, config.fps)
-    clips = [{"path": str(folder / one.file), "seed": one.seed, "label": one.word, "class": one.label,
-              **({} if one.prompt is None else {"prompt": one.prompt})} for one in wishes]  # fmt: skip
-    result = {"clips": clips, "sheet": str(sheet), "gif": str(gif), "model": trained.name, "weights_sha256": trained.weights}
+    clips = [
+        {
+            "path": str(folder / one.file),
+            "seed": one.seed,
+            "label": one.word,
+            "class": one.label,
+            **({} if one.prompt is None else {"prompt": one.prompt}),
+        }
+        for one in wishes
+    ]
+    result = {
+        "clips": clips,
+        "sheet": str(sheet),
+        "gif": str(gif),
+        "model": trained.name,
+        "weights_sha256": trained.weights,
+    }
     show(result, as_json, [*(clip["path"] for clip in clips), str(sheet), str(gif)])
 
 
@@ -139,7 +245,7 @@ def facts_of(trained: "Trained", options: dict[str, Any], negative: str) -> dict
     """Everything but seed, label and prompt that decides the pixels of a clip, as plain data; pictures by their hash."""
     from dataclasses import asdict
 
-    from latte.diffusion.known import STRENGTH
+    from latte.diffusion.frame_conditioning import STRENGTH
 
     given, window = options["given"], options["window"]
     return {
@@ -147,7 +253,16 @@ def facts_of(trained: "Trained", options: dict[str, Any], negative: str) -> dict
         **{"weights": trained.weights, "codec": trained.codec.identity},
         **{"frames": options["frames"], "size": options["size"], "dtype": str(options["dtype"])},
         **({"window": window, "longer": options["longer"], "overlap": options["overlap"]} if window else {}),
-        **({"given": {str(frame): hashlib.sha256(picture.tobytes()).hexdigest() for frame, picture in given.items()}} if given else {}),
+        **(
+            {
+                "given": {
+                    str(frame): hashlib.sha256(picture.tobytes()).hexdigest()
+                    for frame, picture in given.items()
+                }
+            }
+            if given
+            else {}
+        ),
         **({"given_strength": STRENGTH} if given else {}),
         **({"decoder": trained.decoder.identity} if trained.decoder else {}),
         **({"text_encoder": trained.reader.used, "negative": negative} if trained.reader else {}),
@@ -156,11 +271,13 @@ def facts_of(trained: "Trained", options: dict[str, Any], negative: str) -> dict
 
 def wish(trained: "Trained", labels: str | None, count: int | None, seed: int) -> list["Wish"]:
     """One wish per clip: seeds count on from ``seed``, labels go round."""
-    from latte.album import Wish
+    from latte.inference.outputs import Wish
 
     words = [word.strip() for word in labels.split(",") if word.strip()] if labels is not None else []
     if labels is not None and not words:
-        raise InputError(f"--labels is {labels!r}, which names no class; give names or numbers with commas between them")
+        raise InputError(
+            f"--labels is {labels!r}, which names no class; give names or numbers with commas between them"
+        )
     numbers = [trained.label(word) for word in words]
     num_classes = trained.model.config.num_classes
     if not numbers and num_classes is not None:
@@ -177,7 +294,7 @@ def wish(trained: "Trained", labels: str | None, count: int | None, seed: int) -
 
 def wish_texts(texts: Sequence[str], count: int | None, seed: int) -> list["Wish"]:
     """``count`` wishes per prompt, one after the other: seeds count on from ``seed``."""
-    from latte.album import Wish
+    from latte.inference.outputs import Wish
 
     count = 1 if count is None else count
     check_counts(count, seed)
@@ -192,7 +309,13 @@ def check_counts(count: int, seed: int) -> None:
 
 def check_prompt(text: str) -> str:
     """``text``; InputError when it says nothing, which a slip of the shell makes more often than a wish."""
-    require(bool(text.strip()), "--prompt", text, "it says nothing", "give a text, e.g. --prompt 'a red square moves left'")
+    require(
+        bool(text.strip()),
+        "--prompt",
+        text,
+        "it says nothing",
+        "give a text, e.g. --prompt 'a red square moves left'",
+    )
     return text
 
 
@@ -202,16 +325,24 @@ def read_lines(path: Path) -> list[str]:
         lines = [line.strip() for line in path.read_text("utf-8-sig").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         why = f"it cannot be read ({error.__class__.__name__})"
-        raise InputError(f"--prompts is {str(path)!r}, but {why}; give a text file in UTF-8 with a prompt a line") from None
+        raise InputError(
+            f"--prompts is {str(path)!r}, but {why}; give a text file in UTF-8 with a prompt a line"
+        ) from None
     found = [line for line in lines if line]
-    require(bool(found), "--prompts", str(path), "no line of it holds a prompt", "give a text file with a prompt a line")
+    require(
+        bool(found),
+        "--prompts",
+        str(path),
+        "no line of it holds a prompt",
+        "give a text file with a prompt a line",
+    )
     return found
 
 
 def read_given(first: Path | None, last: Path | None, size: tuple[int, int]) -> dict[int, Any]:
     """{0: the first frame, -1: the last}, as far as they are given, uint8 (h w c), cropped and resized to ``size``."""
     from latte.data.clips import centre_crop_resize
-    from latte.data.framefolder import IMAGE_SUFFIXES, read_image
+    from latte.data.frame_folder import IMAGE_SUFFIXES, read_image
     from latte.data.media import probe, read_frames
 
     found = {}
@@ -238,5 +369,7 @@ def read_size(text: str | None) -> tuple[int, int] | None:
         return None
     match = re.fullmatch(r"(\d{1,5})(?:x(\d{1,5}))?", text)
     if not match:
-        raise InputError(f"--size is {text!r}, but it must be a number of pixels or HEIGHTxWIDTH; give e.g. 64 or 64x96")
+        raise InputError(
+            f"--size is {text!r}, but it must be a number of pixels or HEIGHTxWIDTH; give e.g. 64 or 64x96"
+        )
     return int(match[1]), int(match[2] or match[1])

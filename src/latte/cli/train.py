@@ -11,7 +11,9 @@ from latte.cli.options import OVERRIDABLE, Debug, Device, Json, Overrides, Run, 
 __all__ = ["OVERRIDABLE", "train"]
 
 Out = Annotated[Path | None, typer.Option(help="The run's folder (run.dir); runs/RUN by default.")]
-TrainDtype = Annotated[str | None, typer.Option("--dtype", metavar="NAME", help="train.dtype: auto, fp32 or bf16.")]
+TrainDtype = Annotated[
+    str | None, typer.Option("--dtype", metavar="NAME", help="train.dtype: auto, fp32 or bf16.")
+]
 TrainSeed = Annotated[int | None, typer.Option("--seed", help="run.seed.")]
 
 
@@ -27,7 +29,7 @@ def train(
 ) -> None:
     """Train a run. The same command on the same folder goes on where it stopped; Ctrl-C saves first."""
     from latte.build import build
-    from latte.config import load_run
+    from latte.config.run import load_run
     from latte.runtime import rank
 
     speak()
@@ -38,7 +40,14 @@ def train(
     if rank() == 0:
         lines = [f"{key}: {result[key]}" for key in ("run", "step", "loss", "checkpoint")]
         show(
-            result, as_json, [*lines, f"stopped; go on with: latte train {result['run']}" if code else f"see: latte sample {result['run']}"]
+            result,
+            as_json,
+            [
+                *lines,
+                f"stopped; go on with: latte train {result['run']}"
+                if code
+                else f"see: latte sample {result['run']}",
+            ],
         )
     if code:
         raise typer.Exit(code)

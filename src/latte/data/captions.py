@@ -32,7 +32,7 @@ SIDES = re.compile(r"\b((left|right)(wards?|most|hand(ed)?)?|(anti|counter)?cloc
 
 
 class CaptionEncoder(Protocol):
-    """What captions ask of a text encoder (latte.text_encoder.TextEncoder has it)."""
+    """What captions ask of a text encoder (latte.text.encoders.TextEncoder has it)."""
 
     name: str
     channels: int
@@ -68,7 +68,9 @@ class CaptionFeatures:
 
     def _of(self, caption: str | None) -> Tensor:
         if caption is None or caption not in self.features:
-            raise InputError(f"caption {caption!r} has no features; every clip of a text model needs a caption that the data set lists")
+            raise InputError(
+                f"caption {caption!r} has no features; every clip of a text model needs a caption that the data set lists"
+            )
         return self.features[caption]
 
 
@@ -92,8 +94,12 @@ def warn_of_sides(captions: Iterable[str]) -> None:
     every = set(captions)
     found = sorted(caption for caption in every if SIDES.search(caption))
     if found:
-        LOG.warning("%d of %d captions say left or right (%r), but data.flip mirrors half of the clips; set data.flip=false",
-                    len(found), len(every), found[0][:60])  # fmt: skip
+        LOG.warning(
+            "%d of %d captions say left or right (%r), but data.flip mirrors half of the clips; set data.flip=false",
+            len(found),
+            len(every),
+            found[0][:60],
+        )
 
 
 def encode_captions(
@@ -132,9 +138,15 @@ class Part:
             made = json.loads((self.file.metadata() or {})[PLAN])
             self.path, self.identity, self.encoder = path, str(made["identity"]), str(made["encoder"])
         except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{path} cannot be read ({error.__class__.__name__}: {error}); {AGAIN}") from None
+            raise InputError(
+                f"{path} cannot be read ({error.__class__.__name__}: {error}); {AGAIN}"
+            ) from None
         keys = list(self.file.keys())
-        self.names = {digest(key.removeprefix(PREFIX)): key for key in keys} if path.name == SINGLE else dict(zip(keys, keys, strict=True))
+        self.names = (
+            {digest(key.removeprefix(PREFIX)): key for key in keys}
+            if path.name == SINGLE
+            else dict(zip(keys, keys, strict=True))
+        )
 
 
 class StoredFeatures(Mapping[str, Tensor]):
@@ -172,8 +184,14 @@ def digest(caption: str) -> str:
     return hashlib.sha256(caption.encode("utf-8", "surrogatepass")).hexdigest()[:32]
 
 
-def store_captions(out: Path, encoder: CaptionEncoder, captions: Iterable[str], size: int = PART,
-                   begin: Callable[[], None] = lambda: None, progress: Callable[[int, int], None] | None = None) -> int:  # fmt: skip
+def store_captions(
+    out: Path,
+    encoder: CaptionEncoder,
+    captions: Iterable[str],
+    size: int = PART,
+    begin: Callable[[], None] = lambda: None,
+    progress: Callable[[int, int], None] | None = None,
+) -> int:
     """Write the features of those ``captions`` (and the empty one) that are not in the folder ``out`` yet, ``size`` to a part; how many.
 
     Call it again after a stop: finished parts stay. ``begin()`` is called before the folder changes. InputError when there are features by
@@ -183,8 +201,13 @@ def store_captions(out: Path, encoder: CaptionEncoder, captions: Iterable[str], 
     wanted = {digest(caption): caption for caption in sorted({EMPTY, *captions})}
     parts, broken = open_parts(out)
     for part in parts:
-        require(part.identity == encoder.identity, "the text encoder", f"{encoder.name} {encoder.identity}",
-                f"{part.path} was made by {part.encoder} {part.identity}", f"give another folder, or remove its {CAPTIONS}")  # fmt: skip
+        require(
+            part.identity == encoder.identity,
+            "the text encoder",
+            f"{encoder.name} {encoder.identity}",
+            f"{part.path} was made by {part.encoder} {part.identity}",
+            f"give another folder, or remove its {CAPTIONS}",
+        )
     useless = [part.path for part in parts if not part.names.keys() & wanted.keys()]
     kept = [part for part in parts if part.path not in useless]
     there = {name for part in kept for name in part.names}
@@ -194,12 +217,18 @@ def store_captions(out: Path, encoder: CaptionEncoder, captions: Iterable[str], 
     for path in (*broken, *useless):
         path.unlink()
     taken, done, features = {part.path.name for part in kept}, 0, encoded(encoder, missing)
-    free = (name for number in range(len(missing) + len(taken)) if (name := CAPTIONS.replace("?????", f"{number:05d}")) not in taken)
+    free = (
+        name
+        for number in range(len(missing) + len(taken))
+        if (name := CAPTIONS.replace("?????", f"{number:05d}")) not in taken
+    )
     while done < len(missing):
         tensors: dict[str, Tensor] = {}
         for caption, tokens in islice(features, size):
             if not tokens.isfinite().all():
-                raise RunError(f"features of caption {caption[:60]!r} are not numbers; read the captions with another text encoder")
+                raise RunError(
+                    f"features of caption {caption[:60]!r} are not numbers; read the captions with another text encoder"
+                )
             tensors[digest(caption)] = tokens.contiguous()
             done += 1
             if progress:
@@ -226,7 +255,9 @@ def list_parts(root: Path) -> dict[str, Any]:
     return {"encoder": parts[0].encoder, "identity": parts[0].identity, "parts": files} if parts else {}
 
 
-def stored_captions(root: Path, told: dict[str, Any], captions: Iterable[str], length: int) -> CaptionFeatures | None:
+def stored_captions(
+    root: Path, told: dict[str, Any], captions: Iterable[str], length: int
+) -> CaptionFeatures | None:
     """The features in a folder of latents, padded to ``length``; None when its manifest, which has ``told`` of them, lists none.
 
     InputError when one of ``captions`` is missing there or is longer, and when a file is not what the manifest says.
@@ -241,5 +272,11 @@ def stored_captions(root: Path, told: dict[str, Any], captions: Iterable[str], l
         if caption not in features:
             raise InputError(f"the captions in {root} lack the features of {caption!r}; {AGAIN}")
         tokens = features.tokens(caption)
-        require(tokens <= length, "text.length", length, f"caption {caption[:60]!r} has {tokens} tokens", f"give {tokens} or more")
+        require(
+            tokens <= length,
+            "text.length",
+            length,
+            f"caption {caption[:60]!r} has {tokens} tokens",
+            f"give {tokens} or more",
+        )
     return CaptionFeatures(features.identity, length, features)

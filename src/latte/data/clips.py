@@ -40,17 +40,37 @@ class ClipRule:
 
     def __post_init__(self) -> None:
         require(self.frames >= 1, "frames", self.frames, "a clip has at least one frame", "give 1 or more")
-        require(self.interval >= 1, "interval", self.interval, "frames are at least 1 apart", "give 1 or more")
+        require(
+            self.interval >= 1, "interval", self.interval, "frames are at least 1 apart", "give 1 or more"
+        )
         choose("rule", self.rule, RULES)
         if self.rule == "time":
-            require(self.fps is not None and self.fps > 0, "fps", self.fps, 'rule "time" needs a frame rate', "give e.g. fps=25")
+            require(
+                self.fps is not None and self.fps > 0,
+                "fps",
+                self.fps,
+                'rule "time" needs a frame rate',
+                "give e.g. fps=25",
+            )
         else:
-            require(self.fps is None, "fps", self.fps, f'rule "{self.rule}" goes by frame numbers', 'leave fps out or take rule "time"')
+            require(
+                self.fps is None,
+                "fps",
+                self.fps,
+                f'rule "{self.rule}" goes by frame numbers',
+                'leave fps out or take rule "time"',
+            )
 
     @property
     def span(self) -> int | None:
         """Source frames that the clip needs, or None for "time" (it depends on the video)."""
-        return None if self.rule == "time" else span(self.frames, self.interval) if self.rule == "strict" else self.frames * self.interval
+        return (
+            None
+            if self.rule == "time"
+            else span(self.frames, self.interval)
+            if self.rule == "strict"
+            else self.frames * self.interval
+        )
 
     @property
     def seconds(self) -> float:
@@ -74,9 +94,7 @@ class ClipRule:
         if self.rule == "time":
             lasts = f"it lasts {times[-1] - times[0]:.3f} s"
             return f"too-short: {lasts}, {self.frames} frames, {self.interval} / {self.fps} s apart, {self.seconds:.3f} s"
-        return (
-            f"too-short: {num_frames} frames decode, a clip spans {self.span} ({self.frames} frames, interval {self.interval}, {self.rule})"
-        )
+        return f"too-short: {num_frames} frames decode, a clip spans {self.span} ({self.frames} frames, interval {self.interval}, {self.rule})"
 
 
 def _strict_at(rule: ClipRule, start: int, times: Sequence[float]) -> list[int]:
@@ -98,7 +116,9 @@ def _time_at(rule: ClipRule, start: int, times: Sequence[float]) -> list[int]:
     for i in range(rule.frames):
         moment = times[start] + i * rule.interval / (rule.fps or 1)
         after = min(bisect_left(times, moment), len(times) - 1)
-        chosen.append(after - 1 if after > start and moment - times[after - 1] <= times[after] - moment else after)
+        chosen.append(
+            after - 1 if after > start and moment - times[after - 1] <= times[after] - moment else after
+        )
     return chosen
 
 
@@ -110,16 +130,24 @@ def _timed_starts(rule: ClipRule, num_frames: int, times: Sequence[float]) -> in
     return sum(1 for moment in times[:num_frames] if moment + rule.seconds <= times[-1] + slack)
 
 
-RULES = {"strict": (_counted_starts, _strict_at), "linspace": (_counted_starts, _linspace_at), "time": (_timed_starts, _time_at)}
+RULES = {
+    "strict": (_counted_starts, _strict_at),
+    "linspace": (_counted_starts, _linspace_at),
+    "time": (_timed_starts, _time_at),
+}
 
 
-def choose_frames(num_frames: int, rule: ClipRule, generator: torch.Generator | None = None, times: Sequence[float] = ()) -> list[int]:
+def choose_frames(
+    num_frames: int, rule: ClipRule, generator: torch.Generator | None = None, times: Sequence[float] = ()
+) -> list[int]:
     """Frame numbers of one clip, its start uniform over every possible one (the first one without a ``generator``).
 
     InputError with the numbers when the video is too short for the rule; ``times`` in seconds are needed by "time" alone."""
     reason = rule.needs(num_frames, times)
     if reason:
-        raise InputError(f"no clip fits this video ({reason}); use longer videos, fewer frames or a smaller interval")
+        raise InputError(
+            f"no clip fits this video ({reason}); use longer videos, fewer frames or a smaller interval"
+        )
     starts = rule.num_starts(num_frames, times)
     return rule.frames_at(int(torch.randint(starts, (), generator=generator)) if generator else 0, times)
 
@@ -136,8 +164,15 @@ def centre_crop_resize(frames: np.ndarray, height: int, width: int) -> np.ndarra
     wide = h * width < w * height
     box_h, box_w = (h, max(1, round(h * width / height))) if wide else (max(1, round(w * height / width)), w)
     top, left = (h - box_h) // 2, (w - box_w) // 2
-    box = torch.from_numpy(np.ascontiguousarray(frames[:, top : top + box_h, left : left + box_w])).permute(0, 3, 1, 2)
-    return interpolate(box, size=(height, width), mode="bicubic", antialias=True).permute(0, 2, 3, 1).contiguous().numpy()
+    box = torch.from_numpy(np.ascontiguousarray(frames[:, top : top + box_h, left : left + box_w])).permute(
+        0, 3, 1, 2
+    )
+    return (
+        interpolate(box, size=(height, width), mode="bicubic", antialias=True)
+        .permute(0, 2, 3, 1)
+        .contiguous()
+        .numpy()
+    )
 
 
 def flip_horizontal(video: Tensor) -> Tensor:
@@ -147,7 +182,14 @@ def flip_horizontal(video: Tensor) -> Tensor:
 
 def to_float(frames: np.ndarray) -> Tensor:
     """uint8 (t h w c) in [0, 255] -> float32 (f c h w) in [-1, 1]."""
-    return torch.from_numpy(np.ascontiguousarray(frames)).permute(0, 3, 1, 2).to(torch.float32).div_(127.5).sub_(1).contiguous()
+    return (
+        torch.from_numpy(np.ascontiguousarray(frames))
+        .permute(0, 3, 1, 2)
+        .to(torch.float32)
+        .div_(127.5)
+        .sub_(1)
+        .contiguous()
+    )
 
 
 def to_uint8(video: Tensor) -> np.ndarray:

@@ -15,12 +15,19 @@ import torch
 from torch import Tensor
 
 from latte.checks import InputError, choose, require
-from latte.data.captionfiles import read_captions
+from latte.data.caption_files import read_captions
 from latte.data.clips import ClipRule, centre_crop_resize, choose_frames, flip_horizontal, to_float
 from latte.data.layouts import LAYOUTS, check_layout
 from latte.data.media import read_frames
-from latte.data.procedural import DIRECTIONS, caption_of, check_hold_out, draw_scene, render, split_combinations
-from latte.data.quarantine import ScanResult, require_clips, scan, write_quarantine
+from latte.data.procedural import (
+    DIRECTIONS,
+    caption_of,
+    check_hold_out,
+    draw_scene,
+    render,
+    split_combinations,
+)
+from latte.data.skipped import ScanResult, require_clips, scan, write_quarantine
 
 __all__ = [
     "DATASETS",
@@ -114,16 +121,31 @@ class DataConfig:
                 raise InputError(
                     f"data.{field.name} is {value!r}, but data.kind={self.kind} does not read it; leave it out ({unread[field.name]})"
                 )
-        require(min(self.size) > 0, "data.resolution", self.resolution, "sizes are positive", "give e.g. 256 or [256, 320] (height, width)")
-        require(self.num_clips is None or self.num_clips > 0, "data.num_clips", self.num_clips, "there is at least one clip",
-                "give 1 or more, or null for no end")  # fmt: skip
+        require(
+            min(self.size) > 0,
+            "data.resolution",
+            self.resolution,
+            "sizes are positive",
+            "give e.g. 256 or [256, 320] (height, width)",
+        )
+        require(
+            self.num_clips is None or self.num_clips > 0,
+            "data.num_clips",
+            self.num_clips,
+            "there is at least one clip",
+            "give 1 or more, or null for no end",
+        )
         check_hold_out(self.hold_out)
         _ = self.clip_rule  # refuses impossible frames, interval, rule, fps
 
     @property
     def size(self) -> tuple[int, int]:
         """(height, width)."""
-        return (self.resolution, self.resolution) if isinstance(self.resolution, int) else (self.resolution[0], self.resolution[1])
+        return (
+            (self.resolution, self.resolution)
+            if isinstance(self.resolution, int)
+            else (self.resolution[0], self.resolution[1])
+        )
 
     @property
     def clip_rule(self) -> ClipRule:
@@ -132,9 +154,18 @@ class DataConfig:
 
 
 _FILES = dict.fromkeys(("seed", "num_clips", "hold_out"), "it belongs to procedural clips")
-_DRAWN = {"root": "procedural clips need no files", "interval": "their speed does not depend on it", "rule": "all frames are drawn",
-          "fps": "all frames are drawn", "flip": "a mirror would turn left into right", "captions": "they are drawn, too"}  # fmt: skip
-_LATENTS = {**_FILES, "captions": "they are in the latents' manifest, if the videos had any when they were encoded"}
+_DRAWN = {
+    "root": "procedural clips need no files",
+    "interval": "their speed does not depend on it",
+    "rule": "all frames are drawn",
+    "fps": "all frames are drawn",
+    "flip": "a mirror would turn left into right",
+    "captions": "they are drawn, too",
+}
+_LATENTS = {
+    **_FILES,
+    "captions": "they are in the latents' manifest, if the videos had any when they were encoded",
+}
 UNREAD = {"folder": _FILES, **dict.fromkeys(LAYOUTS, _FILES), "procedural": _DRAWN, "latents": _LATENTS}
 
 
@@ -149,7 +180,9 @@ class FolderDataset:
 
     def __init__(self, config: DataConfig, cache_dir: str | os.PathLike | None = None):
         if config.root is None:
-            raise InputError("data.root is missing; give the folder that holds the videos, e.g. data.root=/path/to/videos")
+            raise InputError(
+                "data.root is missing; give the folder that holds the videos, e.g. data.root=/path/to/videos"
+            )
         layout = LAYOUTS.get(config.kind)
         labelled = config.labels and (layout is None or layout.num_classes is not None)
         found = scan(config.root, config.clip_rule, labelled, cache_dir)
@@ -167,10 +200,17 @@ class FolderDataset:
     def clip(self, index: int, generator: torch.Generator) -> Clip:
         """Clip ``index`` with its start, then its flip, drawn from ``generator``."""
         found, config = self.clips[index], self.config
-        start = choose_frames(found.info.frames, config.clip_rule, generator, found.info.times if config.rule == "time" else ())
+        start = choose_frames(
+            found.info.frames, config.clip_rule, generator, found.info.times if config.rule == "time" else ()
+        )
         mirrored = bool(torch.rand((), generator=generator) < 0.5)
         video = to_float(centre_crop_resize(read_frames(found.info, start), *config.size))
-        return Clip(flip_horizontal(video) if mirrored and config.flip else video, found.label, self.caption_of.get(found.key), found.key)
+        return Clip(
+            flip_horizontal(video) if mirrored and config.flip else video,
+            found.label,
+            self.caption_of.get(found.key),
+            found.key,
+        )
 
     def still(self, index: int, generator: torch.Generator) -> Clip:
         """One frame of video ``index``, then its flip, drawn from ``generator``."""
@@ -178,16 +218,39 @@ class FolderDataset:
         frame = int(torch.randint(found.info.frames, (), generator=generator))
         mirrored = bool(torch.rand((), generator=generator) < 0.5)
         video = to_float(centre_crop_resize(read_frames(found.info, [frame]), *config.size))
-        return Clip(flip_horizontal(video) if mirrored and config.flip else video, found.label, self.caption_of.get(found.key), found.key)
+        return Clip(
+            flip_horizontal(video) if mirrored and config.flip else video,
+            found.label,
+            self.caption_of.get(found.key),
+            found.key,
+        )
 
     def describe(self) -> dict[str, Any]:
         """What the clips are, without where they lie: the same for a copy of the folder."""
         config = self.config
         sizes = [os.path.getsize(c.info.path) if os.path.isfile(c.info.path) else 0 for c in self.clips]
-        content = [(c.key, c.label, c.info.frames, c.info.height, c.info.width, size) for c, size in zip(self.clips, sizes, strict=True)]
-        digest = hashlib.sha256(json.dumps([content, self.caption_of] if self.caption_of else content).encode()).hexdigest()
-        chosen = {"frames": config.frames, "interval": config.interval, "rule": config.rule, "fps": config.fps, "flip": config.flip}
-        return {"kind": "folder", "clips": len(self), "classes": self.classes, "content": digest, "resolution": list(config.size), **chosen}
+        content = [
+            (c.key, c.label, c.info.frames, c.info.height, c.info.width, size)
+            for c, size in zip(self.clips, sizes, strict=True)
+        ]
+        digest = hashlib.sha256(
+            json.dumps([content, self.caption_of] if self.caption_of else content).encode()
+        ).hexdigest()
+        chosen = {
+            "frames": config.frames,
+            "interval": config.interval,
+            "rule": config.rule,
+            "fps": config.fps,
+            "flip": config.flip,
+        }
+        return {
+            "kind": "folder",
+            "clips": len(self),
+            "classes": self.classes,
+            "content": digest,
+            "resolution": list(config.size),
+            **chosen,
+        }
 
 
 class ProceduralDataset:
@@ -198,7 +261,9 @@ class ProceduralDataset:
     def __init__(self, config: DataConfig):
         self.config = config
         self.classes = list(DIRECTIONS) if config.labels else []
-        self.captions = sorted(caption_of(*combination) for combination in split_combinations(config.hold_out)[0])
+        self.captions = sorted(
+            caption_of(*combination) for combination in split_combinations(config.hold_out)[0]
+        )
         self.num_clips = config.num_clips or ENDLESS
         self.quarantined: tuple[dict[str, str], ...] = ()
 
@@ -222,8 +287,15 @@ class ProceduralDataset:
         """Everything that the clips are a function of."""
         config = self.config
         held = {"hold_out": config.hold_out} if config.hold_out else {}
-        return {"kind": "procedural", "clips": len(self), "classes": self.classes, "seed": config.seed, "resolution": list(config.size),
-                "frames": config.frames, **held}  # fmt: skip
+        return {
+            "kind": "procedural",
+            "clips": len(self),
+            "classes": self.classes,
+            "seed": config.seed,
+            "resolution": list(config.size),
+            "frames": config.frames,
+            **held,
+        }
 
 
 def _latents(config: DataConfig, codec_identity: str | None) -> Dataset:
@@ -244,7 +316,9 @@ DATASETS = {
 }
 
 
-def build_dataset(config: DataConfig, cache_dir: str | os.PathLike | None = None, codec_identity: str | None = None) -> Dataset:
+def build_dataset(
+    config: DataConfig, cache_dir: str | os.PathLike | None = None, codec_identity: str | None = None
+) -> Dataset:
     """The data set of ``config``. ``cache_dir`` keeps probe results of a folder (default: the user's cache folder);
     ``codec_identity`` is what latents must have been encoded with."""
     return choose("data.kind", config.kind, DATASETS)(config, cache_dir, codec_identity)

@@ -20,8 +20,10 @@ from latte.data.datasets import Clip, Dataset
 def append_images(clip: Tensor, images: Tensor) -> Tensor:
     """(f c H W), (i c H W) -> (f+i c H W); InputError when their sizes differ."""
     if clip.shape[1:] != images.shape[1:]:
-        raise InputError(f"stills are {tuple(images.shape[1:])} (c h w) but the clip is {tuple(clip.shape[1:])}; "
-                         "give both readers the same data.resolution")  # fmt: skip
+        raise InputError(
+            f"stills are {tuple(images.shape[1:])} (c h w) but the clip is {tuple(clip.shape[1:])}; "
+            "give both readers the same data.resolution"
+        )
     return torch.cat([clip, images])
 
 
@@ -29,7 +31,13 @@ class JointDataset:
     """``dataset`` with ``num_images`` stills behind each clip: video (f+i c H W), label and caption [clip's, stills' ...] or None."""
 
     def __init__(self, dataset: Dataset, num_images: int):
-        require(num_images >= 1, "train.num_images", num_images, "it counts stills", "give 1 or more, or 0 for clips alone")
+        require(
+            num_images >= 1,
+            "train.num_images",
+            num_images,
+            "it counts stills",
+            "give 1 or more, or 0 for clips alone",
+        )
         self.dataset, self.num_images = dataset, num_images
         self.classes, self.latent = dataset.classes, dataset.latent
 

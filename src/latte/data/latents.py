@@ -18,9 +18,9 @@ from safetensors import SafetensorError, safe_open
 from latte.checks import InputError, RunError, require
 from latte.data.clips import choose_frames
 from latte.data.datasets import Clip, DataConfig
-from latte.data.encoding import encode_dataset
-from latte.data.quarantine import check_folder
+from latte.data.encode import encode_dataset
 from latte.data.shards import AGAIN, MIRROR, SOURCE, Record, check_sizes, read_manifest
+from latte.data.skipped import check_folder
 
 __all__ = ["LatentDataset", "encode_dataset"]
 
@@ -49,16 +49,29 @@ class LatentDataset:
         """InputError unless the shards are all there and are what is asked for."""
         root, settings, size = str(self.root), self.settings, list(self.config.size)
         if not self.manifest["complete"]:
-            raise InputError(f"the latents in {root} are not finished; run the same latte data encode again, it goes on where it stopped")
+            raise InputError(
+                f"the latents in {root} are not finished; run the same latte data encode again, it goes on where it stopped"
+            )
         codec = settings["codec"]
         if codec_identity not in (None, codec["identity"]):
-            raise InputError(f"the latents in {root} were made with codec {codec['name']} {codec['identity']}, but this run's codec is "
-                             f"{codec_identity}; give the codec they were made with, or {AGAIN}")  # fmt: skip
+            raise InputError(
+                f"the latents in {root} were made with codec {codec['name']} {codec['identity']}, but this run's codec is "
+                f"{codec_identity}; give the codec they were made with, or {AGAIN}"
+            )
         require(
-            size == settings["resolution"], "data.resolution", size, f"the latents in {root} are of frames {settings['resolution']}", AGAIN
+            size == settings["resolution"],
+            "data.resolution",
+            size,
+            f"the latents in {root} are of frames {settings['resolution']}",
+            AGAIN,
         )
-        require(settings["flip"] or not self.config.flip, "data.flip", True, f"the latents in {root} hold no mirror images",
-                f"leave it out, or {AGAIN} with data.flip=true")  # fmt: skip
+        require(
+            settings["flip"] or not self.config.flip,
+            "data.flip",
+            True,
+            f"the latents in {root} hold no mirror images",
+            f"leave it out, or {AGAIN} with data.flip=true",
+        )
         check_sizes(self.root, self.manifest["shards"])
 
     def _fitting(self) -> tuple[list[Record], list[str], list[dict[str, str]]]:
@@ -74,8 +87,10 @@ class LatentDataset:
                 shard_of.append(entry["shard"])
         if not videos:
             first = f", first: {quarantined[0]['path']} ({quarantined[0]['reason']})" if quarantined else ""
-            raise InputError(f"the latents in {self.root} hold no clip that fits: {len(quarantined)} videos are there{first}; "
-                             "take fewer frames or a smaller interval")  # fmt: skip
+            raise InputError(
+                f"the latents in {self.root} hold no clip that fits: {len(quarantined)} videos are there{first}; "
+                "take fewer frames or a smaller interval"
+            )
         return videos, shard_of, quarantined
 
     def __len__(self) -> int:
@@ -84,7 +99,9 @@ class LatentDataset:
     def clip(self, index: int, generator: torch.Generator) -> Clip:
         """Clip ``index`` with its start, then its mirroring, drawn from ``generator``."""
         record, config = self.videos[index], self.config
-        chosen = choose_frames(record.frames, config.clip_rule, generator, record.times if config.rule == "time" else ())
+        chosen = choose_frames(
+            record.frames, config.clip_rule, generator, record.times if config.rule == "time" else ()
+        )
         mirrored = bool(torch.rand((), generator=generator) < 0.5)
         name = f"{MIRROR if mirrored and config.flip else SOURCE}:{record.key}"
         latent = self._read(self.shard_of[index], name, chosen)
@@ -96,7 +113,12 @@ class LatentDataset:
         frame = int(torch.randint(record.frames, (), generator=generator))
         mirrored = bool(torch.rand((), generator=generator) < 0.5)
         name = f"{MIRROR if mirrored and config.flip else SOURCE}:{record.key}"
-        return Clip(self._read(self.shard_of[index], name, [frame]), record.label if config.labels else None, record.caption, record.key)
+        return Clip(
+            self._read(self.shard_of[index], name, [frame]),
+            record.label if config.labels else None,
+            record.caption,
+            record.key,
+        )
 
     def _read(self, shard: str, name: str, chosen: list[int]) -> torch.Tensor:
         """Frames ``chosen`` of tensor ``name``, float32; reads from the first to the last of them."""
@@ -106,7 +128,9 @@ class LatentDataset:
                 self._files[shard] = safe_open(self.root / shard, framework="pt")
             span = self._files[shard].get_slice(name)[low:high]
         except (OSError, SafetensorError) as error:
-            raise RunError(f"{self.root / shard} can no longer be read ({error}); run latte data encode again") from error
+            raise RunError(
+                f"{self.root / shard} can no longer be read ({error}); run latte data encode again"
+            ) from error
         return span[[frame - low for frame in chosen]].float()
 
     def describe(self) -> dict[str, Any]:
@@ -114,6 +138,19 @@ class LatentDataset:
         config, codec = self.config, self.settings["codec"]["identity"]
         content = [self.settings, [{**asdict(record), "stamp": record.stamp[:1]} for record in self.videos]]
         digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()
-        chosen = {"frames": config.frames, "interval": config.interval, "rule": config.rule, "fps": config.fps, "flip": config.flip}
-        return {"kind": "latents", "clips": len(self), "classes": self.classes, "content": digest, "codec": codec,
-                "resolution": list(config.size), **chosen}  # fmt: skip
+        chosen = {
+            "frames": config.frames,
+            "interval": config.interval,
+            "rule": config.rule,
+            "fps": config.fps,
+            "flip": config.flip,
+        }
+        return {
+            "kind": "latents",
+            "clips": len(self),
+            "classes": self.classes,
+            "content": digest,
+            "codec": codec,
+            "resolution": list(config.size),
+            **chosen,
+        }

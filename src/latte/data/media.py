@@ -18,10 +18,27 @@ from typing import Any
 import numpy as np
 
 from latte.checks import InputError
-from latte.data.framefolder import MAX_FRAMES, MAX_PIXELS, Unreadable, check_file, frame_files, measure_folder, read_image
+from latte.data.frame_folder import (
+    MAX_FRAMES,
+    MAX_PIXELS,
+    Unreadable,
+    check_file,
+    frame_files,
+    measure_folder,
+    read_image,
+)
 from latte.data.writers import contact_sheet, write_gif, write_mp4
 
-__all__ = ["MediaInfo", "Unreadable", "contact_sheet", "decode_frames", "probe", "read_frames", "write_gif", "write_mp4"]
+__all__ = [
+    "MediaInfo",
+    "Unreadable",
+    "contact_sheet",
+    "decode_frames",
+    "probe",
+    "read_frames",
+    "write_gif",
+    "write_mp4",
+]
 
 VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".avi", ".webm", ".mkv", ".mpg", ".mpeg", ".gif")
 DEMUXERS = "mov,mp4,avi,matroska,webm,mpeg,gif"
@@ -88,21 +105,36 @@ def _decoded(path: str, seek: int | None = None) -> Generator[tuple[Any, Any]]:
             if context is None:
                 raise Unreadable(path, "unsupported", "no decoder for its codec")
             if not context.width or not context.height:
-                raise Unreadable(path, "too-large", f"its frames are of unknown size or above {MAX_PIXELS} pixels")
+                raise Unreadable(
+                    path, "too-large", f"its frames are of unknown size or above {MAX_PIXELS} pixels"
+                )
             context.options, context.thread_count = limit, 1
             if seek is not None:
                 container.seek(seek, stream=stream)
             for frame in container.decode(stream):
-                if frame.is_corrupt and seek is None:  # behind a seek the first frames may lack what they refer to: the caller skips them
+                if (
+                    frame.is_corrupt and seek is None
+                ):  # behind a seek the first frames may lack what they refer to: the caller skips them
                     raise Unreadable(path, "damaged", "the decoder had to invent part of a frame")
                 yield stream, frame
-    except (FFmpegError, OSError, EOFError, UnicodeError, AttributeError, IndexError, MemoryError, ValueError) as error:
+    except (
+        FFmpegError,
+        OSError,
+        EOFError,
+        UnicodeError,
+        AttributeError,
+        IndexError,
+        MemoryError,
+        ValueError,
+    ) as error:
         if isinstance(error, Unreadable):
             raise
         kind = error.__class__.__name__
         if opened:
             raise Unreadable(path, "damaged", f"the decoder stopped with {kind}") from error
-        raise Unreadable(path, "not-a-video", f"no allowed container was recognised ({kind}; allowed: {DEMUXERS})") from error
+        raise Unreadable(
+            path, "not-a-video", f"no allowed container was recognised ({kind}; allowed: {DEMUXERS})"
+        ) from error
 
 
 def probe(path: str | os.PathLike) -> MediaInfo:
@@ -123,7 +155,10 @@ def _probe_video(path: str) -> MediaInfo:
         with closing(_decoded(path)) as frames:
             for stream, frame in frames:
                 if first is None:
-                    first, header = frame, (stream.codec_context.name, stream.time_base, stream.average_rate, _promised(stream))
+                    first, header = (
+                        frame,
+                        (stream.codec_context.name, stream.time_base, stream.average_rate, _promised(stream)),
+                    )
                 if (frame.width, frame.height) != (first.width, first.height) or len(stamps) == MAX_FRAMES:
                     note = f"only the first {len(stamps)} frames count: the size changes there or the limit of {MAX_FRAMES} is reached"
                     break
@@ -141,19 +176,27 @@ def _probe_video(path: str) -> MediaInfo:
     if note is None and promised > len(stamps) + max(2, len(stamps) // 10):
         note = f"{len(stamps)} frames decode without an error, but the header promises about {promised}"
     height, width, _ = _rgb(path, first, VideoReformatter()).shape
-    info = MediaInfo(path, len(stamps), round(float(rate or 0), 4), height, width, codec, keys=tuple(keys), note=note)
+    info = MediaInfo(
+        path, len(stamps), round(float(rate or 0), 4), height, width, codec, keys=tuple(keys), note=note
+    )
     ticks = [stamp for stamp in stamps if stamp is not None]
     if not time_base or len(ticks) < len(stamps) or any(b <= a for a, b in pairwise(ticks)):
         return info
     base = Fraction(time_base)
     info = replace(
         info,
-        fps=round(float((len(ticks) - 1) / ((ticks[-1] - ticks[0]) * base)), 4) if len(ticks) > 1 else info.fps,
+        fps=round(float((len(ticks) - 1) / ((ticks[-1] - ticks[0]) * base)), 4)
+        if len(ticks) > 1
+        else info.fps,
         start=ticks[0],
         steps=tuple((step, len(list(run))) for step, run in groupby(b - a for a, b in pairwise(ticks))),
         time_base=(base.numerator, base.denominator),
     )
-    return info if not last_key or _seeks_truly(info, _rgb(path, last_key, VideoReformatter())) else replace(info, keys=(0,))
+    return (
+        info
+        if not last_key or _seeks_truly(info, _rgb(path, last_key, VideoReformatter()))
+        else replace(info, keys=(0,))
+    )
 
 
 def _seeks_truly(info: MediaInfo, expected: np.ndarray) -> bool:
@@ -176,7 +219,9 @@ def decode_frames(source: str | os.PathLike | MediaInfo, indices: Sequence[int])
     path = info.path if info else os.fspath(source)  # type: ignore[arg-type]
     wanted = sorted(set(indices))
     if not wanted or wanted[0] < 0 or (info and wanted[-1] >= info.frames):
-        raise InputError(f"frames {list(indices)} of {path} were asked for, but frames lie in 0...{info.frames - 1 if info else 'end'}")
+        raise InputError(
+            f"frames {list(indices)} of {path} were asked for, but frames lie in 0...{info.frames - 1 if info else 'end'}"
+        )
     if os.path.isdir(path):
         files = [file for _, file in frame_files(path)]
         found, decoded = {i: read_image(files[i]) for i in wanted if i < len(files)}, len(wanted)
@@ -189,7 +234,9 @@ def decode_frames(source: str | os.PathLike | MediaInfo, indices: Sequence[int])
             if len(found) == len(wanted):
                 break
     if len(found) < len(wanted):
-        raise Unreadable(path, "damaged", f"frame {next(i for i in wanted if i not in found)} does not decode (any more)")
+        raise Unreadable(
+            path, "damaged", f"frame {next(i for i in wanted if i not in found)} does not decode (any more)"
+        )
     if len({frame.shape for frame in found.values()}) > 1:
         raise Unreadable(path, "damaged", "its frames differ in size")
     return np.stack([found[i] for i in indices]), decoded
@@ -198,11 +245,17 @@ def decode_frames(source: str | os.PathLike | MediaInfo, indices: Sequence[int])
 def _promised(stream: Any) -> int:
     """Number of frames by the header's count, or else by its duration and rate; 0 where it says neither."""
     container = stream.container
-    seconds = stream.duration * stream.time_base if stream.duration else Fraction(container.duration or 0, 1_000_000)
+    seconds = (
+        stream.duration * stream.time_base
+        if stream.duration
+        else Fraction(container.duration or 0, 1_000_000)
+    )
     return stream.frames or round(seconds * (stream.average_rate or 0))
 
 
-def _span(path: str, wanted: list[int], info: MediaInfo | None, key: int) -> tuple[dict[int, np.ndarray], int]:
+def _span(
+    path: str, wanted: list[int], info: MediaInfo | None, key: int
+) -> tuple[dict[int, np.ndarray], int]:
     """Decode from key frame ``key`` (0: the start) to the last of ``wanted``: what was found, and the number of frames decoded.
 
     After a seek a frame counts only when its stamp is one of the probed stamps, so a container that lands elsewhere finds nothing.
@@ -234,5 +287,7 @@ def _rgb(path: str, frame: Any, reformatter: Any) -> np.ndarray:
     try:
         rgb = reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray()
     except (ValueError, MemoryError) as error:
-        raise Unreadable(path, "unsupported", f"pixel format {frame.format.name} cannot be turned into RGB") from error
+        raise Unreadable(
+            path, "unsupported", f"pixel format {frame.format.name} cannot be turned into RGB"
+        ) from error
     return np.rot90(rgb, round(frame.rotation / 90))

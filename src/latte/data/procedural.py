@@ -64,15 +64,23 @@ def split_combinations(hold_out: int) -> tuple[tuple[Combination, ...], tuple[Co
     check_hold_out(hold_out)
     places = product(range(len(SHAPES)), range(len(COLOURS)), range(len(DIRECTIONS)))
     ranked = sorted(places, key=lambda place: ((4 * place[0] + place[1] + place[2]) % len(COLOURS), place))
-    named = [(SHAPES[shape], list(COLOURS)[colour], list(DIRECTIONS)[direction]) for shape, colour, direction in ranked]
+    named = [
+        (SHAPES[shape], list(COLOURS)[colour], list(DIRECTIONS)[direction])
+        for shape, colour, direction in ranked
+    ]
     count = len(named) // hold_out if hold_out else 0
     return tuple(named[count:]), tuple(named[:count])
 
 
 def check_hold_out(hold_out: int) -> None:
     """InputError for a share that leaves nothing to draw, or holds nothing out."""
-    require(hold_out == 0 or 2 <= hold_out <= 72, "data.hold_out", hold_out, "one in so many of 72 combinations is held out",
-            "give 2 to 72, or 0 for none")  # fmt: skip
+    require(
+        hold_out == 0 or 2 <= hold_out <= 72,
+        "data.hold_out",
+        hold_out,
+        "one in so many of 72 combinations is held out",
+        "give 2 to 72, or 0 for none",
+    )
 
 
 def caption_of(shape: str, colour: str, direction: str) -> str:
@@ -122,7 +130,9 @@ def render(scene: Scene, frames: int, height: int, width: int) -> np.ndarray:
         top, bottom = max(math.floor(centre_y - reach), 0), min(math.ceil(centre_y + reach), height)
         x = ((np.arange(left * SUPERSAMPLE, right * SUPERSAMPLE) + 0.5) / SUPERSAMPLE - centre_x) / reach
         y = ((np.arange(top * SUPERSAMPLE, bottom * SUPERSAMPLE) + 0.5) / SUPERSAMPLE - centre_y) / reach
-        points = _inside(scene.shape, x[None], y[:, None]).reshape(bottom - top, SUPERSAMPLE, right - left, SUPERSAMPLE)
+        points = _inside(scene.shape, x[None], y[:, None]).reshape(
+            bottom - top, SUPERSAMPLE, right - left, SUPERSAMPLE
+        )
         clip[t, top:bottom, left:right] = np.rint(ground + points.mean((1, 3))[..., None] * (colour - ground))
     return clip
 

@@ -21,7 +21,9 @@ from latte.data.media import MediaInfo
 FORMAT, VERSION = "latte-latents", 1
 MANIFEST = "manifest.json"
 CAPTIONS = "captions-?????.safetensors"  # parts of the captions' features, if they were encoded, too
-SINGLE = "captions.safetensors"  # all of them in one file, as they were stored before there were parts; still read
+SINGLE = (
+    "captions.safetensors"  # all of them in one file, as they were stored before there were parts; still read
+)
 SOURCE, MIRROR = "source", "mirror"  # names of a video's two tensors are "source:<key>" and "mirror:<key>"
 SHARDS = "shard-?????.safetensors"
 PLAN = "latte"  # key of a shard's metadata
@@ -53,26 +55,38 @@ class Record:
     @property
     def times(self) -> list[float]:
         """Seconds of each frame, [] when unknown."""
-        return MediaInfo(self.key, self.frames, self.fps, 0, 0, FORMAT, self.start, self.steps, self.time_base).times
+        return MediaInfo(
+            self.key, self.frames, self.fps, 0, 0, FORMAT, self.start, self.steps, self.time_base
+        ).times
 
 
 def read_manifest(root: Path) -> dict[str, Any]:
     """The manifest in ``root``, of this format and version; InputError otherwise."""
     path = root / MANIFEST
     if not path.is_file():
-        raise InputError(f"data.root {str(root)!r} holds no {MANIFEST}, so it is no folder of latents; give one made by latte data encode")
+        raise InputError(
+            f"data.root {str(root)!r} holds no {MANIFEST}, so it is no folder of latents; give one made by latte data encode"
+        )
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         found = (manifest["format"], manifest["version"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path} is damaged ({error.__class__.__name__}: {error}); {AGAIN}") from error
-    require(found == (FORMAT, VERSION), f"format of {path}", found, f"this version reads {(FORMAT, VERSION)}", AGAIN)
+    require(
+        found == (FORMAT, VERSION),
+        f"format of {path}",
+        found,
+        f"this version reads {(FORMAT, VERSION)}",
+        AGAIN,
+    )
     return manifest
 
 
 def write_manifest(out: Path, settings: dict[str, Any], complete: bool, **content: Any) -> None:
     """The manifest of the folder ``out``; an incomplete one only tells whose folder this is."""
-    text = json.dumps({"format": FORMAT, "version": VERSION, "complete": complete, "settings": settings, **content})
+    text = json.dumps(
+        {"format": FORMAT, "version": VERSION, "complete": complete, "settings": settings, **content}
+    )
     commit(out / MANIFEST, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
@@ -120,6 +134,8 @@ def commit(path: Path, write: Callable[[Path], Any]) -> None:
         finally:
             os.close(folder)
     except (OSError, SafetensorError) as error:
-        raise RunError(f"{path} cannot be written ({error}); what is finished stays, make room and run the same command again") from error
+        raise RunError(
+            f"{path} cannot be written ({error}); what is finished stays, make room and run the same command again"
+        ) from error
     finally:
         temporary.unlink(missing_ok=True)

@@ -19,8 +19,13 @@ from latte.checks import RunError, require
 
 def _check_frames(frames: np.ndarray, fps: float) -> None:
     rule = "frames must be uint8 (t h w 3) with at least one frame"
-    require(frames.dtype == np.uint8 and frames.ndim == 4 and frames.shape[3] == 3 and frames.size > 0, "frames",
-            (str(frames.dtype), frames.shape), rule, "convert with latte.data.clips.to_uint8")  # fmt: skip
+    require(
+        frames.dtype == np.uint8 and frames.ndim == 4 and frames.shape[3] == 3 and frames.size > 0,
+        "frames",
+        (str(frames.dtype), frames.shape),
+        rule,
+        "convert with latte.data.clips.to_uint8",
+    )
     require(0 < fps <= 1000, "fps", fps, "a frame rate lies in (0, 1000]", "give the rate in frames a second")
 
 
@@ -36,7 +41,9 @@ def _complete(path: str | os.PathLike) -> Iterator[str]:
         yield str(partial)
         os.replace(partial, path)
     except (OSError, FFmpegError) as error:
-        raise RunError(f"{path} cannot be written: {error}; check the folder, its rights and the space left on the disk") from error
+        raise RunError(
+            f"{path} cannot be written: {error}; check the folder, its rights and the space left on the disk"
+        ) from error
     finally:
         with suppress(OSError):  # it is gone already when all went well
             partial.unlink()
@@ -50,12 +57,17 @@ def write_mp4(path: str | os.PathLike, frames: np.ndarray, fps: float = 8) -> No
     _check_frames(frames, fps)
     height, width = frames.shape[1:3]
     frames = np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
-    with _complete(path) as partial, av.open(partial, "w", format="mp4", options={"movflags": "+faststart"}) as container:
+    with (
+        _complete(path) as partial,
+        av.open(partial, "w", format="mp4", options={"movflags": "+faststart"}) as container,
+    ):
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
         stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "yuv420p"
         stream.options = {"crf": "14", "preset": "medium", "threads": "1"}
         for array in frames:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(array), format="rgb24")))
+            container.mux(
+                stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(array), format="rgb24"))
+            )
         container.mux(stream.encode())
 
 
@@ -69,18 +81,36 @@ def write_gif(path: str | os.PathLike, frames: np.ndarray, fps: float = 8) -> No
     images = [Image.fromarray(array).quantize(palette=palette, dither=Image.Dither.NONE) for array in frames]
     delay = max(20, 10 * round(100 / fps))
     with _complete(path) as partial:
-        images[0].save(partial, format="GIF", save_all=True, append_images=images[1:], duration=delay, loop=0, disposal=1)
+        images[0].save(
+            partial, format="GIF", save_all=True, append_images=images[1:], duration=delay, loop=0, disposal=1
+        )
 
 
-def contact_sheet(clips: np.ndarray | Sequence[np.ndarray], scale: int | None = None, captions: Sequence[str] | None = None,
-                  gap: int = 2) -> Image.Image:  # fmt: skip
+def contact_sheet(
+    clips: np.ndarray | Sequence[np.ndarray],
+    scale: int | None = None,
+    captions: Sequence[str] | None = None,
+    gap: int = 2,
+) -> Image.Image:
     """uint8 (b t h w c), or a list of (t h w c) of one frame size, -> an RGB image: a row a clip, a column a frame.
 
     ``scale`` repeats pixels (default: as many times as brings the short side to 96 or more); ``captions`` stand above the rows."""
     sizes = {clip.shape[1:] for clip in clips}
-    require(len(sizes) == 1, "clips", sorted(sizes), "a sheet shows at least one clip, all of one frame size", "resize them first")
+    require(
+        len(sizes) == 1,
+        "clips",
+        sorted(sizes),
+        "a sheet shows at least one clip, all of one frame size",
+        "resize them first",
+    )
     if captions is not None:
-        require(len(captions) == len(clips), "captions", len(captions), f"there are {len(clips)} rows", "give one caption a row")
+        require(
+            len(captions) == len(clips),
+            "captions",
+            len(captions),
+            f"there are {len(clips)} rows",
+            "give one caption a row",
+        )
     height, width, _ = sizes.pop()
     scale = scale or max(1, -(-96 // min(height, width)))
     head = 18 if captions is not None else 0

@@ -26,13 +26,17 @@ def conditional(model: Model, label: Tensor | None = None) -> Denoiser:
     return model if label is None else lambda z, t: model(z, t, label)
 
 
-def guided(model: Model, label: Tensor | None, scale: float, window: tuple[int, int] | None = None) -> Denoiser:
+def guided(
+    model: Model, label: Tensor | None, scale: float, window: tuple[int, int] | None = None
+) -> Denoiser:
     """``guided_pair`` of ``label`` (b,) against the null class; InputError without labels (scale 1 apart), too."""
     if label is not None:
         return guided_pair(model, (label,), (torch.full_like(label, NULL_LABEL),), scale, window)
     check_guidance(scale, window)
     if scale != 1:
-        raise InputError(f"guidance is {scale}, but an unconditional model has nothing to be guided by; give guidance 1, or labels")
+        raise InputError(
+            f"guidance is {scale}, but an unconditional model has nothing to be guided by; give guidance 1, or labels"
+        )
     return conditional(model)
 
 
@@ -54,7 +58,13 @@ def guided_pair(
     """
     check_guidance(scale, window)
     shapes = [[tuple(tensor.shape) for tensor in side] for side in (condition, null)]
-    require(shapes[0] == shapes[1], "shapes of the null condition", shapes[1], f"the condition has {shapes[0]}", "pad both to one length")
+    require(
+        shapes[0] == shapes[1],
+        "shapes of the null condition",
+        shapes[1],
+        f"the condition has {shapes[0]}",
+        "pad both to one length",
+    )
 
     def plain(z: Tensor, t: Tensor) -> Tensor:
         return model(z, t, *condition)
@@ -81,6 +91,18 @@ def guided_pair(
 
 def check_guidance(scale: float, window: tuple[int, int] | None) -> None:
     """InputError for what is no weight and no window."""
-    require(math.isfinite(scale) and scale >= 0, "guidance", scale, "it must be finite and not negative", "give 1 for none, 4 for strong")
+    require(
+        math.isfinite(scale) and scale >= 0,
+        "guidance",
+        scale,
+        "it must be finite and not negative",
+        "give 1 for none, 4 for strong",
+    )
     if window is not None:
-        require(window[0] <= window[1], "guidance window", window, "it runs from the first to the last guided timestep", "swap them")
+        require(
+            window[0] <= window[1],
+            "guidance window",
+            window,
+            "it runs from the first to the last guided timestep",
+            "swap them",
+        )

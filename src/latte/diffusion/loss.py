@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING, NamedTuple, cast
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:  # process.py reads OBJECTIVES to check its config, so here its names serve the annotations alone
+if (
+    TYPE_CHECKING
+):  # process.py reads OBJECTIVES to check its config, so here its names serve the annotations alone
     from latte.diffusion.process import NoisePath, Process
 
 Denoiser = Callable[[Tensor, Tensor], Tensor]
@@ -92,7 +94,9 @@ class Objective:
 
         vlb is 0 for a model without variance channels and for rectified flow, which has no variance to learn.
         """
-        assert process.prediction == self.prediction, f"a process that predicts {process.prediction} met an objective for {self.prediction}"
+        assert process.prediction == self.prediction, (
+            f"a process that predicts {process.prediction} met an objective for {self.prediction}"
+        )
         t = t.to(z0.device)
         zt = process.add_noise(z0, t, eps)
         output = denoise(zt, process.original(t))

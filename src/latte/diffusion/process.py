@@ -22,7 +22,13 @@ from latte.diffusion.loss import OBJECTIVES
 def linear(num_steps: int) -> Tensor:
     """betas (num_steps,) float64 from 1e-4 to 0.02, both ends scaled by 1000 / num_steps (DDPM; Latte's own schedule)."""
     rule = "the linear schedule ends at beta = 20 / num_steps, which must stay below 1"
-    require(num_steps > 20, "diffusion.num_steps", num_steps, rule, "take 21 or more, or diffusion.schedule=squared_cosine")
+    require(
+        num_steps > 20,
+        "diffusion.num_steps",
+        num_steps,
+        rule,
+        "take 21 or more, or diffusion.schedule=squared_cosine",
+    )
     scale = 1000 / num_steps
     return torch.linspace(scale * 1e-4, scale * 0.02, num_steps, dtype=torch.float64)
 
@@ -64,11 +70,19 @@ class Prediction:
 
 
 PREDICTIONS = {
-    "epsilon": Prediction(lambda a, s, z0, eps: eps, lambda a, s, zt, out: (zt - s * out) / a, lambda a, s, zt, out: out),
+    "epsilon": Prediction(
+        lambda a, s, z0, eps: eps, lambda a, s, zt, out: (zt - s * out) / a, lambda a, s, zt, out: out
+    ),
     # Salimans & Ho 2022, appendix D; a^2 + s^2 = 1
-    "v": Prediction(lambda a, s, z0, eps: a * eps - s * z0, lambda a, s, zt, out: a * zt - s * out, lambda a, s, zt, out: s * zt + a * out),
+    "v": Prediction(
+        lambda a, s, z0, eps: a * eps - s * z0,
+        lambda a, s, zt, out: a * zt - s * out,
+        lambda a, s, zt, out: s * zt + a * out,
+    ),
     # the velocity dz/ds of the straight path; a + s = 1
-    "flow": Prediction(lambda a, s, z0, eps: eps - z0, lambda a, s, zt, out: zt - s * out, lambda a, s, zt, out: zt + a * out),
+    "flow": Prediction(
+        lambda a, s, z0, eps: eps - z0, lambda a, s, zt, out: zt - s * out, lambda a, s, zt, out: zt + a * out
+    ),
 }
 
 
@@ -80,14 +94,18 @@ def spread(num_steps: int, sections: str) -> list[int]:
     """
     digits = sections.removeprefix("ddim").split(",")
     way_out = "give a count ('250'), counts per section ('10,15,20') or a whole stride ('ddim50')"
-    valid = all(part.isdecimal() and int(part) > 0 for part in digits) and not (sections.startswith("ddim") and len(digits) > 1)
+    valid = all(part.isdecimal() and int(part) > 0 for part in digits) and not (
+        sections.startswith("ddim") and len(digits) > 1
+    )
     require(valid, "steps", sections, "a respacing is made of positive whole numbers", way_out)
     counts = [int(part) for part in digits]
     if sections.startswith("ddim"):
         for stride in range(1, num_steps + 1):
             if len(range(0, num_steps, stride)) == counts[0]:
                 return list(range(0, num_steps, stride))
-        raise InputError(f"steps is {sections!r}, but no whole stride over {num_steps} steps gives {counts[0]}; use '{counts[0]}'")
+        raise InputError(
+            f"steps is {sections!r}, but no whole stride over {num_steps} steps gives {counts[0]}; use '{counts[0]}'"
+        )
     kept, start = [], 0
     for i, count in enumerate(counts):
         size = num_steps // len(counts) + (i < num_steps % len(counts))
@@ -104,7 +122,13 @@ def spread(num_steps: int, sections: str) -> list[int]:
 def trailing(num_steps: int, count: str) -> list[int]:
     """``count`` even indices of 0..num_steps-1, ascending, the last among them: "4" of 1000 -> 249, 499, 749, 999; InputError otherwise."""
     valid = count.isdecimal() and 1 <= int(count) <= num_steps
-    require(valid, "steps", count, f"this sampler takes a plain count of 1 to {num_steps}", "give one, or use ddpm or ddim")
+    require(
+        valid,
+        "steps",
+        count,
+        f"this sampler takes a plain count of 1 to {num_steps}",
+        "give one, or use ddpm or ddim",
+    )
     return [round(num_steps * k / int(count)) - 1 for k in range(1, int(count) + 1)]
 
 
@@ -115,10 +139,14 @@ class NoisePath:
     prediction: name in PREDICTIONS, what the model's output means.
     """
 
-    def __init__(self, signal: Tensor, noise: Tensor, timestep_map: Sequence[int] | Tensor | None, prediction: str):
+    def __init__(
+        self, signal: Tensor, noise: Tensor, timestep_map: Sequence[int] | Tensor | None, prediction: str
+    ):
         self.signal, self.noise = signal, noise
         self.num_steps = len(signal)
-        self.timestep_map = torch.as_tensor(range(self.num_steps) if timestep_map is None else timestep_map, dtype=torch.int64)
+        self.timestep_map = torch.as_tensor(
+            range(self.num_steps) if timestep_map is None else timestep_map, dtype=torch.int64
+        )
         assert len(self.timestep_map) == self.num_steps
         choose("prediction", prediction, PREDICTIONS)
         self.prediction = prediction
@@ -155,8 +183,14 @@ class NoisePath:
         """Output (b f c|2c h w) -> prediction (b f c h w) and variance channels (b f c h w) or None, both in float32 (float64 if zt is)."""
         channels = zt.shape[2]
         rule = f"the latent {tuple(zt.shape)} asks for {channels} channels, or {2 * channels} with a learned variance"
-        ok = output.shape[2] in (channels, 2 * channels) and output.shape[:2] == zt.shape[:2] and output.shape[3:] == zt.shape[3:]
-        require(ok, "model output", tuple(output.shape), rule, "check model.latent_channels and model.learn_sigma")
+        ok = (
+            output.shape[2] in (channels, 2 * channels)
+            and output.shape[:2] == zt.shape[:2]
+            and output.shape[3:] == zt.shape[3:]
+        )
+        require(
+            ok, "model output", tuple(output.shape), rule, "check model.latent_channels and model.learn_sigma"
+        )
         output = output.to(torch.float64 if zt.dtype == torch.float64 else torch.float32)
         return output[:, :, :channels], output[:, :, channels:] if output.shape[2] > channels else None
 
@@ -186,14 +220,24 @@ class Reading(NamedTuple):
 class Process(NoisePath):
     """The Gaussian diffusion of ``betas``: signal^2 + noise^2 = 1. Every attribute is a float64 table (num_steps,)."""
 
-    def __init__(self, betas: Tensor, timestep_map: Sequence[int] | Tensor | None = None, prediction: str = "epsilon"):
+    def __init__(
+        self, betas: Tensor, timestep_map: Sequence[int] | Tensor | None = None, prediction: str = "epsilon"
+    ):
         """betas: (num_steps,), each inside (0, 1), cast to float64; InputError otherwise."""
         self.betas = betas = torch.as_tensor(betas, dtype=torch.float64)
         valid = betas.ndim == 1 and len(betas) > 0 and bool(((betas > 0) & (betas < 1)).all())
-        require(valid, "betas", f"{len(betas)} numbers", "each must lie inside (0, 1)", "use a schedule of SCHEDULES")
+        require(
+            valid,
+            "betas",
+            f"{len(betas)} numbers",
+            "each must lie inside (0, 1)",
+            "use a schedule of SCHEDULES",
+        )
         self.alphas_cumprod = torch.cumprod(1 - betas, 0)
         self.alphas_cumprod_prev = torch.cat([torch.ones(1, dtype=torch.float64), self.alphas_cumprod[:-1]])
-        super().__init__(self.alphas_cumprod.sqrt(), (1 - self.alphas_cumprod).sqrt(), timestep_map, prediction)
+        super().__init__(
+            self.alphas_cumprod.sqrt(), (1 - self.alphas_cumprod).sqrt(), timestep_map, prediction
+        )
         # DDPM eq. 7: mean = posterior_z0 z_0 + posterior_zt z_t
         self.posterior_z0 = betas * self.alphas_cumprod_prev.sqrt() / (1 - self.alphas_cumprod)
         self.posterior_zt = (1 - self.alphas_cumprod_prev) * (1 - betas).sqrt() / (1 - self.alphas_cumprod)
@@ -250,10 +294,24 @@ def build_process(config: DiffusionConfig) -> "Process | Flow":
     """The noising of ``config``: a Process, or a Flow for an objective that predicts the flow; InputError for what cannot be built."""
     schedule = choose("diffusion.schedule", config.schedule, SCHEDULES)
     prediction = choose("diffusion.objective", config.objective, OBJECTIVES).prediction
-    whole = isinstance(config.num_steps, int) and not isinstance(config.num_steps, bool) and config.num_steps > 0
-    require(whole, "diffusion.num_steps", config.num_steps, "it counts timesteps", "give a positive whole number, e.g. 1000")
+    whole = (
+        isinstance(config.num_steps, int) and not isinstance(config.num_steps, bool) and config.num_steps > 0
+    )
+    require(
+        whole,
+        "diffusion.num_steps",
+        config.num_steps,
+        "it counts timesteps",
+        "give a positive whole number, e.g. 1000",
+    )
     if prediction != "flow":
         return Process(schedule(config.num_steps), prediction=prediction)
     rule = f"diffusion.objective={config.objective} runs on its own straight path"
-    require(config.schedule == "linear", "diffusion.schedule", config.schedule, rule, "leave diffusion.schedule at linear")
+    require(
+        config.schedule == "linear",
+        "diffusion.schedule",
+        config.schedule,
+        rule,
+        "leave diffusion.schedule at linear",
+    )
     return Flow(torch.arange(1, config.num_steps + 1, dtype=torch.float64) / config.num_steps)

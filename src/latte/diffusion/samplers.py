@@ -32,7 +32,9 @@ def _walk(items: Sequence[T], progress: Progress | None) -> Iterator[T]:
             progress(i, len(items))
 
 
-def ddpm(denoise: Denoiser, process: Process, z: Tensor, draw: Draw, eta: float, progress: Progress | None) -> Tensor:
+def ddpm(
+    denoise: Denoiser, process: Process, z: Tensor, draw: Draw, eta: float, progress: Progress | None
+) -> Tensor:
     """Ancestral sampling (DDPM algorithm 2) with the model's own variance; the last step also draws, and drops it."""
     for i in _walk(range(process.num_steps - 1, -1, -1), progress):
         t = torch.full((len(z),), i, device=z.device)
@@ -41,7 +43,9 @@ def ddpm(denoise: Denoiser, process: Process, z: Tensor, draw: Draw, eta: float,
     return z
 
 
-def ddim(denoise: Denoiser, process: Process, z: Tensor, draw: Draw, eta: float, progress: Progress | None) -> Tensor:
+def ddim(
+    denoise: Denoiser, process: Process, z: Tensor, draw: Draw, eta: float, progress: Progress | None
+) -> Tensor:
     """Song et al. 2021, eq. 12 and 16; eta 0 draws nothing after the start, eta 1 is DDPM with the posterior's variance."""
     for i in _walk(range(process.num_steps - 1, -1, -1), progress):
         t = torch.full((len(z),), i, device=z.device)
@@ -54,7 +58,9 @@ def ddim(denoise: Denoiser, process: Process, z: Tensor, draw: Draw, eta: float,
     return z
 
 
-def flow(denoise: Denoiser, process: Flow, z: Tensor, draw: Draw, eta: float, progress: Progress | None) -> Tensor:
+def flow(
+    denoise: Denoiser, process: Flow, z: Tensor, draw: Draw, eta: float, progress: Progress | None
+) -> Tensor:
     """Euler steps along the learned velocity dz/ds = eps - z_0 from s = 1 (noise) to s = 0 (Liu et al. 2023, eq. 1)."""
     times = process.times.tolist()
     for i in _walk(range(process.num_steps - 1, -1, -1), progress):
@@ -75,14 +81,25 @@ def _scheduler(kind: str, settings: dict[str, Any], process: Process) -> Any:
             f"{kind} comes from diffusers, which is not installed; pip install diffusers, or use sampler ddpm or ddim"
         ) from error
     n = process.num_steps
-    scheduler = getattr(diffusers, kind)(num_train_timesteps=n, trained_betas=process.betas.tolist(), prediction_type="sample", **settings)
-    scheduler.alphas_cumprod = process.alphas_cumprod  # it computes them from float32 betas, too coarse for a few large steps
+    scheduler = getattr(diffusers, kind)(
+        num_train_timesteps=n, trained_betas=process.betas.tolist(), prediction_type="sample", **settings
+    )
+    scheduler.alphas_cumprod = (
+        process.alphas_cumprod
+    )  # it computes them from float32 betas, too coarse for a few large steps
     scheduler.set_timesteps(n)
     return scheduler
 
 
 def solver(
-    kind: str, settings: dict[str, Any], denoise: Denoiser, process: Process, z: Tensor, draw: Draw, eta: float, progress: Progress | None
+    kind: str,
+    settings: dict[str, Any],
+    denoise: Denoiser,
+    process: Process,
+    z: Tensor,
+    draw: Draw,
+    eta: float,
+    progress: Progress | None,
 ) -> Tensor:
     """A deterministic solver of diffusers. Its timesteps are the indices of ``process``; Heun calls the model 2 steps - 1 times."""
     scheduler = _scheduler(kind, settings, process)

@@ -6,7 +6,7 @@ answers, so that all windows move on as one clip (MultiDiffusion, Bar-Tal et al.
 Wang et al. 2023, arXiv 2305.18264, over time). The mean is weighted: a frame counts less towards a window's edge, where the model sees one
 side of it only (for tiles of a picture: Mixture of Diffusers, Jimenez 2023, arXiv 2302.02412). Neighbours agree through their overlap
 alone: what has to hold over the whole clip, such as a path that may not leave the frame, no window can know. From fresh noise every window
-draws a scene of its own; ``latte.diffusion.longer`` gives them all the same (FreeNoise).
+draws a scene of its own; ``latte.diffusion.long_video`` gives them all the same (FreeNoise).
 Axes: b batch, f frames, c channels, h height, w width.
 """
 
@@ -19,8 +19,16 @@ from latte.diffusion.loss import Denoiser
 
 def window_starts(frames: int, length: int, overlap: int) -> list[int]:
     """First frames of windows of ``length`` that cover ``frames``; neighbours share ``overlap`` frames, the last two perhaps more."""
-    require(length >= 1, "window", length, "it counts frames", "give the number of frames that the model was made for")
-    require(0 <= overlap < length, "overlap", overlap, f"windows have {length} frames", f"give 0 to {length - 1}")
+    require(
+        length >= 1,
+        "window",
+        length,
+        "it counts frames",
+        "give the number of frames that the model was made for",
+    )
+    require(
+        0 <= overlap < length, "overlap", overlap, f"windows have {length} frames", f"give 0 to {length - 1}"
+    )
     if frames <= length:
         return [0]
     return [*range(0, frames - length, length - overlap), frames - length]
@@ -30,7 +38,7 @@ def in_windows(denoise: Denoiser, length: int, overlap: int | None = None) -> De
     """``denoise`` for clips of any number of frames, ``length`` of them at a time; ``overlap`` None: half of it.
 
     A clip that fits into one window is answered by ``denoise`` itself. Memory is that of one window, time that of all of them. With
-    ``latte.diffusion.known`` this comes inside: with_known(in_windows(...), ...), and its gradient needs the memory of all windows.
+    ``latte.diffusion.frame_conditioning`` this comes inside: with_known(in_windows(...), ...), and its gradient needs the memory of all windows.
     """
     overlap = length // 2 if overlap is None else overlap
     window_starts(length, length, overlap)

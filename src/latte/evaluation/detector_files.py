@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from latte.checks import InputError, RunError
-from latte.evaluation.archive import BROKEN, read_tensors
-from latte.evaluation.layers import Network, channels_last, fold_norms
+from latte.evaluation.networks.layers import Network, channels_last, fold_norms
+from latte.interop.archive import BROKEN, read_tensors
 
 MAX_DOWNLOAD = 512 * 2**20
 
@@ -98,7 +98,10 @@ def cache_dir() -> Path:
 
 def is_offline() -> bool:
     """True when LATTE_OFFLINE or HF_HUB_OFFLINE says so; read at each call, so it may be set at any time."""
-    return any(os.environ.get(name, "").lower() in ("1", "true", "yes", "on") for name in ("LATTE_OFFLINE", "HF_HUB_OFFLINE"))
+    return any(
+        os.environ.get(name, "").lower() in ("1", "true", "yes", "on")
+        for name in ("LATTE_OFFLINE", "HF_HUB_OFFLINE")
+    )
 
 
 def file_sha256(path: Path) -> str:
@@ -113,7 +116,9 @@ def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.flatten().view(torch.uint8).numpy().data if tensor.ndim else tensor.numpy().tobytes())
+        digest.update(
+            tensor.flatten().view(torch.uint8).numpy().data if tensor.ndim else tensor.numpy().tobytes()
+        )
     return digest.hexdigest()
 
 
@@ -127,14 +132,20 @@ def rename(tensors: Mapping[str, Tensor], network: Network, where: object) -> di
     for label, scheme in network.schemes.items():
         first = next(iter(scheme.names))
         prefix = next((name.removesuffix(first) for name in plain if name.endswith(first)), "")
-        found = {name.removeprefix(prefix): tensor for name, tensor in plain.items() if name.startswith(prefix)}
+        found = {
+            name.removeprefix(prefix): tensor for name, tensor in plain.items() if name.startswith(prefix)
+        }
         missing = [name for name, ours in scheme.names.items() if ours and name not in found]
         unexpected = [name for name in plain if name.removeprefix(prefix) not in scheme.names]
         if not missing and not unexpected:
-            return {ours: scheme.convert(found[name]).contiguous() for name, ours in scheme.names.items() if ours}
+            return {
+                ours: scheme.convert(found[name]).contiguous() for name, ours in scheme.names.items() if ours
+            }
         if not report or len(missing) < len(scheme.names) // 2:
             report = f"as {label} it lacks {missing[:3]} and has {unexpected[:3]} too many"
-    raise InputError(f"{where} holds {len(tensors)} tensors of another network: {report}; give a file made for this detector")
+    raise InputError(
+        f"{where} holds {len(tensors)} tensors of another network: {report}; give a file made for this detector"
+    )
 
 
 def known_file(detector: str, path: Path, sha256: str | None) -> str:
@@ -144,11 +155,17 @@ def known_file(detector: str, path: Path, sha256: str | None) -> str:
     if digest == sha256 or (match and match.detector == detector and sha256 is None):
         return digest
     if sha256 is not None:
-        raise InputError(f"{path} has SHA-256 {digest}, not {sha256} as asked; give the right file or the right hash")
+        raise InputError(
+            f"{path} has SHA-256 {digest}, not {sha256} as asked; give the right file or the right hash"
+        )
     if match:
         whose = f"the file of detector {match.detector!r}" if match.detector else match.note
-        raise InputError(f"{path} is {match.name}, {whose}, not a file of detector {detector!r}; give the right file")
-    raise InputError(f"{path} has SHA-256 {digest}, which no file of detector {detector!r} has; if you trust it, name that hash too")
+        raise InputError(
+            f"{path} is {match.name}, {whose}, not a file of detector {detector!r}; give the right file"
+        )
+    raise InputError(
+        f"{path} has SHA-256 {digest}, which no file of detector {detector!r} has; if you trust it, name that hash too"
+    )
 
 
 def import_weights(detector: str, network: Network, path: Path, sha256: str | None = None) -> Path:
@@ -167,9 +184,15 @@ def import_weights(detector: str, network: Network, path: Path, sha256: str | No
     with torch.device("meta"):
         expected = {name: tuple(tensor.shape) for name, tensor in network.build().state_dict().items()}
     folded = {name: tuple(tensor.shape) for name, tensor in fold_norms(ours, network.eps).items()}
-    wrong = [f"{name} is {folded.get(name)} instead of {shape}" for name, shape in expected.items() if folded.get(name) != shape]
+    wrong = [
+        f"{name} is {folded.get(name)} instead of {shape}"
+        for name, shape in expected.items()
+        if folded.get(name) != shape
+    ]
     if wrong:
-        raise InputError(f"{path} has tensors of the wrong shape: {'; '.join(wrong[:3])}; give a file made for this detector")
+        raise InputError(
+            f"{path} has tensors of the wrong shape: {'; '.join(wrong[:3])}; give a file made for this detector"
+        )
     metadata = {
         "detector": detector,
         "source_name": path.name,
@@ -185,7 +208,9 @@ def import_weights(detector: str, network: Network, path: Path, sha256: str | No
     return out
 
 
-def find_weights(detector: str, network: Network, path: Path | None = None, sha256: str | None = None) -> Path:
+def find_weights(
+    detector: str, network: Network, path: Path | None = None, sha256: str | None = None
+) -> Path:
     """The converted weights of ``detector``: those of ``path``, else those in the cache folder, else downloaded there once."""
     if path is not None:
         return import_weights(detector, network, path, sha256)
@@ -195,17 +220,27 @@ def find_weights(detector: str, network: Network, path: Path | None = None, sha2
         return converted
     if (original := cache_dir() / file.name).is_file():
         return import_weights(detector, network, original, sha256)
-    why = "this machine is offline" if is_offline() else "" if file.urls and digest else "it cannot be fetched by itself"
+    why = (
+        "this machine is offline"
+        if is_offline()
+        else ""
+        if file.urls and digest
+        else "it cannot be fetched by itself"
+    )
     if why:
         hints = [*(url.removeprefix("hf://") for url in file.urls[:1]), *([file.note] if file.note else [])]
         way_out = f"download it ({'; '.join(hints)}) and give its path, or put it into that folder"
-        raise InputError(f"detector {detector!r} needs {file.name}, which is not in {cache_dir()}, and {why}; {way_out}")
+        raise InputError(
+            f"detector {detector!r} needs {file.name}, which is not in {cache_dir()}, and {why}; {way_out}"
+        )
     cache_dir().mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache_dir()) as folder:
         target = Path(folder) / file.name
         download(file, target)
         if (found := file_sha256(target)) != digest:
-            raise RunError(f"the downloaded {file.name} has SHA-256 {found}, not {digest}; it was thrown away: fetch it from elsewhere")
+            raise RunError(
+                f"the downloaded {file.name} has SHA-256 {found}, not {digest}; it was thrown away: fetch it from elsewhere"
+            )
         return import_weights(detector, network, target, sha256)
 
 
@@ -229,7 +264,9 @@ def download(file: PublicFile, target: Path) -> None:
             return
         except (OSError, ValueError, RuntimeError) as error:
             reasons.append(f"{url}: {str(error).partition(chr(10))[0]}")
-    raise RunError(f"{file.name} could not be downloaded ({'; '.join(reasons)}); fetch it by hand and give its path")
+    raise RunError(
+        f"{file.name} could not be downloaded ({'; '.join(reasons)}); fetch it by hand and give its path"
+    )
 
 
 @dataclass(frozen=True)
@@ -250,11 +287,19 @@ def load_converted(path: Path, network: Network) -> Weights:
             metadata = file.metadata() or {}
         tensors = safetensors.torch.load_file(path)
     except BROKEN as error:
-        raise InputError(f"{path} is damaged ({str(error).partition(chr(10))[0]}); delete it and import the weights again") from error
+        raise InputError(
+            f"{path} is damaged ({str(error).partition(chr(10))[0]}); delete it and import the weights again"
+        ) from error
     if metadata.get("tensors_sha256") != tensors_sha256(tensors):
         raise InputError(f"{path} is not what was written there; delete it and import the weights again")
     with torch.device("meta"):
         module = network.build()
     module.load_state_dict(fold_norms(tensors, network.eps), assign=True)
     size = int(metadata["source_bytes"])
-    return Weights(channels_last(module).eval(), metadata["source_sha256"], metadata["source_name"], size, metadata["tensors_sha256"])
+    return Weights(
+        channels_last(module).eval(),
+        metadata["source_sha256"],
+        metadata["source_name"],
+        size,
+        metadata["tensors_sha256"],
+    )

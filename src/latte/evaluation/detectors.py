@@ -18,9 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from latte.checks import InputError, choose, require
-from latte.evaluation import builtin, c3d, i3d, inception
 from latte.evaluation.detector_files import Weights, find_weights, load_converted, tensors_sha256
-from latte.evaluation.layers import Network, channels_last
+from latte.evaluation.networks import builtin, c3d, i3d, inception
+from latte.evaluation.networks.layers import Network, channels_last
 from latte.runtime import generator
 
 
@@ -111,7 +111,13 @@ def random_i3d(path: Path | None = None, sha256: str | None = None, seed: int = 
     Every filter has mean zero: without that all clips give nearly the same direction (measured on 48 real clips: the covariance has an
     effective rank of 1.2 instead of 5.8, and shuffled frames move the features 60 times less).
     """
-    require(path is None and sha256 is None, "the detector's path", path or sha256, "random-i3d reads no file", "leave it out")
+    require(
+        path is None and sha256 is None,
+        "the detector's path",
+        path or sha256,
+        "random-i3d reads no file",
+        "leave it out",
+    )
     network = i3d.I3D()
     draw = generator(seed, "random-i3d")
     for name, parameter in network.named_parameters():
@@ -119,7 +125,9 @@ def random_i3d(path: Path | None = None, sha256: str | None = None, seed: int = 
             fan_in = parameter[0].numel()
             integers = torch.randint(-(2**15), 2**15, parameter.shape, generator=draw, dtype=torch.int64)
             centred = (integers * fan_in - integers.sum(dim=(1, 2, 3, 4), keepdim=True)).double()
-            variance = 1 / fan_in if name == "logits.weight" else 2 / (1 - 1 / math.pi) / fan_in  # ReLU keeps (1 - 1/pi)/2 of it
+            variance = (
+                1 / fan_in if name == "logits.weight" else 2 / (1 - 1 / math.pi) / fan_in
+            )  # ReLU keeps (1 - 1/pi)/2 of it
             parameter.data = (centred * (math.sqrt(3 * variance) / (2**15 * fan_in))).float()
     digest = tensors_sha256(network.state_dict())
     return Weights(channels_last(network).eval(), digest, f"random-i3d seed {seed}", 0, digest)
@@ -127,7 +135,13 @@ def random_i3d(path: Path | None = None, sha256: str | None = None, seed: int = 
 
 def builtin_weights(path: Path | None = None, sha256: str | None = None) -> Weights:
     """The built-in detector with the weights in the package; other weights under its name would be another detector."""
-    require(path is None and sha256 is None, "the detector's path", path or sha256, "builtin reads the package's own file", "leave it out")
+    require(
+        path is None and sha256 is None,
+        "the detector's path",
+        path or sha256,
+        "builtin reads the package's own file",
+        "leave it out",
+    )
     return load_converted(builtin.WEIGHTS, builtin.NETWORK)
 
 
@@ -209,10 +223,29 @@ class Detector:
     batch it came in nor on how many processes share the work. ``group`` 1 costs nothing on a CPU; take 8 or more on a GPU.
     """
 
-    def __init__(self, name: str, spec: DetectorSpec, weights: Weights, pixels: Pixels, layer: str, group: int, device: torch.device | str):
+    def __init__(
+        self,
+        name: str,
+        spec: DetectorSpec,
+        weights: Weights,
+        pixels: Pixels,
+        layer: str,
+        group: int,
+        device: torch.device | str,
+    ):
         self.name, self.spec, self.pixels, self.layer, self.group = name, spec, pixels, layer, group
-        self.device, self.card, self.unit, self.dim = torch.device(device), spec.card, spec.unit, spec.layers[layer]
-        self.sha256, self.source, self.bytes, self.tensors_sha256 = weights.sha256, weights.source, weights.size, weights.tensors_sha256
+        self.device, self.card, self.unit, self.dim = (
+            torch.device(device),
+            spec.card,
+            spec.unit,
+            spec.layers[layer],
+        )
+        self.sha256, self.source, self.bytes, self.tensors_sha256 = (
+            weights.sha256,
+            weights.source,
+            weights.size,
+            weights.tensors_sha256,
+        )
         self.network: nn.Module = weights.network.to(self.device)
 
     def rows(self, frames: int) -> int:
@@ -221,17 +254,40 @@ class Detector:
 
     def describe(self) -> dict[str, Any]:
         """The manifest's detector and pixel groups."""
-        own = {"detector": self.name, "sha256": self.sha256, "bytes": self.bytes, "loader": "own network", "layer": self.layer}
-        return own | {"dimension": self.dim, "dtype": "float32", "pixels": self.pixels.describe(), "group": self.group}
+        own = {
+            "detector": self.name,
+            "sha256": self.sha256,
+            "bytes": self.bytes,
+            "loader": "own network",
+            "layer": self.layer,
+        }
+        return own | {
+            "dimension": self.dim,
+            "dtype": "float32",
+            "pixels": self.pixels.describe(),
+            "group": self.group,
+        }
 
     def check(self, frames: Tensor) -> None:
         """InputError unless ``frames`` is uint8 (b t h w 3) with a number of frames that the network can read."""
         shape, (low, high) = tuple(frames.shape), (self.spec.min_frames, self.spec.max_frames)
         ok = frames.dtype == torch.uint8 and frames.ndim == 5 and shape[-1] == 3 and 0 not in shape
-        require(ok, "frames", f"{frames.dtype} {shape}", "a detector reads uint8 (b t h w 3)", "convert with data.clips.to_uint8")
+        require(
+            ok,
+            "frames",
+            f"{frames.dtype} {shape}",
+            "a detector reads uint8 (b t h w 3)",
+            "convert with data.clips.to_uint8",
+        )
         exact = f"exactly {low}" if low == high else f"at least {low}"
         fits = shape[1] >= low and (high is None or shape[1] <= high)
-        require(fits, "frames per clip", shape[1], f"{self.name} reads {exact}", "choose another clip length or detector")
+        require(
+            fits,
+            "frames per clip",
+            shape[1],
+            f"{self.name} reads {exact}",
+            "choose another clip length or detector",
+        )
 
     @torch.inference_mode()
     def __call__(self, frames: Tensor | np.ndarray) -> Tensor:
@@ -269,5 +325,7 @@ def build_detector(
     layer = layer or next(iter(spec.layers))
     choose("layer", layer, spec.layers)
     if group < 1:
-        raise InputError(f"group is {group}, but rows go through the network at least 1 at a time; give 1 or more")
+        raise InputError(
+            f"group is {group}, but rows go through the network at least 1 at a time; give 1 or more"
+        )
     return Detector(name, spec, spec.open(path, sha256), pixels or spec.pixels, layer, group, device)

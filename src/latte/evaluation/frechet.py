@@ -27,9 +27,19 @@ def check_bank(name: str, bank: Tensor, rows: int = 2) -> None:
     """InputError unless ``bank`` is (n k) of floating numbers with at least ``rows`` rows."""
     ok = bank.ndim == 2 and bank.is_floating_point() and bank.shape[1] > 0
     require(
-        ok, f"the {name} bank", f"{bank.dtype} {tuple(bank.shape)}", "a feature bank is (n k) of floating numbers", "give (n k) features"
+        ok,
+        f"the {name} bank",
+        f"{bank.dtype} {tuple(bank.shape)}",
+        "a feature bank is (n k) of floating numbers",
+        "give (n k) features",
     )
-    require(len(bank) >= rows, f"the {name} bank's length", len(bank), f"this needs at least {rows} rows", "evaluate more clips")
+    require(
+        len(bank) >= rows,
+        f"the {name} bank's length",
+        len(bank),
+        f"this needs at least {rows} rows",
+        "evaluate more clips",
+    )
 
 
 def check_pair(real: Tensor, fake: Tensor, rows: int = 2) -> None:
@@ -37,7 +47,13 @@ def check_pair(real: Tensor, fake: Tensor, rows: int = 2) -> None:
     check_bank("real", real, rows)
     check_bank("fake", fake, rows)
     widths = real.shape[1], fake.shape[1]
-    require(widths[0] == widths[1], "the features (k)", widths, "both banks are of one detector and layer", "extract both sides alike")
+    require(
+        widths[0] == widths[1],
+        "the features (k)",
+        widths,
+        "both banks are of one detector and layer",
+        "extract both sides alike",
+    )
 
 
 def float64_chunks(name: str, bank: Tensor, size: int = CHUNK) -> Iterator[Tensor]:
@@ -47,7 +63,9 @@ def float64_chunks(name: str, bank: Tensor, size: int = CHUNK) -> Iterator[Tenso
         finite = torch.isfinite(chunk).all(1)
         if not finite.all():
             row = start + int((~finite).nonzero()[0])
-            raise InputError(f"the {name} bank has nan or inf in row {row}; find the clip of that plan line and extract it again")
+            raise InputError(
+                f"the {name} bank has nan or inf in row {row}; find the clip of that plan line and extract it again"
+            )
         yield chunk
 
 
@@ -94,7 +112,12 @@ def frechet_of(a: Gaussian, b: Gaussian, ddof: int) -> float:
     require(ddof in (0, 1), "ddof", ddof, "a covariance divides by n or n - 1", "give 0 or 1")
     count_a, count_b = a.num - ddof, b.num - ddof
     shared = float(torch.linalg.svdvals(a.root @ b.root.T).sum()) / math.sqrt(count_a * count_b)
-    return float((a.mean - b.mean).square().sum()) + a.scatter_trace / count_a + b.scatter_trace / count_b - 2 * shared
+    return (
+        float((a.mean - b.mean).square().sum())
+        + a.scatter_trace / count_a
+        + b.scatter_trace / count_b
+        - 2 * shared
+    )
 
 
 def frechet_distance(real: Tensor, fake: Tensor, ddof: int = 1) -> float:
@@ -114,12 +137,20 @@ def bias_floor(bank: Tensor, num_real: int, num_fake: int) -> float:
     small; its values on the whole bank, its halves and its quarters are extrapolated to an endless bank (within 3 % for n >= 1.3 k, too
     small for n < k; measured). A score that is not well above the floor says nothing.
     """
-    require(min(num_real, num_fake) > 0, "the counts", (num_real, num_fake), "a floor needs samples on both sides", "give counts above 0")
+    require(
+        min(num_real, num_fake) > 0,
+        "the counts",
+        (num_real, num_fake),
+        "a floor needs samples on both sides",
+        "give counts above 0",
+    )
     check_bank("floor's", bank, rows=8)
     quarters = [moments(bank[i::4]) for i in range(4)]
     halves = [merge_moments(quarters[0], quarters[2]), merge_moments(quarters[1], quarters[3])]
     whole = merge_moments(*halves)
-    one, two, four = (sum(pair_sum(part) for part in parts) / len(parts) for parts in ([whole], halves, quarters))
+    one, two, four = (
+        sum(pair_sum(part) for part in parts) / len(parts) for parts in ([whole], halves, quarters)
+    )
     trace = float(whole[2].trace()) / (whole[0] - 1)
     return (1 / num_real + 1 / num_fake) * (trace + (8 * one - 6 * two + four) / 3)
 
@@ -130,7 +161,9 @@ Moments = tuple[int, Tensor, Tensor]  # rows, mean (k,), scatter (k k)
 def moments(bank: Tensor) -> Moments:
     """Rows, mean and scatter of ``bank`` (n k)."""
     means = ((chunk, chunk.mean(0)) for chunk in float64_chunks("floor's", bank))
-    return reduce(merge_moments, ((len(chunk), mean, (chunk - mean).T @ (chunk - mean)) for chunk, mean in means))
+    return reduce(
+        merge_moments, ((len(chunk), mean, (chunk - mean).T @ (chunk - mean)) for chunk, mean in means)
+    )
 
 
 def merge_moments(a: Moments, b: Moments) -> Moments:

@@ -80,8 +80,14 @@ def hashed(seed: int, *key: object) -> int:
     return int.from_bytes(hashlib.sha256(json.dumps([seed, *key]).encode()).digest(), "big")
 
 
-def make_plan(protocol: Protocol, sources: Mapping[str, Sequence[Source]], seed: int = 0, broken: Dropped = (),
-              allow_fewer: bool = False, allow_mixed: bool = False) -> Plan:  # fmt: skip
+def make_plan(
+    protocol: Protocol,
+    sources: Mapping[str, Sequence[Source]],
+    seed: int = 0,
+    broken: Dropped = (),
+    allow_fewer: bool = False,
+    allow_mixed: bool = False,
+) -> Plan:
     """The plan for ``sources`` {"real": videos, "fake": videos}; ``broken`` are those that could not be read, with reasons.
 
     Real videos that are broken or too short are left out and listed. InputError for fakes that are, for equal ids or contents within a
@@ -96,21 +102,34 @@ def make_plan(protocol: Protocol, sources: Mapping[str, Sequence[Source]], seed:
         refuse_mixed(sources)
     fit = {side: [s for s in sources[side] if protocol.starts(side, s.frames)] for side in SIDES}
     short = tuple(
-        {"side": "real", "id": s.id, "reason": f"too-short: {s.frames} frames decode, {protocol.needed('real')} are needed"}
-        for s in sorted(sources["real"], key=lambda s: s.id) if not protocol.starts("real", s.frames)
-    )  # fmt: skip
+        {
+            "side": "real",
+            "id": s.id,
+            "reason": f"too-short: {s.frames} frames decode, {protocol.needed('real')} are needed",
+        }
+        for s in sorted(sources["real"], key=lambda s: s.id)
+        if not protocol.starts("real", s.frames)
+    )
     most = min(len(found) for found in fit.values())
     if most < protocol.clips:
         refuse_few(protocol, fit, len(short) + len(broken), allow_fewer and most >= 2)
         protocol = nonstandard(protocol, clips=most)
-    clips = tuple(choose_clip(protocol, side, source, seed) for side in SIDES for source in chosen(protocol, fit[side], seed))
-    return Plan(protocol, seed, clips, tuple(sorted(broken, key=lambda bad: (bad["side"], bad["id"]))) + short)
+    clips = tuple(
+        choose_clip(protocol, side, source, seed)
+        for side in SIDES
+        for source in chosen(protocol, fit[side], seed)
+    )
+    return Plan(
+        protocol, seed, clips, tuple(sorted(broken, key=lambda bad: (bad["side"], bad["id"]))) + short
+    )
 
 
 def chosen(protocol: Protocol, fit: Sequence[Source], seed: int) -> list[Source]:
     """The first ``protocol.clips`` videos, by path or by hash(seed, id)."""
     by_path = sorted(fit, key=lambda source: source.id)
-    return (by_path if protocol.order == "path" else sorted(by_path, key=lambda source: hashed(seed, source.id)))[: protocol.clips]
+    return (
+        by_path if protocol.order == "path" else sorted(by_path, key=lambda source: hashed(seed, source.id))
+    )[: protocol.clips]
 
 
 def choose_clip(protocol: Protocol, side: str, source: Source, seed: int) -> PlannedClip:
@@ -127,8 +146,14 @@ def refuse_duplicates(side: str, sources: Sequence[Source]) -> None:
         for source in sorted(sources, key=lambda s: s.id):
             value = getattr(source, what)
             if value in seen:
-                same = f"the id {value!r} occurs twice" if what == "id" else f"{seen[value]!r} and {source.id!r} have the same content"
-                raise InputError(f"{side} holds duplicates: {same}; a clip counted twice shrinks the score, remove one")
+                same = (
+                    f"the id {value!r} occurs twice"
+                    if what == "id"
+                    else f"{seen[value]!r} and {source.id!r} have the same content"
+                )
+                raise InputError(
+                    f"{side} holds duplicates: {same}; a clip counted twice shrinks the score, remove one"
+                )
             seen[value] = source.id
 
 
@@ -138,19 +163,27 @@ def refuse_overlap(sources: Mapping[str, Sequence[Source]]) -> None:
     shared = [source for source in sorted(sources["fake"], key=lambda s: s.id) if source.sha256 in real]
     if shared:
         first = f"{shared[0].id!r} of fake is {real[shared[0].sha256]!r} of real"
-        raise InputError(f"real and fake overlap in {len(shared)} videos: {first}; give two sets without a common file")
+        raise InputError(
+            f"real and fake overlap in {len(shared)} videos: {first}; give two sets without a common file"
+        )
 
 
 def refuse_bad_fakes(protocol: Protocol, fake: Sequence[Source], broken: Sequence[dict[str, str]]) -> None:
     """InputError when a fake cannot be read or is too short: leaving it out would flatter or harm the model without a word."""
     if broken:
         first = f"{broken[0]['id']!r} ({broken[0]['reason']})"
-        raise InputError(f"fake holds {len(broken)} videos that cannot be read, first {first}; generate them again or remove them")
-    short = sorted((source for source in fake if not protocol.starts("fake", source.frames)), key=lambda s: s.id)
+        raise InputError(
+            f"fake holds {len(broken)} videos that cannot be read, first {first}; generate them again or remove them"
+        )
+    short = sorted(
+        (source for source in fake if not protocol.starts("fake", source.frames)), key=lambda s: s.id
+    )
     if short:
         first = f"{short[0].id!r} has {short[0].frames} frames, {protocol.needed('fake')} are needed"
         rule = f"{protocol.frames} frames, stride {protocol.stride_fake}"
-        raise InputError(f"fake holds {len(short)} videos too short for {protocol.name}: {first} ({rule}); generate longer clips")
+        raise InputError(
+            f"fake holds {len(short)} videos too short for {protocol.name}: {first} ({rule}); generate longer clips"
+        )
 
 
 def traits(sources: Sequence[Source]) -> dict[str, dict[str, int]]:
@@ -165,7 +198,9 @@ def refuse_mixed(sources: Mapping[str, Sequence[Source]]) -> None:
     for what, name in (("codec", "codecs"), ("fps", "frame rates")):
         if all(found[side][what] for side in SIDES) and set(found["real"][what]) != set(found["fake"][what]):
             told = " and ".join(f"{side} {', '.join(found[side][what])}" for side in SIDES)
-            raise InputError(f"{name} differ: {told}; write both sides alike, or give --allow-mixed to measure the difference too")
+            raise InputError(
+                f"{name} differ: {told}; write both sides alike, or give --allow-mixed to measure the difference too"
+            )
 
 
 def refuse_few(protocol: Protocol, fit: Mapping[str, Sequence[Source]], left_out: int, allowed: bool) -> None:

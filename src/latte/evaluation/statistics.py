@@ -81,7 +81,12 @@ def inception_score(logits: Tensor, splits: int = 10, shuffle: int | None = None
 
 
 def polynomial_mmd(
-    real: Tensor, fake: Tensor, degree: int = 3, gamma: float | None = None, coef: float = 1.0, unbiased: bool = True
+    real: Tensor,
+    fake: Tensor,
+    degree: int = 3,
+    gamma: float | None = None,
+    coef: float = 1.0,
+    unbiased: bool = True,
 ) -> float:
     """Squared maximum mean discrepancy of banks (n k), (m k) under the kernel (gamma x.y + coef)^degree; ``gamma`` None is 1 / k.
 
@@ -97,7 +102,9 @@ def polynomial_mmd(
                 total += float(((x @ y.T) * factor + coef).pow(degree).sum())
         if not (same and unbiased):
             return total / (len(a) * len(b))
-        own = sum(float((x.square().sum(1) * factor + coef).pow(degree).sum()) for x in float64_chunks(names[0], a))
+        own = sum(
+            float((x.square().sum(1) * factor + coef).pow(degree).sum()) for x in float64_chunks(names[0], a)
+        )
         return (total - own) / (len(a) * (len(a) - 1))
 
     within = mean_kernel(real, real, ("real", "real"), True) + mean_kernel(fake, fake, ("fake", "fake"), True)
@@ -109,10 +116,18 @@ def kernel_distance(real: Tensor, fake: Tensor) -> float:
     return polynomial_mmd(real, fake)
 
 
-def kernel_distance_subsets(real: Tensor, fake: Tensor, num_subsets: int = 100, subset_size: int = 1000, seed: int = 0) -> Score:
+def kernel_distance_subsets(
+    real: Tensor, fake: Tensor, num_subsets: int = 100, subset_size: int = 1000, seed: int = 0
+) -> Score:
     """KID as torch-fidelity and StyleGAN report it: the mean over random subsets of ``subset_size`` rows of each side."""
     longest = min(len(real), len(fake))
-    require(2 <= subset_size <= longest, "subset_size", subset_size, f"the shorter bank has {longest} rows", "give between 2 and that")
+    require(
+        2 <= subset_size <= longest,
+        "subset_size",
+        subset_size,
+        f"the shorter bank has {longest} rows",
+        "give between 2 and that",
+    )
 
     def draw(side: str, bank: Tensor, i: int) -> Tensor:
         return bank[torch.randperm(len(bank), generator=generator(seed, "kid", side, i))[:subset_size]]
@@ -137,13 +152,26 @@ def precision_recall(real: Tensor, fake: Tensor, neighbours: int = 3) -> tuple[f
     """
     check_pair(real, fake)
     shortest = min(len(real), len(fake))
-    require(1 <= neighbours < shortest, "neighbours", neighbours, f"the shorter bank has {shortest} rows", "give fewer than that")
-    centre = sum(chunk.sum(0) for chunk in float64_chunks("real", real)) / len(real)  # or small distances drown in large norms
-    sides = [[chunk - centre for chunk in float64_chunks(name, bank)] for name, bank in (("real", real), ("fake", fake))]
+    require(
+        1 <= neighbours < shortest,
+        "neighbours",
+        neighbours,
+        f"the shorter bank has {shortest} rows",
+        "give fewer than that",
+    )
+    centre = sum(chunk.sum(0) for chunk in float64_chunks("real", real)) / len(
+        real
+    )  # or small distances drown in large norms
+    sides = [
+        [chunk - centre for chunk in float64_chunks(name, bank)]
+        for name, bank in (("real", real), ("fake", fake))
+    ]
 
     def covered(points: list[Tensor], manifold: list[Tensor]) -> float:
         rows = torch.cat(manifold)
-        radii = torch.cat([squared_distances(chunk, rows).kthvalue(neighbours + 1).values for chunk in manifold])
+        radii = torch.cat(
+            [squared_distances(chunk, rows).kthvalue(neighbours + 1).values for chunk in manifold]
+        )
         inside = [(squared_distances(chunk, rows) <= radii).any(1) for chunk in points]
         return float(torch.cat(inside).double().mean())
 
@@ -174,7 +202,9 @@ def random_halves(bank: Tensor, *key: int | str) -> tuple[Tensor, Tensor]:
     return bank[order[:half].sort().values], bank[order[-half:].sort().values]
 
 
-def half_sample_interval(distance: Distance, real: Tensor, fake: Tensor, level: float = 0.9, halves: int = 20, seed: int = 0) -> Interval:
+def half_sample_interval(
+    distance: Distance, real: Tensor, fake: Tensor, level: float = 0.9, halves: int = 20, seed: int = 0
+) -> Interval:
     """How far ``distance`` at these bank sizes would move with other samples, from random halves drawn without replacement.
 
     Both banks are cut in two ``halves`` / 2 times, giving pairs of values u, v. A half of N rows scatters about the whole with variance
@@ -183,12 +213,22 @@ def half_sample_interval(distance: Distance, real: Tensor, fake: Tensor, level: 
     taken off. The interval lies around the value at this N, bias included; ``extrapolate`` estimates the value for endless banks.
     """
     require(0 < level < 1, "level", level, "a confidence level lies between 0 and 1", "give 0.9 or 0.95")
-    require(halves >= 8 and halves % 2 == 0, "halves", halves, "halves come in pairs, at least 4 of them", "give an even number from 8")
+    require(
+        halves >= 8 and halves % 2 == 0,
+        "halves",
+        halves,
+        "halves come in pairs, at least 4 of them",
+        "give an even number from 8",
+    )
     shorter = min(len(real), len(fake))
     require(shorter >= 4, "the shorter bank's length", shorter, "a half needs 2 rows", "evaluate more clips")
     differences, means = [], []
     for i in range(halves // 2):
-        pair = zip(random_halves(real, seed, "half", "real", i), random_halves(fake, seed, "half", "fake", i), strict=True)
+        pair = zip(
+            random_halves(real, seed, "half", "real", i),
+            random_halves(fake, seed, "half", "fake", i),
+            strict=True,
+        )
         u, v = (distance(*banks) for banks in pair)
         differences.append((u - v) / 2)
         means.append((u + v) / 2)
@@ -208,7 +248,9 @@ class Extrapolation:
     points: tuple[tuple[float, float], ...]
 
 
-def extrapolate(distance: Distance, real: Tensor, fake: Tensor, sizes: int = 15, seed: int = 0) -> Extrapolation:
+def extrapolate(
+    distance: Distance, real: Tensor, fake: Tensor, sizes: int = 15, seed: int = 0
+) -> Extrapolation:
     """FVD-infinity, FID-infinity (Chong and Forsyth 2020): the intercept of a straight line in 1 / size.
 
     ``distance`` is taken at ``sizes`` sizes between a quarter and all of the banks, rows drawn without replacement. Both sides shrink
@@ -216,14 +258,22 @@ def extrapolate(distance: Distance, real: Tensor, fake: Tensor, sizes: int = 15,
     """
     require(sizes >= 3, "sizes", sizes, "a line with an error needs 3 points", "give 3 or more")
     shorter = min(len(real), len(fake))
-    require(shorter >= 16, "the shorter bank's length", shorter, "a quarter of it needs 4 rows", "evaluate more clips")
+    require(
+        shorter >= 16,
+        "the shorter bank's length",
+        shorter,
+        "a quarter of it needs 4 rows",
+        "evaluate more clips",
+    )
 
     def draw(side: str, bank: Tensor, share: float) -> Tensor:
         order = torch.randperm(len(bank), generator=generator(seed, "size", side, f"{share:.6f}"))
         return bank[order[: round(share * len(bank))].sort().values]
 
     shares = [0.25 + 0.75 * i / (sizes - 1) for i in range(sizes)]
-    points = tuple((share, distance(draw("real", real, share), draw("fake", fake, share))) for share in shares)
+    points = tuple(
+        (share, distance(draw("real", real, share), draw("fake", fake, share))) for share in shares
+    )
     x = torch.tensor([1 / share for share, _ in points], dtype=torch.float64)
     y = torch.tensor([value for _, value in points], dtype=torch.float64)
     slope = float(((x - x.mean()) * (y - y.mean())).sum() / (x - x.mean()).square().sum())

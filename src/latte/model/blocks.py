@@ -117,10 +117,19 @@ class Block(nn.Module):
     Stills skip the branches marked ``video_only``, and with ``video_only`` the whole block (the temporal blocks of variants 1 and 2).
     """
 
-    def __init__(self, branches: dict[str, nn.Module], width: int, modulation: nn.Module, affine_norm: bool, video_only: bool = False):
+    def __init__(
+        self,
+        branches: dict[str, nn.Module],
+        width: int,
+        modulation: nn.Module,
+        affine_norm: bool,
+        video_only: bool = False,
+    ):
         super().__init__()
         self.branches = nn.ModuleDict(branches)
-        self.norms = nn.ModuleDict({name: nn.LayerNorm(width, eps=1e-6, elementwise_affine=affine_norm) for name in branches})
+        self.norms = nn.ModuleDict(
+            {name: nn.LayerNorm(width, eps=1e-6, elementwise_affine=affine_norm) for name in branches}
+        )
         self.modulation, self.video_only = modulation, video_only
 
     def forward(self, x: Tensor, c: Tensor, stills: bool = False) -> Tensor:

@@ -19,29 +19,66 @@ from huggingface_hub import ModelCard, PyTorchModelHubMixin
 from latte.checks import InputError
 
 KNOWN = ("data", "licence", "step", "scores")  # what a reader asks first
-PARTS = {"diffusion": "diffusion", "codec": "autoencoder", "text": "text encoder", "classes": "classes", "sample": "sampling",
-         "weights_sha256": "weights, sha256"}  # fmt: skip
-TRAINING = {"data": "data", "licence": "licence", "step": "step", "clips_seen": "clips seen", "source": "from"}
+PARTS = {
+    "diffusion": "diffusion",
+    "codec": "autoencoder",
+    "text": "text encoder",
+    "classes": "classes",
+    "sample": "sampling",
+    "weights_sha256": "weights, sha256",
+}
+TRAINING = {
+    "data": "data",
+    "licence": "licence",
+    "step": "step",
+    "clips_seen": "clips seen",
+    "source": "from",
+}
 
 
-def card_text(name: str, tags: Sequence[str], config: Mapping[str, Any], parameters: int, facts: Mapping[str, Any]) -> str:
+def card_text(
+    name: str, tags: Sequence[str], config: Mapping[str, Any], parameters: int, facts: Mapping[str, Any]
+) -> str:
     """README.md of a model of the class ``name``, with the header that the hub reads."""
     about = facts.get("about") or {}
-    header = {"library_name": "latte", "tags": list(tags)} | ({"license": about["licence"]} if about.get("licence") else {})
+    header = {"library_name": "latte", "tags": list(tags)} | (
+        {"license": about["licence"]} if about.get("licence") else {}
+    )
     unknown = [key for key in KNOWN if not about.get(key)]
-    rows = [f"| {key} | {cell(value)} |" for key, value in {**described(config, facts), **told(about)}.items()]
+    rows = [
+        f"| {key} | {cell(value)} |" for key, value in {**described(config, facts), **told(about)}.items()
+    ]
     rows += [score_row(score) for score in about.get("scores") or ()]
     usable = "diffusion" in facts and "codec" in facts
     ask = ', prompts=["..."] * 4' if "text" in facts else ""
-    how = f'load_trained("FOLDER or OWNER/NAME").generate(range(4){ask})' if usable else f'{name}.from_pretrained("FOLDER or OWNER/NAME")'
-    return "\n".join([
-        "---", *(f"{key}: {json.dumps(value)}" for key, value in header.items()), "---", "",
-        f"# {name}, {kind(config)}", "",
-        f"A latent diffusion transformer for video (Latte, arXiv 2401.03048) of {parameters:,} parameters.", "",
-        "| | |", "|---|---|", *rows, "",
-        *([f"Not recorded: {', '.join(unknown)}.", ""] if unknown else []),
-        "```python", f"from latte import {how.split('(')[0].split('.')[0]}", "", how, "```", "",
-    ])  # fmt: skip
+    how = (
+        f'load_trained("FOLDER or OWNER/NAME").generate(range(4){ask})'
+        if usable
+        else f'{name}.from_pretrained("FOLDER or OWNER/NAME")'
+    )
+    return "\n".join(
+        [
+            "---",
+            *(f"{key}: {json.dumps(value)}" for key, value in header.items()),
+            "---",
+            "",
+            f"# {name}, {kind(config)}",
+            "",
+            f"A latent diffusion transformer for video (Latte, arXiv 2401.03048) of {parameters:,} parameters.",
+            "",
+            "| | |",
+            "|---|---|",
+            *rows,
+            "",
+            *([f"Not recorded: {', '.join(unknown)}.", ""] if unknown else []),
+            "```python",
+            f"from latte import {how.split('(')[0].split('.')[0]}",
+            "",
+            how,
+            "```",
+            "",
+        ]
+    )
 
 
 def kind(config: Mapping[str, Any]) -> str:
@@ -74,7 +111,9 @@ def told(about: Mapping[str, Any]) -> dict[str, Any]:
 
 def score_row(score: Mapping[str, Any]) -> str:
     """A figure with its interval, the protocol it is of and the hash of its manifest: without these it compares with nothing."""
-    interval = "" if not score.get("interval") else " (90 % interval {:.4g} to {:.4g})".format(*score["interval"])
+    interval = (
+        "" if not score.get("interval") else " (90 % interval {:.4g} to {:.4g})".format(*score["interval"])
+    )
     by = f"protocol {cell(score['protocol'])}, manifest {cell(score['manifest_hash'])}"
     return f"| {cell(score['metric'])} | {float(score['value']):.6g}{interval}, {by} |"
 
@@ -88,7 +127,7 @@ def cell(value: Any) -> str:
     return str(value).replace("|", "\\|").replace("\n", " ")
 
 
-DOOR = "latte.checkpoint.weights"  # storeys above this one: looked up when somebody knocks
+DOOR = "latte.interop.load"  # storeys above this one: looked up when somebody knocks
 
 
 class Published(PyTorchModelHubMixin):
@@ -99,7 +138,11 @@ class Published(PyTorchModelHubMixin):
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
-        cls, source: str | Path, heads: int | None = None, allow_missing: Sequence[str] = (), allow_unexpected: Sequence[str] = ()
+        cls,
+        source: str | Path,
+        heads: int | None = None,
+        allow_missing: Sequence[str] = (),
+        allow_unexpected: Sequence[str] = (),
     ) -> Self:
         """The model in a file, a folder or a hub id, of any layout that ``checkpoint.weights.load_foreign`` knows, ready for inference.
 
@@ -109,8 +152,10 @@ class Published(PyTorchModelHubMixin):
         loaded = import_module(DOOR).load_foreign(source, heads, allow_missing, allow_unexpected)
         model = loaded.model().requires_grad_(True)
         if not isinstance(model, cls):
-            raise InputError(f"{source} holds a {type(model).__name__}, not a {cls.__name__}; "
-                             f"call {type(model).__name__}.from_pretrained")  # fmt: skip
+            raise InputError(
+                f"{source} holds a {type(model).__name__}, not a {cls.__name__}; "
+                f"call {type(model).__name__}.from_pretrained"
+            )
         return model
 
     def generate_model_card(self, facts: Mapping[str, Any] | None = None) -> ModelCard:  # type: ignore[override]

@@ -26,7 +26,9 @@ class TimestepEmbedding(nn.Module):
     def forward(self, t: Tensor) -> Tensor:
         """(b,) -> (b d)."""
         half = self.frequencies // 2
-        omega = torch.exp(-math.log(10000.0) / half * torch.arange(half, device=t.device, dtype=torch.float32))
+        omega = torch.exp(
+            -math.log(10000.0) / half * torch.arange(half, device=t.device, dtype=torch.float32)
+        )
         angle = t.float()[:, None] * omega
         features = torch.cat([angle.cos(), angle.sin()], dim=1).to(self.fc1.weight.dtype)
         return self.fc2(F.silu(self.fc1(features)))
@@ -42,9 +44,15 @@ class LabelEmbedding(nn.Module):
 
     def forward(self, label: Tensor) -> Tensor:
         """(b,) or (b 1+i) int64 in -1...num_classes -> (..., d); InputError outside that range (looked at on the CPU only)."""
-        if label.device.type == "cpu" and label.numel() and (int(label.min()) < -1 or int(label.max()) > self.num_classes):
+        if (
+            label.device.type == "cpu"
+            and label.numel()
+            and (int(label.min()) < -1 or int(label.max()) > self.num_classes)
+        ):
             bad = label[(label < -1) | (label > self.num_classes)].flatten()[0]
-            raise InputError(f"label is {int(bad)}, but this model has classes 0 to {self.num_classes - 1}; -1 is the null class")
+            raise InputError(
+                f"label is {int(bad)}, but this model has classes 0 to {self.num_classes - 1}; -1 is the null class"
+            )
         return self.table(torch.where(label < 0, self.num_classes, label))
 
 
@@ -131,7 +139,4 @@ class AllTokens:
         return x[:, :, :-1]
 
 
-CONDITIONINGS = {
-    "s_adaln": SAdaLN,
-    "all_tokens": AllTokens,
-}
+CONDITIONINGS = {"s_adaln": SAdaLN, "all_tokens": AllTokens}

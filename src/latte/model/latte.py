@@ -68,22 +68,59 @@ class ModelConfig:
         choose("model.conditioning", self.conditioning, CONDITIONINGS)
         choose("model.temporal_position", self.temporal_position, TEMPORAL_POSITIONS)
         for name in ("num_frames", "latent_channels", "patch_size", "tube"):
-            require(getattr(self, name) >= 1, f"model.{name}", getattr(self, name), "it counts something", "give 1 or more")
-        require(self.num_classes is None or self.num_classes >= 1, "model.num_classes", self.num_classes, "a class model has classes",
-                "give 1 or more, or null for an unconditional model")  # fmt: skip
-        require(0 <= self.class_dropout < 1, "model.class_dropout", self.class_dropout, "it is a share", "give 0 to below 1")
+            require(
+                getattr(self, name) >= 1,
+                f"model.{name}",
+                getattr(self, name),
+                "it counts something",
+                "give 1 or more",
+            )
+        require(
+            self.num_classes is None or self.num_classes >= 1,
+            "model.num_classes",
+            self.num_classes,
+            "a class model has classes",
+            "give 1 or more, or null for an unconditional model",
+        )
+        require(
+            0 <= self.class_dropout < 1,
+            "model.class_dropout",
+            self.class_dropout,
+            "it is a share",
+            "give 0 to below 1",
+        )
         width, heads = self.dimensions[1:]
-        require(width % 4 == 0 and width > 0, "model.width", width, "the spatial table codes sine and cosine of row and column",
-                f"the nearest multiple of 4 is {max(round(width / 4), 1) * 4}")  # fmt: skip
-        require(heads > 0 and width % heads == 0, "model.heads", heads, f"the heads share a width of {width}",
-                f"give a divisor of it, e.g. {next((h for h in range(max(heads, 1), 0, -1) if width % h == 0), 1)}")  # fmt: skip
+        require(
+            width % 4 == 0 and width > 0,
+            "model.width",
+            width,
+            "the spatial table codes sine and cosine of row and column",
+            f"the nearest multiple of 4 is {max(round(width / 4), 1) * 4}",
+        )
+        require(
+            heads > 0 and width % heads == 0,
+            "model.heads",
+            heads,
+            f"the heads share a width of {width}",
+            f"give a divisor of it, e.g. {next((h for h in range(max(heads, 1), 0, -1) if width % h == 0), 1)}",
+        )
         self.variant_spec.check(self.dimensions[0], heads)
         for side in self.grid_size:
-            require(side % self.patch_size == 0, "model.latent_size", side, f"patches are {self.patch_size} x {self.patch_size}",
-                    f"the nearest multiple is {max(round(side / self.patch_size), 1) * self.patch_size}")  # fmt: skip
+            require(
+                side % self.patch_size == 0,
+                "model.latent_size",
+                side,
+                f"patches are {self.patch_size} x {self.patch_size}",
+                f"the nearest multiple is {max(round(side / self.patch_size), 1) * self.patch_size}",
+            )
         if self.patch == "compression":
-            require(self.num_frames % self.tube == 0, "model.num_frames", self.num_frames, f"tubes hold {self.tube} frames",
-                    f"the nearest multiple is {max(round(self.num_frames / self.tube), 1) * self.tube}")  # fmt: skip
+            require(
+                self.num_frames % self.tube == 0,
+                "model.num_frames",
+                self.num_frames,
+                f"tubes hold {self.tube} frames",
+                f"the nearest multiple is {max(round(self.num_frames / self.tube), 1) * self.tube}",
+            )
 
     @property
     def variant_spec(self) -> Variant:
@@ -99,7 +136,9 @@ class ModelConfig:
     @property
     def grid_size(self) -> tuple[int, int]:
         """(h, w) of the latent."""
-        return self.latent_size if isinstance(self.latent_size, tuple) else (self.latent_size, self.latent_size)
+        return (
+            self.latent_size if isinstance(self.latent_size, tuple) else (self.latent_size, self.latent_size)
+        )
 
 
 class Latte(nn.Module, Published, library_name="latte", tags=["video-generation", "latte"]):
@@ -110,10 +149,14 @@ class Latte(nn.Module, Published, library_name="latte", tags=["video-generation"
         self.config = config
         depth, width, heads = config.dimensions
         self.patch = PATCHES[config.patch](config, width)
-        self.position = TEMPORAL_POSITIONS[config.temporal_position](width // self.heads_per_attention(config))
+        self.position = TEMPORAL_POSITIONS[config.temporal_position](
+            width // self.heads_per_attention(config)
+        )
         self.conditioning = CONDITIONINGS[config.conditioning]
         self.time_embedding = TimestepEmbedding(width)
-        self.label_embedding = LabelEmbedding(config.num_classes, width) if config.num_classes is not None else None
+        self.label_embedding = (
+            LabelEmbedding(config.num_classes, width) if config.num_classes is not None else None
+        )
         parts = Parts(width, heads, self.conditioning, self.position)
         self.blocks = nn.ModuleList(config.variant_spec.blocks(parts, depth))
         self.time_enters = config.variant_spec.time_enters(depth)
@@ -136,7 +179,9 @@ class Latte(nn.Module, Published, library_name="latte", tags=["video-generation"
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
-        nn.init.xavier_uniform_(self.patch.proj.weight.view(self.patch.proj.out_channels, -1))  # a linear layer on flattened patches
+        nn.init.xavier_uniform_(
+            self.patch.proj.weight.view(self.patch.proj.out_channels, -1)
+        )  # a linear layer on flattened patches
         nn.init.zeros_(self.patch.proj.bias)
         if hasattr(self.patch, "expand"):  # starts as repeating every frame of the tube
             nn.init.zeros_(self.patch.expand.bias)
@@ -157,11 +202,18 @@ class Latte(nn.Module, Published, library_name="latte", tags=["video-generation"
         c = self.time_embedding(t)[:, None]
         if self.label_embedding is None:
             if label is not None:
-                raise InputError("label was given, but this model is unconditional (num_classes is null); leave the label out")
+                raise InputError(
+                    "label was given, but this model is unconditional (num_classes is null); leave the label out"
+                )
             return c
         label = t.new_full((len(t),), -1, dtype=torch.long) if label is None else label
-        require(label.shape in ((len(t),), (len(t), 1 + num_images)), "label's shape", tuple(label.shape),
-                f"there are {len(t)} clips with {num_images} stills each", f"give {(len(t),)} or {(len(t), 1 + num_images)}")  # fmt: skip
+        require(
+            label.shape in ((len(t),), (len(t), 1 + num_images)),
+            "label's shape",
+            tuple(label.shape),
+            f"there are {len(t)} clips with {num_images} stills each",
+            f"give {(len(t),)} or {(len(t), 1 + num_images)}",
+        )
         return c + self.label_embedding(label if label.ndim == 2 else label[:, None])
 
     def forward(self, z: Tensor, t: Tensor, label: Tensor | None = None, num_images: int = 0) -> Tensor:
@@ -174,7 +226,9 @@ class Latte(nn.Module, Published, library_name="latte", tags=["video-generation"
         c = self.condition(t, label, num_images)
         if not num_images:
             return self.denoise(z, c)
-        clip, stills = z.split([z.shape[1] - num_images, num_images], dim=1)  # contiguous, so that the clip meets the same kernels
+        clip, stills = z.split(
+            [z.shape[1] - num_images, num_images], dim=1
+        )  # contiguous, so that the clip meets the same kernels
         clip = self.denoise(clip.contiguous(), c[:, :1].contiguous())
         return torch.cat([clip, self.denoise(stills, c[:, 1:] if c.shape[1] > 1 else c, stills=True)], dim=1)
 
@@ -196,15 +250,37 @@ class Latte(nn.Module, Published, library_name="latte", tags=["video-generation"
     def check(self, z: Tensor, num_images: int) -> None:
         """Refuse shapes that do not fit, warn outside the trained range."""
         config, (frames, channels, *size) = self.config, z.shape[1:]
-        require(channels == config.latent_channels, "z's channels", channels, f"the model takes {config.latent_channels}",
-                "use the autoencoder that it was trained with")  # fmt: skip
-        require(0 <= num_images < frames, "num_images", num_images, f"z has {frames} frames in all", "leave at least one for the clip")
+        require(
+            channels == config.latent_channels,
+            "z's channels",
+            channels,
+            f"the model takes {config.latent_channels}",
+            "use the autoencoder that it was trained with",
+        )
+        require(
+            0 <= num_images < frames,
+            "num_images",
+            num_images,
+            f"z has {frames} frames in all",
+            "leave at least one for the clip",
+        )
         for side in size:
-            require(side % config.patch_size == 0, "z's size", tuple(size), f"patches are {config.patch_size} x {config.patch_size}",
-                    f"the nearest multiple of {side} is {max(round(side / config.patch_size), 1) * config.patch_size}")  # fmt: skip
+            require(
+                side % config.patch_size == 0,
+                "z's size",
+                tuple(size),
+                f"patches are {config.patch_size} x {config.patch_size}",
+                f"the nearest multiple of {side} is {max(round(side / config.patch_size), 1) * config.patch_size}",
+            )
         if frames - num_images > config.num_frames and not self.position.free_length:
-            warnings.warn(f"{frames - num_images} frames are more than the {config.num_frames} that this model was made for; "
-                          "the temporal table is extended", stacklevel=3)  # fmt: skip
+            warnings.warn(
+                f"{frames - num_images} frames are more than the {config.num_frames} that this model was made for; "
+                "the temporal table is extended",
+                stacklevel=3,
+            )
         if any(side > trained for side, trained in zip(size, config.grid_size, strict=True)):
-            warnings.warn(f"latents of {size[0]} x {size[1]} are larger than the {config.grid_size[0]} x {config.grid_size[1]} that this "
-                          "model was made for; the spatial table is extended", stacklevel=3)  # fmt: skip
+            warnings.warn(
+                f"latents of {size[0]} x {size[1]} are larger than the {config.grid_size[0]} x {config.grid_size[1]} that this "
+                "model was made for; the spatial table is extended",
+                stacklevel=3,
+            )

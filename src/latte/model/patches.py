@@ -29,7 +29,10 @@ class UniformPatch(nn.Module):
 
     def __init__(self, config: PatchSpec, width: int):
         super().__init__()
-        self.p, self.out_channels = config.patch_size, config.latent_channels * (2 if config.learn_sigma else 1)
+        self.p, self.out_channels = (
+            config.patch_size,
+            config.latent_channels * (2 if config.learn_sigma else 1),
+        )
         self.proj = nn.Conv2d(config.latent_channels, width, self.p, stride=self.p)
 
     @property
@@ -55,9 +58,17 @@ class CompressionPatch(nn.Module):
 
     def __init__(self, config: PatchSpec, width: int):
         super().__init__()
-        self.p, self.tube, self.out_channels = config.patch_size, config.tube, config.latent_channels * (2 if config.learn_sigma else 1)
-        self.proj = nn.Conv3d(config.latent_channels, width, (self.tube, self.p, self.p), stride=(self.tube, self.p, self.p))
-        self.expand = nn.ConvTranspose3d(self.out_channels, self.out_channels, (self.tube, 1, 1), stride=(self.tube, 1, 1))
+        self.p, self.tube, self.out_channels = (
+            config.patch_size,
+            config.tube,
+            config.latent_channels * (2 if config.learn_sigma else 1),
+        )
+        self.proj = nn.Conv3d(
+            config.latent_channels, width, (self.tube, self.p, self.p), stride=(self.tube, self.p, self.p)
+        )
+        self.expand = nn.ConvTranspose3d(
+            self.out_channels, self.out_channels, (self.tube, 1, 1), stride=(self.tube, 1, 1)
+        )
 
     @property
     def out_features(self) -> int:
@@ -67,8 +78,13 @@ class CompressionPatch(nn.Module):
     def embed(self, z: Tensor, stills: bool = False) -> Tensor:
         """(b f c h w) -> tokens (b f/s n d); stills (b i c h w) -> (b i n d)."""
         z = z.repeat_interleave(self.tube, dim=1) if stills else z
-        require(z.shape[1] % self.tube == 0, "num_frames", z.shape[1], f"compression patches need a multiple of tube = {self.tube}",
-                f"the nearest is {max(round(z.shape[1] / self.tube), 1) * self.tube}")  # fmt: skip
+        require(
+            z.shape[1] % self.tube == 0,
+            "num_frames",
+            z.shape[1],
+            f"compression patches need a multiple of tube = {self.tube}",
+            f"the nearest is {max(round(z.shape[1] / self.tube), 1) * self.tube}",
+        )
         return self.proj(z.transpose(1, 2)).flatten(3).permute(0, 2, 3, 1)
 
     def unembed(self, x: Tensor, grid: tuple[int, int], stills: bool = False) -> Tensor:
@@ -84,7 +100,4 @@ def fold(x: Tensor, grid: tuple[int, int], p: int) -> Tensor:
     return x.permute(0, 1, 6, 2, 4, 3, 5).reshape(b, f, -1, grid[0] * p, grid[1] * p)
 
 
-PATCHES = {
-    "uniform": UniformPatch,
-    "compression": CompressionPatch,
-}
+PATCHES = {"uniform": UniformPatch, "compression": CompressionPatch}

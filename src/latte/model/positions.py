@@ -26,7 +26,9 @@ def sincos(positions: Tensor, width: int) -> Tensor:
 @lru_cache(maxsize=32)
 def spatial_table(rows: int, columns: int, width: int) -> Tensor:
     """(rows columns, width) float32, row by row: the first half of the width codes the column, the second the row."""
-    y, x = torch.meshgrid(torch.arange(rows, device="cpu"), torch.arange(columns, device="cpu"), indexing="ij")
+    y, x = torch.meshgrid(
+        torch.arange(rows, device="cpu"), torch.arange(columns, device="cpu"), indexing="ij"
+    )
     return torch.cat([sincos(x.flatten(), width // 2), sincos(y.flatten(), width // 2)], dim=1).float()
 
 
@@ -63,8 +65,13 @@ class RotaryTime(nn.Module):
 
     def __init__(self, head_width: int):
         super().__init__()
-        require(head_width % 2 == 0, "head width (model.width / model.heads)", head_width, "rotary positions turn pairs of channels",
-                f"choose heads so that it is even, e.g. {head_width + 1}")  # fmt: skip
+        require(
+            head_width % 2 == 0,
+            "head width (model.width / model.heads)",
+            head_width,
+            "rotary positions turn pairs of channels",
+            f"choose heads so that it is even, e.g. {head_width + 1}",
+        )
 
     def add(self, x: Tensor) -> Tensor:
         """Leaves the tokens alone."""
@@ -82,7 +89,4 @@ def turn(x: Tensor, sin: Tensor, cos: Tensor) -> Tensor:
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 
 
-TEMPORAL_POSITIONS = {
-    "absolute": AbsoluteTime,
-    "rotary": RotaryTime,
-}
+TEMPORAL_POSITIONS = {"absolute": AbsoluteTime, "rotary": RotaryTime}

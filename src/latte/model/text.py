@@ -20,10 +20,10 @@ from latte.checks import InputError, choose, require
 from latte.model.blocks import modulate
 from latte.model.card import Published
 from latte.model.conditioning import Modulation, TimestepEmbedding
-from latte.model.cross import CaptionProjection, SpaceBlock, TimeBlock
 from latte.model.latte import SIZES, Latte, ModelConfig
 from latte.model.patches import UniformPatch
 from latte.model.positions import sincos, temporal_table
+from latte.model.text_blocks import CaptionProjection, SpaceBlock, TimeBlock
 
 COARSE = 64  # latents of 2 x 64 and more count positions in steps of a half, of 3 x 64 in thirds, ...
 
@@ -59,21 +59,42 @@ class TextConfig:
             object.__setattr__(self, "latent_size", tuple(self.latent_size))
         choose("model.size", self.size, SIZES)
         for name in ("num_frames", "latent_channels", "patch_size", "caption_channels"):
-            require(getattr(self, name) >= 1, f"model.{name}", getattr(self, name), "it counts something", "give 1 or more")
+            require(
+                getattr(self, name) >= 1,
+                f"model.{name}",
+                getattr(self, name),
+                "it counts something",
+                "give 1 or more",
+            )
         depth, width, heads = self.dimensions
         require(depth >= 1, "model.depth", depth, "it counts pairs of blocks", "give 1 or more")
-        require(width % 4 == 0 and width > 0, "model.width", width, "the spatial table codes sine and cosine of row and column",
-                f"the nearest multiple of 4 is {max(round(width / 4), 1) * 4}")  # fmt: skip
-        require(heads > 0 and width % heads == 0, "model.heads", heads, f"the heads share a width of {width}",
-                f"give a divisor of it, e.g. {next((h for h in range(max(heads, 1), 0, -1) if width % h == 0), 1)}")  # fmt: skip
+        require(
+            width % 4 == 0 and width > 0,
+            "model.width",
+            width,
+            "the spatial table codes sine and cosine of row and column",
+            f"the nearest multiple of 4 is {max(round(width / 4), 1) * 4}",
+        )
+        require(
+            heads > 0 and width % heads == 0,
+            "model.heads",
+            heads,
+            f"the heads share a width of {width}",
+            f"give a divisor of it, e.g. {next((h for h in range(max(heads, 1), 0, -1) if width % h == 0), 1)}",
+        )
         for side in self.grid_size:
             self.check_side("model.latent_size", side)
         self.check_side("model.table_size", self.table_grid[0])
 
     def check_side(self, field: str, side: int) -> None:
         """InputError unless patches cover ``side`` exactly."""
-        require(side > 0 and side % self.patch_size == 0, field, side, f"patches are {self.patch_size} x {self.patch_size}",
-                f"the nearest multiple is {max(round(side / self.patch_size), 1) * self.patch_size}")  # fmt: skip
+        require(
+            side > 0 and side % self.patch_size == 0,
+            field,
+            side,
+            f"patches are {self.patch_size} x {self.patch_size}",
+            f"the nearest multiple is {max(round(side / self.patch_size), 1) * self.patch_size}",
+        )
 
     @property
     def tube(self) -> int:
@@ -89,12 +110,18 @@ class TextConfig:
     def dimensions(self) -> tuple[int, int, int]:
         """(depth, width, heads) after size and overrides."""
         depth, width, heads = SIZES[self.size]
-        return (depth if self.depth is None else self.depth, self.width or width, heads if self.heads is None else self.heads)
+        return (
+            depth if self.depth is None else self.depth,
+            self.width or width,
+            heads if self.heads is None else self.heads,
+        )
 
     @property
     def grid_size(self) -> tuple[int, int]:
         """(h, w) of the latent."""
-        return self.latent_size if isinstance(self.latent_size, tuple) else (self.latent_size, self.latent_size)
+        return (
+            self.latent_size if isinstance(self.latent_size, tuple) else (self.latent_size, self.latent_size)
+        )
 
     @property
     def table_grid(self) -> tuple[int, int]:
@@ -111,7 +138,10 @@ class TextConfig:
 @lru_cache(maxsize=32)
 def scaled_table(rows: int, columns: int, spans: tuple[float, float], width: int) -> Tensor:
     """(rows columns, width) float32, row by row: column, then row, at positions spread over ``spans`` (see TextConfig.spans)."""
-    down, across = (torch.arange(n, dtype=torch.float64) * (span / n) for n, span in zip((rows, columns), spans, strict=True))
+    down, across = (
+        torch.arange(n, dtype=torch.float64) * (span / n)
+        for n, span in zip((rows, columns), spans, strict=True)
+    )
     y, x = torch.meshgrid(down, across, indexing="ij")
     return torch.cat([sincos(x.flatten(), width // 2), sincos(y.flatten(), width // 2)], dim=1).float()
 
@@ -119,7 +149,9 @@ def scaled_table(rows: int, columns: int, spans: tuple[float, float], width: int
 class LatteText(nn.Module, Published, library_name="latte", tags=["text-to-video", "latte"]):
     """The denoiser: ``LatteText(config)(z, t, text, mask=None, num_images=0, temporal=True)``."""
 
-    time_gate: Tensor | None  # (1,), with ``gated_time``: the share of the temporal table that is added; nothing learns it
+    time_gate: (
+        Tensor | None
+    )  # (1,), with ``gated_time``: the share of the temporal table that is added; nothing learns it
 
     def __init__(self, config: TextConfig):
         super().__init__()
@@ -145,17 +177,25 @@ class LatteText(nn.Module, Published, library_name="latte", tags=["text-to-video
 
     def initialise(self) -> None:
         """All of the initialisation: every block starts as the identity, and a fresh model predicts exactly 0."""
-        if self.final_linear.weight.is_meta:  # nothing to fill, and drawing on the meta device imports torch's compiler: seconds
+        if (
+            self.final_linear.weight.is_meta
+        ):  # nothing to fill, and drawing on the meta device imports torch's compiler: seconds
             return
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
-        nn.init.xavier_uniform_(self.patch.proj.weight.view(self.patch.proj.out_channels, -1))  # a linear layer on flattened patches
+        nn.init.xavier_uniform_(
+            self.patch.proj.weight.view(self.patch.proj.out_channels, -1)
+        )  # a linear layer on flattened patches
         nn.init.zeros_(self.patch.proj.bias)
         for linear in (self.time_embedding.fc1, self.time_embedding.fc2, self.caption.fc1, self.caption.fc2):
             nn.init.normal_(linear.weight, std=0.02)
-        for linear in (self.modulation.linear, self.final_linear, *(block.cross.proj for block in self.space_blocks)):
+        for linear in (
+            self.modulation.linear,
+            self.final_linear,
+            *(block.cross.proj for block in self.space_blocks),
+        ):
             nn.init.zeros_(linear.weight)
 
     def still_time(self) -> None:
@@ -183,10 +223,20 @@ class LatteText(nn.Module, Published, library_name="latte", tags=["text-to-video
         """
         require(0 <= share <= 1, "share", share, "it is a share of the temporal table", "give 0 to 1")
         if self.time_gate is None:
-            raise InputError("gated_time is False, but this opens a gate; make the model with gated_time=True")
+            raise InputError(
+                "gated_time is False, but this opens a gate; make the model with gated_time=True"
+            )
         self.time_gate.fill_(share)
 
-    def forward(self, z: Tensor, t: Tensor, text: Tensor, mask: Tensor | None = None, num_images: int = 0, temporal: bool = True) -> Tensor:
+    def forward(
+        self,
+        z: Tensor,
+        t: Tensor,
+        text: Tensor,
+        mask: Tensor | None = None,
+        num_images: int = 0,
+        temporal: bool = True,
+    ) -> Tensor:
         """Noisy latents z (b f+i c h w), timesteps t (b,) in 0...999, caption features -> (b f+i o h w), o = 2c with learned sigma.
 
         ``text`` is (b l k), or (b 1+i l k) with a caption per still; ``mask`` (b l) or (b 1+i l) is True where it is not padding, None
@@ -198,12 +248,21 @@ class LatteText(nn.Module, Published, library_name="latte", tags=["text-to-video
         c = self.time_embedding(t)[:, None]
         if not num_images:
             return self.denoise(z, c, text, mask, temporal)
-        clip, stills = z.split([z.shape[1] - num_images, num_images], dim=1)  # contiguous, so that the clip meets the same kernels
+        clip, stills = z.split(
+            [z.shape[1] - num_images, num_images], dim=1
+        )  # contiguous, so that the clip meets the same kernels
         own = text.shape[1] > 1
         texts = (text[:, :1].contiguous(), text[:, 1:]) if own else (text, text)
-        masks = (None, None) if mask is None else (mask[:, :1].contiguous(), mask[:, 1:]) if own else (mask, mask)
-        return torch.cat([self.denoise(clip.contiguous(), c, texts[0], masks[0], temporal),
-                          self.denoise(stills, c, texts[1], masks[1], temporal=False)], dim=1)  # fmt: skip
+        masks = (
+            (None, None) if mask is None else (mask[:, :1].contiguous(), mask[:, 1:]) if own else (mask, mask)
+        )
+        return torch.cat(
+            [
+                self.denoise(clip.contiguous(), c, texts[0], masks[0], temporal),
+                self.denoise(stills, c, texts[1], masks[1], temporal=False),
+            ],
+            dim=1,
+        )
 
     def denoise(self, z: Tensor, c: Tensor, text: Tensor, mask: Tensor | None, temporal: bool) -> Tensor:
         """Latents (b f c h w), timestep features (b 1 d), captions (b g l k) with g 1 or f -> (b f o h w)."""
@@ -222,8 +281,11 @@ class LatteText(nn.Module, Published, library_name="latte", tags=["text-to-video
     def add_time(self, x: Tensor) -> Tensor:
         """Tokens (b f n d) plus the table of their frame; warns beyond the trained frames."""
         if x.shape[1] > self.config.num_frames:
-            warnings.warn(f"{x.shape[1]} frames are more than the {self.config.num_frames} that this model was made for; "
-                          "the temporal table is extended", stacklevel=4)  # fmt: skip
+            warnings.warn(
+                f"{x.shape[1]} frames are more than the {self.config.num_frames} that this model was made for; "
+                "the temporal table is extended",
+                stacklevel=4,
+            )
         table = temporal_table(x.shape[1], x.shape[-1]).to(x)[:, None]
         return x + (table if self.time_gate is None else self.time_gate.to(x) * table)
 
@@ -233,24 +295,53 @@ class LatteText(nn.Module, Published, library_name="latte", tags=["text-to-video
             return checkpoint(block, *inputs, use_reentrant=False)
         return block(*inputs)
 
-    def check(self, z: Tensor, t: Tensor, text: Tensor, mask: Tensor | None, num_images: int) -> tuple[Tensor, Tensor | None]:
+    def check(
+        self, z: Tensor, t: Tensor, text: Tensor, mask: Tensor | None, num_images: int
+    ) -> tuple[Tensor, Tensor | None]:
         """Refuse shapes that do not fit -> text (b g l k), mask (b g l) bool or None."""
         config, (b, frames, channels, *size) = self.config, z.shape
-        require(channels == config.latent_channels, "z's channels", channels, f"the model takes {config.latent_channels}",
-                "use the autoencoder that it was trained with")  # fmt: skip
-        require(0 <= num_images < frames, "num_images", num_images, f"z has {frames} frames in all", "leave at least one for the clip")
+        require(
+            channels == config.latent_channels,
+            "z's channels",
+            channels,
+            f"the model takes {config.latent_channels}",
+            "use the autoencoder that it was trained with",
+        )
+        require(
+            0 <= num_images < frames,
+            "num_images",
+            num_images,
+            f"z has {frames} frames in all",
+            "leave at least one for the clip",
+        )
         require(t.shape == (b,), "t's shape", tuple(t.shape), f"there are {b} clips", f"give {(b,)}")
         for side in size:
             config.check_side("z's size", side)
         if text.ndim == 3:
             text, mask = text[:, None], None if mask is None else mask[:, None]
         g, _, k = text.shape[1:] if text.ndim == 4 else (0, 0, 0)
-        require(text.shape[0] == b and g in (1, 1 + num_images), "text's shape", tuple(text.shape),
-                f"there are {b} clips with {num_images} stills each", "give (b l k), or (b 1+i l k)")  # fmt: skip
-        require(k == config.caption_channels, "text's channels", k, f"the model reads {config.caption_channels}",
-                "use the text encoder that it was trained with")  # fmt: skip
+        require(
+            text.shape[0] == b and g in (1, 1 + num_images),
+            "text's shape",
+            tuple(text.shape),
+            f"there are {b} clips with {num_images} stills each",
+            "give (b l k), or (b 1+i l k)",
+        )
+        require(
+            k == config.caption_channels,
+            "text's channels",
+            k,
+            f"the model reads {config.caption_channels}",
+            "use the text encoder that it was trained with",
+        )
         if mask is not None:
-            require(mask.shape == text.shape[:3], "mask's shape", tuple(mask.shape), f"text has {tuple(text.shape[:3])}", "give that")
+            require(
+                mask.shape == text.shape[:3],
+                "mask's shape",
+                tuple(mask.shape),
+                f"text has {tuple(text.shape[:3])}",
+                "give that",
+            )
             mask = mask.bool()
             if mask.device.type == "cpu" and not bool(mask.any(-1).all()):
                 raise InputError(

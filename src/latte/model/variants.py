@@ -12,7 +12,14 @@ from dataclasses import dataclass
 from torch import nn
 
 from latte.checks import require
-from latte.model.blocks import MLP, Block, JointAttention, SpaceAndTimeAttention, SpaceAttention, TimeAttention
+from latte.model.blocks import (
+    MLP,
+    Block,
+    JointAttention,
+    SpaceAndTimeAttention,
+    SpaceAttention,
+    TimeAttention,
+)
 from latte.model.conditioning import AllTokens, SAdaLN
 from latte.model.positions import AbsoluteTime, RotaryTime
 
@@ -28,8 +35,13 @@ class Parts:
 
     def block(self, video_only: bool = False, **attentions: nn.Module) -> Block:
         """A block of the given attentions and an MLP, wrapped as the conditioning says."""
-        return Block({**attentions, "mlp": MLP(self.width)}, self.width, self.conditioning.block_modulation(self.width),
-                     self.conditioning.affine_norm, video_only)  # fmt: skip
+        return Block(
+            {**attentions, "mlp": MLP(self.width)},
+            self.width,
+            self.conditioning.block_modulation(self.width),
+            self.conditioning.affine_norm,
+            video_only,
+        )
 
     def space(self) -> SpaceAttention:
         """Attention over the tokens of a frame."""
@@ -61,16 +73,29 @@ class Variant:
     def check(self, depth: int, heads: int) -> None:
         """InputError when the blocks cannot be dealt out or the heads cannot be split."""
         m = self.depth_multiple
-        require(depth % m == 0 and depth > 0, "model.depth", depth, f"variant {self.name!r} needs a multiple of {m}",
-                f"the nearest is {max(round(depth / m), 1) * m}")  # fmt: skip
+        require(
+            depth % m == 0 and depth > 0,
+            "model.depth",
+            depth,
+            f"variant {self.name!r} needs a multiple of {m}",
+            f"the nearest is {max(round(depth / m), 1) * m}",
+        )
         m = self.heads_multiple
-        require(heads % m == 0, "model.heads", heads, f"variant {self.name!r} splits the heads between space and time",
-                f"the nearest valid number is {max(round(heads / m), 1) * m}")  # fmt: skip
+        require(
+            heads % m == 0,
+            "model.heads",
+            heads,
+            f"variant {self.name!r} splits the heads between space and time",
+            f"the nearest valid number is {max(round(heads / m), 1) * m}",
+        )
 
 
 def interleaved(parts: Parts, depth: int) -> list[Block]:
     """Variant 1: a spatial block, then a temporal block, and again."""
-    pairs = [(parts.block(space=parts.space()), parts.block(time=parts.time(), video_only=True)) for _ in range(depth // 2)]
+    pairs = [
+        (parts.block(space=parts.space()), parts.block(time=parts.time(), video_only=True))
+        for _ in range(depth // 2)
+    ]
     return [block for pair in pairs for block in pair]
 
 
@@ -87,7 +112,10 @@ def sequential_attention(parts: Parts, depth: int) -> list[Block]:
 
 def parallel_attention(parts: Parts, depth: int) -> list[Block]:
     """Variant 4: half of the heads over space and half over time, side by side, added."""
-    return [parts.block(both=SpaceAndTimeAttention(parts.width, parts.heads, parts.position)) for _ in range(depth)]
+    return [
+        parts.block(both=SpaceAndTimeAttention(parts.width, parts.heads, parts.position))
+        for _ in range(depth)
+    ]
 
 
 def joint_attention(parts: Parts, depth: int) -> list[Block]:

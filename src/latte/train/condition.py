@@ -48,7 +48,10 @@ class Labels:
         """See Condition."""
         if self.label is None:
             return self
-        dropped = [drop_labels(one, self.dropout, stream) for one, stream in zip(self.label.split(1), streams, strict=True)]
+        dropped = [
+            drop_labels(one, self.dropout, stream)
+            for one, stream in zip(self.label.split(1), streams, strict=True)
+        ]
         return replace(self, label=torch.cat(dropped))
 
     def inputs(self) -> tuple[Tensor | None, ...]:
@@ -74,8 +77,11 @@ class Captions:
         """See Condition."""
         dropped = torch.tensor([bool(torch.rand((), generator=stream) < self.dropout) for stream in streams])
         rows = [-1, *[1] * (self.mask.ndim - 1)]
-        return replace(self, text=torch.where(dropped.view(*rows, 1), self.empty_text, self.text),
-                       mask=torch.where(dropped.view(rows), self.empty_mask, self.mask))  # fmt: skip
+        return replace(
+            self,
+            text=torch.where(dropped.view(*rows, 1), self.empty_text, self.text),
+            mask=torch.where(dropped.view(rows), self.empty_mask, self.mask),
+        )
 
     def inputs(self) -> tuple[Tensor | None, ...]:
         """(text, mask)."""

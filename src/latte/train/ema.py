@@ -20,7 +20,11 @@ class EMA:
         self.decay, self.warmup = decay, warmup
         shared = {id(parameter): parameter for parameter in model.parameters() if not parameter.requires_grad}
         self.model = copy.deepcopy(model, shared).eval().requires_grad_(False)
-        pairs = [(mine, theirs) for mine, theirs in zip(self.model.parameters(), model.parameters(), strict=True) if theirs.requires_grad]
+        pairs = [
+            (mine, theirs)
+            for mine, theirs in zip(self.model.parameters(), model.parameters(), strict=True)
+            if theirs.requires_grad
+        ]
         self.averages, self.weights = [mine for mine, _ in pairs], [theirs for _, theirs in pairs]
 
     @torch.no_grad()

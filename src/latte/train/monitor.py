@@ -19,7 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as Bar
 from torch import Tensor
 
-from latte.checkpoint.atomic import commit_file, reported
+from latte.files import commit_file, reported
 
 NUMBERS = ("loss", "mse", "vlb", "grad_norm")
 LINE_SECONDS = 10.0
@@ -102,11 +102,15 @@ class MetricsFile:
         if not active:
             return
         with reported("the metrics", path):
-            lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True) if path.exists() else []
+            lines = (
+                path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+                if path.exists()
+                else []
+            )
             kept = [line for line in lines if step_of(line) <= step]
             if kept != lines:
                 commit_file(path, "".join(kept))
-            self.file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed by __exit__)
+            self.file = open(path, "a", encoding="utf-8")
 
     def write(self, line: Mapping[str, object]) -> None:
         """Append one line; a process killed right afterwards does not lose it."""
@@ -126,7 +130,9 @@ class MetricsFile:
 
     def __exit__(self, *error: object) -> None:
         if self.file:
-            with suppress(OSError):  # only a line that ``write`` has failed on, and reported, can be left to write
+            with suppress(
+                OSError
+            ):  # only a line that ``write`` has failed on, and reported, can be left to write
                 self.file.close()
 
 
@@ -148,7 +154,13 @@ class Progress:
         self.start, self.total, self.active = start, total, active
         self.console = console or Console(file=sys.stderr, soft_wrap=True, highlight=False)
         self.began = self.last = time.perf_counter()
-        columns = (TextColumn("train"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[facts]}"), TimeRemainingColumn())
+        columns = (
+            TextColumn("train"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[facts]}"),
+            TimeRemainingColumn(),
+        )
         self.bar = Bar(*columns, console=self.console) if active and self.console.is_terminal else None
 
     def __enter__(self) -> "Progress":

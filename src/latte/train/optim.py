@@ -20,7 +20,9 @@ FUSED_DEVICES = ("cpu", "cuda", "mps")
 def build_optimizer(model: nn.Module, lr: float, weight_decay: float) -> torch.optim.AdamW:
     """AdamW over the trainable parameters of ``model``, in one fused kernel where the device has one."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay, fused=parameters[0].device.type in FUSED_DEVICES)
+    return torch.optim.AdamW(
+        parameters, lr=lr, weight_decay=weight_decay, fused=parameters[0].device.type in FUSED_DEVICES
+    )
 
 
 def learning_rate(step: int, lr: float, warmup_steps: int, decay_steps: int = 0, steps: int = 0) -> float:
@@ -36,7 +38,9 @@ def learning_rate(step: int, lr: float, warmup_steps: int, decay_steps: int = 0,
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float | None) -> Tensor:
     """Scale the gradients down to a total norm of ``max_norm`` (None: leave them); the norm () that they had before, on the device."""
     parameters = list(parameters)
-    norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+    norm = torch.nn.utils.get_total_norm(
+        [parameter.grad for parameter in parameters if parameter.grad is not None]
+    )
     if max_norm is not None:
         torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
     return norm
@@ -51,7 +55,9 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
     }
 
 
-def load_optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+def load_optimizer_tensors(
+    model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]
+) -> None:
     """Undo ``optimizer_tensors``; learning rate and decay stay those of ``optimizer``. InputError for tensors of another model.
 
     What is said of a buffer is left out: a text model's gate was a parameter once.
@@ -65,8 +71,10 @@ def load_optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, t
         if name in buffers:
             continue
         if name not in places or (what != "step" and tensor.shape != trainable[places[name]][1].shape):
-            raise InputError(f"the optimiser's state holds {key} {tuple(tensor.shape)}, which this model does not have; "
-                             "give the configuration that the run was started with")  # fmt: skip
+            raise InputError(
+                f"the optimiser's state holds {key} {tuple(tensor.shape)}, which this model does not have; "
+                "give the configuration that the run was started with"
+            )
         state.setdefault(places[name], {})[what] = tensor
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
@@ -74,7 +82,9 @@ def load_optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, t
 class Learner:
     """What changes while training, and so what a checkpoint holds: the model, its average, and the optimiser of both."""
 
-    def __init__(self, model: nn.Module, lr: float, weight_decay: float, ema_decay: float, ema_warmup: bool = False):
+    def __init__(
+        self, model: nn.Module, lr: float, weight_decay: float, ema_decay: float, ema_warmup: bool = False
+    ):
         self.model, self.ema = model, EMA(model, ema_decay, ema_warmup)
         self.optimizer = build_optimizer(model, lr, weight_decay)
         self.parameters = self.optimizer.param_groups[0]["params"]
@@ -140,6 +150,8 @@ class FiniteGuard:
     def check(self) -> None:
         """RunError naming the first step that went wrong, if there was one."""
         if step := int(self.first):
-            raise RunError(f"loss or gradient of step {step} is not a finite number, and nothing of that step was kept; "
-                           "lower train.lr, clip earlier (train.clip_norm, train.clip_start), give train.dtype=fp32, or look at the clips "
-                           "of that step, then run the same command again to go on from the last checkpoint")  # fmt: skip
+            raise RunError(
+                f"loss or gradient of step {step} is not a finite number, and nothing of that step was kept; "
+                "lower train.lr, clip earlier (train.clip_norm, train.clip_start), give train.dtype=fp32, or look at the clips "
+                "of that step, then run the same command again to go on from the last checkpoint"
+            )

@@ -8,17 +8,19 @@ from dataclasses import asdict
 from pathlib import Path
 
 from latte.autoencoder.codec import Codec
-from latte.checkpoint.atomic import sweep
 from latte.checkpoint.run import latest_checkpoint, load_checkpoint
 from latte.checks import InputError
 from latte.data.datasets import Dataset
 from latte.data.joint import JointDataset
+from latte.files import sweep
 from latte.model.text import Network
 from latte.train.distributed import Group
 from latte.train.optim import Learner
 
 
-def run_facts(model: Network, codec: Codec | None, dataset: Dataset | JointDataset, global_batch: int, seed: int) -> dict[str, object]:
+def run_facts(
+    model: Network, codec: Codec | None, dataset: Dataset | JointDataset, global_batch: int, seed: int
+) -> dict[str, object]:
     """What makes a run this run, as plain data: model, the codec that made the latents, data, global batch, seed.
 
     InputError when ``codec`` is not the one that made a dataset of latents.
@@ -26,8 +28,10 @@ def run_facts(model: Network, codec: Codec | None, dataset: Dataset | JointDatas
     data = dataset.describe()
     made_with = data.get("codec") if dataset.latent else codec and codec.identity
     if codec and made_with not in (None, codec.identity):
-        raise InputError(f"codec is {codec.name} {codec.identity}, but the latents were made with {made_with}; "
-                         "give that codec, or encode again")  # fmt: skip
+        raise InputError(
+            f"codec is {codec.name} {codec.identity}, but the latents were made with {made_with}; "
+            "give that codec, or encode again"
+        )
     return {
         "model": asdict(model.config),
         "codec": made_with,
@@ -54,12 +58,25 @@ def restore(
     if path is None:
         return {}, None
     found = load_checkpoint(path)
-    lines = [f"  {key}: the run has {before}, you gave {now}" for key, before, now in differences(found.state["facts"], facts)]
+    lines = [
+        f"  {key}: the run has {before}, you gave {now}"
+        for key, before, now in differences(found.state["facts"], facts)
+    ]
     if lines:
-        raise InputError("\n".join([f"run.dir {run_dir} holds a run of another configuration; give its own, or another run.dir:", *lines]))
+        raise InputError(
+            "\n".join(
+                [
+                    f"run.dir {run_dir} holds a run of another configuration; give its own, or another run.dir:",
+                    *lines,
+                ]
+            )
+        )
     if group.rank == 0:
         for key, before, now in differences(found.state["settings"], settings):
-            print(f"notice: train.{key} was {before} up to step {found.step} and is {now} from here on", file=sys.stderr)
+            print(
+                f"notice: train.{key} was {before} up to step {found.step} and is {now} from here on",
+                file=sys.stderr,
+            )
         print(f"going on from {path}", file=sys.stderr)
     learner.load(found.tensors)
     return found.state, path
@@ -68,7 +85,11 @@ def restore(
 def differences(before: Mapping[str, object], now: Mapping[str, object]) -> list[tuple[str, str, str]]:
     """(dotted key, before, now), as JSON, of every value that differs."""
     old, new = flatten(before), flatten(now)
-    return [(key, old.get(key, "nothing"), new.get(key, "nothing")) for key in {**old, **new} if old.get(key) != new.get(key)]
+    return [
+        (key, old.get(key, "nothing"), new.get(key, "nothing"))
+        for key in {**old, **new}
+        if old.get(key) != new.get(key)
+    ]
 
 
 def flatten(values: object, prefix: str = "") -> dict[str, str]:

@@ -43,7 +43,9 @@ class Task:
     num_images: int = 0
 
 
-def backward(task: Task, step: int, positions: Sequence[int], video: Tensor, told: Tensor | Captions | None) -> Tensor:
+def backward(
+    task: Task, step: int, positions: Sequence[int], video: Tensor, told: Tensor | Captions | None
+) -> Tensor:
     """Add the gradient of these clips' share of step ``step`` to the model's; their share of (loss, mse, vlb), (3,) on the device.
 
     video (b f+i c H W), what the model is ``told`` (label (b,) or (b 1+i) int64 or None; or captions) and ``positions`` in the global
@@ -66,7 +68,9 @@ def part_loss(task: Task, step: int, positions: Sequence[int], video: Tensor, co
     streams = [generator(task.seed, "train", step, position) for position in positions]
     t = torch.cat([draw_timesteps(task.process, 1, stream) for stream in streams])
     eps = torch.stack([torch.randn(z0.shape[1:], generator=stream) for stream in streams])
-    told = [None if given is None else place(given, task.device) for given in condition.drop(streams).inputs()]
+    told = [
+        None if given is None else place(given, task.device) for given in condition.drop(streams).inputs()
+    ]
 
     def denoise(zt: Tensor, t: Tensor) -> Tensor:
         with torch.autocast(task.device.type, task.dtype, enabled=task.dtype != torch.float32):
@@ -95,7 +99,9 @@ def condition_for(model: Network, told: Tensor | Captions | None) -> Condition:
     """Labels or captions as ``model`` takes them: no labels for an unconditional one; InputError when it gets none or the wrong ones."""
     if isinstance(model.config, TextConfig):
         if not isinstance(told, Captions):
-            raise InputError("text.name is set, but the data have no captions; give data.captions, or procedural clips")
+            raise InputError(
+                "text.name is set, but the data have no captions; give data.captions, or procedural clips"
+            )
         return told
     assert not isinstance(told, Captions)
     return Labels(label_for(model.config, told), model.config.class_dropout)
@@ -107,8 +113,10 @@ def label_for(config: ModelConfig, label: Tensor | None) -> Tensor | None:
     if num_classes is None:
         return None
     if label is None:
-        raise InputError(f"model.num_classes is {num_classes}, but the data have no labels; "
-                         "give model.num_classes=null, or data with a folder per class")  # fmt: skip
+        raise InputError(
+            f"model.num_classes is {num_classes}, but the data have no labels; "
+            "give model.num_classes=null, or data with a folder per class"
+        )
     wrong = label[(label < 0) | (label >= num_classes)].tolist()
     rule = f"the model has classes 0 to {num_classes - 1}"
     require(not wrong, "label", wrong and wrong[0], rule, "give a model.num_classes that fits the data")

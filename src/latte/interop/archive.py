@@ -1,0 +1,193 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tensors out of foreign weight files, by name, without running anything that is in them.
+
+Reads TorchScript archives and PyTorch checkpoints (zip or the format before torch 1.6; pickles.py does their pickles), NumPy archives and
+safetensors. Nothing is unpacked to disk, and no size that a file states is believed before it is compared with the file's own.
+"""
+
+import math
+import struct
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from latte.checks import InputError
+from latte.interop.pickles import Machine, Refused, StorageRef, TensorRef
+
+MAX_PICKLE = 16 * 2**20  # bytes of a zipped pickle: names and shapes only, never tensor data
+MAX_ITEMS = 100_000  # containers, values and tensors visited in one file
+MAX_DEPTH, MAX_NAME = 64, 1000
+LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # the first pickle of the format before torch 1.6
+BROKEN = (  # what the readers below raise on damaged files; anything else is our own mistake
+    Refused,
+    ArithmeticError,
+    AttributeError,
+    EOFError,
+    LookupError,
+    NotImplementedError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+    struct.error,
+    zipfile.BadZipFile,
+    safetensors.SafetensorError,
+)
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a weight file under their dotted names, in its order; InputError for anything that is not plain tensors."""
+    with open(path, "rb") as file:
+        start = file.read(16)
+        file.seek(0)
+        try:
+            if start[:4] == b"PK\x03\x04":
+                tensors = read_zip(file)
+            elif start[8:9] == b"{" and path.suffix == ".safetensors":
+                tensors = safetensors.torch.load_file(path)
+            else:
+                tensors = read_legacy(file)
+        except BROKEN as error:
+            reason = str(error).partition("\n")[0] or type(error).__name__
+            raise InputError(
+                f"{path} was refused, nothing in it was run: {reason}; give an unaltered weight file"
+            ) from error
+    if not tensors:
+        raise InputError(f"{path} holds no tensors; give the weight file itself")
+    return tensors
+
+
+def read_zip(file: BinaryIO) -> dict[str, Tensor]:
+    """A TorchScript archive, a zipped checkpoint or a NumPy archive."""
+    with zipfile.ZipFile(file) as archive:
+        entries = archive.infolist()
+        names = [entry.filename for entry in entries]
+        if len(set(names)) != len(names):
+            raise Refused("an archive with two entries of one name")
+        roots = [
+            name.removesuffix("data.pkl")
+            for name in names
+            if name.endswith("/data.pkl") and name.count("/") == 1
+        ]
+        if not roots and all(name.endswith(".npy") for name in names):
+            return read_npz(file)
+        if len(roots) != 1:
+            raise Refused("a zip file without its one data.pkl")
+        root = roots[0]
+        if f"{root}byteorder" in names and entry_bytes(archive, f"{root}byteorder", 16) != b"little":
+            raise Refused("numbers in big-endian order")
+        with archive.open(stored(archive, f"{root}data.pkl", MAX_PICKLE)) as source:
+            tree = Machine().run(source)
+
+        def load(storage: StorageRef) -> bytes:
+            return entry_bytes(archive, f"{root}data/{storage.key}", storage.numel * storage.dtype.itemsize)
+
+        return collect(tree, load)
+
+
+def stored(archive: zipfile.ZipFile, name: str, limit: int) -> zipfile.ZipInfo:
+    """The entry ``name``, refused if it is compressed (a few bytes may become gigabytes) or longer than ``limit``."""
+    entry = archive.getinfo(name)
+    if entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size:
+        raise Refused(f"{name} is compressed")
+    if entry.file_size > limit:
+        raise Refused(f"{name} has {entry.file_size} bytes where at most {limit} are expected")
+    return entry
+
+
+def entry_bytes(archive: zipfile.ZipFile, name: str, limit: int) -> bytes:
+    """The bytes of a stored entry, checked against its CRC by zipfile."""
+    return archive.read(stored(archive, name, limit))
+
+
+def read_npz(file: BinaryIO) -> dict[str, Tensor]:
+    """A NumPy archive of number arrays; object arrays, which are pickles, are refused by NumPy."""
+    file.seek(0)
+    with np.load(file, allow_pickle=False) as archive:
+        if any(entry.file_size > 200 * max(entry.compress_size, 1) for entry in archive.zip.infolist()):
+            raise Refused("an archive that is compressed beyond what weights allow")
+        return {name: torch.from_numpy(archive[name]).contiguous() for name in archive.files}
+
+
+def read_legacy(file: BinaryIO) -> dict[str, Tensor]:
+    """A checkpoint of torch before 1.6: five pickles, then each storage as its length and its numbers."""
+    if Machine().run(file) != LEGACY_MAGIC:
+        raise Refused("neither an archive nor a checkpoint")
+    Machine().run(file)
+    if Machine().run(file).get("little_endian") is not True:
+        raise Refused("numbers in big-endian order")
+    tree, keys = Machine().run(file), Machine().run(file)
+    start, places = file.tell(), {}
+    wanted = {ref.storage.key: ref.storage for _, ref in walk(tree)}
+    for key in keys:
+        (numel,) = struct.unpack("<q", file.read(8))
+        if key not in wanted or numel != wanted[key].numel:
+            raise Refused(f"storage {key} is not as long as the tensors say")
+        places[key] = file.tell()
+        start = file.seek(places[key] + numel * wanted[key].dtype.itemsize)
+    if start != file.seek(0, 2):
+        raise Refused("numbers that end too early or too late")
+
+    def load(storage: StorageRef) -> bytes:
+        file.seek(places[storage.key])
+        return file.read(storage.numel * storage.dtype.itemsize)
+
+    return collect(tree, load)
+
+
+def walk(tree: Any) -> Iterator[tuple[str, TensorRef]]:
+    """The tensors in nested dicts, lists and tuples with their dotted names; plain values are passed over."""
+    stack, visited = [("", tree, 0)], 0
+    while stack:
+        name, node, depth = stack.pop()
+        visited += 1
+        if visited + len(stack) > MAX_ITEMS or depth > MAX_DEPTH or len(name) > MAX_NAME:
+            raise Refused("containers nested without end")
+        if isinstance(node, TensorRef):
+            yield name, node
+        items = (
+            node.items()
+            if isinstance(node, dict)
+            else enumerate(node)
+            if isinstance(node, (list, tuple))
+            else ()
+        )
+        stack += [
+            (f"{name}.{key}" if name else str(key), child, depth + 1) for key, child in reversed(list(items))
+        ]
+
+
+def collect(tree: Any, load: Callable[[StorageRef], bytes]) -> dict[str, Tensor]:
+    """Every tensor of ``tree``, copied out of its storage after its shape was compared with it."""
+    storages: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
+    for name, ref in walk(tree):
+        storage = ref.storage
+        if storage.key not in storages:
+            data = bytearray(load(storage))
+            if len(data) != storage.numel * storage.dtype.itemsize:
+                raise Refused(f"storage {storage.key} is not as long as the tensors say")
+            storages[storage.key] = (
+                torch.frombuffer(data, dtype=storage.dtype) if data else torch.empty(0, dtype=storage.dtype)
+            )
+        numel = math.prod(ref.size)
+        last = ref.offset + sum((n - 1) * step for n, step in zip(ref.size, ref.stride, strict=True))
+        if (
+            storage.dtype != storages[storage.key].dtype
+            or numel > storage.numel
+            or (numel and last >= storage.numel)
+        ):
+            raise Refused(f"tensor {name} reaches beyond its numbers")
+        view = (
+            storages[storage.key].as_strided(ref.size, ref.stride, ref.offset)
+            if numel
+            else torch.empty(ref.size, dtype=storage.dtype)
+        )
+        tensors[name] = view.clone(memory_format=torch.contiguous_format)
+    return tensors

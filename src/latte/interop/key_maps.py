@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Two-way rename tables: a row is (their name, our name) with the same placeholders on both sides.
+
+``{i}`` stands for a number, ``{even}`` and ``{odd}`` for such numbers, ``{w}`` for weight or bias. One function reads a table in either
+direction, so what comes in by a table goes out by it, name for name.
+"""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
+
+from torch import Tensor
+
+from latte.checks import InputError, choose
+
+Table = Sequence[tuple[str, str]]
+PLACEHOLDERS = {"i": r"\d{1,6}", "even": r"\d{0,5}[02468]", "odd": r"\d{0,5}[13579]", "w": "weight|bias"}
+DIRECTIONS = {"to_ours": (0, 1), "to_theirs": (1, 0)}
+BRANCHES = ("ema", "model", "state_dict")  # what training files wrap their weights in, the best first
+PREFIXES = ("_orig_mod.", "module.")  # of compiled and of distributed models
+
+
+def translate(names: Iterable[str], table: Table, direction: str) -> dict[str, str]:
+    """Every name that a row of ``table`` fits -> its translation, 'to_ours' or 'to_theirs'; names that no row fits are left out."""
+    source, target = choose("direction", direction, DIRECTIONS)
+    found = {}
+    for name in names:
+        for row in table:
+            match = pattern(row[source]).fullmatch(name)
+            if match:
+                found[name] = row[target].format(**match.groupdict())
+                break
+    return found
+
+
+@lru_cache(maxsize=1024)
+def pattern(row: str) -> re.Pattern[str]:
+    """One side of a row as a regular expression with a group per placeholder."""
+    parts = re.split(r"\{(\w+)\}", row)
+    return re.compile(
+        "".join(
+            f"(?P<{part}>{PLACEHOLDERS[part]})" if k % 2 else re.escape(part) for k, part in enumerate(parts)
+        )
+    )
+
+
+def unwrap(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors without the wrapper of a training file: of ``ema``, else ``model``, else all; without prefixes of torch.compile and DDP.
+
+    InputError when two tensors get the same name by it.
+    """
+    for branch in BRANCHES:
+        inner = {
+            name.removeprefix(f"{branch}."): tensor
+            for name, tensor in tensors.items()
+            if name.startswith(f"{branch}.")
+        }
+        if inner:
+            tensors = inner
+            break
+    found: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        short = re.sub(rf"^({'|'.join(re.escape(prefix) for prefix in PREFIXES)})+", "", name)
+        if short in found:
+            raise InputError(
+                f"two tensors of the file are both called {short} when {' and '.join(PREFIXES)} are left out; save it again"
+            )
+        found[short] = tensor
+    return found

@@ -1,0 +1,30 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The model inside the package: it loads offline, is small, tells what it is, and does what its label says."""
+
+import json
+
+from latte.autoencoder.builtin import WEIGHTS
+from latte.data.procedural import DIRECTIONS, read_motion
+from latte.inference.pipeline import BUILTIN, load_trained
+
+MOST_BYTES = 8_000_000  # model and autoencoder together
+
+
+def test_it_is_small_and_has_a_card():
+    size = sum(path.stat().st_size for path in BUILTIN.iterdir()) + WEIGHTS.stat().st_size
+    assert size <= MOST_BYTES
+    card = (BUILTIN / "README.md").read_text(encoding="utf-8")
+    config = json.loads((BUILTIN / "config.json").read_text(encoding="utf-8"))
+    assert "latte train shapes" in card
+    assert config["weights_sha256"][:16] in card
+    assert config["codec"]["identity"] in card
+
+
+def test_it_obeys_its_label():
+    trained = load_trained("builtin", device="cpu")
+    assert trained.classes == list(DIRECTIONS)
+    wishes = trained.classes * 4
+    clips = [clip for _, clip in trained.generate(range(len(wishes)), wishes)]
+    assert clips[0].shape == (8, 64, 64, 3)
+    motions = [read_motion(clip) for clip in clips]
+    assert sum(motion.direction == wish for motion, wish in zip(motions, wishes, strict=True)) >= 13

@@ -1,0 +1,213 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A seed is a clip, whatever it is drawn with; labels and sizes that the model does not know are refused."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+import latte.inference.generate
+from latte.checks import InputError
+from latte.diffusion.long_video import CHAIN_PULL, LONGER
+from latte.diffusion.samplers import SAMPLERS
+from latte.inference.generate import SampleConfig
+from tiny import tiny_trained
+
+
+@pytest.fixture(scope="module")
+def trained():
+    return tiny_trained()
+
+
+def draw(trained, seeds, labels=None, **options):
+    """Seed -> clip."""
+    return dict(trained.generate(seeds, labels, **options))
+
+
+def far(a, b):
+    """Largest difference of two uint8 clips, in levels."""
+    return int(np.abs(a.astype(int) - b.astype(int)).max())
+
+
+@pytest.mark.parametrize("sampler", [name for name in SAMPLERS if name != "flow"])
+def test_the_clip_of_a_seed_does_not_depend_on_its_batch(trained, sampler):
+    seeds, labels = [3, 1, 4, 15, 9], [0, 1, 2, 3, 0]
+    config = SampleConfig(sampler=sampler, steps=4, guidance=2.0)
+    alone = {
+        seed: draw(trained, [seed], [label], config=config)[seed]
+        for seed, label in zip(seeds, labels, strict=True)
+    }
+    for batch in (2, 5):
+        together = draw(trained, seeds, labels, config=replace(config, batch=batch))
+        assert list(together) == seeds
+        assert max(far(together[seed], alone[seed]) for seed in seeds) <= 1
+    assert min(far(alone[3], alone[seed]) for seed in seeds[1:]) > 20, (
+        "other seeds must give other clips, or the test is empty"
+    )
+
+
+def test_clips_are_uint8_frames_channels_last_of_the_models_size_or_the_one_asked_for(trained):
+    clip = draw(trained, [0], [1])[0]
+    assert (clip.shape, clip.dtype) == ((3, 16, 16, 3), np.uint8)
+    assert draw(trained, [0], [1], frames=2, size=(8, 12))[0].shape == (2, 8, 12, 3)
+
+
+def test_labels_change_the_clip_and_none_is_the_null_class(trained):
+    by_label = [draw(trained, [0], [label])[0] for label in (0, 1, -1)]
+    assert far(by_label[0], by_label[1]) > 0
+    assert far(draw(trained, [0])[0], by_label[2]) == 0
+
+
+def test_guidance_one_is_the_plain_model_and_more_is_not(trained):
+    plain = draw(trained, [0], [1], config=SampleConfig(steps=3, sampler="ddim"))
+    assert (
+        far(plain[0], draw(trained, [0], [1], config=SampleConfig(steps=3, sampler="ddim", guidance=1.0))[0])
+        == 0
+    )
+    assert (
+        far(plain[0], draw(trained, [0], [1], config=SampleConfig(steps=3, sampler="ddim", guidance=5.0))[0])
+        > 0
+    )
+
+
+def test_progress_counts_all_steps_of_all_batches_once(trained):
+    seen = []
+    draw(trained, [0, 1, 2], [0, 0, 0], progress=lambda done, of: seen.append((done, of)))
+    assert seen == [(done, 6) for done in range(1, 7)]
+
+
+def test_bf16_is_close_to_fp32_and_not_the_same(trained):
+    config = SampleConfig(sampler="ddim", steps=3)
+    full, half = (
+        draw(trained, [0], [1], config=config, dtype=dtype)[0] for dtype in (torch.float32, torch.bfloat16)
+    )
+    assert 0 < np.abs(full.astype(float) - half.astype(float)).mean() < 5
+
+
+@pytest.mark.parametrize("label", [4, -2, 99])
+def test_a_label_out_of_range_is_told_with_the_range(label):
+    from latte.inference.generate import check_labels
+
+    with pytest.raises(InputError, match=rf"label is {label}, but .*0 to 3"):
+        check_labels(tiny_trained().model, [label], 1)
+
+
+def test_names_and_numbers_of_classes_are_labels_and_others_are_told(trained):
+    assert [trained.label(word) for word in ("left", "3", 0, "none", -1)] == [2, 3, 0, -1, -1]
+    with pytest.raises(InputError, match=r"sidewise.*up, down, left, right"):
+        trained.label("sidewise")
+    with pytest.raises(InputError, match=r"did you mean 'right'"):
+        trained.label("rigth")
+    for word in ("4", -2, "99"):
+        with pytest.raises(InputError, match="0 to 3"):
+            trained.label(word)
+    assert [trained.word(label) for label in (2, -1)] == ["left", "none"]
+
+
+def test_an_unconditional_model_takes_no_labels_and_no_guidance():
+    trained = tiny_trained(num_classes=None)
+    assert draw(trained, [5])[5].shape == (3, 16, 16, 3)
+    with pytest.raises(InputError, match="unconditional"):
+        trained.label("up")
+    with pytest.raises(InputError, match="guidance"):
+        draw(trained, [0], config=SampleConfig(guidance=2.0, steps=3))
+
+
+@pytest.mark.parametrize("size", [(16, 10), (0, 16), (-4, 4)])
+def test_a_size_that_patches_do_not_divide_is_told_with_the_nearest(trained, size):
+    with pytest.raises(InputError, match="nearest multiple"):
+        draw(trained, [0], [0], size=size)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("sampler", "ddmp"), ("steps", 0), ("guidance", -1.0), ("eta", 2.0), ("batch", 0), ("fps", 0.0)],
+)
+def test_impossible_settings_are_refused(key, value):
+    with pytest.raises(InputError, match=f"sample.{key}"):
+        SampleConfig(**{key: value})
+
+
+def test_more_steps_than_the_process_has_are_refused(trained):
+    with pytest.raises(InputError, match="1000"):
+        draw(trained, [0], [0], config=SampleConfig(steps=1001))
+
+
+def test_a_window_as_long_as_the_clip_is_the_plain_model_and_shorter_ones_are_not(trained):
+    plain = draw(trained, [0], [1])[0]
+    assert far(plain, draw(trained, [0], [1], window=3)[0]) == 0
+    longer = draw(trained, [0], [1], frames=7, window=3)[0]
+    assert longer.shape == (7, 16, 16, 3), (
+        "and no warning about the table of positions, because the model sees three frames at a time"
+    )
+    assert far(plain, draw(trained, [0], [1], window=2)[0]) > 0
+
+
+@pytest.mark.parametrize("longer", LONGER)
+def test_a_longer_clip_does_not_depend_on_its_batch_and_counts_its_steps(trained, longer):
+    seeds, labels, told = [3, 1, 4], [0, 1, 2], []
+    options = {
+        "frames": 7,
+        "window": 3,
+        "overlap": 1,
+        "longer": longer,
+        "given": {0: np.full((16, 16, 3), 200, np.uint8)},
+    }
+    config = SampleConfig(sampler="ddim", steps=3, guidance=2.0, batch=3)
+    together = draw(
+        trained, seeds, labels, config=config, progress=lambda done, of: told.append((done, of)), **options
+    )
+    assert {clip.shape for clip in together.values()} == {(7, 16, 16, 3)}
+    assert told == [(done, len(told)) for done in range(1, len(told) + 1)]
+    alone = {
+        seed: draw(trained, [seed], [label], config=config, **options)[seed]
+        for seed, label in zip(seeds, labels, strict=True)
+    }
+    assert max(far(together[seed], alone[seed]) for seed in seeds) <= 1
+    assert min(far(alone[3][1:], alone[seed][1:]) for seed in seeds[1:]) > 20
+
+
+def test_an_unknown_way_to_longer_clips_is_told_with_those_there_are(trained):
+    with pytest.raises(InputError, match=r"longer is 'chain', which is not one of .*did you mean 'chained'"):
+        draw(trained, [0], [1], frames=7, window=3, longer="chain")
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpmpp"])
+def test_given_frames_are_in_the_clip_and_change_the_others(trained, sampler):
+    config = SampleConfig(sampler=sampler, steps=4)
+    first, last = (np.full((16, 16, 3), level, np.uint8) for level in (200, 40))
+    plain = draw(trained, [0, 1], [1, 2], config=config)
+    given = draw(trained, [0, 1], [1, 2], config=config, given={0: first, -1: last})
+    for seed in (0, 1):
+        assert far(given[seed][0], first) == far(given[seed][2], last) == 0, (
+            "pixels as latents: nothing is lost"
+        )
+    assert max(far(given[seed][1], plain[seed][1]) for seed in (0, 1)) > 0
+
+
+@pytest.mark.parametrize("strength", [0.0, 1.5])
+def test_the_strength_of_given_frames_is_handed_on(trained, monkeypatch, strength):
+    asked = []
+    monkeypatch.setattr(
+        latte.inference.generate,
+        "with_known",
+        lambda denoise, process, known, mask, strength: asked.append(strength) or denoise,
+    )
+    options = {"frames": 5, "window": 3, "longer": "chained", "given": {0: np.zeros((16, 16, 3), np.uint8)}}
+    draw(trained, [0], [1], given_strength=strength, **options)
+    assert asked == [strength, CHAIN_PULL * strength], "of a chain, the later windows are given many frames"
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({3: (16, 16)}, "given frame is 3"),
+        ({-4: (16, 16)}, "given frame is -4"),
+        ({0: (8, 16)}, "size of a given frame"),
+    ],
+)
+def test_given_frames_that_do_not_fit_are_refused(trained, given, told):
+    pictures = {frame: np.zeros((*size, 3), np.uint8) for frame, size in given.items()}
+    with pytest.raises(InputError, match=told):
+        draw(trained, [0], [1], given=pictures)

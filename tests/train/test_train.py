@@ -1,0 +1,359 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The loop: what it writes, what it refuses, and what it does when a number, the disk or the data go wrong."""
+
+import json
+import os
+import resource
+import threading
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+
+from latte.autoencoder.codec import CodecConfig, build_codec
+from latte.checkpoint.run import list_checkpoints, load_checkpoint
+from latte.checks import InputError, RunError
+from latte.data.datasets import DataConfig, build_dataset
+from latte.diffusion.loss import OBJECTIVES
+from latte.train import optim
+from latte.train.optim import FiniteGuard
+from latte.train.train import TrainConfig
+from training import FORKS, SHORT, TINY, Latents, curve, run, tiny_model
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"steps": 0},
+        {"global_batch": 0},
+        {"micro_batch": 0},
+        {"lr": 0.0},
+        {"lr": float("nan")},
+        {"weight_decay": -1.0},
+        {"warmup_steps": -1},
+        {"decay_steps": -1},
+        {"ema_decay": 1.0},
+        {"clip_norm": 0.0},
+        {"clip_start": -1},
+        {"dtype": "fp16"},
+        {"checkpoint_every": 0},
+        {"keep_last": 0},
+        {"num_images": -1},
+        {"sample_every": -1},
+        {"log_every": 0},
+    ],
+)
+def test_a_setting_out_of_range_is_refused_by_name(wrong):
+    with pytest.raises(InputError, match=f"^train.{next(iter(wrong))} is "):
+        TrainConfig(**wrong)
+
+
+def test_the_curve_holds_what_the_next_reader_needs(tmp_path):
+    result = run(tmp_path)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    keys = {
+        "step",
+        "lr",
+        "clips",
+        "loss",
+        "mse",
+        "vlb",
+        "grad_norm",
+        "clips_per_second",
+        "data_wait_share",
+        "seconds",
+        "cpu_seconds",
+    }
+    assert [line["step"] for line in lines] == [1, 2, 4, 6, 8, 10, 12]
+    assert all(line.keys() == keys for line in lines)
+    assert [line["lr"] for line in lines] == pytest.approx([0.25e-3, 0.5e-3, 1e-3, 1e-3, 1e-3, 1e-3, 1e-3])
+    assert [line["clips"] for line in lines] == [4 * line["step"] for line in lines]
+    assert all(before["seconds"] <= after["seconds"] for before, after in pairwise(lines))
+    assert all(0 <= line["data_wait_share"] <= 1 for line in lines)
+    assert result == {
+        "run": str(tmp_path),
+        "step": 12,
+        "loss": lines[-1]["loss"],
+        "checkpoint": str(tmp_path / "checkpoints" / "step-12"),
+        "weights_sha256": result["weights_sha256"],
+        "interrupted": 0,
+    }
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step-9", "step-12"]
+    assert {"config.yaml", "command.txt", "env.json"} <= {path.name for path in tmp_path.iterdir()}
+
+
+def test_training_lowers_the_loss_and_the_average_follows(tmp_path):
+    config = replace(SHORT, steps=60, global_batch=8, lr=1e-2, log_every=20, checkpoint_every=60)
+    model = tiny_model(replace(TINY, num_classes=None))
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    run(tmp_path, config, model=model)
+    lines = curve(tmp_path)
+    assert lines[-1]["mse"] < 0.9 * lines[0]["mse"]
+    saved = load_checkpoint(tmp_path / "checkpoints" / "step-60").tensors
+    assert saved["model"].keys() == saved["ema"].keys() == before.keys()
+    for key, value in model.state_dict().items():
+        assert torch.equal(saved["model"][key], value)
+        assert not torch.equal(value, before[key])
+        assert (saved["ema"][key] - value).norm() < (before[key] - value).norm()
+
+
+def test_clipping_begins_after_its_start_step(tmp_path):
+    """The first Adam step does not depend on the gradient's scale, so look at the moments after a single step."""
+    moments = {}
+    for name, change in {
+        "never": {"clip_norm": None},
+        "later": {"clip_start": 1},
+        "now": {"clip_start": 0},
+    }.items():
+        run(tmp_path / name, replace(SHORT, steps=1, **{"clip_norm": 1e-3, **change}))
+        saved = load_checkpoint(tmp_path / name / "checkpoints" / "step-1").tensors["optimizer"]
+        moments[name] = (
+            sum(value.double().square().sum() for key, value in saved.items() if key.endswith("exp_avg"))
+            ** 0.5
+            / 0.1
+        )
+    norm = curve(tmp_path / "never")[0]["grad_norm"]
+    assert moments["never"] == pytest.approx(norm, rel=1e-4)
+    assert moments["later"] == pytest.approx(norm, rel=1e-4)
+    assert moments["now"] == pytest.approx(1e-3, rel=1e-2)
+    assert curve(tmp_path / "now")[0]["grad_norm"] == norm
+
+
+def test_samples_are_drawn_from_the_average_after_the_checkpoint(tmp_path):
+    seen = []
+
+    def sample(model, step):
+        assert not model.training
+        assert (tmp_path / "checkpoints" / f"step-{step}").exists() or step % SHORT.checkpoint_every
+        seen.append((step, {key: value.clone() for key, value in model.state_dict().items()}))
+
+    run(tmp_path, replace(SHORT, steps=8, sample_every=3), sample=sample)
+    assert [step for step, _ in seen] == [3, 6, 8]
+    saved = load_checkpoint(tmp_path / "checkpoints" / "step-6").tensors["ema"]
+    assert all(torch.equal(saved[key], value) for key, value in seen[1][1].items())
+
+
+@pytest.mark.filterwarnings("ignore")  # of the tracer, about itself
+def test_a_compiled_model_is_saved_under_its_own_names(tmp_path, monkeypatch):
+    compiler, seen = torch.compile, []
+    monkeypatch.setattr(
+        torch, "compile", lambda model: seen.append(model) or compiler(model, backend="eager")
+    )
+    compiled = run(tmp_path / "compiled", replace(SHORT, steps=2, compile=True))
+    plain = run(tmp_path / "plain", replace(SHORT, steps=2))
+    for result in (compiled, plain):
+        tensors = load_checkpoint(Path(result["checkpoint"])).tensors
+        assert tensors["model"].keys() == tiny_model().state_dict().keys()
+    assert compiled["weights_sha256"] == plain["weights_sha256"]
+    assert len(seen) == 1
+
+
+def test_frames_and_the_latents_of_their_codec_make_a_run_each(tmp_path):
+    """The real parts together: procedural clips, a codec, the model, resumed half-way."""
+    data = build_dataset(DataConfig(kind="procedural", resolution=8, frames=3))
+    codec = build_codec(CodecConfig(name="pixels"))
+    shape = replace(
+        TINY, num_classes=4, latent_size=codec.latent_shape(8, 8)[1:], latent_channels=codec.channels
+    )
+    parts = {"dataset": data, "codec": codec}
+    whole = run(tmp_path / "whole", replace(SHORT, steps=6), model=tiny_model(shape), **parts)
+    for steps in (2, 6):
+        again = run(tmp_path / "again", replace(SHORT, steps=steps), model=tiny_model(shape), **parts)
+    assert again["weights_sha256"] == whole["weights_sha256"]
+    assert load_checkpoint(Path(again["checkpoint"])).state["facts"]["codec"] == codec.identity
+
+
+def test_stills_behind_the_clips_belong_to_the_run(tmp_path):
+    joint = replace(SHORT, num_images=2)
+    whole = run(tmp_path / "whole", replace(joint, steps=4))
+    for steps in (2, 4):
+        again = run(tmp_path / "again", replace(joint, steps=steps))
+    assert again["weights_sha256"] == whole["weights_sha256"]
+    assert whole["weights_sha256"] != run(tmp_path / "clips alone", replace(SHORT, steps=4))["weights_sha256"]
+    with pytest.raises(InputError, match=r"data\.num_images: the run has 2, you gave 3"):
+        run(tmp_path / "again", replace(joint, num_images=3))
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="open files are counted through /proc")
+def test_no_file_and_no_thread_is_left_behind(tmp_path):
+    run(tmp_path, replace(SHORT, steps=1))
+    before = len(os.listdir("/proc/self/fd")), threading.active_count()
+    for steps in (3, 6, 9):
+        run(tmp_path, replace(SHORT, steps=steps))
+    assert (len(os.listdir("/proc/self/fd")), threading.active_count()) == before
+
+
+class Poisoned(Latents):
+    """One clip of step 8 holds a number that is none."""
+
+    def __init__(self, bad: float):
+        self.bad, self.drawn = bad, 0
+
+    def clip(self, index, stream):
+        clip = super().clip(index, stream)
+        self.drawn += 1
+        if self.drawn == 4 * 7 + 2:
+            clip.video[0, 0, 0, 0] = self.bad
+        return clip
+
+
+def poison(place: str, bad: float) -> dict:
+    """Arguments of a run in which ``bad`` enters at ``place`` in step 8."""
+    if place == "input":
+        return {"dataset": Poisoned(bad)}
+    model, calls = tiny_model(), []
+    if place == "loss":
+
+        def objective(*arguments):
+            calls.append(1)
+            loss = OBJECTIVES["paper"](*arguments)
+            return loss._replace(total=loss.total * bad) if len(calls) == 8 else loss
+
+        return {"objective": objective}
+
+    def spoil(gradient):
+        calls.append(1)
+        return torch.full_like(gradient, bad) if len(calls) == 8 else gradient
+
+    def break_weight(module, arguments):
+        calls.append(1)
+        if len(calls) == 8:
+            with torch.no_grad():
+                module.final_linear.bias[0] = bad
+
+    if place == "gradient":
+        model.final_linear.bias.register_hook(spoil)
+    else:
+        model.register_forward_pre_hook(break_weight)
+    return {"model": model}
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("place", ["input", "loss", "gradient", "weight"])
+def test_a_number_that_is_none_ends_the_run_and_is_never_kept(tmp_path, place, bad):
+    with pytest.raises(RunError, match="of step 8 is not a finite number") as caught:
+        run(tmp_path, **poison(place, bad))
+    assert "\n" not in str(caught.value)
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step-3", "step-6"]
+    for path in list_checkpoints(tmp_path):
+        tensors = load_checkpoint(path).tensors
+        assert all(value.isfinite().all() for part in tensors.values() for value in part.values())
+    assert all(abs(line["loss"]) < 10 for line in curve(tmp_path))
+    assert curve(tmp_path)[-1]["step"] == 6
+
+
+@pytest.mark.parametrize("often", ["log_every", "sample_every", "checkpoint_every"])
+def test_where_looking_has_to_wait_a_bad_number_is_found_before_anything_is_kept(
+    tmp_path, monkeypatch, often
+):
+    """As on a GPU, where the guard does not look at every step: before a line, a sample and a checkpoint it does."""
+    monkeypatch.setattr(optim, "FiniteGuard", lambda device, at_once: FiniteGuard(device, at_once=False))
+    config = replace(SHORT, **{"log_every": 100, "sample_every": 100, "checkpoint_every": 100, often: 3})
+    sampled = []
+    with pytest.raises(RunError, match="of step 8 is not a finite number"):
+        run(tmp_path, config, dataset=Poisoned(float("nan")), sample=lambda model, step: sampled.append(step))
+    kept = [path.name for path in list_checkpoints(tmp_path)]
+    found = {
+        "log_every": [line["step"] for line in curve(tmp_path)][1:],
+        "sample_every": sampled,
+        "checkpoint_every": kept,
+    }
+    assert found[often] == ([3, 6] if often != "checkpoint_every" else ["step-3", "step-6"])
+
+
+def test_after_a_failure_the_same_command_goes_on(tmp_path):
+    with pytest.raises(RunError):
+        run(tmp_path / "failed", dataset=Poisoned(float("nan")))
+    assert run(tmp_path / "failed")["weights_sha256"] == run(tmp_path / "clean")["weights_sha256"]
+    assert curve(tmp_path / "failed") == curve(tmp_path / "clean")
+
+
+class Empty(Latents):
+    def __len__(self):
+        return 0
+
+
+class Frames(Latents):
+    latent = False
+
+
+class Nameless(Latents):
+    classes = ()
+
+
+class MadeElsewhere(Latents):
+    def describe(self):
+        return {**super().describe(), "codec": "0123"}
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        ({"dataset": Empty()}, "no clip to train on"),
+        ({"dataset": Frames()}, "codec is missing, but the data are frames"),
+        ({"dataset": Nameless()}, "model.num_classes is 3, but the data have 0 classes"),
+        (
+            {"model": tiny_model(replace(TINY, num_classes=2))},
+            "model.num_classes is 2, but the data have 3 classes",
+        ),
+        (
+            {"dataset": MadeElsewhere(), "codec": build_codec(CodecConfig(name="pixels"))},
+            "the latents were made with 0123",
+        ),
+        ({"model": tiny_model(replace(TINY, latent_channels=3))}, "channels"),
+    ],
+)
+def test_parts_that_do_not_fit_are_refused_before_anything_is_trained(tmp_path, parts, message):
+    with pytest.raises(InputError, match=message):
+        run(tmp_path, **parts)
+    assert list_checkpoints(tmp_path) == []
+
+
+def test_an_error_in_the_data_comes_out_and_what_was_committed_stays(tmp_path):
+    class Broken(Poisoned):
+        def clip(self, index, stream):
+            if self.drawn == 4 * 7:
+                raise InputError("clip 17.mp4 cannot be read any more")
+            return super().clip(index, stream)
+
+    with pytest.raises(InputError, match=r"17\.mp4"):
+        run(tmp_path, dataset=Broken(0.0))
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step-3", "step-6"]
+
+
+def test_samples_that_cannot_be_written_are_one_line(tmp_path):
+    def sample(model, step):
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(RunError, match=r"could not write samples to .*No space left"):
+        run(tmp_path, replace(SHORT, sample_every=3), sample=sample)
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step-3"]
+
+
+def train_on_a_small_disk(folder: str, limit: int, results) -> None:
+    torch.set_num_threads(1)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+    try:
+        results.put(str(run(Path(folder))["step"]))
+    except Exception as error:
+        results.put(f"{type(error).__name__}: {error}")
+
+
+@pytest.mark.parametrize("what", ["the checkpoint of step 9", "the metrics"])
+def test_a_disk_that_fills_up_ends_in_one_line_and_the_run_goes_on_later(tmp_path, what):
+    """The limit is on the size of one file: 20,000 bytes hold no weights; a metrics file that may not grow takes no further line."""
+    run(tmp_path, replace(SHORT, steps=6))
+    limit = 20_000 if "checkpoint" in what else (tmp_path / "metrics.jsonl").stat().st_size + 20
+    results = FORKS.SimpleQueue()
+    child = FORKS.Process(target=train_on_a_small_disk, args=(str(tmp_path), limit, results), daemon=True)
+    child.start()
+    message = results.get()
+    child.join(20)
+    assert message.startswith(f"RunError: could not write {what} to {tmp_path}")
+    assert "File too large" in message
+    assert "\n" not in message
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step-3", "step-6"]
+    assert run(tmp_path)["weights_sha256"] == run(tmp_path / "clean")["weights_sha256"]
+    assert curve(tmp_path) == curve(tmp_path / "clean")

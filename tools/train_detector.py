@@ -1,0 +1,266 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Train the built-in detector on procedural clips: ``python -m tools.train_detector OUT.safetensors``.
+
+detector_clips.py draws the clips and says what is to be seen in them: the network classifies and measures all of it. The features are the
+layer before these answers, scaled when the training is over (``whiten``). A training that was stopped goes on where it was.
+Axes: b clips, t frames, c channels, h height, w width, k features.
+"""
+
+import argparse
+import json
+import math
+import time
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.nn import functional
+
+from latte.checks import require
+from latte.evaluation.detector_files import tensors_sha256
+from latte.evaluation.networks.builtin import CLASSES, MEASURES, BuiltinDetector
+from tools.detector_clips import POOL_FRAMES, UNKNOWN, draw_batch, draw_pool, procedural_clips, to_input
+
+TRAIN_SEED, TEST_SEED, SCALE_SEED = 7_100_000, 8_100_000, 7_200_000  # scenes that no recipe draws
+SCALED, SHRINKAGE = 640, 0.01  # clips that decide the features' scale; see whiten
+KEEP_EVERY = 500  # steps
+
+
+@dataclass(frozen=True)
+class DetectorConfig:
+    """``clips`` scenes are rendered once; a step sees ``batch`` of them."""
+
+    steps: int = 8000
+    batch: int = 16
+    lr: float = 2e-3
+    clips: int = 3072
+    seed: int = 0
+
+
+def loss_of(model: BuiltinDetector, clips: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropies of the classes and squared errors of the measures, each a mean over the clips that show them, summed."""
+    answers, total = model.answers(to_input(clips)), torch.zeros(())
+    for i, name in enumerate(CLASSES):
+        known = labels[:, i] != UNKNOWN
+        if known.any():
+            error = functional.cross_entropy(answers[name][known], labels[known, i].long())
+            total = total + (2 if name == "shape" else 1) * error  # shapes are the hardest
+    measured, wanted = torch.cat([answers[name] for name in MEASURES], 1), labels[:, len(CLASSES) :]
+    known = wanted.isfinite()
+    errors = torch.where(known, measured - wanted.nan_to_num(), 0).square()
+    return total + (errors.sum(0) / known.sum(0).clamp(min=1)).sum()
+
+
+@torch.no_grad()
+def condition(model: BuiltinDetector, clips: Tensor) -> None:
+    """Scale and shift every layer's filters, one layer after the other, so that on ``clips`` its outputs have mean 0 and variance 1."""
+    seen: list[Tensor] = []
+    for layer in (
+        model.stem,
+        model.down1,
+        model.time1,
+        model.down2,
+        model.time2,
+        model.last,
+        model.hidden,
+        model.second,
+    ):
+        with layer.register_forward_hook(lambda _module, _inputs, output: seen.append(output)):
+            model.code(to_input(clips))
+        output = seen.pop()
+        var, mean = torch.var_mean(output, [axis for axis in range(output.ndim) if axis != 1])
+        scale = (var + 1e-8).rsqrt()
+        assert layer.bias is not None
+        layer.weight.mul_(scale.reshape(-1, *[1] * (layer.weight.ndim - 1)))
+        layer.bias.sub_(mean).mul_(scale)
+
+
+def fit(
+    config: DetectorConfig,
+    start: dict[str, Tensor] | None = None,
+    keep: Path | None = None,
+    log_every: int = 100,
+) -> BuiltinDetector:
+    """Train from nothing, or from the weights ``start``; the learning rate rises for 50 steps and falls to 0 along a cosine.
+
+    The state goes to the file ``keep`` now and then, and what is there is gone on with. The last layer is left as it is drawn.
+    """
+    pool = draw_pool(TRAIN_SEED + config.seed, config.clips)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        model = BuiltinDetector().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if start is None:
+        condition(
+            model, torch.cat([draw_batch(pool, config.batch, config.seed, step)[0] for step in (0, 3, 6)])
+        )
+    else:
+        model.load_state_dict(start)
+    optimiser = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=1e-3)
+    first = read_state(keep, model, optimiser, config) if keep and keep.exists() else 0
+    started, recent = time.process_time(), []
+    for step in range(first, config.steps):
+        rate = min(1.0, (step + 1) / 50) * 0.5 * (1 + math.cos(math.pi * step / config.steps))
+        for group in optimiser.param_groups:
+            group["lr"] = config.lr * rate
+        loss = loss_of(model, *draw_batch(pool, config.batch, config.seed, step))
+        optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 5.0)
+        optimiser.step()
+        recent = [*recent[1 - log_every :], loss.item()]
+        if (step + 1) % log_every == 0 or step == config.steps - 1:
+            print(
+                f"step {step + 1} loss {sum(recent) / len(recent):.4f} {time.process_time() - started:.0f} processor seconds",
+                flush=True,
+            )
+        if keep and (step + 1) % KEEP_EVERY == 0:
+            write_state(keep, model, optimiser, config, step + 1)
+    return model.eval()
+
+
+def write_state(
+    path: Path, model: BuiltinDetector, optimiser: torch.optim.AdamW, config: DetectorConfig, step: int
+) -> None:
+    """Weights and the optimiser's two means of each, after ``step`` steps of ``config``."""
+    state = {
+        f"weight {name}": parameter.detach().contiguous() for name, parameter in model.named_parameters()
+    }
+    for name, parameter in model.named_parameters():
+        for kind in ("exp_avg", "exp_avg_sq"):
+            if parameter in optimiser.state:
+                state[f"{kind} {name}"] = optimiser.state[parameter][kind].contiguous()
+    temporary = path.with_name(f"{path.name}.part")
+    save_file(state, temporary, metadata={"step": str(step), "config": json.dumps(asdict(config))})
+    temporary.replace(path)
+
+
+def read_state(
+    path: Path, model: BuiltinDetector, optimiser: torch.optim.AdamW, config: DetectorConfig
+) -> int:
+    """Put back what ``write_state`` wrote -> the number of steps done; InputError when it is of another training."""
+    with safe_open(path, "pt") as file:
+        written = file.metadata()
+    same = json.loads(written["config"]) == asdict(config)
+    require(
+        same,
+        "the kept state",
+        str(path),
+        f"it is of {written['config']}",
+        "delete it, or train with those settings",
+    )
+    state, step = load_file(path), int(written["step"])
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(state[f"weight {name}"])
+            if f"exp_avg {name}" in state:
+                kinds = {
+                    kind: state[f"{kind} {name}"].clone(memory_format=torch.preserve_format)
+                    for kind in ("exp_avg", "exp_avg_sq")
+                }
+                optimiser.state[parameter] = {"step": torch.tensor(float(step)), **kinds}
+    return step
+
+
+@torch.no_grad()
+def whiten(model: BuiltinDetector, num_clips: int) -> None:
+    """Fill the last layer: the principal components of training clips, damaged ones among them, on the scale of undamaged clips.
+
+    That scale is the mean covariance of procedural clips of 16 frames and of 8, each about their own mean, and SHRINKAGE of that of
+    the training clips: without it a direction in which undamaged clips hardly differ drowns all others.
+    """
+
+    def codes(clips: Tensor) -> Tensor:
+        return torch.cat([model.code(to_input(part)) for part in clips.split(16)]).double()
+
+    pool = draw_pool(SCALE_SEED, num_clips)
+    shown = torch.cat(
+        [codes(draw_batch(pool, 16, SCALE_SEED, step)[0]) for step in range(num_clips // 16)]
+    ).T.cov()
+    clean = [
+        codes(procedural_clips(SCALE_SEED, num_clips // 2, frames)[0])
+        for frames in (POOL_FRAMES, POOL_FRAMES // 2)
+    ]
+    scale = sum((bank.T.cov() for bank in clean), SHRINKAGE * len(clean) * shown) / len(clean)
+    axes = torch.linalg.eigh(shown).eigenvectors[:, -model.whiten.out_features :]
+    level, turned = torch.linalg.eigh(axes.T @ scale @ axes)
+    matrix = (axes @ turned / level.sqrt()).T
+    model.whiten.weight.copy_(matrix)
+    model.whiten.bias.copy_(-matrix @ clean[0].mean(0))
+
+
+@torch.no_grad()
+def measure(
+    model: BuiltinDetector, num_clips: int = 512, frames: int = 8, seed: int = TEST_SEED
+) -> dict[str, float]:
+    """On unseen undamaged scenes: the share of right classes, and the mean absolute error of speed, size and place."""
+    clips, labels = procedural_clips(seed, num_clips, frames)
+    parts = [model.answers(to_input(part)) for part in clips.split(16)]
+    answers = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    result = {
+        name: (answers[name].argmax(1) == labels[:, i]).float().mean().item()
+        for i, name in enumerate(CLASSES)
+    }
+    for name in ("speed", "size", "x", "y"):
+        wanted = labels[:, len(CLASSES) + MEASURES.index(name)]
+        result[f"{name}_error"] = (answers[name][:, 0] - wanted).abs().mean().item()
+    return result
+
+
+def make_weights(out: Path, config: DetectorConfig, start: Path | None = None) -> dict:
+    """Train (on from ``start``), round to the stored float16, scale the features, measure, write to ``out`` with a card; the card."""
+    started, processor = time.perf_counter(), time.process_time()
+    with safe_open(start, "pt") if start else nullcontext() as file:
+        before = json.loads(file.metadata()["card"]) if file else None
+    keep = out.with_name(f"{out.name}.state")
+    model = fit(config, load_file(start) if start else None, keep)
+    seconds, processor = time.perf_counter() - started, time.process_time() - processor
+    model.half().float()
+    whiten(model, SCALED)
+    stored = {name: tensor.half().contiguous() for name, tensor in model.state_dict().items()}
+    model.half().float()
+    card = {
+        "before": before,
+        "config": asdict(config),
+        "seconds": round(seconds, 1),
+        "processor_seconds": round(processor, 1),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "figures": {
+            f"{name}_{frames}_frames": round(value, 4)
+            for frames in (8, 16)
+            for name, value in measure(model, frames=frames).items()
+        },
+    }
+    digest = tensors_sha256(stored)
+    size = sum(tensor.nbytes for tensor in stored.values())
+    source = {"source_name": "builtin", "source_sha256": digest, "source_bytes": str(size)}
+    save_file(
+        stored,
+        out,
+        metadata={"detector": "builtin", "tensors_sha256": digest, "card": json.dumps(card)} | source,
+    )
+    keep.unlink(missing_ok=True)
+    return card
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description="Train the built-in detector on procedural clips.")
+    parser.add_argument("out", type=Path)
+    for name, value in asdict(DetectorConfig()).items():
+        parser.add_argument(f"--{name}", type=type(value), default=value)
+    parser.add_argument("--start", type=Path, help="weights to train on from")
+    parser.add_argument("--threads", type=int, default=1)
+    options = parser.parse_args()
+    if not options.out.parent.is_dir():
+        parser.error(f"the folder {options.out.parent} does not exist; make it first")
+    torch.set_num_threads(options.threads)
+    config = DetectorConfig(**{name: getattr(options, name) for name in asdict(DetectorConfig())})
+    print(json.dumps(make_weights(options.out, config, options.start)))
+
+
+if __name__ == "__main__":
+    main()
