@@ -12,7 +12,7 @@ from latte.diffusion.process import DiffusionConfig, build_process
 from latte.model.latte import Latte
 from latte.profile.flops import count
 from latte.train.distributed import Group
-from latte.train.optim import Learner
+from latte.train.optim import TrainState
 from latte.train.step import Task, backward
 
 
@@ -25,7 +25,7 @@ def train_step(
     task = Task(
         model.train(), model, process, objective, None, 0, options.batch, options.micro_batch, device, dtype
     )
-    learner, group, positions = Learner(model, 1e-4, 0.0, 0.9999), Group(), list(range(options.batch))
+    learner, group, positions = TrainState(model, 1e-4, 0.0, 0.9999), Group(), list(range(options.batch))
     video = torch.randn(options.batch, config.num_frames, config.latent_channels, *config.grid_size)
     label = None if config.num_classes is None else torch.zeros(options.batch, dtype=torch.int64)
 

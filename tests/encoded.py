@@ -23,7 +23,7 @@ def pixels():
 class Drawn:
     """A stochastic codec: pixels plus noise. Its ``encode`` calls ``before()`` first."""
 
-    name, identity, channels, downscale, stochastic = "drawn", "0123456789abcdef", 3, 1, True
+    name, fingerprint, channels, downscale, stochastic = "drawn", "0123456789abcdef", 3, 1, True
     before = staticmethod(lambda: None)
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:

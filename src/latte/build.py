@@ -76,9 +76,9 @@ class Job:
         if dataset.quarantined and rank() == 0:
             write_quarantine(folder / "quarantine.jsonl", dataset.quarantined)
             LOG.info("%d files cannot be used, see %s", len(dataset.quarantined), folder / "quarantine.jsonl")
-        identity = self.codec.identity if self.codec else dataset.describe()["codec"]
+        fingerprint = self.codec.fingerprint if self.codec else dataset.describe()["codec"]
         text = (
-            {"text": {"encoder": self.captions.identity, "dropout": config.text.dropout}}
+            {"text": {"encoder": self.captions.fingerprint, "dropout": config.text.dropout}}
             if self.captions
             else {}
         )
@@ -95,7 +95,7 @@ class Job:
             facts={
                 "diffusion": asdict(config.diffusion),
                 "classes": list(dataset.classes),
-                "codec": identity,
+                "codec": fingerprint,
                 **text,
             },
             record=asdict(config),
@@ -132,7 +132,7 @@ def open_data(config: RunConfig, device: torch.device) -> tuple[Dataset, Codec |
     """The data set and the codec. A run on latents has one only when its path is given, or when it will draw samples."""
     needed = config.data.kind != "latents" or config.train.sample_every > 0 or config.codec.path is not None
     codec = build_codec(config.codec, device) if needed else None
-    dataset = build_dataset(config.data, codec_identity=codec.identity if codec else None)
+    dataset = build_dataset(config.data, codec_fingerprint=codec.fingerprint if codec else None)
     if isinstance(dataset, LatentDataset):
         name = dataset.settings["codec"]["name"]
         rule = f"the latents in {config.data.root} were made with codec {name!r}"
@@ -235,10 +235,10 @@ def check_captions(
     if config.text.path is not None or not TEXT_ENCODERS[made.encoder].weights:
         encoder = build_text_encoder(config.text, device)
         require(
-            encoder.identity == stored.identity,
+            encoder.fingerprint == stored.fingerprint,
             "the text encoder",
-            encoder.identity,
-            f"the captions in {root} were read by {stored.identity}",
+            encoder.fingerprint,
+            f"the captions in {root} were read by {stored.fingerprint}",
             way_out,
         )
         encoder.free()

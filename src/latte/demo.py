@@ -24,7 +24,7 @@ from latte.checks import InputError, require
 from latte.config.run import load_run
 from latte.data.procedural import DIRECTIONS, Motion, read_motion
 from latte.files import reported
-from latte.inference.outputs import Wish, write_album
+from latte.inference.outputs import SampleRequest, write_album
 from latte.inference.pipeline import Trained, load_trained
 from latte.runtime import resolve_device, resolve_dtype
 
@@ -113,7 +113,7 @@ class Grades:
 class Drawn:
     """The clips of one model: the folder of those shown, sheet and gif of them, the grades of all, and the seconds it took."""
 
-    wishes: Sequence[Wish]
+    requests: Sequence[SampleRequest]
     folder: Path
     sheet: Path
     gif: Path
@@ -145,10 +145,12 @@ def draw(
             f"{', '.join(NAMES)}; give a model of recipe shapes"
         )
     began, clips, batch = time.perf_counter(), {}, trained.sample.batch
-    wishes = [Wish(seed + index, index % len(NAMES), NAMES[index % len(NAMES)]) for index in range(graded)]
+    requests = [
+        SampleRequest(seed + index, index % len(NAMES), NAMES[index % len(NAMES)]) for index in range(graded)
+    ]
     parts = -(-shown // batch) + -(-(graded - shown) // batch)
 
-    def ask(number: int, part: Sequence[Wish]) -> Iterator[tuple[int, np.ndarray]]:
+    def ask(number: int, part: Sequence[SampleRequest]) -> Iterator[tuple[int, np.ndarray]]:
         seeds, labels = [wish.seed for wish in part], [str(wish.word) for wish in part]
         for seed_of, clip in trained.generate(
             seeds, labels, dtype=dtype, progress=tell(f"draw {graded} clips", number, parts)
@@ -156,12 +158,14 @@ def draw(
             clips[seed_of] = clip
             yield seed_of, clip
 
-    facts = {"weights": trained.weights, "codec": trained.codec.identity, "dtype": str(dtype)}
-    sheet, gif = write_album(folder, wishes[:shown], ask, facts, batch, trained.sample.fps)
+    facts = {"weights": trained.weights, "codec": trained.codec.fingerprint, "dtype": str(dtype)}
+    sheet, gif = write_album(folder, requests[:shown], ask, facts, batch, trained.sample.fps)
     for number, start in enumerate(range(shown, graded, batch), start=-(-shown // batch)):
-        list(ask(number, wishes[start : start + batch]))
-    grades = Grades([str(wish.word) for wish in wishes], [read_motion(clips[wish.seed]) for wish in wishes])
-    return Drawn(wishes[:shown], folder, sheet, gif, grades, time.perf_counter() - began)
+        list(ask(number, requests[start : start + batch]))
+    grades = Grades(
+        [str(wish.word) for wish in requests], [read_motion(clips[wish.seed]) for wish in requests]
+    )
+    return Drawn(requests[:shown], folder, sheet, gif, grades, time.perf_counter() - began)
 
 
 def learn(config: DemoConfig, device: str, say: Callable[[str], None]) -> Learnt:
@@ -241,7 +245,7 @@ def run_demo(
     return {
         "clips": [
             {"path": str(shown.folder / wish.file), "seed": wish.seed, "label": wish.word}
-            for wish in shown.wishes
+            for wish in shown.requests
         ],
         "report": str(page),
         "label_accuracy": shown.grades.accuracy,
@@ -309,7 +313,7 @@ def show(
             report.row(
                 *(
                     report.media(shown.folder / wish.file, str(wish.word), width=128)
-                    for wish in shown.wishes[: len(NAMES)]
+                    for wish in shown.requests[: len(NAMES)]
                 )
             ),
             report.media(shown.sheet, "The same clips: a row a clip, a column a frame."),

@@ -39,7 +39,7 @@ def card() -> dict:
 
 def test_the_weights_never_change(codec):
     """A model is tied to the latents that it learned: new weights need a new name, or every built-in model breaks."""
-    assert codec.identity == "e42f04ac7221ceed"
+    assert codec.fingerprint == "e42f04ac7221ceed"
 
 
 def test_size_and_card(codec, card):
@@ -100,7 +100,7 @@ def test_the_trained_file_is_a_codec(tmp_path):
     out = tmp_path / "new.safetensors"
     card = make_weights(out, AutoencoderConfig(steps=2, batch=4, clips=2, size=32))
     codec = BuiltinCodec.load(str(out), 16, "cpu")
-    assert codec.identity != "e42f04ac7221ceed"
+    assert codec.fingerprint != "e42f04ac7221ceed"
     assert card["config"]["steps"] == 2
     assert codec.encode(torch.zeros(1, 1, 3, 64, 64)).shape == (1, 1, 4, 8, 8)
 

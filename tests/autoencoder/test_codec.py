@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What holds for every codec: shapes, chunks, identity, refusals."""
+"""What holds for every codec: shapes, chunks, fingerprint, refusals."""
 
 import pytest
 import torch
@@ -122,14 +122,14 @@ def test_identity_is_of_the_numbers_not_of_the_file(tmp_path):
     )
     torch.save(dict(reversed(network.state_dict().items())), tmp_path / "b.pth")
     loaded = [
-        BuiltinCodec.load(str(tmp_path / name), 16, "cpu").identity
+        BuiltinCodec.load(str(tmp_path / name), 16, "cpu").fingerprint
         for name in ("a.safetensors", "half.safetensors", "b.pth")
     ]
     assert len(set(loaded)) == 1
     assert len(loaded[0]) == 16
     assert int(loaded[0], 16) >= 0
     network.encoder[1].weight.data[0, 0, 0, 0] += 1e-3
-    assert BuiltinCodec(network).identity != loaded[0]
+    assert BuiltinCodec(network).fingerprint != loaded[0]
 
 
 def test_identity_knows_name_and_scale():
@@ -139,8 +139,8 @@ def test_identity_knows_name_and_scale():
     class Scaled(PixelCodec):
         scale = 2.0
 
-    identities = {kind(nn.Identity()).identity for kind in (PixelCodec, Renamed, Scaled)}
-    assert len(identities) == 3
+    fingerprints = {kind(nn.Identity()).fingerprint for kind in (PixelCodec, Renamed, Scaled)}
+    assert len(fingerprints) == 3
 
 
 @pytest.mark.parametrize("size", [(20, 24), (16, 12), (0, 8)])

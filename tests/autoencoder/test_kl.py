@@ -75,12 +75,12 @@ def test_the_scale_of_the_weights_is_kept(pipeline):
     after = load(pipeline)
     frames = noise(1, 1, 3, 16, 16).clamp(-1, 1)
     torch.testing.assert_close(after.encode(frames) / 0.5, before.encode(frames) / 0.18215)
-    assert after.identity != before.identity
+    assert after.fingerprint != before.fingerprint
 
 
 def test_layouts_names_and_containers_are_one_codec(pipeline):
-    identity = load(pipeline).identity
-    assert load(pipeline / "vae").identity == identity
+    fingerprint = load(pipeline).fingerprint
+    assert load(pipeline / "vae").fingerprint == fingerprint
     weights = pipeline / "vae" / "diffusion_pytorch_model.safetensors"
     old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
     tensors, renamed = load_file(weights), 0
@@ -90,10 +90,10 @@ def test_layouts_names_and_containers_are_one_codec(pipeline):
         tensors |= {key.replace(f".{new}.", f".{name}."): tensors.pop(key) for key in hits}
     assert renamed == 16  # weight and bias of four projections in two attentions
     save_file(tensors, weights)
-    assert load(pipeline).identity == identity
+    assert load(pipeline).fingerprint == fingerprint
     weights.unlink()
     torch.save(tensors, weights.with_suffix(".bin"))
-    assert load(pipeline).identity == identity
+    assert load(pipeline).fingerprint == fingerprint
 
 
 def test_stable_diffusion_1_4_fits():
@@ -176,7 +176,7 @@ def test_a_hub_id_is_read_as_a_folder_is(pipeline, monkeypatch):
         return str(pipeline / name)
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
-    assert load("someone/something").identity == load(pipeline).identity
+    assert load("someone/something").fingerprint == load(pipeline).fingerprint
     assert asked[0] == ("someone/something", "vae/config.json")
     (pipeline / "vae" / "diffusion_pytorch_model.safetensors").unlink()
     with pytest.raises(InputError, match="half downloaded"):

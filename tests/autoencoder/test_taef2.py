@@ -81,7 +81,7 @@ def test_safetensors_and_pth_are_the_same_codec(folder, tmp_path_factory):
     codec = Taef2Codec.load(str(folder), 16, "cpu")
     for part in ("encoder", "decoder"):
         torch.save(codec.network[part].state_dict(), other / f"taef2_{part}.pth")
-    assert Taef2Codec.load(str(other), 16, "cpu").identity == codec.identity
+    assert Taef2Codec.load(str(other), 16, "cpu").fingerprint == codec.fingerprint
 
 
 def test_a_missing_half_is_named(folder):

@@ -52,10 +52,10 @@ def test_released_file_to_our_folder_and_back_bit_for_bit(latte, released, tmp_p
 def test_a_run_goes_out_and_comes_back_with_what_it_knows(latte, run_folder, tmp_path):
     assert latte("convert", run_folder, "ours").code == 0
     ours, run = load_trained(tmp_path / "ours", "cpu"), load_trained(run_folder, "cpu")
-    assert (ours.weights, ours.classes, ours.codec.identity, ours.diffusion) == (
+    assert (ours.weights, ours.classes, ours.codec.fingerprint, ours.diffusion) == (
         run.weights,
         run.classes,
-        run.codec.identity,
+        run.codec.fingerprint,
         run.diffusion,
     )
     assert latte("convert", run_folder, "out.pt", "--to", "official").code == 0

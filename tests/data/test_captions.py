@@ -56,7 +56,7 @@ def test_every_distinct_caption_is_encoded_once_and_the_empty_one_too():
     assert [caption for part in encoder.asked for caption in part] == ["", *captions[:40]]
     assert max(map(len, encoder.asked)) == AT_ONCE
     assert said == [(32, 41), (41, 41)]
-    assert (features.identity, features.length) == (encoder.identity, 4)
+    assert (features.fingerprint, features.length) == (encoder.fingerprint, 4)
 
 
 def test_all_lengths_are_checked_before_anything_is_encoded(tmp_path):
@@ -129,11 +129,11 @@ def test_stored_features_are_those_of_the_encoder_and_are_made_once(tmp_path):
     assert store_captions(tmp_path, encoder, captions, size=2) == 4
     parts = [{"file": path.name, "bytes": path.stat().st_size} for path in sorted(tmp_path.glob(CAPTIONS))]
     assert [part["file"] for part in parts] == ["captions-00000.safetensors", "captions-00001.safetensors"]
-    assert list_parts(tmp_path) == {"encoder": "builtin", "identity": encoder.identity, "parts": parts}
+    assert list_parts(tmp_path) == {"encoder": "builtin", "identity": encoder.fingerprint, "parts": parts}
     assert [len(load_file(tmp_path / part["file"])) for part in parts] == [2, 2]
     calls, found = len(encoder.asked), stored(tmp_path, captions, 7)
-    assert (found.identity, found.length, len(found.features), sorted(found.features)) == (
-        encoder.identity,
+    assert (found.fingerprint, found.length, len(found.features), sorted(found.features)) == (
+        encoder.fingerprint,
         7,
         4,
         sorted(["", *captions]),
@@ -325,13 +325,13 @@ def test_the_single_file_of_former_folders_is_still_read_and_added_to(tmp_path):
         f"caption:{caption}": tokens.float()
         for caption, tokens in encode_captions(encoder, captions[1:]).features.items()
     }
-    made = {PLAN: json.dumps({"identity": encoder.identity, "encoder": "builtin"})}
+    made = {PLAN: json.dumps({"identity": encoder.fingerprint, "encoder": "builtin"})}
     save_file(former, out / SINGLE, metadata=made)
     entry = {
         "file": SINGLE,
         "bytes": (out / SINGLE).stat().st_size,
         "encoder": "builtin",
-        "identity": encoder.identity,
+        "identity": encoder.fingerprint,
     }
     (out / MANIFEST).write_text(json.dumps({**manifest, "captions": entry}))
     features = stored_captions(out, read_manifest(out)["captions"], captions[1:], 8)
@@ -425,7 +425,7 @@ def test_encoding_with_a_text_encoder_keeps_every_distinct_caption(tmp_path):
     features = stored_captions(tmp_path / "out", dataset.manifest["captions"], dataset.captions, 8)
     assert torch.equal(features(dataset.captions)[0], BuiltinEncoder(8).encode(dataset.captions)[0])
     manifest, before = read_manifest(tmp_path / "out"), contents(tmp_path / "out")
-    assert (manifest["captions"]["identity"], manifest["complete"]) == (BuiltinEncoder().identity, True)
+    assert (manifest["captions"]["identity"], manifest["complete"]) == (BuiltinEncoder().fingerprint, True)
     encode_dataset(config, pixels(), tmp_path / "out", text=BuiltinEncoder(8))
     assert contents(tmp_path / "out") == before
 

@@ -28,7 +28,7 @@ def videos(tmp_path_factory) -> Path:
     [{}, {"interval": 1, "frames": 5}, {"rule": "linspace"}, {"rule": "time", "fps": 25.0}, {"flip": False}],
 )
 def test_clips_are_those_of_the_folder(videos, tmp_path, changes):
-    """With the identity as codec and float32, the clip of every draw is the same to the last bit: start, mirror image, label, key."""
+    """With the fingerprint as codec and float32, the clip of every draw is the same to the last bit: start, mirror image, label, key."""
     config = folder_config(videos, **changes)
     encode_dataset(config, pixels(), tmp_path / "out", dtype="float32", cache_dir=tmp_path)
     source, latents = FolderDataset(config, tmp_path), LatentDataset(latents_of(config, tmp_path / "out"))
@@ -66,7 +66,7 @@ def test_latents_are_what_the_codec_makes_of_the_frames(tmp_path):
     encode_dataset(config, codec, tmp_path / "out")
     source, latents = (
         ProceduralDataset(config),
-        build_dataset(latents_of(config, tmp_path / "out"), codec_identity=codec.identity),
+        build_dataset(latents_of(config, tmp_path / "out"), codec_fingerprint=codec.fingerprint),
     )
     assert len(latents) == 6
     assert latents.latent
@@ -129,7 +129,7 @@ def truncate(out: Path) -> None:
 )
 def test_what_does_not_fit_is_refused_with_its_reason(made, spoil, changes, message):
     config = latents_of(SHAPES, made)
-    LatentDataset(config, pixels().identity)
+    LatentDataset(config, pixels().fingerprint)
     spoil(made)
     with pytest.raises(InputError, match=message) as caught:
         LatentDataset(replace(config, **changes))
@@ -138,7 +138,7 @@ def test_what_does_not_fit_is_refused_with_its_reason(made, spoil, changes, mess
 
 def test_latents_of_another_codec_are_refused(made):
     with pytest.raises(
-        InputError, match=f"made with codec pixels {pixels().identity}, but this run's codec is {'0' * 16}"
+        InputError, match=f"made with codec pixels {pixels().fingerprint}, but this run's codec is {'0' * 16}"
     ):
         LatentDataset(latents_of(SHAPES, made), "0" * 16)
 
@@ -154,7 +154,7 @@ def test_the_description_follows_the_content_alone(made, tmp_path):
     config = latents_of(SHAPES, made)
     first = LatentDataset(config).describe()
     assert json.loads(json.dumps(first)) == first
-    assert first["codec"] == pixels().identity
+    assert first["codec"] == pixels().fingerprint
     encode_dataset(SHAPES, pixels(), tmp_path / "again", shard_bytes=1)
     assert LatentDataset(latents_of(SHAPES, tmp_path / "again")).describe() == first
     encode_dataset(replace(SHAPES, num_clips=5), pixels(), tmp_path / "fewer")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Laws and closed forms of the Frechet distance, and its bias floor. The numbers are the identity groups of the evaluation reference."""
+"""Laws and closed forms of the Frechet distance, and its bias floor. The numbers are the fingerprint groups of the evaluation reference."""
 
 import math
 import time

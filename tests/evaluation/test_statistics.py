@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Inception Score, kernel distances, precision and recall against loops and closed forms; intervals and extrapolation against the truth.
 
-The numbers are the identity groups of the evaluation reference.
+The numbers are the fingerprint groups of the evaluation reference.
 """
 
 import math

@@ -23,8 +23,8 @@ def test_it_is_small_and_has_a_card():
 def test_it_obeys_its_label():
     trained = load_trained("builtin", device="cpu")
     assert trained.classes == list(DIRECTIONS)
-    wishes = trained.classes * 4
-    clips = [clip for _, clip in trained.generate(range(len(wishes)), wishes)]
+    requests = trained.classes * 4
+    clips = [clip for _, clip in trained.generate(range(len(requests)), requests)]
     assert clips[0].shape == (8, 64, 64, 3)
     motions = [read_motion(clip) for clip in clips]
-    assert sum(motion.direction == wish for motion, wish in zip(motions, wishes, strict=True)) >= 13
+    assert sum(motion.direction == wish for motion, wish in zip(motions, requests, strict=True)) >= 13

@@ -9,9 +9,9 @@ from PIL import Image
 
 from latte.checks import InputError, RunError
 from latte.data.media import read_frames
-from latte.inference.outputs import Wish, mosaic, write_album
+from latte.inference.outputs import SampleRequest, mosaic, write_album
 
-WISHES = [Wish(seed, seed % 2, ("up", "a/../b")[seed % 2]) for seed in range(5)]
+WISHES = [SampleRequest(seed, seed % 2, ("up", "a/../b")[seed % 2]) for seed in range(5)]
 FACTS = {"steps": 3, "size": (8, 8)}
 
 
@@ -58,21 +58,21 @@ def test_a_second_run_draws_nothing_and_changes_nothing(tmp_path):
 
 def test_prompts_are_kept_and_two_that_begin_alike_have_files_of_their_own(tmp_path):
     long = "a very long prompt that says much about what is to be seen, and then "
-    wishes = [Wish(seed, prompt=long + word) for seed, word in enumerate(("red", "blue"))]
-    write_album(tmp_path, wishes, Painter(), FACTS, batch=2, fps=8)
-    assert wishes[0].file.startswith("seed-0000-a-very-long-prompt-that-says-much-about-")
+    requests = [SampleRequest(seed, prompt=long + word) for seed, word in enumerate(("red", "blue"))]
+    write_album(tmp_path, requests, Painter(), FACTS, batch=2, fps=8)
+    assert requests[0].file.startswith("seed-0000-a-very-long-prompt-that-says-much-about-")
     assert json.loads((tmp_path / "album.json").read_text())["prompts"] == {
-        wish.file: wish.prompt for wish in wishes
+        wish.file: wish.prompt for wish in requests
     }
-    painter, other = Painter(), [wishes[0], Wish(1, prompt=long + "green")]
-    assert other[1].file != wishes[1].file
-    assert Wish(1, prompt="caf\u00e9").file != Wish(1, prompt="caf").file
+    painter, other = Painter(), [requests[0], SampleRequest(1, prompt=long + "green")]
+    assert other[1].file != requests[1].file
+    assert SampleRequest(1, prompt="caf\u00e9").file != SampleRequest(1, prompt="caf").file
     write_album(tmp_path, other, painter, FACTS, batch=1, fps=8)
     assert painter.drawn == [1]
     assert json.loads((tmp_path / "album.json").read_text())["prompts"] == {
-        wish.file: wish.prompt for wish in (*wishes, other[1])
+        wish.file: wish.prompt for wish in (*requests, other[1])
     }
-    assert (tmp_path / wishes[1].file).is_file()
+    assert (tmp_path / requests[1].file).is_file()
 
 
 @pytest.mark.parametrize("stop", range(5))
@@ -128,7 +128,7 @@ def test_a_folder_that_cannot_be_made_is_told(tmp_path):
 
 @pytest.mark.parametrize("word", ["../../etc/x", "a\nb", "", "ü" * 300, ".", "a\x00b", "-", "C:\\x", None])
 def test_a_hostile_class_name_stays_inside_the_folder(word):
-    name = Wish(1, 0, word).file
+    name = SampleRequest(1, 0, word).file
     assert name.isascii()
     assert "/" not in name
     assert "\\" not in name
@@ -137,11 +137,11 @@ def test_a_hostile_class_name_stays_inside_the_folder(word):
 
 
 def test_names_of_clips_differ_by_seed_and_label():
-    wishes = [Wish(seed, label, "x/y") for seed in range(3) for label in (None, -1, 0, 1)]
-    assert Wish(7, 2, "left").file == "seed-0007-2-left.mp4"
-    assert Wish(7, -1, "none").file == "seed-0007-none.mp4"
-    assert Wish(7).file == "seed-0007.mp4"
-    assert len({wish.file for wish in wishes if wish.label != -1}) == 9
+    requests = [SampleRequest(seed, label, "x/y") for seed in range(3) for label in (None, -1, 0, 1)]
+    assert SampleRequest(7, 2, "left").file == "seed-0007-2-left.mp4"
+    assert SampleRequest(7, -1, "none").file == "seed-0007-none.mp4"
+    assert SampleRequest(7).file == "seed-0007.mp4"
+    assert len({wish.file for wish in requests if wish.label != -1}) == 9
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 9])

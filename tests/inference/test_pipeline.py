@@ -65,7 +65,7 @@ def test_a_text_run_comes_back_with_its_reader_and_so_does_its_folder(text_run, 
     save_trained(trained, tmp_path / "w")
     again = load_trained(tmp_path / "w", "cpu")
     assert (again.model.config, again.reader.config) == (trained.model.config, trained.reader.config)
-    assert again.reader.identity == trained.reader.identity
+    assert again.reader.fingerprint == trained.reader.fingerprint
     clips = [next(one.generate([7], prompts=["a red circle moves up"]))[1] for one in (trained, again)]
     assert (clips[0] == clips[1]).all()
     plain = LatteText.from_pretrained(str(tmp_path / "w"))
@@ -75,7 +75,7 @@ def test_a_text_run_comes_back_with_its_reader_and_so_does_its_folder(text_run, 
 
 
 def test_another_text_encoder_than_the_runs_is_refused(text_run, monkeypatch):
-    monkeypatch.setattr(BuiltinEncoder, "identity", "0" * 16)
+    monkeypatch.setattr(BuiltinEncoder, "fingerprint", "0" * 16)
     with pytest.raises(
         InputError, match="the text encoder is 'builtin 0000000000000000', but the model learned with"
     ):

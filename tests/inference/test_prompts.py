@@ -105,7 +105,7 @@ def test_each_prompt_is_encoded_once_and_the_encoder_freed_before_the_model_runs
 
 
 def test_another_encoder_than_the_models_is_refused():
-    reader = PromptReader(TextEncoderConfig(name="builtin"), "cpu", identity="0" * 16)
+    reader = PromptReader(TextEncoderConfig(name="builtin"), "cpu", fingerprint="0" * 16)
     with pytest.raises(InputError, match="the model learned with 0000"):
         reader(["red"])
 
@@ -120,16 +120,16 @@ def test_prompts_may_be_read_in_other_bits_than_the_captions_and_this_is_told(tm
     config = TextEncoderConfig(name="t5", path=str(tmp_path), length=10, bits=learned)
     before = PromptReader(config, "cpu")
     before.learn(["a red circle"])
-    identity = before.identity
+    fingerprint = before.fingerprint
     with caplog.at_level(logging.WARNING, "latte"):
-        PromptReader(config, "cpu", identity).learn(["a red circle"])
+        PromptReader(config, "cpu", fingerprint).learn(["a red circle"])
     assert not caplog.records, "the same bits"
-    reader = PromptReader(replace(config, bits=None if learned else 8), "cpu", identity)
+    reader = PromptReader(replace(config, bits=None if learned else 8), "cpu", fingerprint)
     for prompt in ("a red circle", "up", "down"):
         reader.learn([prompt])
-    assert (reader.identity, reader.used) == (
-        identity,
-        f"{identity}-8bit" if learned is None else identity.removesuffix("-8bit"),
+    assert (reader.fingerprint, reader.used) == (
+        fingerprint,
+        f"{fingerprint}-8bit" if learned is None else fingerprint.removesuffix("-8bit"),
     )
     assert [record.message.split(":")[-1] for record in caplog.records] == [
         " the same weights, held in other bits"
@@ -138,7 +138,7 @@ def test_prompts_may_be_read_in_other_bits_than_the_captions_and_this_is_told(tm
     network.encoder.final_layer_norm.weight.data += 1
     network.save_pretrained(tmp_path)
     with pytest.raises(InputError, match="the model learned with"):
-        PromptReader(reader.config, "cpu", identity).learn(["up"])
+        PromptReader(reader.config, "cpu", fingerprint).learn(["up"])
 
 
 def test_wrong_prompts_are_refused(trained):

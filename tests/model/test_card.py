@@ -71,7 +71,7 @@ def test_a_weights_folder_has_all_the_facts_on_its_card_and_in_its_config(tmp_pa
         "| data | kind procedural, frames 4 |",
         "| step | 7000 |",
         "| classes | up, down |",
-        "| autoencoder | name builtin, identity e42f04ac7221ceed |",
+        "| autoencoder | name builtin, fingerprint e42f04ac7221ceed |",
         f"| weights, sha256 | {config['weights_sha256']} |",
         "| fvd | 123.456 (90 % interval 120 to 127), protocol paper-fvd-16, manifest 0123456789ab |",
     ):

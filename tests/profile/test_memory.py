@@ -9,7 +9,7 @@ from support import noise, wake
 
 from latte.model.latte import Latte, ModelConfig
 from latte.profile import memory
-from latte.train.optim import Learner
+from latte.train.optim import TrainState
 
 TINY = ModelConfig(depth=4, width=32, heads=4, latent_size=8, num_frames=4, num_classes=5)
 
@@ -96,7 +96,7 @@ def test_activations_grow_with_the_clips_and_the_blocks():
 
 def test_states_are_those_of_a_learner_that_has_learnt():
     model = Latte(TINY)
-    learner = Learner(model, 1e-3, 0.0, 0.9)
+    learner = TrainState(model, 1e-3, 0.0, 0.9)
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
     gradients = sum(parameter.grad.nbytes for parameter in model.parameters())

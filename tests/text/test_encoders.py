@@ -84,7 +84,7 @@ def test_a_prompt_that_is_too_long_is_refused_with_its_count():
 
 
 def test_the_identity_does_not_depend_on_the_length_and_is_what_it_was():
-    assert BuiltinEncoder(5).identity == BuiltinEncoder(50).identity == "42fe47537a92ad44", (
+    assert BuiltinEncoder(5).fingerprint == BuiltinEncoder(50).fingerprint == "42fe47537a92ad44", (
         "features of finished runs would mean something else"
     )
 
@@ -188,11 +188,11 @@ def test_t5_is_read_when_it_is_needed_and_freed(t5, monkeypatch):
     encoder = build_text_encoder(TextEncoderConfig(name="t5", path=str(t5), length=10))
     assert (encoder.channels, encoder.length, reads) == (12, 10, [])
     before = encoder.encode(SHAPES)[0]
-    identity = encoder.identity
+    fingerprint = encoder.fingerprint
     encoder.free()
     assert encoder.parts is None
-    assert encoder.identity == identity
-    assert len(reads) == 1, "the identity is remembered"
+    assert encoder.fingerprint == fingerprint
+    assert len(reads) == 1, "the fingerprint is remembered"
     assert torch.equal(encoder.encode(SHAPES)[0], before)
     assert len(reads) == 2
     assert build_text_encoder(TextEncoderConfig(name="t5", path=str(t5))).length == 120
@@ -200,19 +200,19 @@ def test_t5_is_read_when_it_is_needed_and_freed(t5, monkeypatch):
 
 def test_the_identity_is_that_of_weights_structure_and_words(t5, tmp_path):
     encoder, tokenizer = tiny_t5()
-    identity = T5Encoder(str(t5)).identity
+    fingerprint = T5Encoder(str(t5)).fingerprint
     (tmp_path / "pipeline").mkdir()
     encoder.save_pretrained(tmp_path / "pipeline/text_encoder", max_shard_size="2KB")
     tokenizer.save_pretrained(tmp_path / "pipeline/tokenizer")
-    assert T5Encoder(str(tmp_path / "pipeline")).identity == identity, "split, and in two folders"
+    assert T5Encoder(str(tmp_path / "pipeline")).fingerprint == fingerprint, "split, and in two folders"
     with torch.no_grad():
         encoder.encoder.final_layer_norm.weight[0] += 1e-3
     encoder.save_pretrained(tmp_path / "pipeline/text_encoder", max_shard_size="2KB")
-    others = [T5Encoder(str(tmp_path / "pipeline")).identity]
+    others = [T5Encoder(str(tmp_path / "pipeline")).fingerprint]
     card = json.loads((t5 / "config.json").read_text())
     (t5 / "config.json").write_text(json.dumps({**card, "relative_attention_max_distance": 64}))
-    others.append(T5Encoder(str(t5)).identity)
-    assert len({identity, *others}) == 3
+    others.append(T5Encoder(str(t5)).fingerprint)
+    assert len({fingerprint, *others}) == 3
 
 
 def test_the_identity_of_a_t5_is_what_it_was(t5):
@@ -220,18 +220,18 @@ def test_the_identity_of_a_t5_is_what_it_was(t5):
     for parameter in network.parameters():
         parameter.data.fill_(0.5)
     network.save_pretrained(t5)
-    assert T5Encoder(str(t5)).identity == "cf23085f081215c9", "finished runs would ask for another encoder"
+    assert T5Encoder(str(t5)).fingerprint == "cf23085f081215c9", "finished runs would ask for another encoder"
 
 
-def test_weights_that_changed_since_they_were_freed_have_another_identity(t5):
+def test_weights_that_changed_since_they_were_freed_have_another_fingerprint(t5):
     encoder = T5Encoder(str(t5), 10)
-    before = encoder.identity
+    before = encoder.fingerprint
     encoder.free()
     network, _ = tiny_t5()
     network.encoder.final_layer_norm.weight.data += 1
     network.save_pretrained(t5)
     encoder.encode(["up"])
-    assert encoder.identity != before
+    assert encoder.fingerprint != before
 
 
 @pytest.mark.parametrize(
@@ -350,13 +350,13 @@ def test_features_in_eight_bits_do_not_depend_on_company_and_are_freed(t5):
 
 @needs_bitsandbytes
 def test_eight_bits_are_told_beside_the_identity_of_the_weights(t5):
-    plain, eight = T5Encoder(str(t5)).identity, T5Encoder(str(t5), bits=8).identity
-    assert eight == T5Encoder(str(t5), bits=8).identity == f"{plain}-8bit"
+    plain, eight = T5Encoder(str(t5)).fingerprint, T5Encoder(str(t5), bits=8).fingerprint
+    assert eight == T5Encoder(str(t5), bits=8).fingerprint == f"{plain}-8bit"
     assert same_weights(plain, eight)
     network, _ = tiny_t5()
     network.encoder.block[0].layer[0].SelfAttention.q.weight.data *= 2  # changes the scales alone
     network.save_pretrained(t5)
-    assert not same_weights(T5Encoder(str(t5), bits=8).identity, eight)
+    assert not same_weights(T5Encoder(str(t5), bits=8).fingerprint, eight)
 
 
 @needs_bitsandbytes

@@ -70,7 +70,7 @@ def failure_of_the_first(rank: int) -> str:
 
     with distributed.process_group(torch.device("cpu")) as group:
         try:
-            group.first(fail)
+            group.run_on_rank0(fail)
         except RunError as error:
             return str(error)
     return "nothing"
@@ -129,8 +129,8 @@ def test_what_fails_in_the_first_fails_in_both(pair):
 
 def test_alone_everything_is_a_plain_call():
     group, tensor = Group(), torch.ones(2)
-    group.add([tensor])
-    group.equalise([tensor])
+    group.all_reduce([tensor])
+    group.broadcast([tensor])
     assert tensor.tolist() == [1.0, 1.0]
-    assert group.largest(3) == 3
-    assert group.first(lambda a, b: a + b, 1, 2) == 3
+    assert group.max(3) == 3
+    assert group.run_on_rank0(lambda a, b: a + b, 1, 2) == 3

@@ -11,20 +11,20 @@ from rich.console import Console
 
 from latte.checks import RunError
 from latte.train import monitor
-from latte.train.monitor import MetricsFile, Progress, Tally, duration
+from latte.train.monitor import MetricsAccumulator, MetricsFile, Progress, duration
 
 CPU = torch.device("cpu")
 
 
 def test_lines_are_means_and_a_checkpoint_between_them_changes_nothing():
     numbers = torch.arange(24.0).view(6, 4) / 7
-    tally, part = Tally(CPU, {}), Tally(CPU, {})
+    tally, part = MetricsAccumulator(CPU, {}), MetricsAccumulator(CPU, {})
     for row in numbers:
         tally.add(row, 3, 0.0)
     for row in numbers[:2]:
         part.add(row, 3, 0.0)
     assert part.latest_loss() == pytest.approx(numbers[:2, 0].mean().item())
-    rest = Tally(CPU, json.loads(json.dumps(part.state())))
+    rest = MetricsAccumulator(CPU, json.loads(json.dumps(part.state())))
     for row in numbers[2:]:
         rest.add(row, 3, 0.0)
     line, other = tally.line(), rest.line()
@@ -35,7 +35,7 @@ def test_lines_are_means_and_a_checkpoint_between_them_changes_nothing():
 
 
 def test_time_goes_on_over_restarts_and_pauses_do_not_count_for_the_rate():
-    tally = Tally(CPU, {"seconds": 100.0, "cpu_seconds": 50.0})
+    tally = MetricsAccumulator(CPU, {"seconds": 100.0, "cpu_seconds": 50.0})
     with tally.pause():
         time.sleep(0.2)
     tally.add(torch.zeros(4), 10, 0.0)
@@ -66,7 +66,7 @@ def test_a_file_that_cannot_be_written_is_one_line(tmp_path):
 
 
 def steps(progress: Progress, total: int) -> None:
-    tally = Tally(CPU, {})
+    tally = MetricsAccumulator(CPU, {})
     with progress:
         for step in range(1, total + 1):
             tally.add(torch.tensor([0.25, 0.0, 0.0, 1.0]), 2, 0.0)

@@ -12,7 +12,7 @@ from latte.checks import InputError, RunError
 from latte.train.distributed import Group
 from latte.train.optim import (
     FiniteGuard,
-    Learner,
+    TrainState,
     build_optimizer,
     clip_gradients,
     learning_rate,
@@ -116,7 +116,7 @@ def test_another_models_state_is_refused(change):
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("place", ["loss", "gradient"])
 def test_a_number_that_is_none_never_reaches_weights_or_average(bad, place):
-    learner = Learner(layer(), 1e-2, 0.0, 0.9)
+    learner = TrainState(layer(), 1e-2, 0.0, 0.9)
     losses = torch.zeros(3)
     for step in (1, 2):
         with_gradient(learner.model, step)

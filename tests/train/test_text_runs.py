@@ -75,7 +75,7 @@ def test_a_run_goes_on_with_its_own_text_only(tmp_path, word, told):
 
 def test_a_run_goes_on_with_its_own_text_encoder_only(tmp_path, monkeypatch):
     train(tmp_path, "train.steps=1")
-    monkeypatch.setattr(BuiltinEncoder, "identity", "0" * 16)
+    monkeypatch.setattr(BuiltinEncoder, "fingerprint", "0" * 16)
     with pytest.raises(InputError, match=r"text.encoder: the run has .*, you gave .0000"):
         train(tmp_path, "train.steps=2")
 
@@ -134,7 +134,7 @@ def test_features_of_another_encoder_are_refused(tmp_path, monkeypatch):
         train(tmp_path / "run", *words, "text.name=t5")
     with pytest.raises(InputError, match=r"text.length is 4, but caption .* has 6 tokens"):
         train(tmp_path / "run", *words, "text.length=4")
-    monkeypatch.setattr(BuiltinEncoder, "identity", "0" * 16)
+    monkeypatch.setattr(BuiltinEncoder, "fingerprint", "0" * 16)
     with pytest.raises(InputError, match=r"the text encoder is '0000.*were read by"):
         train(tmp_path / "run", *words)
     assert not (tmp_path / "run").exists()

@@ -58,7 +58,7 @@ class Codec(ABC):
         """(n c h w), scaled -> (n 3 H W), about [-1, 1]."""
 
     @cached_property
-    def identity(self) -> str:
+    def fingerprint(self) -> str:
         """16 hex digits of SHA-256 over name, scale and weights (as float32): the same from any file name or container."""
         digest = hashlib.sha256(f"{self.name} {self.scale!r}".encode())
         for key, tensor in sorted(self.network.state_dict().items()):

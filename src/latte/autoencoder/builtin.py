@@ -19,7 +19,7 @@ WEIGHTS = Path(__file__).with_name("builtin.safetensors")
 
 
 class Residual(nn.Module):
-    """x + conv(relu(conv(relu(x)))), (n c h w) -> the same; the identity at the start of training."""
+    """x + conv(relu(conv(relu(x)))), (n c h w) -> the same; the fingerprint at the start of training."""
 
     def __init__(self, channels: int):
         super().__init__()

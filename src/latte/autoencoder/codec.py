@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which codec: frames <-> latents by name.
 
-A model is tied to the codec whose latents it learned; ``Codec.identity`` is written into checkpoints and latent shards, and
+A model is tied to the codec whose latents it learned; ``Codec.fingerprint`` is written into checkpoints and latent shards, and
 checked when they are used again.
 """
 

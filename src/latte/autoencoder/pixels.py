@@ -11,7 +11,7 @@ from latte.checks import require
 
 
 class PixelCodec(Codec):
-    """The identity: (n 3 H W) -> the same."""
+    """The fingerprint: (n 3 H W) -> the same."""
 
     name, channels, downscale = "pixels", 3, 1
 

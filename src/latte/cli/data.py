@@ -105,7 +105,7 @@ def inspect(
     speak()
     config, _ = load_source(source, overrides)
     codec = build_codec(config.codec, resolve_device(device)) if config.data.kind == "latents" else None
-    dataset = build_dataset(config.data, codec_identity=codec.identity if codec else None)
+    dataset = build_dataset(config.data, codec_fingerprint=codec.fingerprint if codec else None)
     items = items_of_step(seed, 0, min(count, len(dataset)), len(dataset))
     clips = [dataset.clip(item, generator(seed, "inspect", item)) for item in items]
     videos = [codec.decode(clip.video[None])[0] if codec else clip.video for clip in clips]

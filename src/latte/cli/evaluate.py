@@ -15,7 +15,7 @@ from latte.cli.options import Debug, Device, Json, show, speak, table, tell
 if TYPE_CHECKING:
     from latte.evaluation.evaluate import EvaluateConfig
     from latte.evaluation.sources import Side
-    from latte.inference.outputs import Wish
+    from latte.inference.outputs import SampleRequest
 
 SAMPLES, PROBES = "samples", "probes"
 Folder = "A folder of videos or of frame folders, or latent shards"
@@ -230,17 +230,17 @@ def sample_fakes(
 
     trained = load_trained(model, device, codec_path)
     config = replace(trained.sample, fps=fps or trained.sample.fps)
-    wishes = wish(trained, None, count, seed)
+    requests = wish(trained, None, count, seed)
     facts = {key: value for key, value in asdict(config).items() if key != "batch"}
-    facts |= {"weights": trained.weights, "codec": trained.codec.identity}
+    facts |= {"weights": trained.weights, "codec": trained.codec.fingerprint}
     batches = -(-count // config.batch)
 
-    def draw(number: int, part: Sequence["Wish"]) -> Iterator[tuple[int, Any]]:
+    def draw(number: int, part: Sequence["SampleRequest"]) -> Iterator[tuple[int, Any]]:
         labels = [one.label for one in part if one.label is not None] or None
         progress = tell("sample", number, batches)
         return trained.generate([one.seed for one in part], labels, config=config, progress=progress)
 
-    write_album(folder, wishes, draw, facts, config.batch, config.fps)
+    write_album(folder, requests, draw, facts, config.batch, config.fps)
     rule = "none" if trained.model.config.num_classes is None else "classes in turn"
     return {"step": step_of(Path(model)), "weights": "EMA", "class_rule": rule, "sampling_seed": seed}
 

@@ -14,7 +14,7 @@ from latte.checks import InputError, require
 from latte.cli.options import Debug, Device, Dtype, Json, show, speak, tell
 
 if TYPE_CHECKING:
-    from latte.inference.outputs import Wish
+    from latte.inference.outputs import SampleRequest
     from latte.inference.pipeline import Trained
 
 Model = Annotated[
@@ -174,7 +174,7 @@ def sample(
     trained = load_trained(model, device, codec_path, text_encoder, read, lora, decoder, text_bits, offload)
     config = replace(trained.sample, **{key: value for key, value in chosen.items() if value is not None})
     trained.check_prompts(bool(texts))
-    wishes = wish_texts(texts, count, seed) if texts else wish(trained, labels, count, seed)
+    requests = wish_texts(texts, count, seed) if texts else wish(trained, labels, count, seed)
     kind, idle = (
         ("text", {"--labels": labels})
         if trained.reader
@@ -204,9 +204,9 @@ def sample(
         or Path("samples")
         / f"{Path(trained.name).name}-{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:8]}"
     )
-    batches = -(-len(wishes) // config.batch)
+    batches = -(-len(requests) // config.batch)
 
-    def draw(number: int, part: Sequence["Wish"]) -> Iterator[tuple[int, Any]]:
+    def draw(number: int, part: Sequence["SampleRequest"]) -> Iterator[tuple[int, Any]]:
         labels_of = [one.label for one in part if one.label is not None] or None
         prompts_of = [one.prompt for one in part if one.prompt is not None] or None
         told = {"labels": labels_of, "prompts": prompts_of, "negative": negative}
@@ -214,7 +214,7 @@ def sample(
             [one.seed for one in part], progress=tell("sample", number, batches), **told, **options
         )
 
-    sheet, gif = write_album(folder, wishes, draw, facts, config.batch, config.fps)
+    sheet, gif = write_album(folder, requests, draw, facts, config.batch, config.fps)
     clips = [
         {
             "path": str(folder / one.file),
@@ -223,7 +223,7 @@ def sample(
             "class": one.label,
             **({} if one.prompt is None else {"prompt": one.prompt}),
         }
-        for one in wishes
+        for one in requests
     ]
     result = {
         "clips": clips,
@@ -250,7 +250,7 @@ def facts_of(trained: "Trained", options: dict[str, Any], negative: str) -> dict
     given, window = options["given"], options["window"]
     return {
         **{key: value for key, value in asdict(options["config"]).items() if key != "batch"},
-        **{"weights": trained.weights, "codec": trained.codec.identity},
+        **{"weights": trained.weights, "codec": trained.codec.fingerprint},
         **{"frames": options["frames"], "size": options["size"], "dtype": str(options["dtype"])},
         **({"window": window, "longer": options["longer"], "overlap": options["overlap"]} if window else {}),
         **(
@@ -264,14 +264,14 @@ def facts_of(trained: "Trained", options: dict[str, Any], negative: str) -> dict
             else {}
         ),
         **({"given_strength": STRENGTH} if given else {}),
-        **({"decoder": trained.decoder.identity} if trained.decoder else {}),
+        **({"decoder": trained.decoder.fingerprint} if trained.decoder else {}),
         **({"text_encoder": trained.reader.used, "negative": negative} if trained.reader else {}),
     }
 
 
-def wish(trained: "Trained", labels: str | None, count: int | None, seed: int) -> list["Wish"]:
+def wish(trained: "Trained", labels: str | None, count: int | None, seed: int) -> list["SampleRequest"]:
     """One wish per clip: seeds count on from ``seed``, labels go round."""
-    from latte.inference.outputs import Wish
+    from latte.inference.outputs import SampleRequest
 
     words = [word.strip() for word in labels.split(",") if word.strip()] if labels is not None else []
     if labels is not None and not words:
@@ -288,17 +288,17 @@ def wish(trained: "Trained", labels: str | None, count: int | None, seed: int) -
     for index in range(count):
         number = numbers[index % len(numbers)] if numbers else None
         name = None if number is None else trained.word(number)
-        found.append(Wish(seed + index, number, name))
+        found.append(SampleRequest(seed + index, number, name))
     return found
 
 
-def wish_texts(texts: Sequence[str], count: int | None, seed: int) -> list["Wish"]:
-    """``count`` wishes per prompt, one after the other: seeds count on from ``seed``."""
-    from latte.inference.outputs import Wish
+def wish_texts(texts: Sequence[str], count: int | None, seed: int) -> list["SampleRequest"]:
+    """``count`` requests per prompt, one after the other: seeds count on from ``seed``."""
+    from latte.inference.outputs import SampleRequest
 
     count = 1 if count is None else count
     check_counts(count, seed)
-    return [Wish(seed + index, prompt=texts[index // count]) for index in range(count * len(texts))]
+    return [SampleRequest(seed + index, prompt=texts[index // count]) for index in range(count * len(texts))]
 
 
 def check_counts(count: int, seed: int) -> None:

@@ -39,7 +39,7 @@ class CaptionEncoder(Protocol):
     length: int
 
     @property
-    def identity(self) -> str: ...
+    def fingerprint(self) -> str: ...
 
     def count(self, prompt: str) -> int: ...
 
@@ -49,10 +49,10 @@ class CaptionEncoder(Protocol):
 
 
 class CaptionFeatures:
-    """Features (l k) of captions without their padding, and of the empty one; ``identity`` is that of the encoder that made them."""
+    """Features (l k) of captions without their padding, and of the empty one; ``fingerprint`` is that of the encoder that made them."""
 
-    def __init__(self, identity: str, length: int, features: Mapping[str, Tensor]):
-        self.identity, self.length, self.features = identity, length, features
+    def __init__(self, fingerprint: str, length: int, features: Mapping[str, Tensor]):
+        self.fingerprint, self.length, self.features = fingerprint, length, features
 
     def __call__(self, captions: Sequence[Any]) -> tuple[Tensor, Tensor]:
         """A caption a clip -> (b l k) float32 and (b l); a list of g captions a clip -> (b g l k) and (b g l). True is a token."""
@@ -112,7 +112,7 @@ def encode_captions(
         features[caption] = tokens
         if progress and (len(features) % AT_ONCE == 0 or len(features) == len(distinct)):
             progress(len(features), len(distinct))
-    return CaptionFeatures(encoder.identity, encoder.length, features)
+    return CaptionFeatures(encoder.fingerprint, encoder.length, features)
 
 
 def encoded(encoder: CaptionEncoder, captions: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
@@ -130,13 +130,13 @@ def compact(tokens: Tensor) -> Tensor:
 
 
 class Part:
-    """A file of features, open: ``names`` digest of a caption -> tensor; ``identity`` and ``encoder`` say who made them."""
+    """A file of features, open: ``names`` digest of a caption -> tensor; ``fingerprint`` and ``encoder`` say who made them."""
 
     def __init__(self, path: Path):
         try:
             self.file = safe_open(path, framework="pt")
             made = json.loads((self.file.metadata() or {})[PLAN])
-            self.path, self.identity, self.encoder = path, str(made["identity"]), str(made["encoder"])
+            self.path, self.fingerprint, self.encoder = path, str(made["identity"]), str(made["encoder"])
         except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
             raise InputError(
                 f"{path} cannot be read ({error.__class__.__name__}: {error}); {AGAIN}"
@@ -150,13 +150,13 @@ class Part:
 
 
 class StoredFeatures(Mapping[str, Tensor]):
-    """The features of ``captions`` in ``parts``, read when they are asked for; ``encoder`` and ``identity`` are those of all parts.
+    """The features of ``captions`` in ``parts``, read when they are asked for; ``encoder`` and ``fingerprint`` are those of all parts.
 
     The files are mapped, not read: the system keeps what is used in its free memory, and shares it between processes.
     """
 
     def __init__(self, parts: Sequence[Part], captions: Iterable[str]):
-        self.encoder, self.identity = parts[0].encoder, parts[0].identity
+        self.encoder, self.fingerprint = parts[0].encoder, parts[0].fingerprint
         where = {name: part for part in parts for name in part.names}
         self.where = {caption: part for caption in captions if (part := where.get(digest(caption)))}
 
@@ -202,10 +202,10 @@ def store_captions(
     parts, broken = open_parts(out)
     for part in parts:
         require(
-            part.identity == encoder.identity,
+            part.fingerprint == encoder.fingerprint,
             "the text encoder",
-            f"{encoder.name} {encoder.identity}",
-            f"{part.path} was made by {part.encoder} {part.identity}",
+            f"{encoder.name} {encoder.fingerprint}",
+            f"{part.path} was made by {part.encoder} {part.fingerprint}",
             f"give another folder, or remove its {CAPTIONS}",
         )
     useless = [part.path for part in parts if not part.names.keys() & wanted.keys()]
@@ -233,7 +233,7 @@ def store_captions(
             done += 1
             if progress:
                 progress(len(wanted) - len(missing) + done, len(wanted))
-        save(out / next(free), tensors, {"identity": encoder.identity, "encoder": encoder.name})
+        save(out / next(free), tensors, {"identity": encoder.fingerprint, "encoder": encoder.name})
     return len(missing)
 
 
@@ -249,10 +249,10 @@ def open_parts(root: Path) -> tuple[list[Part], list[Path]]:
 
 
 def list_parts(root: Path) -> dict[str, Any]:
-    """What the manifest says of the parts in ``root``: encoder, identity, parts [{file, bytes}]; {} when there are none."""
+    """What the manifest says of the parts in ``root``: encoder, fingerprint, parts [{file, bytes}]; {} when there are none."""
     parts, _ = open_parts(root)
     files = [{"file": part.path.name, "bytes": part.path.stat().st_size} for part in parts]
-    return {"encoder": parts[0].encoder, "identity": parts[0].identity, "parts": files} if parts else {}
+    return {"encoder": parts[0].encoder, "identity": parts[0].fingerprint, "parts": files} if parts else {}
 
 
 def stored_captions(
@@ -279,4 +279,4 @@ def stored_captions(
             f"caption {caption[:60]!r} has {tokens} tokens",
             f"give {tokens} or more",
         )
-    return CaptionFeatures(features.identity, length, features)
+    return CaptionFeatures(features.fingerprint, length, features)

@@ -298,27 +298,29 @@ class ProceduralDataset:
         }
 
 
-def _latents(config: DataConfig, codec_identity: str | None) -> Dataset:
+def _latents(config: DataConfig, codec_fingerprint: str | None) -> Dataset:
     from latte.data.latents import LatentDataset
 
-    return LatentDataset(config, codec_identity)
+    return LatentDataset(config, codec_fingerprint)
 
 
-def _videos(config: DataConfig, cache_dir: str | os.PathLike | None, codec_identity: str | None) -> Dataset:
+def _videos(
+    config: DataConfig, cache_dir: str | os.PathLike | None, codec_fingerprint: str | None
+) -> Dataset:
     return FolderDataset(config, cache_dir)
 
 
 DATASETS = {
     "folder": _videos,
     **dict.fromkeys(LAYOUTS, _videos),
-    "procedural": lambda config, cache_dir, codec_identity: ProceduralDataset(config),
-    "latents": lambda config, cache_dir, codec_identity: _latents(config, codec_identity),
+    "procedural": lambda config, cache_dir, codec_fingerprint: ProceduralDataset(config),
+    "latents": lambda config, cache_dir, codec_fingerprint: _latents(config, codec_fingerprint),
 }
 
 
 def build_dataset(
-    config: DataConfig, cache_dir: str | os.PathLike | None = None, codec_identity: str | None = None
+    config: DataConfig, cache_dir: str | os.PathLike | None = None, codec_fingerprint: str | None = None
 ) -> Dataset:
     """The data set of ``config``. ``cache_dir`` keeps probe results of a folder (default: the user's cache folder);
-    ``codec_identity`` is what latents must have been encoded with."""
-    return choose("data.kind", config.kind, DATASETS)(config, cache_dir, codec_identity)
+    ``codec_fingerprint`` is what latents must have been encoded with."""
+    return choose("data.kind", config.kind, DATASETS)(config, cache_dir, codec_fingerprint)

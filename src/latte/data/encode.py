@@ -56,7 +56,7 @@ class FrameCodec(Protocol):
     stochastic: bool
 
     @property
-    def identity(self) -> str: ...
+    def fingerprint(self) -> str: ...
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]: ...
 
@@ -77,9 +77,9 @@ class Video:
 
 @dataclass(frozen=True)
 class Source:
-    """All videos to encode. ``identity`` says what they are apart from their records."""
+    """All videos to encode. ``fingerprint`` says what they are apart from their records."""
 
-    identity: dict[str, Any]
+    fingerprint: dict[str, Any]
     videos: list[Video]
     classes: list[str]
     quarantined: list[dict[str, str]]
@@ -123,10 +123,10 @@ def _procedural(config: DataConfig, cache_dir: str | os.PathLike | None) -> Sour
         "give a number of clips",
     )
     videos = [_procedural_video(config, index) for index in range(config.num_clips or 0)]
-    identity = {"kind": "procedural", "seed": config.seed, "frames": config.frames}
+    fingerprint = {"kind": "procedural", "seed": config.seed, "frames": config.frames}
     if config.hold_out:
-        identity["hold_out"] = config.hold_out
-    return Source(identity, videos, list(DIRECTIONS) if config.labels else [], [])
+        fingerprint["hold_out"] = config.hold_out
+    return Source(fingerprint, videos, list(DIRECTIONS) if config.labels else [], [])
 
 
 def _procedural_video(config: DataConfig, index: int) -> Video:
@@ -168,7 +168,7 @@ def encode_dataset(
     out, source = Path(out), choose("data.kind", config.kind, SOURCES)(config, cache_dir)
     captions = captions_of(config, source, text)
     encoder = Encoder(config, made(codec), dtype, seed)
-    settings = {**encoder.settings(), "source": source.identity, "labels": config.labels}
+    settings = {**encoder.settings(), "source": source.fingerprint, "labels": config.labels}
     refuse_other(out, settings)
     parts = plan_shards(source.videos, encoder.frame_bytes, shard_bytes)
     begin, new_captions = cache(lambda: write_manifest(out, settings, complete=False)), 0
@@ -286,7 +286,7 @@ class Encoder:
         return {
             "codec": {
                 "name": codec.name,
-                "identity": codec.identity,
+                "identity": codec.fingerprint,
                 "channels": codec.channels,
                 "downscale": codec.downscale,
             },

@@ -29,23 +29,23 @@ class LatentDataset:
     """The clips of the shards in ``config.root``: ``Clip.video`` is a latent (f c h w), float32.
 
     A clip's start and mirror image are drawn from the generator exactly as FolderDataset draws them. Videos too short for the rule are
-    in ``quarantined``. InputError when the folder is unfinished or incomplete, or made with another codec (``codec_identity``; None:
+    in ``quarantined``. InputError when the folder is unfinished or incomplete, or made with another codec (``codec_fingerprint``; None:
     not asked), size, or without the mirror images that ``config.flip`` wants.
     """
 
     latent = True
 
-    def __init__(self, config: DataConfig, codec_identity: str | None = None):
+    def __init__(self, config: DataConfig, codec_fingerprint: str | None = None):
         self.root, self.config = Path(check_folder(config.root or "")), config
         self.manifest = read_manifest(self.root)
         self.settings = self.manifest["settings"]
-        self._check(codec_identity)
+        self._check(codec_fingerprint)
         self.classes: list[str] = self.manifest["classes"] if config.labels else []
         self.videos, self.shard_of, self.quarantined = self._fitting()
         self.captions = sorted({record.caption for record in self.videos if record.caption is not None})
         self._files: dict[str, Any] = {}
 
-    def _check(self, codec_identity: str | None) -> None:
+    def _check(self, codec_fingerprint: str | None) -> None:
         """InputError unless the shards are all there and are what is asked for."""
         root, settings, size = str(self.root), self.settings, list(self.config.size)
         if not self.manifest["complete"]:
@@ -53,10 +53,10 @@ class LatentDataset:
                 f"the latents in {root} are not finished; run the same latte data encode again, it goes on where it stopped"
             )
         codec = settings["codec"]
-        if codec_identity not in (None, codec["identity"]):
+        if codec_fingerprint not in (None, codec["identity"]):
             raise InputError(
-                f"the latents in {root} were made with codec {codec['name']} {codec['identity']}, but this run's codec is "
-                f"{codec_identity}; give the codec they were made with, or {AGAIN}"
+                f"the latents in {root} were made with codec {codec['name']} {codec['fingerprint']}, but this run's codec is "
+                f"{codec_fingerprint}; give the codec they were made with, or {AGAIN}"
             )
         require(
             size == settings["resolution"],

@@ -111,7 +111,7 @@ def file_sha256(path: Path) -> str:
 
 
 def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 of names, types, shapes and numbers: the identity of weights, however they are stored."""
+    """SHA-256 of names, types, shapes and numbers: the fingerprint of weights, however they are stored."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()

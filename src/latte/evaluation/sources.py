@@ -80,7 +80,7 @@ class LatentSide:
     broken: tuple[dict[str, str], ...]
     shards: dict[str, str]
     codec: CodecConfig
-    identity: str
+    fingerprint: str
     device: str
 
     def read(self, id: str, indices: Sequence[int]) -> np.ndarray:
@@ -89,7 +89,7 @@ class LatentSide:
         with safe_open(Path(self.root) / self.shards[id], framework="pt") as shard:
             span = shard.get_slice(f"{SOURCE}:{id}")[low : max(indices) + 1]
         latent = span[[index - low for index in indices]].float()[None].to(self.device)
-        return np.asarray(to_uint8(_codec(self.codec, self.identity, self.device).decode(latent)))[0]
+        return np.asarray(to_uint8(_codec(self.codec, self.fingerprint, self.device).decode(latent)))[0]
 
 
 def open_side(
@@ -179,13 +179,13 @@ def _open_latents(root: Path, codec_path: str | None, device: str) -> LatentSide
 
 
 @lru_cache(2)
-def _codec(config: CodecConfig, identity: str, device: str) -> Codec:
+def _codec(config: CodecConfig, fingerprint: str, device: str) -> Codec:
     codec = build_codec(config, device)
     require(
-        codec.identity == identity,
+        codec.fingerprint == fingerprint,
         "codec",
-        f"{codec.name} {codec.identity}",
-        f"the latents were made with {identity}",
+        f"{codec.name} {codec.fingerprint}",
+        f"the latents were made with {fingerprint}",
         "give its weights by --codec-path",
     )
     return codec

@@ -28,7 +28,7 @@ MOST_SHOWN = 16  # clips on the sheet and in the gif
 
 
 @dataclass(frozen=True)
-class Wish:
+class SampleRequest:
     """One clip to be drawn: its seed, its label (a number or None) and what to call the label; or its prompt."""
 
     seed: int
@@ -49,24 +49,29 @@ class Wish:
         return "-".join(part for part in parts if part) + ".mp4"
 
 
-Draw = Callable[[int, Sequence[Wish]], Iterable[tuple[int, np.ndarray]]]
+Draw = Callable[[int, Sequence[SampleRequest]], Iterable[tuple[int, np.ndarray]]]
 
 
 def write_album(
-    folder: Path, wishes: Sequence[Wish], draw: Draw, facts: Mapping[str, Any], batch: int, fps: float
+    folder: Path,
+    requests: Sequence[SampleRequest],
+    draw: Draw,
+    facts: Mapping[str, Any],
+    batch: int,
+    fps: float,
 ) -> tuple[Path, Path]:
-    """Make ``folder`` hold a file per wish -> (contact sheet, gif). ``draw(number of the batch, its wishes)``
+    """Make ``folder`` hold a file per wish -> (contact sheet, gif). ``draw(number of the batch, its requests)``
     gives (seed, uint8 (t h w c)) for each.
 
-    ``facts`` (plain data) is everything but the wishes that decides the pixels. InputError when the folder's clips were made with
+    ``facts`` (plain data) is everything but the requests that decides the pixels. InputError when the folder's clips were made with
     other facts, RunError when it cannot be written.
     """
     folder = Path(folder)
     with reported("clips", folder):
         folder.mkdir(parents=True, exist_ok=True)
     record = _read_record(folder, json.loads(json.dumps(facts)))
-    for start in range(0, len(wishes), batch):
-        part = wishes[start : start + batch]
+    for start in range(0, len(requests), batch):
+        part = requests[start : start + batch]
         missing = {wish.file for wish in part if not _finished(folder, wish, record)}
         if not missing:
             continue
@@ -78,7 +83,7 @@ def write_album(
                     record.setdefault("prompts", {})[wish.file] = wish.prompt
                 with reported(RECORD, folder):
                     commit_file(folder / RECORD, json.dumps(record, indent=1, sort_keys=True) + "\n")
-    return _show(folder, wishes[:MOST_SHOWN], fps)
+    return _show(folder, requests[:MOST_SHOWN], fps)
 
 
 def _read_record(folder: Path, facts: dict[str, Any]) -> dict[str, Any]:
@@ -102,7 +107,7 @@ def _read_record(folder: Path, facts: dict[str, Any]) -> dict[str, Any]:
     return {**record, "files": files, **({"prompts": prompts} if prompts else {})}
 
 
-def _finished(folder: Path, wish: Wish, record: Mapping[str, Any]) -> bool:
+def _finished(folder: Path, wish: SampleRequest, record: Mapping[str, Any]) -> bool:
     """Is the file there, as it was written, and of the same prompt? Names are cut, so two prompts can share one."""
     name, files = wish.file, record["files"]
     same = record.get("prompts", {}).get(name) == wish.prompt
@@ -114,15 +119,16 @@ def _hash(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _show(folder: Path, wishes: Sequence[Wish], fps: float) -> tuple[Path, Path]:
+def _show(folder: Path, requests: Sequence[SampleRequest], fps: float) -> tuple[Path, Path]:
     """Sheet and gif, from the files themselves."""
     clips = []
-    for wish in wishes:
+    for wish in requests:
         info = probe(folder / wish.file)
         clips.append(read_frames(info, range(info.frames)))
-    names = [wish.prompt if wish.label is None else wish.word or str(wish.label) for wish in wishes]
+    names = [wish.prompt if wish.label is None else wish.word or str(wish.label) for wish in requests]
     captions = [
-        f"seed {wish.seed}" + (f", {name}" if name else "") for wish, name in zip(wishes, names, strict=True)
+        f"seed {wish.seed}" + (f", {name}" if name else "")
+        for wish, name in zip(requests, names, strict=True)
     ]
     sheet, gif = folder / "sheet.png", folder / "clips.gif"
     with reported("the contact sheet", sheet):

@@ -2,8 +2,8 @@
 """A trained model with all that is needed to draw clips from it, out of a run folder, a weights folder, the hub or the package.
 
 A weights folder is ``model.safetensors`` and ``config.json``: the model's keys at the top (so ``Latte.from_pretrained`` reads it
-too), beside them diffusion, codec with its identity, classes, for a text model the text encoder with its identity, sampling defaults
-and the weights' hash. Weights are verified by hash, codec and text encoder by their identities, so that latents are never decoded by
+too), beside them diffusion, codec with its fingerprint, classes, for a text model the text encoder with its fingerprint, sampling defaults
+and the weights' hash. Weights are verified by hash, codec and text encoder by their fingerprints, so that latents are never decoded by
 another autoencoder than the one the model learned, and prompts are read as its captions were.
 """
 
@@ -213,13 +213,16 @@ def with_lora(trained: Trained, folder: str | Path) -> Trained:
     another codec or text encoder.
     """
     told = load_lora(trained.model, folder, trained.classes)
-    here = {"codec": trained.codec.identity, "text": trained.reader.identity if trained.reader else None}
-    for part, identity in here.items():
-        same = None in (identity, told.get(part)) or same_weights(str(told[part]), identity)
+    here = {
+        "codec": trained.codec.fingerprint,
+        "text": trained.reader.fingerprint if trained.reader else None,
+    }
+    for part, fingerprint in here.items():
+        same = None in (fingerprint, told.get(part)) or same_weights(str(told[part]), fingerprint)
         require(
             same,
             f"the {part} of {trained.name}",
-            identity,
+            fingerprint,
             f"the adapters of {folder} learned with {told.get(part)}",
             "give that one",
         )
@@ -266,11 +269,11 @@ def _from_folder(folder: Path, name: str, where: Places) -> Trained:
         kind = TextConfig if "caption_channels" in card else ModelConfig
         shape = {field.name: card[field.name] for field in fields(kind)}
         text = card.get("text") or {"name": "t5"}  # what the released models read, whose files do not say
-        text_keys, text_identity = (
+        text_keys, text_fingerprint = (
             {key: value for key, value in text.items() if key != "identity"},
             text.get("identity"),
         )
-        identity, wanted, classes = (
+        fingerprint, wanted, classes = (
             card["codec"]["identity"],
             card["weights_sha256"],
             [str(name) for name in card["classes"]],
@@ -284,7 +287,7 @@ def _from_folder(folder: Path, name: str, where: Places) -> Trained:
         ) from None
     model_config, codec_config = _checked(kind, shape, folder), _checked(CodecConfig, codec_keys, folder)
     reader = (
-        _open_reader(_checked(TextEncoderConfig, text_keys, folder), text_identity, where)
+        _open_reader(_checked(TextEncoderConfig, text_keys, folder), text_fingerprint, where)
         if kind is TextConfig
         else None
     )
@@ -298,7 +301,7 @@ def _from_folder(folder: Path, name: str, where: Places) -> Trained:
         f"{CARD} says {str(wanted)[:16]}",
         "fetch the folder again: it was altered",
     )
-    codec = _open_codec(codec_config, identity, where)
+    codec = _open_codec(codec_config, fingerprint, where)
     return Trained(
         name,
         model.to(where.home),
@@ -360,13 +363,13 @@ def save_trained(trained: Trained, folder: Path, half: bool = False) -> None:
         "codec": {
             "name": trained.codec.name,
             "path": trained.codec_config.path,
-            "identity": trained.codec.identity,
+            "identity": trained.codec.fingerprint,
         },
         "classes": trained.classes,
         "sample": asdict(trained.sample),
         "about": dict(trained.about),
         **(
-            {"text": {**asdict(trained.reader.config), "identity": trained.reader.identity}}
+            {"text": {**asdict(trained.reader.config), "identity": trained.reader.fingerprint}}
             if trained.reader
             else {}
         ),
@@ -386,23 +389,23 @@ def _checked(kind: type[T], values: object, folder: Path) -> T:
         ) from None
 
 
-def _open_reader(config: TextEncoderConfig, identity: str | None, where: Places) -> PromptReader:
+def _open_reader(config: TextEncoderConfig, fingerprint: str | None, where: Places) -> PromptReader:
     """The reader of prompts, which has read those that are known."""
     config = replace(config, path=where.text_encoder or config.path, bits=where.bits or config.bits)
-    reader = PromptReader(config, where.device, identity)
+    reader = PromptReader(config, where.device, fingerprint)
     if where.prompts:
         reader.learn(where.prompts)
     return reader
 
 
-def _open_codec(config: CodecConfig, identity: str | None, where: Places) -> Codec:
+def _open_codec(config: CodecConfig, fingerprint: str | None, where: Places) -> Codec:
     """The codec, refused unless it is the one whose latents the model learned."""
     codec = build_codec(replace(config, path=where.codec or config.path), where.home)
     require(
-        identity in (None, codec.identity),
+        fingerprint in (None, codec.fingerprint),
         "codec",
-        f"{codec.name} {codec.identity}",
-        f"the model learned the latents of {identity}",
+        f"{codec.name} {codec.fingerprint}",
+        f"the model learned the latents of {fingerprint}",
         "give the weights it was trained with by --codec-path",
     )
     return codec

@@ -40,20 +40,20 @@ class Prompts:
 
 
 class PromptReader:
-    """``reader(prompts, negative)`` -> Prompts. ``identity`` is that of the encoder that the model learned with (None: not asked).
+    """``reader(prompts, negative)`` -> Prompts. ``fingerprint`` is that of the encoder that the model learned with (None: not asked).
 
     The encoder's weights are read when a prompt is new, and freed again at once: give all prompts to ``learn`` before the denoiser needs
     the memory. They may be held in other bits than they were in training (``config.bits``), which is told.
     """
 
-    def __init__(self, config: TextEncoderConfig, device: str | torch.device, identity: str | None = None):
-        self.config, self.device, self.identity = config, device, identity
+    def __init__(self, config: TextEncoderConfig, device: str | torch.device, fingerprint: str | None = None):
+        self.config, self.device, self.fingerprint = config, device, fingerprint
         self.known: CaptionFeatures | None = None
 
     @property
     def used(self) -> str | None:
-        """The identity of the encoder that has read the prompts; None before."""
-        return self.known.identity if self.known else None
+        """The fingerprint of the encoder that has read the prompts; None before."""
+        return self.known.fingerprint if self.known else None
 
     def learn(self, prompts: Iterable[str]) -> CaptionFeatures:
         """The features of these prompts, of the empty one, and of all that were read before; InputError for another encoder."""
@@ -65,27 +65,27 @@ class PromptReader:
         self.check(encoder)
         found = encode_captions(encoder, new)
         encoder.free()
-        self.identity = self.identity or found.identity
-        self.known = CaptionFeatures(found.identity, found.length, {**before, **found.features})
+        self.fingerprint = self.fingerprint or found.fingerprint
+        self.known = CaptionFeatures(found.fingerprint, found.length, {**before, **found.features})
         return self.known
 
     def check(self, encoder: TextEncoder) -> None:
         """InputError unless ``encoder`` has the weights that the model learned with, and those that were used before."""
-        if self.identity is None:
+        if self.fingerprint is None:
             return
-        ours = f"{encoder.name} {encoder.identity}"
+        ours = f"{encoder.name} {encoder.fingerprint}"
         require(
-            same_weights(encoder.identity, self.identity),
+            same_weights(encoder.fingerprint, self.fingerprint),
             "the text encoder",
             ours,
-            f"the model learned with {self.identity}",
+            f"the model learned with {self.fingerprint}",
             "give the one it was trained with, by --text-encoder",
         )
-        if encoder.identity != self.identity and self.known is None:
+        if encoder.fingerprint != self.fingerprint and self.known is None:
             LOG.warning(
                 "the text encoder is %s and the model learned with %s: the same weights, held in other bits",
                 ours,
-                self.identity,
+                self.fingerprint,
             )
 
     def __call__(self, prompts: Sequence[str], negative: str = EMPTY) -> Prompts:

@@ -238,7 +238,7 @@ def save_lora(model: Any, folder: str | Path, facts: Mapping[str, Any] | None = 
 def load_lora(model: Any, folder: str | Path, classes: Sequence[str] = ()) -> dict[str, Any]:
     """Put the adapters of ``folder`` into a plain ``model``, ready to train on or to sample -> what stands beside them.
 
-    That is ``classes``, the names of the labels from here on, and as far as the file has them CLIPS, codec and text (identities). The
+    That is ``classes``, the names of the labels from here on, and as far as the file has them CLIPS, codec and text (fingerprints). The
     ``classes`` given are the names before: where the adapters know them in another order, the model gets that order. InputError for
     adapters of other weights (by their hash, where the file has one), of another layout, or cut short, and for a folder that holds none.
     """

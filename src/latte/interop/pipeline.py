@@ -189,12 +189,12 @@ def to_pipeline(model: Any, folder: Path, facts: Mapping[str, Any]) -> None:
         "give the folder or hub id of the one that the model was trained with",
     )
     autoencoder = build_codec(CodecConfig(codec.get("name", "kl"), codec["path"]))
-    identity = codec.get("identity")
+    fingerprint = codec.get("identity")
     require(
-        identity in (None, autoencoder.identity),
+        fingerprint in (None, autoencoder.fingerprint),
         "--codec",
         codec["path"],
-        f"the model learned latents of {identity}",
+        f"the model learned latents of {fingerprint}",
         "give that one",
     )
     save_pipeline(

@@ -12,7 +12,7 @@ from latte.model.text import Network, TextConfig
 from latte.runtime import generator, resolve_dtype
 from latte.train.condition import Captions
 from latte.train.distributed import Group
-from latte.train.optim import Learner
+from latte.train.optim import TrainState
 from latte.train.step import Task, backward
 from latte.train.train import TrainConfig
 
@@ -36,7 +36,7 @@ def step_seconds(
     """
     model.to(device).train()
     model.gradient_checkpointing = config.gradient_checkpointing
-    learner = Learner(model, config.lr, config.weight_decay, config.ema_decay)
+    learner = TrainState(model, config.lr, config.weight_decay, config.ema_decay)
     micro, shape = min(config.micro_batch or share, share), model.config
     task = Task(
         model,

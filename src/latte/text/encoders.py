@@ -34,7 +34,7 @@ class TextEncoder(ABC):
 
     @property
     @abstractmethod
-    def identity(self) -> str:
+    def fingerprint(self) -> str:
         """16 hex digits that change with everything that features depend on, and '-8bit' behind them where the weights are held so."""
 
     @abstractmethod
@@ -62,7 +62,7 @@ class TextEncoder(ABC):
 
 
 def same_weights(one: str, other: str) -> bool:
-    """Whether two identities differ in nothing, or in the bits that the weights are held in."""
+    """Whether two fingerprints differ in nothing, or in the bits that the weights are held in."""
     return one.partition("-")[0] == other.partition("-")[0]
 
 
@@ -83,7 +83,7 @@ class BuiltinEncoder(TextEncoder):
         self.length = length
 
     @property
-    def identity(self) -> str:
+    def fingerprint(self) -> str:
         """Of the recipe of the numbers: there is nothing else."""
         return hashlib.sha256(
             f"builtin 1 {self.channels} {WORD.pattern} {END} {WAVELENGTH}".encode()
@@ -151,17 +151,17 @@ class T5Encoder(TextEncoder):
         self.channels = t5.width_of(path)
         self.parts: tuple[Any, Any] | None = None
         self.tokenizer: Any = None
-        self._identity = ""
+        self._fingerprint = ""
 
     @property
-    def identity(self) -> str:
+    def fingerprint(self) -> str:
         """Of weights (as float32), structure and vocabulary as stored: the same from any file name and in any split, on any device."""
-        if not self._identity:
+        if not self._fingerprint:
             self.read()
-        return self._identity
+        return self._fingerprint
 
     def describe(self, network: Any, tokenizer: Any) -> str:
-        """The identity of these parts, which are as they were stored."""
+        """The fingerprint of these parts, which are as they were stored."""
         structure = [
             self.name,
             None,
@@ -188,7 +188,7 @@ class T5Encoder(TextEncoder):
                 f"this encoder has {width} channels, not {self.channels}",
                 "fetch it, and give its folder",
             )
-            self._identity = self.describe(network, tokenizer)
+            self._fingerprint = self.describe(network, tokenizer)
             self.parts = t5.hold(network, self.device, self.bits), tokenizer
         return self.parts
 

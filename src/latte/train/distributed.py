@@ -33,20 +33,20 @@ class Group:
     size: int = 1
     control: Any = None
 
-    def add(self, tensors: Sequence[Tensor]) -> None:
+    def all_reduce(self, tensors: Sequence[Tensor]) -> None:
         """Replace each tensor by its sum over the processes."""
         if self.size > 1:
             for work in [dist.all_reduce(tensor, async_op=True) for tensor in tensors]:
                 work.wait()  # pyright: ignore[reportOptionalMemberAccess]
 
     @torch.no_grad()
-    def equalise(self, tensors: Sequence[Tensor]) -> None:
+    def broadcast(self, tensors: Sequence[Tensor]) -> None:
         """Give every process the first one's values."""
         if self.size > 1:
             for tensor in tensors:
                 dist.broadcast(tensor.detach(), 0)
 
-    def largest(self, number: int) -> int:
+    def max(self, number: int) -> int:
         """The largest of the processes' numbers."""
         if self.size == 1:
             return number
@@ -54,7 +54,7 @@ class Group:
         dist.all_reduce(shared, dist.ReduceOp.MAX, group=self.control)
         return int(shared)
 
-    def first(self, act: Callable[..., T], *arguments: Any) -> T:
+    def run_on_rank0(self, act: Callable[..., T], *arguments: Any) -> T:
         """``act(*arguments)`` in the first process only; its result, or its error, is everyone's."""
         if self.size == 1:
             return act(*arguments)

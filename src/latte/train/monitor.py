@@ -25,7 +25,7 @@ NUMBERS = ("loss", "mse", "vlb", "grad_norm")
 LINE_SECONDS = 10.0
 
 
-class Tally:
+class MetricsAccumulator:
     """Running sums of NUMBERS on the device, and wall and processor seconds over all the starts of the run."""
 
     def __init__(self, device: torch.device, state: Mapping):
@@ -173,7 +173,7 @@ class Progress:
         if self.bar:
             self.bar.stop()
 
-    def update(self, step: int, tally: Tally) -> None:
+    def update(self, step: int, tally: MetricsAccumulator) -> None:
         """Show ``step`` with loss and rate. The bar shows the loss of the latest line of metrics, because it must not wait for a GPU."""
         if self.bar:
             self.bar.update(self.task, completed=step, facts=tally.facts(tally.loss))

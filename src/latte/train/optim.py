@@ -79,7 +79,7 @@ def load_optimizer_tensors(
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
-class Learner:
+class TrainState:
     """What changes while training, and so what a checkpoint holds: the model, its average, and the optimiser of both."""
 
     def __init__(
@@ -100,7 +100,9 @@ class Learner:
         Gradients and losses are added up over ``group``, clipped to ``max_norm`` unless None, looked at, and applied.
         Returns (loss, mse, vlb, norm of the gradient before clipping), (4,), on the device.
         """
-        group.add([losses, *(parameter.grad for parameter in self.parameters if parameter.grad is not None)])
+        group.all_reduce(
+            [losses, *(parameter.grad for parameter in self.parameters if parameter.grad is not None)]
+        )
         numbers = torch.cat([losses, clip_gradients(self.parameters, max_norm)[None]])
         self.guard.watch(step, numbers)
         for settings in self.optimizer.param_groups:

@@ -15,7 +15,7 @@ from latte.data.joint import JointDataset
 from latte.files import sweep
 from latte.model.text import Network
 from latte.train.distributed import Group
-from latte.train.optim import Learner
+from latte.train.optim import TrainState
 
 
 def run_facts(
@@ -26,10 +26,10 @@ def run_facts(
     InputError when ``codec`` is not the one that made a dataset of latents.
     """
     data = dataset.describe()
-    made_with = data.get("codec") if dataset.latent else codec and codec.identity
-    if codec and made_with not in (None, codec.identity):
+    made_with = data.get("codec") if dataset.latent else codec and codec.fingerprint
+    if codec and made_with not in (None, codec.fingerprint):
         raise InputError(
-            f"codec is {codec.name} {codec.identity}, but the latents were made with {made_with}; "
+            f"codec is {codec.name} {codec.fingerprint}, but the latents were made with {made_with}; "
             "give that codec, or encode again"
         )
     return {
@@ -42,7 +42,11 @@ def run_facts(
 
 
 def restore(
-    run_dir: Path, learner: Learner, facts: Mapping[str, object], settings: Mapping[str, object], group: Group
+    run_dir: Path,
+    learner: TrainState,
+    facts: Mapping[str, object],
+    settings: Mapping[str, object],
+    group: Group,
 ) -> tuple[dict, Path | None]:
     """Put the newest good checkpoint of ``run_dir`` into ``learner``; its state and path, or {} and None when there is none.
 
@@ -54,7 +58,7 @@ def restore(
         sweep(run_dir / "checkpoints")
         return latest_checkpoint(run_dir)
 
-    path = group.first(find)
+    path = group.run_on_rank0(find)
     if path is None:
         return {}, None
     found = load_checkpoint(path)

@@ -33,8 +33,8 @@ from latte.runtime import DTYPES, resolve_dtype
 from latte.train.condition import CaptionReader
 from latte.train.distributed import Group, process_group
 from latte.train.init import Start, adapt, start_from
-from latte.train.monitor import MetricsFile, Progress, Tally
-from latte.train.optim import Learner, learning_rate
+from latte.train.monitor import MetricsAccumulator, MetricsFile, Progress
+from latte.train.optim import TrainState, learning_rate
 from latte.train.resume import restore, run_facts
 from latte.train.signals import StopRequest
 from latte.train.step import Task, backward
@@ -202,12 +202,14 @@ def train(
     with process_group(device) as group, run_lock(run_dir) if group.rank == 0 else nullcontext():
         check_parts(model, codec, dataset, config, group)
         if config.start:
-            group.first(start_from, model, config.start, run_dir, facts or {}, bool(lora and lora.rank))
+            group.run_on_rank0(
+                start_from, model, config.start, run_dir, facts or {}, bool(lora and lora.rank)
+            )
         model.to(device).train()
         model.gradient_checkpointing = config.gradient_checkpointing
-        group.equalise([*model.parameters(), *model.buffers()])
+        group.broadcast([*model.parameters(), *model.buffers()])
         adapters = {"lora": adapt(model, lora, seed)} if lora and lora.rank else {}
-        learner = Learner(model, config.lr, config.weight_decay, config.ema_decay, config.ema_warmup)
+        learner = TrainState(model, config.lr, config.weight_decay, config.ema_decay, config.ema_warmup)
         common = {**run_facts(model, codec, clips, config.global_batch, seed), **(facts or {}), **adapters}
         gated = (
             []
@@ -242,7 +244,7 @@ def train(
         )
         share = config.global_batch // group.size
         positions = range(group.rank * share, (group.rank + 1) * share)
-        tally = Tally(device, state.get("tally", {}))
+        tally = MetricsAccumulator(device, state.get("tally", {}))
         with (
             StopRequest() as stop,
             Loader(clips, seed, config.global_batch, step, end, group.rank, group.size) as loader,
@@ -261,7 +263,7 @@ def train(
                 for each in gated:
                     each.open_gate(gate_share(step, opened, config.gate_steps))
                 tally.add(numbers, config.global_batch, loader.waited - waited)
-                code = group.largest(stop.code)
+                code = group.max(stop.code)
                 if step == 1 or step % config.log_every == 0:
                     learner.guard.check()
                     metrics.write(
@@ -273,7 +275,7 @@ def train(
                     with tally.pause():
                         metrics.sync()
                         state = {"facts": common, "settings": settings, "tally": tally.state()}
-                        saved = group.first(
+                        saved = group.run_on_rank0(
                             save_checkpoint, run_dir, step, learner.tensors(), state, config.keep_last
                         )
                 if (
