@@ -35,6 +35,12 @@ def choose(field: str, name: Any, table: Mapping[Any, T]) -> T:
     )
 
 
+def check(condition: bool, message: str) -> None:
+    """Raise ``InputError(message)`` unless ``condition``. The message names the field, its value, the rule and what to do."""
+    if not condition:
+        raise InputError(message)
+
+
 def require(ok: bool, field: str, value: object, rule: str, way_out: str) -> None:
     """Raise an InputError naming ``field``, its ``value``, the broken ``rule`` and a ``way_out`` unless ``ok``."""
     if not ok:
