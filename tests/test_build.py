@@ -137,7 +137,7 @@ def test_broken_files_are_noted_and_the_run_goes_on(videos, tmp_path):
         config(*WORDS, f"data.root={videos}", "train.steps=1", "model.num_classes=2", f"run.dir={run}"), "cpu"
     ).train()
     assert result["step"] == 1
-    assert "broken.mp4" in (run / "quarantine.jsonl").read_text()
+    assert "broken.mp4" in (run / "skipped.jsonl").read_text()
 
 
 def test_no_data_is_told(tmp_path):

@@ -55,7 +55,7 @@ class Latents:
 
     latent = True
     classes = ("up", "down", "left")
-    quarantined = ()
+    skipped = ()
 
     def __len__(self) -> int:
         return 10

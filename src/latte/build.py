@@ -27,7 +27,7 @@ from latte.data.captions import (
     stored_captions,
     warn_of_sides,
 )
-from latte.data.datasets import Dataset, FolderDataset, build_dataset, write_quarantine
+from latte.data.datasets import Dataset, FolderDataset, build_dataset, write_skipped
 from latte.data.latents import LatentDataset
 from latte.data.media import contact_sheet
 from latte.data.procedural import caption_of, split_combinations
@@ -69,13 +69,13 @@ class Job:
     def train(self, until: int | None = None) -> dict[str, Any]:
         """Train or resume in ``run.dir``, to step ``until`` at most; what ``latte.train.train.train`` returns.
 
-        Unusable files are noted in its quarantine.jsonl.
+        Unusable files are noted in its skipped.jsonl.
         """
         config, dataset = self.config, self.dataset
         folder = Path(config.run.dir or "runs/unnamed")
-        if dataset.quarantined and rank() == 0:
-            write_quarantine(folder / "quarantine.jsonl", dataset.quarantined)
-            LOG.info("%d files cannot be used, see %s", len(dataset.quarantined), folder / "quarantine.jsonl")
+        if dataset.skipped and rank() == 0:
+            write_skipped(folder / "skipped.jsonl", dataset.skipped)
+            LOG.info("%d files cannot be used, see %s", len(dataset.skipped), folder / "skipped.jsonl")
         fingerprint = self.codec.fingerprint if self.codec else dataset.describe()["codec"]
         text = (
             {"text": {"encoder": self.captions.fingerprint, "dropout": config.text.dropout}}

@@ -5,6 +5,8 @@ Every message holds the field, its value, the rule it breaks and a way out. ``In
 line prints it as one line and exits with 2. ``RunError`` is a failure while running (disk full, NaN loss): one line, exit 1.
 """
 
+import os
+import unicodedata
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from typing import Any, TypeVar
@@ -20,10 +22,26 @@ class RunError(RuntimeError):
     """A failure while running that is not the input's fault, on one line."""
 
 
+def printable(name: str | os.PathLike) -> str:
+    """Return ``name`` (a path, a class name, a prompt) safe for a terminal, a log and any encoding that holds its letters.
+
+    Control characters, line breaks, invisible and bidirectional marks, and bytes that are not UTF-8 become escapes such as
+    ``\\x1b``. Letters of every script stay as they are.
+    """
+    text = os.fspath(name)
+    return "".join(
+        c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text
+    )
+
+
 def nearest(name: object, names: Iterable[object]) -> str:
     """'; did you mean ...?' for the closest of ``names``, or nothing when none is close."""
     close = get_close_matches(str(name), [str(n) for n in names], n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else ""
+    if not close:
+        return ""
+    if unicodedata.normalize("NFC", close[0]) == unicodedata.normalize("NFC", str(name)):
+        return f"; did you mean {close[0]!a} (the same letters in another Unicode form)?"
+    return f"; did you mean {close[0]!r}?"
 
 
 def choose(field: str, name: Any, table: Mapping[Any, T]) -> T:

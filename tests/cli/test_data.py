@@ -31,14 +31,15 @@ def test_synth_writes_class_folders_and_captions(videos):
         assert row["caption"].endswith(Path(row["path"]).parent.name)
 
 
-def test_scan_lists_the_readable_and_quarantines_the_rest(latte, videos):
+def test_scan_lists_the_readable_and_skips_the_rest(latte, videos):
     (videos / "up/broken.mp4").write_bytes(b"nothing")
     found = latte("data", "scan", videos, "--json")
     assert found.code == 0
     assert (found.json["clips"], found.json["classes"]) == (8, ["down", "left", "right", "up"])
-    assert [Path(bad["path"]).name for bad in found.json["quarantined"]] == ["broken.mp4"]
+    assert [Path(bad["path"]).name for bad in found.json["skipped"]] == ["broken.mp4"]
+    assert found.json["quarantined"] == found.json["skipped"], "the key of 0.1.0"
     assert found.json["files"][0]["frames"] == 5
-    assert json.loads(Path("quarantine.jsonl").read_text())["reason"].startswith("not-a-video")
+    assert json.loads(Path("skipped.jsonl").read_text())["reason"].startswith("not-a-video")
     assert "8 clips, 4 classes" in latte("data", "scan", videos).out
 
 
@@ -47,7 +48,7 @@ def test_scan_asks_for_long_enough_clips_only_when_told_how_long(latte, videos):
     found = latte("data", "scan", videos, "data.frames=3", "data.interval=3")
     assert found.code == 2
     assert "too-short" in found.errors[0]
-    assert len(Path("quarantine.jsonl").read_text().splitlines()) == 8
+    assert len(Path("skipped.jsonl").read_text().splitlines()) == 8
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from PIL import Image
 from support import shared
 
 from latte.checks import InputError
-from latte.data import skipped as quarantine
+from latte.data import skipped as skipped_files
 from latte.data.clips import ClipRule
 from latte.data.datasets import (
     DATASETS,
@@ -21,7 +21,7 @@ from latte.data.datasets import (
     ProceduralDataset,
     build_dataset,
     scan,
-    write_quarantine,
+    write_skipped,
 )
 from latte.data.layouts import LAYOUTS
 from latte.data.loader import items_of_step, load_batch
@@ -83,7 +83,7 @@ def test_class_folders_sorted_by_name_give_the_labels(classed):
         ("walk/b.mp4", 2),
     ]
     assert not data.latent
-    assert len(data.quarantined) == 0
+    assert len(data.skipped) == 0
     for index in range(4):
         clip = data.clip(index, generator(index))
         assert (clip.video.shape, clip.video.dtype, clip.label, clip.caption) == (
@@ -155,7 +155,7 @@ def test_bad_files_are_set_aside_with_a_reason_and_the_rest_goes_on(classed, tmp
     assert data.classes == ["bend", "jump", "walk", "zzz"], (
         "a class does not vanish, and others are not renumbered, for a broken file"
     )
-    reasons = {os.path.relpath(bad["path"], classed): bad["reason"] for bad in data.quarantined}
+    reasons = {os.path.relpath(bad["path"], classed): bad["reason"] for bad in data.skipped}
     assert {path: reason.split(":")[0] for path, reason in reasons.items()} == {
         "walk/cut.mp4": "not-a-video",
         "walk/text.mp4": "not-a-video",
@@ -167,13 +167,18 @@ def test_bad_files_are_set_aside_with_a_reason_and_the_rest_goes_on(classed, tmp
         reasons["walk/short.mp4"]
         == "too-short: 6 frames decode, a clip spans 7 (4 frames, interval 2, strict)"
     )
-    out = tmp_path / "run" / "quarantine.jsonl"
-    assert write_quarantine(out, data.quarantined) == 5
-    assert write_quarantine(out, data.quarantined) == 0
-    assert write_quarantine(out, [{"path": "new\nname", "reason": "damaged: at step 7"}]) == 1
+    out = tmp_path / "run" / "skipped.jsonl"
+    assert write_skipped(out, data.skipped) == 5
+    assert write_skipped(out, data.skipped) == 0
+    assert write_skipped(out, [{"path": "new\nname", "reason": "damaged: at step 7"}]) == 1
     lines = [json.loads(line) for line in out.read_text().splitlines()]
-    assert lines[:5] == list(data.quarantined)
+    assert lines[:5] == list(data.skipped)
     assert lines[5]["path"] == "new\nname"
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "quarantine.jsonl").write_text(out.read_text())
+    assert write_skipped(tmp_path / "old" / "skipped.jsonl", data.skipped) == 0, (
+        "the file of 0.1.0 lists them"
+    )
 
 
 def test_a_set_with_a_tenth_of_bad_files_trains_in_the_same_order_after_a_restart(tmp_path):
@@ -185,7 +190,7 @@ def test_a_set_with_a_tenth_of_bad_files_trains_in_the_same_order_after_a_restar
     for _ in range(2):
         data = FolderDataset(config(tmp_path / "set"))
         orders.append([key for step in range(5) for key in load_batch(data, 1, step, 6).keys])
-        assert len(data.quarantined) == 2
+        assert len(data.skipped) == 2
     assert orders[0] == orders[1]
     assert len(set(orders[0])) == 18
     assert orders[0] == [data.clips[i].key for step in range(5) for i in items_of_step(1, step, 6, 18)]
@@ -229,16 +234,16 @@ def test_missing_and_useless_folders_are_refused_in_one_line(tmp_path):
 def test_nothing_is_probed_twice_unless_it_changed(classed, monkeypatch):
     probed = []
     monkeypatch.setattr(
-        quarantine,
+        skipped_files,
         "probe",
-        lambda path, probe=quarantine.probe: (probed.append(Path(path).name), probe(path))[1],
+        lambda path, probe=skipped_files.probe: (probed.append(Path(path).name), probe(path))[1],
     )
     (classed / "bend" / "text.mp4").write_text("no video")
     first = scan(classed)
     assert sorted(probed) == ["a.avi", "b.mp4", "c.mkv", "clip1", "text.mp4"]
     probed.clear()
     again = scan(classed, ClipRule(2, 1))
-    assert (probed, again.clips, again.quarantined) == ([], first.clips, first.quarantined)
+    assert (probed, again.clips, again.skipped) == ([], first.clips, first.skipped)
     (classed / "bend" / "text.mp4").unlink()
     video(classed / "walk" / "b.mp4", frames=20)
     os.utime(classed / "bend" / "c.mkv", (1, 1))
@@ -264,7 +269,7 @@ def test_nothing_is_probed_twice_unless_it_changed(classed, monkeypatch):
 def test_a_cache_that_cannot_be_written_is_done_without(classed, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("in the way")
     assert len(scan(classed, cache_dir=tmp_path / "file" / "below").clips) == 4
-    monkeypatch.setattr(quarantine, "SAVE_EVERY", 0.0)
+    monkeypatch.setattr(skipped_files, "SAVE_EVERY", 0.0)
     calls = []
     assert (
         len(
@@ -292,7 +297,7 @@ def test_links_are_followed_but_not_in_circles(classed, tmp_path):
         "left/b.mp4",
         "right/c.mkv",
     ]
-    assert [bad["reason"].split(":")[0] for bad in found.quarantined] == ["missing"]
+    assert [bad["reason"].split(":")[0] for bad in found.skipped] == ["missing"]
 
 
 def test_the_description_is_that_of_the_data_wherever_they_lie(classed, tmp_path):
@@ -354,13 +359,13 @@ def test_real_clips_of_several_rates_and_containers():
             root=str(shared("data", "odd")), resolution=(32, 48), frames=8, interval=2, rule="time", fps=25.0
         )
     )
-    assert len(data.quarantined) >= 4
+    assert len(data.skipped) >= 4
     for index in range(len(data)):
         clip = data.clip(index, generator(0, index))
         assert clip.video.shape == (8, 3, 32, 48)
         assert clip.video.isfinite().all()
     print(
-        f"{len(data)} clips, {len(data.quarantined)} refused: {sorted({bad['reason'].split(':')[0] for bad in data.quarantined})}"
+        f"{len(data)} clips, {len(data.skipped)} refused: {sorted({bad['reason'].split(':')[0] for bad in data.skipped})}"
     )
     actions = FolderDataset(DataConfig(root=str(shared("data", "weizmann_actions")), resolution=64))
     assert (len(actions), actions.classes) == (36, ["bend", "jack", "wave1", "wave2"])

@@ -156,7 +156,7 @@ def test_a_video_that_no_longer_reads_is_left_out_with_its_reason(videos, tmp_pa
     monkeypatch.setattr(encoding, "read_frames", read)
     config = folder_config(videos)
     done = encode_dataset(config, pixels(), tmp_path / "out", cache_dir=tmp_path)
-    assert done["quarantined"] == [{"path": "a/uneven.mp4", "reason": "damaged: it was cut short"}]
+    assert done["skipped"] == [{"path": "a/uneven.mp4", "reason": "damaged: it was cut short"}]
     assert [video.key for video in LatentDataset(latents_of(config, tmp_path / "out")).videos] == [
         "a/even.mp4",
         "b/pictures",

@@ -14,7 +14,7 @@ from latte.checks import InputError, RunError
 from latte.data.datasets import FolderDataset, ProceduralDataset, build_dataset
 from latte.data.encode import encode_dataset
 from latte.data.latents import LatentDataset
-from latte.data.shards import MANIFEST
+from latte.data.shards import MANIFEST, read_manifest
 from latte.runtime import generator
 
 
@@ -34,7 +34,7 @@ def test_clips_are_those_of_the_folder(videos, tmp_path, changes):
     source, latents = FolderDataset(config, tmp_path), LatentDataset(latents_of(config, tmp_path / "out"))
     assert [video.key for video in latents.videos] == [clip.key for clip in source.clips]
     assert latents.classes == source.classes == ["a", "b"]
-    assert {bad["reason"] for bad in latents.quarantined} == {bad["reason"] for bad in source.quarantined}
+    assert {bad["reason"] for bad in latents.skipped} == {bad["reason"] for bad in source.skipped}
     seen = set()
     for index in range(len(source)):
         for draw in range(12):
@@ -160,3 +160,14 @@ def test_the_description_follows_the_content_alone(made, tmp_path):
     encode_dataset(replace(SHAPES, num_clips=5), pixels(), tmp_path / "fewer")
     others = [replace(config, frames=2), latents_of(SHAPES, tmp_path / "fewer")]
     assert all(LatentDataset(other).describe() != first for other in others)
+
+
+def test_a_manifest_of_0_1_0_lists_its_skipped_videos_under_the_old_key(made):
+    manifest = json.loads((made / MANIFEST).read_text())
+    manifest["quarantined"] = [{"path": "a.mp4", "reason": "damaged: at step 7"}]
+    del manifest["skipped"]
+    (made / MANIFEST).write_text(json.dumps(manifest))
+    found = read_manifest(made)
+    assert found["skipped"] == manifest["quarantined"]
+    assert "quarantined" not in found
+    assert len(LatentDataset(latents_of(SHAPES, made))) == len(manifest["videos"])

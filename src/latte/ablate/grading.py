@@ -44,9 +44,9 @@ class Part:
         self.digest = hashlib.sha256("\n".join(keys).encode()).hexdigest()
 
     @property
-    def quarantined(self) -> Sequence[dict[str, str]]:
+    def skipped(self) -> Sequence[dict[str, str]]:
         """What the whole data set left out."""
-        return self.dataset.quarantined
+        return self.dataset.skipped
 
     def __len__(self) -> int:
         return len(self.indices)

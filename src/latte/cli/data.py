@@ -36,17 +36,17 @@ def scan_folder(
     source: Source,
     overrides: Overrides = None,
     out: Annotated[Path, typer.Option(help="Where the unusable files and their reasons are noted.")] = Path(
-        "quarantine.jsonl"
+        "skipped.jsonl"
     ),
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """List the readable clips, and note the others with their reasons in quarantine.jsonl.
+    """List the readable clips, and note the others with their reasons in skipped.jsonl.
 
     Clips too short for a run are refused when SOURCE is one, or when data.frames or data.interval are given.
     """
     from latte.config.run import DEFAULT
-    from latte.data.datasets import scan, write_quarantine
+    from latte.data.datasets import scan, write_skipped
     from latte.data.skipped import check_folder, require_clips
 
     speak()
@@ -59,8 +59,8 @@ def scan_folder(
         data.labels,
         progress=tell("scan", 0, 1),
     )
-    if found.quarantined:
-        write_quarantine(out, found.quarantined)
+    if found.skipped:
+        write_skipped(out, found.skipped)
     require_clips(found)
     names = list(found.classes)
     files = [
@@ -74,13 +74,14 @@ def scan_folder(
         }
         for clip in found.clips
     ]
-    result = {"clips": len(files), "classes": names, "quarantined": list(found.quarantined), "files": files}
+    result = {"clips": len(files), "classes": names, "skipped": list(found.skipped), "files": files}
+    result["quarantined"] = result["skipped"]  # the key of 0.1.0, for one version
     lines = [
         f"{f['path']}  {f['frames']} frames of {f['width']}x{f['height']}, {f['fps']:g} fps" for f in files
     ]
-    lines += [f"{bad['path']}  refused: {bad['reason']}" for bad in found.quarantined]
-    summary = f"{len(files)} clips, {len(names)} classes{': ' if names else ''}{', '.join(names)}; {len(found.quarantined)} refused"
-    show(result, as_json, [*lines, summary + (f", see {out}" if found.quarantined else "")])
+    lines += [f"{bad['path']}  refused: {bad['reason']}" for bad in found.skipped]
+    summary = f"{len(files)} clips, {len(names)} classes{': ' if names else ''}{', '.join(names)}; {len(found.skipped)} refused"
+    show(result, as_json, [*lines, summary + (f", see {out}" if found.skipped else "")])
 
 
 @app.command("inspect", context_settings=OVERRIDABLE)
@@ -159,7 +160,8 @@ def encode(
         text=text,
         caption_progress=tell("captions", 0, 1),
     )
-    refused = len(result["quarantined"])
+    refused = len(result["skipped"])
+    result["quarantined"] = result["skipped"]  # the key of 0.1.0, for one version
     lines = [
         f"{result['videos']} videos, {result['frames']} frames, {result['shards']} shards, {result['bytes']:,} bytes; {refused} refused"
     ]

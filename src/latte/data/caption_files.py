@@ -33,7 +33,7 @@ def read_captions(found: ScanResult, setting: str | None) -> dict[str, str]:
     if setting is None:
         return {}
     root, keys = Path(found.root), [clip.key for clip in found.clips]
-    known = {*keys, *(Path(os.path.relpath(bad["path"], root)).as_posix() for bad in found.quarantined)}
+    known = {*keys, *(Path(os.path.relpath(bad["path"], root)).as_posix() for bad in found.skipped)}
     table = find_table(root, keys) if setting == AUTO else Path(os.path.abspath(setting))
     captions: dict[str, str] = {}
     for where, name, text in sidecars(root, keys) if table is None else read_table(table):

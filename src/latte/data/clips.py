@@ -86,7 +86,7 @@ class ClipRule:
         return RULES[self.rule][1](self, start, times)
 
     def needs(self, num_frames: int, times: Sequence[float] = ()) -> str | None:
-        """None when the clip fits the video, otherwise 'code: sentence' with the numbers (the form of quarantine.jsonl)."""
+        """None when the clip fits the video, otherwise 'code: sentence' with the numbers (the form of skipped.jsonl)."""
         if self.rule == "time" and not times:
             return 'no-times: its frames have no times, and rule "time" goes by them'
         if self.num_starts(num_frames, times) > 0:

@@ -27,7 +27,7 @@ from latte.data.procedural import (
     render,
     split_combinations,
 )
-from latte.data.skipped import ScanResult, require_clips, scan, write_quarantine
+from latte.data.skipped import ScanResult, require_clips, scan, write_skipped
 
 __all__ = [
     "DATASETS",
@@ -39,7 +39,7 @@ __all__ = [
     "ScanResult",
     "build_dataset",
     "scan",
-    "write_quarantine",
+    "write_skipped",
 ]
 
 ENDLESS = 1 << 40  # procedural clips without num_clips
@@ -65,7 +65,7 @@ class Dataset(Protocol):
     latent: bool
 
     @property
-    def quarantined(self) -> Sequence[dict[str, str]]:
+    def skipped(self) -> Sequence[dict[str, str]]:
         """{"path", "reason"} of each candidate that was left out."""
         ...
 
@@ -170,7 +170,7 @@ UNREAD = {"folder": _FILES, **dict.fromkeys(LAYOUTS, _FILES), "procedural": _DRA
 
 
 class FolderDataset:
-    """The usable videos and frame folders below ``config.root``, at any depth; the rest is in ``quarantined`` with reasons.
+    """The usable videos and frame folders below ``config.root``, at any depth; the rest is in ``skipped`` with reasons.
 
     InputError when no such folder exists or nothing in it is usable. ``clip`` raises media.Unreadable (an InputError that names
     the file) when a file that was good at the scan no longer is.
@@ -189,7 +189,7 @@ class FolderDataset:
         if layout:
             check_layout(config.kind, found)
         require_clips(found)
-        self.config, self.clips, self.quarantined = config, found.clips, found.quarantined
+        self.config, self.clips, self.skipped = config, found.clips, found.skipped
         self.classes = list(found.classes)
         self.caption_of = read_captions(found, config.captions)
         self.captions = sorted(set(self.caption_of.values()))
@@ -265,7 +265,7 @@ class ProceduralDataset:
             caption_of(*combination) for combination in split_combinations(config.hold_out)[0]
         )
         self.num_clips = config.num_clips or ENDLESS
-        self.quarantined: tuple[dict[str, str], ...] = ()
+        self.skipped: tuple[dict[str, str], ...] = ()
 
     def __len__(self) -> int:
         return self.num_clips

@@ -82,7 +82,7 @@ class Source:
     fingerprint: dict[str, Any]
     videos: list[Video]
     classes: list[str]
-    quarantined: list[dict[str, str]]
+    skipped: list[dict[str, str]]
 
 
 def _folder(config: DataConfig, cache_dir: str | os.PathLike | None) -> Source:
@@ -95,7 +95,7 @@ def _folder(config: DataConfig, cache_dir: str | os.PathLike | None) -> Source:
         {"kind": "folder", **({"captions": True} if captions else {})},
         videos,
         list(found.classes),
-        list(found.quarantined),
+        list(found.skipped),
     )
 
 
@@ -161,7 +161,7 @@ def encode_dataset(
     frame, drawn from ``seed``. ``progress(done, of)`` counts videos. With a ``text`` encoder the features of every distinct caption are
     stored first, ``caption_part`` to a file, and it is freed. A ``codec`` that is a function builds one; it is asked before the captions,
     for the settings, and again after them, so that the two never share the memory.
-    Returns out, videos, frames, classes, captions, new_captions, shards, new_shards, bytes and quarantined. Run it again after an
+    Returns out, videos, frames, classes, captions, new_captions, shards, new_shards, bytes and skipped. Run it again after an
     interruption. InputError when ``out`` holds latents of other settings or nothing can be encoded, for captions too long (before anything
     is encoded), and for a ``text`` encoder without captions; RunError when it cannot be written.
     """
@@ -199,7 +199,7 @@ def encode_dataset(
         **counts,
         "bytes": size,
         "classes": source.classes,
-        "quarantined": manifest["quarantined"],
+        "skipped": manifest["skipped"],
     }
 
 
@@ -240,7 +240,7 @@ def write_shards(
         "classes": source.classes,
         "shards": [],
         "videos": [],
-        "quarantined": list(source.quarantined),
+        "skipped": list(source.skipped),
     }
     done, new = 0, 0
 
@@ -267,7 +267,7 @@ def write_shards(
             {**asdict(video.record), "shard": path.name} for video in videos if video.record.key not in bad
         ]
         manifest["shards"].append({"file": path.name, "bytes": path.stat().st_size})
-        manifest["quarantined"] += refused
+        manifest["skipped"] += refused
     return manifest, new
 
 
@@ -350,7 +350,7 @@ def plan_shards(videos: Sequence[Video], frame_bytes: int, shard_bytes: int) -> 
 def require_videos(manifest: dict[str, Any], out: Path) -> None:
     """InputError with the first reason when every video was refused."""
     if not manifest["videos"]:
-        first = manifest["quarantined"][0]
+        first = manifest["skipped"][0]
         raise InputError(
             f"nothing was encoded into {str(out)!r}: no video can be read, first {first['path']} ({first['reason']})"
         )

@@ -27,7 +27,7 @@ MAX_FRAMES = 200_000
 
 
 class Unreadable(InputError):
-    """This file cannot be used. ``reason`` is 'code: sentence', ready for quarantine.jsonl; the message names the file too.
+    """This file cannot be used. ``reason`` is 'code: sentence', ready for skipped.jsonl; the message names the file too.
 
     Codes: missing, not-a-file, empty, not-a-video, no-video-stream, too-large, no-frames, damaged, unsupported, too-short, no-times.
     """

@@ -47,9 +47,9 @@ class JointDataset:
         return self.dataset.captions
 
     @property
-    def quarantined(self) -> Sequence[dict[str, str]]:
+    def skipped(self) -> Sequence[dict[str, str]]:
         """What the data set left out."""
-        return self.dataset.quarantined
+        return self.dataset.skipped
 
     def __len__(self) -> int:
         return len(self.dataset)

@@ -29,7 +29,7 @@ class LatentDataset:
     """The clips of the shards in ``config.root``: ``Clip.video`` is a latent (f c h w), float32.
 
     A clip's start and mirror image are drawn from the generator exactly as FolderDataset draws them. Videos too short for the rule are
-    in ``quarantined``. InputError when the folder is unfinished or incomplete, or made with another codec (``codec_fingerprint``; None:
+    in ``skipped``. InputError when the folder is unfinished or incomplete, or made with another codec (``codec_fingerprint``; None:
     not asked), size, or without the mirror images that ``config.flip`` wants.
     """
 
@@ -41,7 +41,7 @@ class LatentDataset:
         self.settings = self.manifest["settings"]
         self._check(codec_fingerprint)
         self.classes: list[str] = self.manifest["classes"] if config.labels else []
-        self.videos, self.shard_of, self.quarantined = self._fitting()
+        self.videos, self.shard_of, self.skipped = self._fitting()
         self.captions = sorted({record.caption for record in self.videos if record.caption is not None})
         self._files: dict[str, Any] = {}
 
@@ -55,7 +55,7 @@ class LatentDataset:
         codec = settings["codec"]
         if codec_fingerprint not in (None, codec["identity"]):
             raise InputError(
-                f"the latents in {root} were made with codec {codec['name']} {codec['fingerprint']}, but this run's codec is "
+                f"the latents in {root} were made with codec {codec['name']} {codec['identity']}, but this run's codec is "
                 f"{codec_fingerprint}; give the codec they were made with, or {AGAIN}"
             )
         require(
@@ -76,22 +76,22 @@ class LatentDataset:
 
     def _fitting(self) -> tuple[list[Record], list[str], list[dict[str, str]]]:
         """Records of the videos that the rule fits, the shard of each, and the others with their reasons."""
-        videos, shard_of, quarantined = [], [], []
+        videos, shard_of, skipped = [], [], []
         for entry in self.manifest["videos"]:
             record = Record.of(entry)
             reason = self.config.clip_rule.needs(record.frames, record.times)
             if reason:
-                quarantined.append({"path": record.key, "reason": reason})
+                skipped.append({"path": record.key, "reason": reason})
             else:
                 videos.append(record)
                 shard_of.append(entry["shard"])
         if not videos:
-            first = f", first: {quarantined[0]['path']} ({quarantined[0]['reason']})" if quarantined else ""
+            first = f", first: {skipped[0]['path']} ({skipped[0]['reason']})" if skipped else ""
             raise InputError(
-                f"the latents in {self.root} hold no clip that fits: {len(quarantined)} videos are there{first}; "
+                f"the latents in {self.root} hold no clip that fits: {len(skipped)} videos are there{first}; "
                 "take fewer frames or a smaller interval"
             )
-        return videos, shard_of, quarantined
+        return videos, shard_of, skipped
 
     def __len__(self) -> int:
         return len(self.videos)

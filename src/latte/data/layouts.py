@@ -46,7 +46,7 @@ def check_layout(name: str, found: ScanResult) -> None:
             *layout.tree,
         )
     )
-    for path in [clip.info.path for clip in found.clips] + [bad["path"] for bad in found.quarantined]:
+    for path in [clip.info.path for clip in found.clips] + [bad["path"] for bad in found.skipped]:
         key = Path(path).relative_to(found.root).as_posix()
         if os.path.isdir(path) != layout.frames:
             what, wanted = (

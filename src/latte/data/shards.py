@@ -79,6 +79,7 @@ def read_manifest(root: Path) -> dict[str, Any]:
         f"this version reads {(FORMAT, VERSION)}",
         AGAIN,
     )
+    manifest.setdefault("skipped", manifest.pop("quarantined", []))  # the key of 0.1.0
     return manifest
 
 

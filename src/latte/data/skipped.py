@@ -21,6 +21,7 @@ from latte.data.clips import ClipRule
 from latte.data.frame_folder import IMAGE_SUFFIXES, Unreadable, frame_files
 from latte.data.media import READER, VIDEO_SUFFIXES, MediaInfo, probe
 
+OLD_NAME = "quarantine.jsonl"  # what skipped.jsonl was called in 0.1.0; still read
 SAVE_EVERY = 30.0  # seconds between two savings of the cache during a long scan
 
 
@@ -35,13 +36,13 @@ class FoundClip:
 
 @dataclass(frozen=True)
 class ScanResult:
-    """``clips`` in order of their keys, ``classes`` by name (empty: no labels), ``quarantined`` as {"path", "reason"}, and how many
+    """``clips`` in order of their keys, ``classes`` by name (empty: no labels), ``skipped`` as {"path", "reason"}, and how many
     candidates were ``tried``. A reason is 'code: sentence' (codes: see media.Unreadable)."""
 
     root: str
     clips: tuple[FoundClip, ...]
     classes: tuple[str, ...]
-    quarantined: tuple[dict[str, str], ...]
+    skipped: tuple[dict[str, str], ...]
     tried: int
 
 
@@ -52,7 +53,7 @@ def scan(
     cache_dir: str | os.PathLike | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> ScanResult:
-    """Probe every video and every folder of numbered images below ``root``; with a ``rule``, those too short for it are quarantined.
+    """Probe every video and every folder of numbered images below ``root``; with a ``rule``, those too short for it are skipped.
 
     ``cache_dir`` defaults to latte/ in the user's cache folder. ``progress(done, of)`` is called after each candidate. InputError
     when there is no such folder or, with ``labels``, when clips lie at different depths, so that their classes are unclear.
@@ -61,19 +62,19 @@ def scan(
     paths = sorted(_candidates(base))
     classes = _classes([os.path.relpath(path, base) for path in paths]) if labels else []
     cache = _ProbeCache(base, cache_dir)
-    clips, quarantined = [], []
+    clips, skipped = [], []
     for done, path in enumerate(paths, start=1):
         key = Path(path).relative_to(base).as_posix()
         info = cache.probe(path, key)
         reason = info if isinstance(info, str) else rule.needs(info.frames, info.times) if rule else None
         if isinstance(info, str) or reason:
-            quarantined.append({"path": path, "reason": reason or ""})
+            skipped.append({"path": path, "reason": reason or ""})
         else:
             clips.append(FoundClip(key, info, classes.index(key.split("/")[0]) if classes else None))
         if progress:
             progress(done, len(paths))
     cache.save()
-    return ScanResult(base, tuple(clips), tuple(classes), tuple(quarantined), len(paths))
+    return ScanResult(base, tuple(clips), tuple(classes), tuple(skipped), len(paths))
 
 
 def check_folder(root: str | os.PathLike, field: str = "data.root") -> str:
@@ -104,17 +105,23 @@ def require_clips(result: ScanResult) -> None:
             f"data.root {result.root!r} holds no video ({kinds}) and no folder of numbered images; give another folder"
         )
     first = "; ".join(
-        f"{os.path.relpath(bad['path'], result.root)} ({bad['reason']})" for bad in result.quarantined[:3]
+        f"{os.path.relpath(bad['path'], result.root)} ({bad['reason']})" for bad in result.skipped[:3]
     )
     raise InputError(
         f"data.root {result.root!r} holds no usable video: {result.tried} tried, all refused, first: {first}"
     )
 
 
-def write_quarantine(path: str | os.PathLike, records: Iterable[dict[str, str]]) -> int:
-    """Append {"path", "reason"} records to a quarantine.jsonl, each once however often it is reported; returns how many were new."""
+def write_skipped(path: str | os.PathLike, records: Iterable[dict[str, str]]) -> int:
+    """Append {"path", "reason"} records to a skipped.jsonl, each once (also when a quarantine.jsonl of 0.1.0
+    beside it lists it); returns how many were new."""
     path = Path(path)
-    known = set(path.read_text(encoding="utf-8").splitlines()) if path.exists() else set()
+    known = {
+        line
+        for file in (path, path.with_name(OLD_NAME))
+        if file.exists()
+        for line in file.read_text(encoding="utf-8").splitlines()
+    }
     lines = [json.dumps({"path": record["path"], "reason": record["reason"]}) for record in records]
     new = [line for line in dict.fromkeys(lines) if line not in known]
     if new:

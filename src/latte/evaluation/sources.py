@@ -150,7 +150,7 @@ def _open_folder(root: Path, cache: Path) -> FolderSide:
         sources.append(Source(clip.key, clip.info.frames, sha256, clip.info.fps, clip.info.codec))
     broken = tuple(
         {"id": Path(bad["path"]).relative_to(root).as_posix(), "reason": bad["reason"]}
-        for bad in found.quarantined
+        for bad in found.skipped
     )
     return FolderSide(str(root), tuple(sources), broken, {clip.key: clip.info for clip in found.clips})
 
@@ -174,7 +174,7 @@ def _open_latents(root: Path, codec_path: str | None, device: str) -> LatentSide
             latent = shard.get_tensor(f"{SOURCE}:{record.key}").contiguous()
         content = hashlib.sha256(latent.numpy().tobytes()).hexdigest()
         sources.append(Source(record.key, record.frames, content, record.fps, f"latents of {made['name']}"))
-    broken = tuple({"id": bad["path"], "reason": bad["reason"]} for bad in manifest["quarantined"])
+    broken = tuple({"id": bad["path"], "reason": bad["reason"]} for bad in manifest["skipped"])
     return LatentSide(str(root), tuple(sources), broken, shards, config, made["identity"], device)
 
 
