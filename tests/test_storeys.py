@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The layout's rules, read from the syntax trees of src/latte: who may import whom, what is banned, and which calls open a back door.
+"""The layout's rules, read from the syntax trees of src/latte: who imports whom, banned modules and calls.
 
-Each rule is a function from (file, tree) to a list of complaints; ``test_each_rule_catches_its_crime`` proves that it can complain.
+Each rule is a function from (file, tree) to a list of complaints; ``test_each_rule_finds_its_violation``
+proves that it can complain. The import graph has no cycle, and every module imports where POSIX is missing.
 """
 
 import ast
+import os
 import re
+import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
@@ -17,8 +20,8 @@ ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "latte"
 FILES = sorted(path.relative_to(SOURCE).as_posix() for path in SOURCE.rglob("*.py"))
 
-# An import goes only to an earlier row or stays inside its own package; packages of one row do not import each other.
-# Everyone may import checks, which imports nothing of ours; the entry points __init__ and __main__ have no row.
+# An import goes to an earlier row or stays inside its package; a row's packages do not import each other.
+# All may import checks, which imports nothing of ours; __init__ and __main__, the entry points, have no row.
 STOREYS = (
     ("checks", "runtime", "files", "page"),
     ("model", "diffusion", "autoencoder", "text", "checkpoint"),
@@ -56,7 +59,7 @@ BANNED = {
 }
 BANNED_NAMES = {"utils", "util", "common", "helpers", "helper", "misc"}
 
-BACK_DOORS = {
+UNSAFE_CALLS = {
     "pickle.load",
     "pickle.loads",
     "torch.jit.load",
@@ -74,12 +77,15 @@ BACK_DOORS = {
     "import_module",
     "importlib.import_module",
 }
-REVIEWED: set[tuple[str, str]] = {  # exceptions that somebody has read, (file, call): at most three
-    ("__init__.py", "import_module"),  # the public dozen, each imported when it is asked for
+REVIEWED: set[tuple[str, str]] = {  # reviewed exceptions, (file, call): at most three
+    (
+        "__init__.py",
+        "import_module",
+    ),  # public names, imported at first use, so that ``import latte`` imports no torch
     (
         "model/card.py",
         "import_module",
-    ),  # from_pretrained is a method of the model, and the one door for weights stands above it
+    ),  # from_pretrained is a method of the model, but the checkpoint loader is on a higher storey
 }
 
 
@@ -88,7 +94,7 @@ def parse(file: str) -> ast.Module:
 
 
 def imports(file: str, tree: ast.Module) -> Iterator[tuple[str, int]]:
-    """Every imported module, dotted and absolute, with its line; ``from latte import x`` counts as latte.x."""
+    """Every imported module, absolute, with its line; ``from latte import x`` counts as latte.x."""
     package = ["latte", *file.split("/")[:-1]]
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -105,7 +111,7 @@ def imports(file: str, tree: ast.Module) -> Iterator[tuple[str, int]]:
 
 
 def outer_imports(tree: ast.Module) -> Iterator[tuple[str, int]]:
-    """Modules imported when the file itself is imported: not those inside functions or under TYPE_CHECKING."""
+    """Modules imported when the file itself is: not those inside functions or under TYPE_CHECKING."""
     waiting: list[ast.AST] = list(tree.body)
     while waiting:
         node = waiting.pop()
@@ -152,13 +158,14 @@ def imports_wrong_modules(file: str, tree: ast.Module) -> list[str]:
     ]
 
 
-def opens_back_doors(file: str, tree: ast.Module) -> list[str]:
+def makes_unsafe_calls(file: str, tree: ast.Module) -> list[str]:
     found = []
     for node in ast.walk(tree):
         if not isinstance(node, ast.Call):
             continue
-        call, words = ast.unparse(node.func), {k.arg: ast.unparse(k.value) for k in node.keywords}
-        if call in BACK_DOORS and (file, call) not in REVIEWED:
+        call = ast.unparse(node.func)
+        words = {k.arg: ast.unparse(k.value) for k in node.keywords}
+        if call in UNSAFE_CALLS and (file, call) not in REVIEWED:
             found.append(f"{file}:{node.lineno}: {call}")
         if call == "torch.load" and words.get("weights_only") != "True":
             found.append(f"{file}:{node.lineno}: torch.load without weights_only=True")
@@ -174,16 +181,109 @@ def opens_back_doors(file: str, tree: ast.Module) -> list[str]:
 def _declared() -> set[str]:
     """Import names of the dependencies and extras that pyproject.toml declares."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    wanted = [
+    requirements = [
         *project["dependencies"],
         *(name for extra in project["optional-dependencies"].values() for name in extra),
     ]
-    names = {re.match(r"[\w.-]+", name).group().lower().replace("-", "_") for name in wanted}
+    names = {re.match(r"[\w.-]+", name).group().lower().replace("-", "_") for name in requirements}
     return names | {"yaml" if "pyyaml" in names else "", "PIL" if "pillow" in names else ""} - {""}
 
 
 DECLARED = _declared()
-RULES = (breaks_storeys, imports_wrong_modules, opens_back_doors)
+RULES = (breaks_storeys, imports_wrong_modules, makes_unsafe_calls)
+
+
+def module_of(file: str) -> str:
+    """'data/media.py' -> 'latte.data.media'."""
+    return ".".join(["latte", *file.removesuffix(".py").removesuffix("/__init__").split("/")])
+
+
+def graph_of(sources: dict[str, ast.Module]) -> dict[str, set[str]]:
+    """Module -> modules of ours that it imports anywhere in its file, except under TYPE_CHECKING."""
+    modules = {module_of(file): (file, tree) for file, tree in sources.items()}
+    graph = {}
+    for module, (file, tree) in modules.items():
+        typing_only = {
+            inner
+            for node in ast.walk(tree)
+            if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+            for inner in ast.walk(node)
+        }
+        found = {name for name, _ in imports(file, tree)}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and node.module and node not in typing_only:
+                found |= {f"{node.module}.{alias.name}" for alias in node.names}
+        hidden = {node.module for node in typing_only if isinstance(node, ast.ImportFrom)}
+        graph[module] = (found & modules.keys()) - hidden - {module}
+    return graph
+
+
+def cycle_of(graph: dict[str, set[str]]) -> list[str]:
+    """The modules of some cycle, empty when there is none."""
+    done: set[str] = set()
+
+    def visit(module: str, path: list[str]) -> list[str]:
+        if module in path:
+            return [*path[path.index(module) :], module]
+        if module in done:
+            return []
+        for imported in sorted(graph[module]):
+            if cycle := visit(imported, [*path, module]):
+                return cycle
+        done.add(module)
+        return []
+
+    return next((cycle for module in graph if (cycle := visit(module, []))), [])
+
+
+def test_no_module_imports_itself_through_others():
+    assert cycle_of(graph_of({file: parse(file) for file in FILES})) == []
+
+
+def test_the_cycle_search_finds_one():
+    sources = ("def f():\n    from latte.b import c", "from latte import c", "import latte.a")
+    trees = {f"{name}.py": ast.parse(text) for name, text in zip("abc", sources, strict=True)}
+    assert cycle_of(graph_of(trees)) == ["latte.a", "latte.b", "latte.c", "latte.a"]
+    trees["c.py"] = ast.parse("if TYPE_CHECKING:\n    from latte.a import f")
+    assert cycle_of(graph_of(trees)) == []
+
+
+def test_at_most_eight_storeys():
+    assert len(STOREYS) <= 8
+
+
+WITHOUT_POSIX = """
+import importlib, os, signal, sys, sysconfig
+sysconfig.get_config_vars()
+# these may use POSIX themselves:
+import torch, numpy, PIL.Image, yaml, pydantic, typer, safetensors, rich, huggingface_hub.repocard
+missing = ["fcntl", "resource", "termios", "tty", "pty", "pwd", "grp", "syslog", "readline"]
+sys.modules.update(dict.fromkeys(missing))  # None: import raises ImportError
+ours = "fork getuid geteuid getgid sysconf mkfifo mknod fchmod chown getpgid setsid killpg O_DIRECTORY"
+signals = "SIGHUP SIGUSR1 SIGUSR2 SIGKILL SIGALRM SIGPIPE setitimer alarm pthread_sigmask"
+for module, names in ((os, ours), (signal, signals)):
+    for name in names.split():
+        if hasattr(module, name):
+            delattr(module, name)
+sys.platform = "win32"
+failed = []
+for name in sys.argv[1:]:
+    try:
+        importlib.import_module(name)
+    except (ImportError, AttributeError) as error:
+        failed.append(f"{name}: {error}")
+print(len(sys.argv) - 1, failed)
+"""
+
+
+def test_every_module_imports_without_posix():
+    modules = [module_of(file) for file in FILES if not file.startswith("__main__")]
+    environment = {**os.environ, "PYTHONPATH": str(SOURCE.parent)}
+    command = [sys.executable, "-W", "ignore", "-c", WITHOUT_POSIX]
+    found = subprocess.run([*command, *modules], capture_output=True, text=True, env=environment, check=True)
+    assert found.stdout.strip() == f"{len(modules)} []"
+    seen = subprocess.run([*command, "fcntl"], capture_output=True, text=True, env=environment, check=True)
+    assert seen.stdout.startswith("1 ['fcntl: "), "the fault is injected"
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -193,7 +293,7 @@ def test_every_file_keeps_the_rule(rule):
 
 
 @pytest.mark.parametrize(
-    ("rule", "file", "crime"),
+    ("rule", "file", "violation"),
     [
         (breaks_storeys, "model/latte.py", "from latte.train.train import train"),
         (breaks_storeys, "model/latte.py", "from latte.data import clips"),
@@ -208,22 +308,22 @@ def test_every_file_keeps_the_rule(rule):
         (imports_wrong_modules, "train/loop.py", "def f():\n    import diffusers"),
         (imports_wrong_modules, "data/clips.py", "def f():\n    import torchvision.transforms"),
         (imports_wrong_modules, "data/clips.py", "import pandas"),
-        (opens_back_doors, "checkpoint/run.py", "torch.load(path)"),
-        (opens_back_doors, "checkpoint/run.py", "torch.load(path, weights_only=False)"),
-        (opens_back_doors, "checkpoint/run.py", "torch.jit.load(path)"),
-        (opens_back_doors, "checkpoint/run.py", "np.load(path, allow_pickle=True)"),
-        (opens_back_doors, "checkpoint/run.py", "subprocess.run(line, shell=True)"),
-        (opens_back_doors, "checkpoint/run.py", "yaml.load(text, Loader)"),
-        (opens_back_doors, "checkpoint/run.py", "eval(text)"),
-        (opens_back_doors, "model/latte.py", "import_module('latte.train.train')"),
+        (makes_unsafe_calls, "checkpoint/run.py", "torch.load(path)"),
+        (makes_unsafe_calls, "checkpoint/run.py", "torch.load(path, weights_only=False)"),
+        (makes_unsafe_calls, "checkpoint/run.py", "torch.jit.load(path)"),
+        (makes_unsafe_calls, "checkpoint/run.py", "np.load(path, allow_pickle=True)"),
+        (makes_unsafe_calls, "checkpoint/run.py", "subprocess.run(line, shell=True)"),
+        (makes_unsafe_calls, "checkpoint/run.py", "yaml.load(text, Loader)"),
+        (makes_unsafe_calls, "checkpoint/run.py", "eval(text)"),
+        (makes_unsafe_calls, "model/latte.py", "import_module('latte.train.train')"),
     ],
 )
-def test_each_rule_catches_its_crime(rule, file, crime):
-    assert rule(file, ast.parse(crime))
+def test_each_rule_finds_its_violation(rule, file, violation):
+    assert rule(file, ast.parse(violation))
 
 
 @pytest.mark.parametrize(
-    ("file", "deed"),
+    ("file", "source"),
     [
         (
             "model/latte.py",
@@ -234,8 +334,8 @@ def test_each_rule_catches_its_crime(rule, file, crime):
         ("checkpoint/run.py", "model.eval()\ntorch.load(path, weights_only=True)\nyaml.safe_load(text)"),
     ],
 )
-def test_no_rule_complains_about_good_code(file, deed):
-    assert [complaint for rule in RULES for complaint in rule(file, ast.parse(deed))] == []
+def test_no_rule_complains_about_good_code(file, source):
+    assert [complaint for rule in RULES for complaint in rule(file, ast.parse(source))] == []
 
 
 def test_reviewed_exceptions_are_few_and_used():
@@ -249,7 +349,7 @@ def test_reviewed_exceptions_are_few_and_used():
     assert calls >= REVIEWED, "an exception that nothing uses any more"
 
 
-def test_every_source_file_says_its_licence():
+def test_every_source_file_names_its_licence():
     here = [ROOT / part for part in ("src", "tests", "benchmarks")]
     files = [
         path for folder in here for path in folder.rglob("*.py") if path.read_text(encoding="utf-8").strip()
@@ -262,6 +362,6 @@ def test_every_source_file_says_its_licence():
     ] == []
 
 
-def test_names_say_what_is_inside():
+def test_no_file_has_a_meaningless_name():
     assert [file for file in FILES if BANNED_NAMES & set(file.removesuffix(".py").split("/"))] == []
     assert [file for file in FILES if file.endswith("/__init__.py") and parse(file).body] == []
