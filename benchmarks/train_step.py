@@ -11,9 +11,9 @@ from latte.diffusion.loss import OBJECTIVES
 from latte.diffusion.process import DiffusionConfig, build_process
 from latte.model.latte import Latte
 from latte.profile.flops import count
-from latte.train.distributed import Group
-from latte.train.optim import TrainState
-from latte.train.step import Task, backward
+from latte.training.distributed import Group
+from latte.training.optim import TrainState
+from latte.training.step import Task, backward
 
 
 def train_step(

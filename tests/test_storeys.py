@@ -26,7 +26,7 @@ STOREYS = (
     ("checks", "runtime", "files", "page"),
     ("model", "diffusion", "autoencoder", "text", "checkpoint"),
     ("data", "interop"),
-    ("evaluation", "train", "inference"),
+    ("evaluation", "training", "inference"),
     ("config", "recipes"),
     ("build", "profile"),
     ("demo", "ablate", "report", "ui"),
@@ -34,7 +34,7 @@ STOREYS = (
 )
 STOREY = {name: number for number, names in enumerate(STOREYS) for name in names}
 
-WITHOUT_DIFFUSERS = ("model/", "diffusion/process.py", "diffusion/loss.py", "evaluation/", "train/")
+WITHOUT_DIFFUSERS = ("model/", "diffusion/process.py", "diffusion/loss.py", "evaluation/", "training/")
 LAZY = {"diffusers", "av", "transformers", "gradio", "peft", "bitsandbytes"}
 BANNED = {
     "torchvision",
@@ -295,7 +295,7 @@ def test_every_file_keeps_the_rule(rule):
 @pytest.mark.parametrize(
     ("rule", "file", "violation"),
     [
-        (breaks_storeys, "model/latte.py", "from latte.train.train import train"),
+        (breaks_storeys, "model/latte.py", "from latte.training.train import train"),
         (breaks_storeys, "model/latte.py", "from latte.data import clips"),
         (breaks_storeys, "model/latte.py", "def f():\n    import latte.config.run"),
         (breaks_storeys, "model/latte.py", "from ..data import clips"),
@@ -305,7 +305,7 @@ def test_every_file_keeps_the_rule(rule):
         (imports_wrong_modules, "data/media.py", "import av"),
         (imports_wrong_modules, "data/media.py", "try:\n    import av\nexcept ImportError:\n    av = None"),
         (imports_wrong_modules, "data/media.py", "class Reader:\n    from diffusers import DDPMScheduler"),
-        (imports_wrong_modules, "train/loop.py", "def f():\n    import diffusers"),
+        (imports_wrong_modules, "training/loop.py", "def f():\n    import diffusers"),
         (imports_wrong_modules, "data/clips.py", "def f():\n    import torchvision.transforms"),
         (imports_wrong_modules, "data/clips.py", "import pandas"),
         (makes_unsafe_calls, "checkpoint/run.py", "torch.load(path)"),
@@ -315,7 +315,7 @@ def test_every_file_keeps_the_rule(rule):
         (makes_unsafe_calls, "checkpoint/run.py", "subprocess.run(line, shell=True)"),
         (makes_unsafe_calls, "checkpoint/run.py", "yaml.load(text, Loader)"),
         (makes_unsafe_calls, "checkpoint/run.py", "eval(text)"),
-        (makes_unsafe_calls, "model/latte.py", "import_module('latte.train.train')"),
+        (makes_unsafe_calls, "model/latte.py", "import_module('latte.training.train')"),
     ],
 )
 def test_each_rule_finds_its_violation(rule, file, violation):
@@ -329,7 +329,7 @@ def test_each_rule_finds_its_violation(rule, file, violation):
             "model/latte.py",
             "from latte.checks import InputError\nfrom latte.model import blocks\nfrom . import patches",
         ),
-        ("cli/train.py", "from latte import __version__\ndef f():\n    from latte.train.train import train"),
+        ("cli/train.py", "from latte import __version__\ndef f():\n    from latte.training.train import train"),
         ("data/media.py", "def f():\n    import av"),
         ("checkpoint/run.py", "model.eval()\ntorch.load(path, weights_only=True)\nyaml.safe_load(text)"),
     ],

@@ -42,9 +42,9 @@ from latte.model.text import LatteText, Network, TextConfig
 from latte.runtime import rank, resolve_device, resolve_dtype
 from latte.text import t5
 from latte.text.encoders import TEXT_ENCODERS, build_text_encoder
-from latte.train.condition import CaptionReader
-from latte.train.init import look_at
-from latte.train.train import train
+from latte.training.condition import CaptionReader
+from latte.training.init import look_at
+from latte.training.train import train
 
 LOG = logging.getLogger(__name__)
 SHEET_CLIPS = 4
@@ -67,7 +67,7 @@ class Job:
     captions: CaptionFeatures | None = None
 
     def train(self, until: int | None = None) -> dict[str, Any]:
-        """Train or resume in ``run.dir``, to step ``until`` at most; what ``latte.train.train.train`` returns.
+        """Train or resume in ``run.dir``, to step ``until`` at most; what ``latte.training.train.train`` returns.
 
         Unusable files are noted in its skipped.jsonl.
         """

@@ -28,7 +28,7 @@ from latte.checkpoint.run import (
     verify,
 )
 from latte.checks import InputError, RunError
-from training import FORKS
+from tiny_runs import FORKS
 
 
 def tensors(step: int) -> dict[str, dict[str, torch.Tensor]]:

@@ -13,7 +13,7 @@ from latte.diffusion.loss import OBJECTIVES
 from latte.diffusion.process import DiffusionConfig, build_process
 from latte.model.latte import Latte, ModelConfig
 from latte.runtime import generator
-from latte.train.step import Task, backward
+from latte.training.step import Task, backward
 
 CONFIG = DataConfig(kind="procedural", resolution=16, frames=4, num_clips=40)
 

@@ -9,7 +9,7 @@ from support import noise, wake
 
 from latte.model.latte import Latte, ModelConfig
 from latte.profile import memory
-from latte.train.optim import TrainState
+from latte.training.optim import TrainState
 
 TINY = ModelConfig(depth=4, width=32, heads=4, latent_size=8, num_frames=4, num_classes=5)
 

@@ -40,7 +40,7 @@ from latte.evaluation.scores import builtin_score
 from latte.files import commit_file, reported
 from latte.interop.dit import init_from_dit
 from latte.model.latte import Latte
-from latte.train.signals import StopRequest
+from latte.training.signals import StopRequest
 
 RESULTS, COMMON = "results.jsonl", "ablation.json"
 RANGES = {

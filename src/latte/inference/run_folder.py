@@ -17,7 +17,7 @@ from latte.config.run import RUN_FILE, RunConfig
 from latte.interop.coverage import Coverage, build
 from latte.model.latte import ModelConfig
 from latte.model.text import Network, TextConfig
-from latte.train.init import rebuild
+from latte.training.init import rebuild
 
 LOG = logging.getLogger(__name__)
 

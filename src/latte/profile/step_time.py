@@ -10,11 +10,11 @@ from latte.diffusion.loss import OBJECTIVES
 from latte.diffusion.process import NoisePath
 from latte.model.text import Network, TextConfig
 from latte.runtime import generator, resolve_dtype
-from latte.train.condition import Captions
-from latte.train.distributed import Group
-from latte.train.optim import TrainState
-from latte.train.step import Task, backward
-from latte.train.train import TrainConfig
+from latte.training.condition import Captions
+from latte.training.distributed import Group
+from latte.training.optim import TrainState
+from latte.training.step import Task, backward
+from latte.training.train import TrainConfig
 
 MEASURED = 3
 

@@ -30,14 +30,14 @@ from latte.interop.dit import MAPPINGS
 from latte.interop.lora import LoraConfig
 from latte.model.text import LatteText, Network
 from latte.runtime import DTYPES, resolve_dtype
-from latte.train.condition import CaptionReader
-from latte.train.distributed import Group, process_group
-from latte.train.init import Start, adapt, start_from
-from latte.train.monitor import MetricsAccumulator, MetricsFile, Progress
-from latte.train.optim import TrainState, learning_rate
-from latte.train.resume import restore, run_facts
-from latte.train.signals import StopRequest
-from latte.train.step import Task, backward
+from latte.training.callbacks import MetricsAccumulator, MetricsFile, Progress
+from latte.training.condition import CaptionReader
+from latte.training.distributed import Group, process_group
+from latte.training.init import Start, adapt, start_from
+from latte.training.optim import TrainState, learning_rate
+from latte.training.resume import restore, run_facts
+from latte.training.signals import StopRequest
+from latte.training.step import Task, backward
 
 TRAINING_DTYPES = {
     name: DTYPES.get(name) for name in ("auto", "fp32", "bf16")

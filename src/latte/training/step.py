@@ -19,7 +19,7 @@ from latte.diffusion.process import NoisePath
 from latte.model.latte import ModelConfig
 from latte.model.text import Network, TextConfig
 from latte.runtime import generator
-from latte.train.condition import Captions, Condition, Labels
+from latte.training.condition import Captions, Condition, Labels
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from latte.interop.diffusers import save_diffusers
 from latte.interop.official import save_official
 from latte.model.latte import Latte
 from tiny import MODEL, WORDS, tiny_text, tiny_trained
-from training import SHORT, TINY, run
+from tiny_runs import SHORT, TINY, run
 
 LABELS = "y_embedder.embedding_table.weight"
 

@@ -11,8 +11,8 @@ from latte.checks import InputError
 from latte.diffusion.loss import OBJECTIVES
 from latte.diffusion.process import DiffusionConfig, build_process
 from latte.runtime import generator
-from latte.train.step import Task, backward
-from training import TINY, tiny_model
+from latte.training.step import Task, backward
+from tiny_runs import TINY, tiny_model
 
 VIDEO, LABEL = noise(6, 3, 4, 4, 4), torch.tensor([0, 1, 2, 0, 1, 2])
 

@@ -10,8 +10,8 @@ import torch
 from rich.console import Console
 
 from latte.checks import RunError
-from latte.train import monitor
-from latte.train.monitor import MetricsAccumulator, MetricsFile, Progress, duration
+from latte.training import callbacks as monitor
+from latte.training.callbacks import MetricsAccumulator, MetricsFile, Progress, duration
 
 CPU = torch.device("cpu")
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A training run small enough to be stopped, killed and repeated many times: what the tests of train/ share.
+"""A training run small enough to be stopped, killed and repeated many times: what the tests of training/ share.
 
 Child processes come from a fork server that has imported torch already, so a run that is to be killed costs no import.
 """
@@ -17,7 +17,7 @@ from latte.diffusion.loss import OBJECTIVES
 from latte.diffusion.process import DiffusionConfig, build_process
 from latte.model.latte import Latte, ModelConfig
 from latte.runtime import generator
-from latte.train.train import TrainConfig, train
+from latte.training.train import TrainConfig, train
 
 TINY = ModelConfig(
     depth=2,
@@ -46,7 +46,7 @@ SHORT = TrainConfig(
 
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(
-    ["torch._dynamo", "latte.train.train"]
+    ["torch._dynamo", "latte.training.train"]
 )  # torch imports its tracer with the first optimiser
 
 

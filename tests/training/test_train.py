@@ -17,10 +17,10 @@ from latte.checkpoint.run import list_checkpoints, load_checkpoint
 from latte.checks import InputError, RunError
 from latte.data.datasets import DataConfig, build_dataset
 from latte.diffusion.loss import OBJECTIVES
-from latte.train import optim
-from latte.train.optim import FiniteGuard
-from latte.train.train import TrainConfig
-from training import FORKS, SHORT, TINY, Latents, curve, run, tiny_model
+from latte.training import optim
+from latte.training.optim import FiniteGuard
+from latte.training.train import TrainConfig
+from tiny_runs import FORKS, SHORT, TINY, Latents, curve, run, tiny_model
 
 
 @pytest.mark.parametrize(

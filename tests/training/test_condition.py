@@ -12,8 +12,8 @@ from latte.diffusion.process import DiffusionConfig, build_process
 from latte.model.text import LatteText, TextConfig
 from latte.runtime import generator
 from latte.text.encoders import BuiltinEncoder
-from latte.train.condition import CaptionReader
-from latte.train.step import Task, backward
+from latte.training.condition import CaptionReader
+from latte.training.step import Task, backward
 
 TINY = TextConfig(depth=1, width=16, heads=2, num_frames=3, latent_size=4, caption_channels=64)
 VIDEO = noise(6, 3, 4, 4, 4)

@@ -14,8 +14,8 @@ from latte.data.datasets import Dataset
 from latte.data.joint import JointDataset
 from latte.files import sweep
 from latte.model.text import Network
-from latte.train.distributed import Group
-from latte.train.optim import TrainState
+from latte.training.distributed import Group
+from latte.training.optim import TrainState
 
 
 def run_facts(

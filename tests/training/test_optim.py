@@ -9,8 +9,8 @@ from support import noise
 from torch import nn
 
 from latte.checks import InputError, RunError
-from latte.train.distributed import Group
-from latte.train.optim import (
+from latte.training.distributed import Group
+from latte.training.optim import (
     FiniteGuard,
     TrainState,
     build_optimizer,

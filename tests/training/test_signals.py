@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from latte.checkpoint.run import latest_checkpoint
-from latte.train.signals import STOPPING, StopRequest
-from training import FORKS, SHORT, curve, run
+from latte.training.signals import STOPPING, StopRequest
+from tiny_runs import FORKS, SHORT, curve, run
 
 LONG = replace(SHORT, steps=100_000, checkpoint_every=100_000, log_every=1)
 

@@ -14,7 +14,7 @@ from latte.config.run import load_run
 from latte.inference.pipeline import load_trained, save_trained
 from latte.interop.diffusers import diffusers_state
 from latte.model.text import LatteText
-from latte.train.train import TrainConfig, gate_share
+from latte.training.train import TrainConfig, gate_share
 from tiny import WORDS, tiny_text
 
 SIZES = {

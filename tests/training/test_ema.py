@@ -6,7 +6,7 @@ import torch
 from support import noise
 from torch import nn
 
-from latte.train.ema import EMA
+from latte.training.optim import EMA
 
 
 def layer() -> nn.Module:

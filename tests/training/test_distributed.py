@@ -16,9 +16,9 @@ import torch
 
 from latte.checkpoint.run import latest_checkpoint, load_checkpoint
 from latte.checks import RunError
-from latte.train import distributed
-from latte.train.distributed import Group
-from training import FORKS, SHORT, curve, run
+from latte.training import distributed
+from latte.training.distributed import Group
+from tiny_runs import FORKS, SHORT, curve, run
 
 TWO = replace(
     SHORT, steps=6, lr=1e-4

@@ -17,8 +17,8 @@ from latte.checkpoint import run as checkpoints
 from latte.checkpoint.record import source_commit
 from latte.checkpoint.run import latest_checkpoint, list_checkpoints, load_checkpoint, tensors_sha256
 from latte.checks import InputError
-from latte.train import train as loop
-from training import FORKS, SHORT, TINY, Latents, curve, run, tiny_model
+from latte.training import train as loop
+from tiny_runs import FORKS, SHORT, TINY, Latents, curve, run, tiny_model
 
 
 @pytest.fixture(scope="module")
