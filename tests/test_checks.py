@@ -2,12 +2,14 @@
 """Names of files reach a terminal harmless and on one line; a name that only looks right is explained."""
 
 import os
+import shutil
+import subprocess
 import unicodedata
 from pathlib import Path
 
 import pytest
 
-from latte.checks import InputError, choose, nearest, printable
+from latte.checks import InputError, check, choose, command_line, nearest, printable
 
 
 @pytest.mark.parametrize(
@@ -23,7 +25,7 @@ from latte.checks import InputError, choose, nearest, printable
         (Path("a/b\x1b"), "a/b\\x1b"),
     ],
 )
-def test_printable_escapes_what_a_terminal_would_obey_and_keeps_letters(name, shown):
+def test_printable_escapes_what_a_terminal_acts_on_and_keeps_letters(name, shown):
     found = printable(name)
     assert found == (shown or name)
     assert found.isprintable()
@@ -38,3 +40,36 @@ def test_a_name_in_another_unicode_form_is_explained():
         choose("label", composed, {decomposed: 0})
     assert nearest("walk", ["walks"]) == "; did you mean 'walks'?"
     assert nearest("walk", ["zzz"]) == ""
+
+
+@pytest.mark.parametrize(
+    "word",
+    [
+        "shapes",
+        "a b",
+        "it's",
+        "$(touch x)",
+        "",
+        "--x=;y",
+        "two\nlines",
+        "esc\x1b[31m",
+        os.fsdecode(b"\xff'\\"),
+        "\u041a'",
+    ],
+)
+def test_a_printed_command_can_be_pasted_into_a_shell(word):
+    line = command_line("sample", word)
+    assert line.isprintable()
+    assert line.startswith("latte sample ")
+    shell = shutil.which("bash")
+    if shell is None:
+        pytest.skip("no bash on this machine")
+    script = "latte() { printf '%s\\0' \"$@\"; }; " + line
+    found = subprocess.run([shell, "-c", script], capture_output=True, check=True)
+    assert found.stdout == b"sample\0" + os.fsencode(word) + b"\0"
+
+
+def test_check_raises_its_message():
+    check(True, "never")
+    with pytest.raises(InputError, match="must be positive"):
+        check(False, "train.lr must be positive, got -1")

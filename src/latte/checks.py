@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The two kinds of message we raise: a wrong choice (with the nearest name) and a wrong shape or range.
+"""The two kinds of error, the checks that raise them, and how names and commands are printed.
 
-Every message holds the field, its value, the rule it breaks and a way out. ``InputError`` is the user's to mend: the command
-line prints it as one line and exits with 2. ``RunError`` is a failure while running (disk full, NaN loss): one line, exit 1.
+``InputError``: wrong usage or input; the command line prints it and exits with 2. ``RunError``: a failure
+while running (full disk, NaN loss); exit 1. A message names the field, its value, the rule and what to do.
+Each line of a message is an error of its own.
 """
 
 import os
+import shlex
 import unicodedata
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
@@ -23,19 +25,37 @@ class RunError(RuntimeError):
 
 
 def printable(name: str | os.PathLike) -> str:
-    """Return ``name`` (a path, a class name, a prompt) safe for a terminal, a log and any encoding that holds its letters.
+    """Return ``name`` (a path, a class name, a prompt) safe to print in any terminal or log.
 
-    Control characters, line breaks, invisible and bidirectional marks, and bytes that are not UTF-8 become escapes such as
-    ``\\x1b``. Letters of every script stay as they are.
+    Control characters, line breaks, invisible and bidirectional marks, and bytes that are not UTF-8 become
+    escapes such as ``\\x1b``. Letters of every script stay as they are.
     """
-    text = os.fspath(name)
-    return "".join(
-        c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text
+    return "".join(_escaped(character) for character in os.fspath(name))
+
+
+def _escaped(character: str) -> str:
+    if character.isprintable():
+        return character
+    return character.encode("unicode_escape", "surrogatepass").decode()
+
+
+def command_line(*words: object) -> str:
+    """Return ``latte words...`` quoted for a shell, whatever is in the words."""
+    return " ".join(["latte", *(_quoted(str(word)) for word in words)])
+
+
+def _quoted(word: str) -> str:
+    if word.isprintable():
+        return shlex.quote(word)
+    escaped = "".join(
+        f"\\x{byte:02x}" if byte < 32 or byte > 126 or byte in b"'\\" else chr(byte)
+        for byte in os.fsencode(word)
     )
+    return f"$'{escaped}'"
 
 
 def nearest(name: object, names: Iterable[object]) -> str:
-    """'; did you mean ...?' for the closest of ``names``, or nothing when none is close."""
+    """Return '; did you mean ...?' with the closest of ``names``, or '' when none is close."""
     close = get_close_matches(str(name), [str(n) for n in names], n=1, cutoff=0.5)
     if not close:
         return ""
@@ -45,21 +65,20 @@ def nearest(name: object, names: Iterable[object]) -> str:
 
 
 def choose(field: str, name: Any, table: Mapping[Any, T]) -> T:
-    """``table[name]``, or an InputError that lists the names and proposes the nearest."""
+    """Return ``table[name]``; InputError with every name and the nearest one if there is no such entry."""
     if name in table:
         return table[name]
-    raise InputError(
-        f"{field} is {name!r}, which is not one of {', '.join(str(n) for n in table)}{nearest(name, table)}"
-    )
+    names = ", ".join(map(str, table))
+    raise InputError(f"{field} is {name!r}, which is not one of {names}{nearest(name, table)}")
 
 
 def check(condition: bool, message: str) -> None:
-    """Raise ``InputError(message)`` unless ``condition``. The message names the field, its value, the rule and what to do."""
+    """Raise ``InputError(message)`` unless ``condition``."""
     if not condition:
         raise InputError(message)
 
 
 def require(ok: bool, field: str, value: object, rule: str, way_out: str) -> None:
-    """Raise an InputError naming ``field``, its ``value``, the broken ``rule`` and a ``way_out`` unless ``ok``."""
+    """Do what ``check`` does, for callers that have no message of their own yet."""
     if not ok:
         raise InputError(f"{field} is {value!r}, but {rule}; {way_out}")
