@@ -98,7 +98,7 @@ def labels_of(
     blur: float = 0.0,
     noise: float = 0.0,
 ) -> Tensor:
-    """What is to be seen when the frames ``order`` of ``scene`` are shown, whose undisturbed step is ``usual``: (16,), as ``ANSWERS``.
+    """What is to be seen when the frames ``order`` of ``scene`` are shown, whose undisturbed step is ``usual``: (16,), as ``OUTPUTS``.
 
     Class numbers first, then the measures, shifted and scaled to about unit range; pixels and grey levels on logarithmic scales.
     """

@@ -43,7 +43,7 @@ class DetectorConfig:
 
 def loss_of(model: BuiltinDetector, clips: Tensor, labels: Tensor) -> Tensor:
     """Cross-entropies of the classes and squared errors of the measures, each a mean over the clips that show them, summed."""
-    answers, total = model.answers(to_input(clips)), torch.zeros(())
+    answers, total = model.predict(to_input(clips)), torch.zeros(())
     for i, name in enumerate(CLASSES):
         known = labels[:, i] != UNKNOWN
         if known.any():
@@ -70,7 +70,7 @@ def condition(model: BuiltinDetector, clips: Tensor) -> None:
         model.second,
     ):
         with layer.register_forward_hook(lambda _module, _inputs, output: seen.append(output)):
-            model.code(to_input(clips))
+            model.embed(to_input(clips))
         output = seen.pop()
         var, mean = torch.var_mean(output, [axis for axis in range(output.ndim) if axis != 1])
         scale = (var + 1e-8).rsqrt()
@@ -174,7 +174,7 @@ def whiten(model: BuiltinDetector, num_clips: int) -> None:
     """
 
     def codes(clips: Tensor) -> Tensor:
-        return torch.cat([model.code(to_input(part)) for part in clips.split(16)]).double()
+        return torch.cat([model.embed(to_input(part)) for part in clips.split(16)]).double()
 
     pool = draw_pool(SCALE_SEED, num_clips)
     shown = torch.cat(
@@ -198,7 +198,7 @@ def measure(
 ) -> dict[str, float]:
     """On unseen undamaged scenes: the share of right classes, and the mean absolute error of speed, size and place."""
     clips, labels = procedural_clips(seed, num_clips, frames)
-    parts = [model.answers(to_input(part)) for part in clips.split(16)]
+    parts = [model.predict(to_input(part)) for part in clips.split(16)]
     answers = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     result = {
         name: (answers[name].argmax(1) == labels[:, i]).float().mean().item()

@@ -16,10 +16,10 @@ from latte.evaluation.detectors import Detector, build_detector
 from latte.evaluation.frechet import frechet_distance
 from latte.evaluation.networks import builtin
 from latte.evaluation.networks.builtin import (
-    ANSWERS,
     CLASSES,
     MEASURES,
     NUM_FEATURES,
+    OUTPUTS,
     WEIGHTS,
     BuiltinDetector,
     moments,
@@ -171,7 +171,7 @@ def centres(clips):
 
 def answer(labels, name):
     """The column ``name`` of labels (b 16)."""
-    return labels[:, list(ANSWERS).index(name)]
+    return labels[:, list(OUTPUTS).index(name)]
 
 
 WAYS = torch.tensor([[0.0, -1.0], [0.0, 1.0], [-1.0, 0.0], [1.0, 0.0]])
@@ -205,7 +205,7 @@ def test_a_batch_is_a_function_of_its_step_and_its_labels_are_true(monkeypatch):
             - 1
         )
         torch.testing.assert_close(
-            labels[:, [list(ANSWERS).index(name) for name in ("red", "green", "blue")]], brightest
+            labels[:, [list(OUTPUTS).index(name) for name in ("red", "green", "blue")]], brightest
         )
 
 
@@ -219,7 +219,7 @@ def test_damaged_order_is_labelled_as_the_pixels_show_it(damages):
         steps = path.diff(dim=0).norm(dim=1)
         found = {name: float(answer(labels[None], name)) for name in MEASURES}
         assert 0.02 * (2 ** found["motion"] - 1) == pytest.approx(float(steps.mean()), abs=2e-3)
-        assert found["still"] / 2 == pytest.approx(
+        assert found["frozen"] / 2 == pytest.approx(
             float((shown.diff(dim=0) == 0).flatten(1).all(1).float().mean())
         )
         usual = (
@@ -240,7 +240,7 @@ def test_damaged_pixels_are_labelled_with_their_damage():
     (clip,), (scene,) = draw_pool(8, 1)
     draw = generator("damaged pixels")
     shown, labels = show(clip, scene, torch.arange(8), False, {"blur": 3.0, "noise": 24.0, "hue": 60.0}, draw)
-    found = dict(zip(ANSWERS, labels.tolist(), strict=True))
+    found = dict(zip(OUTPUTS, labels.tolist(), strict=True))
     assert (found["blur"], found["noise"]) == (2.0, 2.0)
     assert found["hue"] == (0.0 if scene.colour == "white" else 1.5)
     assert found["colour"] < 0
@@ -248,7 +248,7 @@ def test_damaged_pixels_are_labelled_with_their_damage():
         20 < float((shown[:, :8, :8].float() - torch.tensor([24.0, 26.0, 34.0])).std()) < 26
     )  # dark ground is clamped at 0
     turned, labels = show(clip, scene, torch.arange(8), False, {"hue": 60.0}, draw)
-    red = list(ANSWERS).index("red")
+    red = list(OUTPUTS).index("red")
     peak = turned[0].flatten(0, 1).float()[clip[0].flatten(0, 1).float().sum(1).argmax()]
     torch.testing.assert_close(labels[red : red + 3], peak / 127.5 - 1, rtol=0, atol=0.02)
 
@@ -306,7 +306,7 @@ def test_layers_begin_with_outputs_of_mean_0_and_variance_1():
         with layer.register_forward_hook(
             lambda _module, _inputs, output, outputs=outputs: outputs.append(output)
         ):
-            model.code(to_input(clips))
+            model.embed(to_input(clips))
         values = outputs[0].transpose(0, 1).flatten(1)
         torch.testing.assert_close(values.mean(1), torch.zeros(len(values)), rtol=0, atol=1e-3)
         torch.testing.assert_close(values.var(1), torch.ones(len(values)), rtol=0, atol=1e-2)

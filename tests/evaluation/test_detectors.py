@@ -167,8 +167,8 @@ def test_frame_detectors_give_one_row_per_frame_in_clip_order():
         (torch.zeros(4, 8, 8, 3, dtype=torch.uint8), "uint8"),
         (torch.zeros(1, 3, 4, 8, 8, dtype=torch.uint8), "uint8"),
         (torch.zeros(0, 4, 8, 8, 3, dtype=torch.uint8), "uint8"),
-        (torch.zeros(1, 3, 8, 8, 3, dtype=torch.uint8), "frames per clip is 3, but probe reads at least 4"),
-        (torch.zeros(1, 7, 8, 8, 3, dtype=torch.uint8), "frames per clip is 7"),
+        (torch.zeros(1, 3, 8, 8, 3, dtype=torch.uint8), "probe. reads at least 4 frames per clip, got 3"),
+        (torch.zeros(1, 7, 8, 8, 3, dtype=torch.uint8), "frames per clip, got 7"),
     ],
 )
 def test_wrong_clips_are_refused(frames, reason):
@@ -186,7 +186,7 @@ def test_unknown_names_are_refused_with_the_nearest():
         build_detector("random_i3d")
     with pytest.raises(InputError, match="layer is 'pool3'"):
         build_detector("random-i3d", layer="pool3")
-    with pytest.raises(InputError, match="group is 0"):
+    with pytest.raises(InputError, match="group must be at least 1, got 0"):
         build_detector("random-i3d", group=0)
 
 
@@ -221,7 +221,7 @@ def test_random_i3d_is_the_same_on_every_machine(random_i3d):
         "values": "[-1, 1]",
         "antialias": False,
     }
-    with pytest.raises(InputError, match="reads no file"):
+    with pytest.raises(InputError, match="reads no weight file"):
         detectors.random_i3d(path="x")
 
 

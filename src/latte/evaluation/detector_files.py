@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The published weight files: their hashes, where they are kept, and how they become safetensors once and for all.
+"""The published weight files: their hashes, where they are kept, and their conversion to safetensors.
 
-A file is believed only if its SHA-256 is in ``FILES`` or was named by the user. Its tensors are read without running it (archive.py),
-renamed to ours, and written to ``<detector>-<first 8 of the hash>.safetensors`` with their origin; evaluation loads only that, and checks
-it against its own digest each time, because safetensors does not notice a flipped byte.
+A file is accepted only if its SHA-256 is in ``FILES`` or was given by the user. Its tensors are read without
+running any code in it (interop/archive.py), renamed, and written to ``<detector>-<first 8 of the
+hash>.safetensors`` with their origin. Evaluation loads only that file, and verifies its digest each time,
+because safetensors does not detect a flipped byte.
 """
 
 import hashlib
@@ -20,7 +21,8 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from latte.checks import InputError, RunError
+from latte.checks import InputError, RunError, printable
+from latte.data.shards import commit
 from latte.evaluation.networks.layers import Network, channels_last, fold_norms
 from latte.interop.archive import BROKEN, read_tensors
 
@@ -29,12 +31,12 @@ MAX_DOWNLOAD = 512 * 2**20
 
 @dataclass(frozen=True)
 class PublicFile:
-    """One published file. ``detector`` None: known, but not a file that any detector reads, for the reason in ``note``."""
+    """A published weight file."""
 
     name: str
-    detector: str | None
-    sha256: str | None
-    size: int | None = None
+    detector: str | None  # None: a known file that no detector reads, for the reason in ``note``
+    sha256: str | None  # None: no checksum was published
+    size: int | None = None  # bytes
     urls: tuple[str, ...] = ()
     note: str = ""
 
@@ -53,7 +55,7 @@ FILES = (
         "i3d_pretrained_400.pt",
         "i3d400",
         "55095f049e706479d48e221adcdb145b2b9dc930ba28b081ed72367ffaa32343",
-        note="VideoGPT's, TATS's and cd-fvd's conversion of the TF-Hub weights; their repositories fetch it from a shared drive",
+        note="TF-Hub weights converted by VideoGPT, TATS and cd-fvd, linked in their repositories",
     ),
     PublicFile(
         "pt_inception-2015-12-05-6726825d.pth",
@@ -70,7 +72,7 @@ FILES = (
         "c3d",
         None,
         urls=("https://www.dropbox.com/s/jxpu7avzdc9n97q/c3d_ucf101.pt?dl=1",),
-        note="no checksum of it was ever published; conv3d_deepnetA_ucf.npz with mean2.npz beside it (tgan2, release v1.0) will do as well",
+        note="no published checksum; conv3d_deepnetA_ucf.npz with mean2.npz (tgan2, release v1.0) works too",
     ),
     PublicFile(
         "rgb_imagenet.pt",
@@ -84,48 +86,57 @@ FILES = (
         None,
         "f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4",
         95_607_719,
-        note="the same network as a TorchScript program; take the plain tensors, pt_inception-2015-12-05-6726825d.pth",
+        note="the same network as a TorchScript program; use pt_inception-2015-12-05-6726825d.pth",
     ),
 )
 
 
 def cache_dir() -> Path:
-    """Where converted weights are kept: $LATTE_DETECTOR_DIR, else latte/detectors under $XDG_CACHE_HOME (~/.cache)."""
+    """Return the folder of converted weights: $LATTE_DETECTOR_DIR, else latte/detectors in $XDG_CACHE_HOME
+    (~/.cache).
+    """
     if own := os.environ.get("LATTE_DETECTOR_DIR"):
         return Path(own)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "latte" / "detectors"
 
 
 def is_offline() -> bool:
-    """True when LATTE_OFFLINE or HF_HUB_OFFLINE says so; read at each call, so it may be set at any time."""
-    return any(
-        os.environ.get(name, "").lower() in ("1", "true", "yes", "on")
-        for name in ("LATTE_OFFLINE", "HF_HUB_OFFLINE")
-    )
+    """Return whether LATTE_OFFLINE or HF_HUB_OFFLINE is set; both are read at each call."""
+    values = (os.environ.get(name, "").lower() for name in ("LATTE_OFFLINE", "HF_HUB_OFFLINE"))
+    return any(value in ("1", "true", "yes", "on") for value in values)
 
 
 def file_sha256(path: Path) -> str:
-    """SHA-256 of a file, 64 hex digits."""
+    """Return the SHA-256 of a file, 64 hex digits."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 of names, types, shapes and numbers: the fingerprint of weights, however they are stored."""
+    """Return the SHA-256 of names, dtypes, shapes and values: a fingerprint of weights, however they are
+    stored.
+    """
     digest = hashlib.sha256()
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(
-            tensor.flatten().view(torch.uint8).numpy().data if tensor.ndim else tensor.numpy().tobytes()
-        )
+        data = tensor.flatten().view(torch.uint8).numpy().data if tensor.ndim else tensor.numpy().tobytes()
+        digest.update(data)
     return digest.hexdigest()
 
 
-def rename(tensors: Mapping[str, Tensor], network: Network, where: object) -> dict[str, Tensor]:
-    """Public names -> ours, by the first naming of ``network`` that fits exactly; InputError names what is missing or left over.
+def refuse_nonfinite(tensors: Mapping[str, Tensor], where: object) -> None:
+    """InputError naming the first tensor with NaN or Inf."""
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise InputError(f"{where} has NaN or Inf in tensor {name}; download the file again")
 
-    A prefix common to all names is dropped ('module.', 'model.'), and TensorFlow's ':0'. Counters may be absent.
+
+def rename(tensors: Mapping[str, Tensor], network: Network, where: object) -> dict[str, Tensor]:
+    """Rename public tensors to ours, by the first naming of ``network`` that matches exactly.
+
+    A prefix common to all names is dropped ('module.', 'model.'), and TensorFlow's ':0'. Counters may be
+    absent. InputError names the tensors that are missing or unexpected.
     """
     plain = {name.removesuffix(":0"): tensor for name, tensor in tensors.items()}
     report = ""
@@ -138,61 +149,71 @@ def rename(tensors: Mapping[str, Tensor], network: Network, where: object) -> di
         missing = [name for name, ours in scheme.names.items() if ours and name not in found]
         unexpected = [name for name in plain if name.removeprefix(prefix) not in scheme.names]
         if not missing and not unexpected:
-            return {
-                ours: scheme.convert(found[name]).contiguous() for name, ours in scheme.names.items() if ours
-            }
+            names = {ours: name for name, ours in scheme.names.items() if ours}
+            return {ours: scheme.convert(found[name]).contiguous() for ours, name in names.items()}
         if not report or len(missing) < len(scheme.names) // 2:
-            report = f"as {label} it lacks {missing[:3]} and has {unexpected[:3]} too many"
+            report = f"in the {label} naming, {missing[:3]} are missing and {unexpected[:3]} unexpected"
     raise InputError(
-        f"{where} holds {len(tensors)} tensors of another network: {report}; give a file made for this detector"
+        f"{where} holds {len(tensors)} tensors of another network: {report}; give a file made for this "
+        "detector"
     )
 
 
 def known_file(detector: str, path: Path, sha256: str | None) -> str:
-    """SHA-256 of ``path`` if it is a published file of ``detector`` or the hash that the user named; InputError otherwise."""
+    """Return the SHA-256 of ``path`` if it is a published file of ``detector`` or equals ``sha256``; else
+    InputError.
+    """
     digest = file_sha256(path)
     match = next((file for file in FILES if file.sha256 == digest), None)
     if digest == sha256 or (match and match.detector == detector and sha256 is None):
         return digest
     if sha256 is not None:
         raise InputError(
-            f"{path} has SHA-256 {digest}, not {sha256} as asked; give the right file or the right hash"
+            f"{path} has SHA-256 {digest}, expected {sha256}; give the right file or the right hash"
         )
     if match:
-        whose = f"the file of detector {match.detector!r}" if match.detector else match.note
+        reason = f"the file of detector {match.detector!r}" if match.detector else match.note
         raise InputError(
-            f"{path} is {match.name}, {whose}, not a file of detector {detector!r}; give the right file"
+            f"{path} is {match.name}, {reason}, not a file of detector {detector!r}; give the right file"
         )
     raise InputError(
-        f"{path} has SHA-256 {digest}, which no file of detector {detector!r} has; if you trust it, name that hash too"
+        f"{path} has SHA-256 {digest}, which no file of detector {detector!r} has; if you trust it, give "
+        "that hash by --detector-sha256"
     )
 
 
-def import_weights(detector: str, network: Network, path: Path, sha256: str | None = None) -> Path:
-    """Convert a published file into ``<detector>-<sha8>.safetensors`` in the cache folder; returns that path.
+def check_shapes(tensors: Mapping[str, Tensor], network: Network, path: Path) -> None:
+    """InputError naming tensors whose shape differs from the network's after the norms are merged."""
+    with torch.device("meta"):
+        expected = {name: tuple(tensor.shape) for name, tensor in network.build().state_dict().items()}
+    merged = {name: tuple(tensor.shape) for name, tensor in fold_norms(tensors, network.eps).items()}
+    wrong = [name for name, shape in expected.items() if merged.get(name) != shape]
+    if wrong:
+        shapes = "; ".join(f"{name} is {merged.get(name)} instead of {expected[name]}" for name in wrong[:3])
+        raise InputError(
+            f"{path} has tensors of the wrong shape: {shapes}; give a file made for this detector"
+        )
 
-    ``sha256`` is the hash the user vouches for when the file is not in ``FILES``. A NumPy archive without the mean clip takes it from
-    mean2.npz beside it. InputError for unknown hashes, foreign tensors, wrong shapes and hostile files.
+
+def import_weights(detector: str, network: Network, path: Path, sha256: str | None = None) -> Path:
+    """Convert a published file into ``<detector>-<sha8>.safetensors`` in the cache folder and return that
+    path.
+
+    ``sha256`` is the hash the user vouches for when the file is not in ``FILES``. A NumPy archive without the
+    mean clip takes it from mean2.npz in the same folder. InputError for unknown hashes, unexpected tensors,
+    wrong shapes, NaN or Inf and malicious files.
     """
     if not path.is_file():
-        raise InputError(f"detector file {path} does not exist; give the path of a downloaded weight file")
+        raise InputError(
+            f"detector file {printable(path)} does not exist; give the path of a downloaded weight file"
+        )
     digest = known_file(detector, path, sha256)
     tensors = read_tensors(path)
     if "mean" not in tensors and path.suffix == ".npz" and (mean := path.with_name("mean2.npz")).is_file():
         tensors |= read_tensors(mean)
     ours = rename(tensors, network, path)
-    with torch.device("meta"):
-        expected = {name: tuple(tensor.shape) for name, tensor in network.build().state_dict().items()}
-    folded = {name: tuple(tensor.shape) for name, tensor in fold_norms(ours, network.eps).items()}
-    wrong = [
-        f"{name} is {folded.get(name)} instead of {shape}"
-        for name, shape in expected.items()
-        if folded.get(name) != shape
-    ]
-    if wrong:
-        raise InputError(
-            f"{path} has tensors of the wrong shape: {'; '.join(wrong[:3])}; give a file made for this detector"
-        )
+    check_shapes(ours, network, path)
+    refuse_nonfinite(ours, path)
     metadata = {
         "detector": detector,
         "source_name": path.name,
@@ -201,17 +222,16 @@ def import_weights(detector: str, network: Network, path: Path, sha256: str | No
         "tensors_sha256": tensors_sha256(ours),
     }
     out = cache_dir() / f"{detector}-{digest[:8]}.safetensors"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent) as folder:
-        safetensors.torch.save_file(ours, Path(folder) / out.name, metadata=metadata)
-        os.replace(Path(folder) / out.name, out)
+    commit(out, lambda temporary: safetensors.torch.save_file(ours, temporary, metadata))
     return out
 
 
 def find_weights(
     detector: str, network: Network, path: Path | None = None, sha256: str | None = None
 ) -> Path:
-    """The converted weights of ``detector``: those of ``path``, else those in the cache folder, else downloaded there once."""
+    """Return the converted weights of ``detector``: those of ``path``, else the cached ones, else downloaded
+    ones.
+    """
     if path is not None:
         return import_weights(detector, network, path, sha256)
     file = next(file for file in FILES if file.detector == detector)
@@ -220,32 +240,33 @@ def find_weights(
         return converted
     if (original := cache_dir() / file.name).is_file():
         return import_weights(detector, network, original, sha256)
-    why = (
-        "this machine is offline"
-        if is_offline()
-        else ""
-        if file.urls and digest
-        else "it cannot be fetched by itself"
-    )
-    if why:
-        hints = [*(url.removeprefix("hf://") for url in file.urls[:1]), *([file.note] if file.note else [])]
-        way_out = f"download it ({'; '.join(hints)}) and give its path, or put it into that folder"
-        raise InputError(
-            f"detector {detector!r} needs {file.name}, which is not in {cache_dir()}, and {why}; {way_out}"
-        )
+    if is_offline() or not (file.urls and digest):
+        refuse_download(detector, file)
     cache_dir().mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache_dir()) as folder:
         target = Path(folder) / file.name
         download(file, target)
         if (found := file_sha256(target)) != digest:
             raise RunError(
-                f"the downloaded {file.name} has SHA-256 {found}, not {digest}; it was thrown away: fetch it from elsewhere"
+                f"the downloaded {file.name} has SHA-256 {found}, expected {digest}; it was deleted: "
+                "download it elsewhere"
             )
         return import_weights(detector, network, target, sha256)
 
 
+def refuse_download(detector: str, file: PublicFile) -> None:
+    """InputError that says where to get ``file`` by hand."""
+    reason = "this machine is offline" if is_offline() else "it cannot be downloaded automatically"
+    hints = [url.removeprefix("hf://") for url in file.urls[:1]] + [file.note] * bool(file.note)
+    raise InputError(
+        f"detector {detector!r} needs {file.name}, which is not in {cache_dir()}, and {reason}; download it "
+        f"({'; '.join(hints)}) and give its path by --detector, or put it into that folder; --protocol "
+        "builtin needs no file"
+    )
+
+
 def download(file: PublicFile, target: Path) -> None:
-    """Fetch ``file`` to ``target`` from the first of its addresses that answers; RunError when none does."""
+    """Download ``file`` to ``target`` from the first address that responds; RunError if none does."""
     reasons = []
     for url in file.urls:
         try:
@@ -260,18 +281,19 @@ def download(file: PublicFile, target: Path) -> None:
                     while block := source.read(2**20):
                         out.write(block)
                         if out.tell() > (file.size or MAX_DOWNLOAD):
-                            raise OSError(f"more than {file.size or MAX_DOWNLOAD} bytes came")
+                            raise OSError(f"received more than {file.size or MAX_DOWNLOAD} bytes")
             return
         except (OSError, ValueError, RuntimeError) as error:
             reasons.append(f"{url}: {str(error).partition(chr(10))[0]}")
     raise RunError(
-        f"{file.name} could not be downloaded ({'; '.join(reasons)}); fetch it by hand and give its path"
+        f"{file.name} could not be downloaded ({'; '.join(reasons)}); download it by hand and give its path "
+        "by --detector"
     )
 
 
 @dataclass(frozen=True)
 class Weights:
-    """A network with its weights, and where they are from."""
+    """A network with its weights and their origin."""
 
     network: nn.Module
     sha256: str  # of the published file
@@ -281,25 +303,24 @@ class Weights:
 
 
 def load_converted(path: Path, network: Network) -> Weights:
-    """Read a converted file, check it against its digest, fold the norms; InputError when it was damaged or is another's."""
+    """Read a converted file, verify its digest, merge the norms; InputError if it is damaged or not ours."""
     try:
         with safetensors.safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
         tensors = safetensors.torch.load_file(path)
     except BROKEN as error:
-        raise InputError(
-            f"{path} is damaged ({str(error).partition(chr(10))[0]}); delete it and import the weights again"
-        ) from error
+        reason = str(error).partition("\n")[0]
+        raise InputError(f"{path} is damaged ({reason}); delete it and import the weights again") from error
     if metadata.get("tensors_sha256") != tensors_sha256(tensors):
-        raise InputError(f"{path} is not what was written there; delete it and import the weights again")
+        raise InputError(f"{path} was changed after it was written; delete it and import the weights again")
+    refuse_nonfinite(tensors, path)
     with torch.device("meta"):
         module = network.build()
     module.load_state_dict(fold_norms(tensors, network.eps), assign=True)
-    size = int(metadata["source_bytes"])
     return Weights(
         channels_last(module).eval(),
         metadata["source_sha256"],
         metadata["source_name"],
-        size,
+        int(metadata["source_bytes"]),
         metadata["tensors_sha256"],
     )

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The built-in detector: a small video network trained by this project to read procedural clips and their damage; nothing is downloaded.
+"""The built-in detector: a small video network trained on procedural clips, with its weights in the package.
 
-Layers see one frame at a time, or three neighbouring frames of one place ((2+1)D); the first temporal layer is also given the differences
-of neighbouring frames. Every stage hands over its mean, its spread and its peaks: the last one knows the shape, the first ones know
-sharpness and noise. Two layers on top read off what the clip shows and how it was damaged; the features are the last of them, on the scale
-of undamaged clips. ``python -m tools.train_detector OUT.safetensors`` makes the weights beside this file.
+Layers see one frame at a time, or three neighbouring frames at one position ((2+1)D); the first temporal
+layer also reads the differences of neighbouring frames. Every stage is pooled to its mean, standard deviation
+and peak: the last stage encodes the shape, the first ones sharpness and noise. Two layers on top predict the
+content of a clip and how it was corrupted. The features are the last hidden layer, whitened over uncorrupted
+clips. ``python -m tools.train_detector OUT.safetensors`` makes the weights.
 Axes: b clips, t frames, n = b t, c channels, h w size, k features.
 """
 
@@ -13,44 +14,34 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from latte.checks import require
+from latte.checks import check
 from latte.evaluation.networks.layers import Network
 
 WEIGHTS = Path(__file__).with_name("builtin.safetensors")
 SIZE, MIN_FRAMES, NUM_FEATURES = 64, 4, 48
 CLASSES = {"direction": 4, "shape": 3, "colour": 6}
-MEASURES = (
-    "speed",
-    "size",
-    "x",
-    "y",
-    "red",
-    "green",
-    "blue",
-    "motion",
-    "still",
-    "wild",
-    "blur",
-    "noise",
-    "hue",
-)
-ANSWERS = CLASSES | dict.fromkeys(MEASURES, 1)  # outputs of the head, in this order
+SCENE = ("speed", "size", "x", "y", "red", "green", "blue")  # what a procedural clip shows
+CORRUPTION = ("motion", "frozen", "wild", "blur", "noise", "hue")  # how it was corrupted
+MEASURES = SCENE + CORRUPTION
+OUTPUTS = CLASSES | dict.fromkeys(MEASURES, 1)  # name: width, in the order of the head
 WIDTHS, HIDDEN = (32, 48, 64, 128), (160, 96)
 
 
 def neighbours(x: Tensor) -> Tensor:
-    """(b t c h w) -> (b t 3c h w): each frame between the one before and the one after; the ends are their own neighbours."""
-    return torch.cat([torch.cat([x[:, :1], x[:, :-1]], 1), x, torch.cat([x[:, 1:], x[:, -1:]], 1)], 2)
+    """Return (b t 3c h w): each frame of ``x`` (b t c h w) with both neighbours; the ends are repeated."""
+    previous = torch.cat([x[:, :1], x[:, :-1]], 1)
+    following = torch.cat([x[:, 1:], x[:, -1:]], 1)
+    return torch.cat([previous, x, following], 2)  # (b t 3c h w)
 
 
 def moments(x: Tensor) -> Tensor:
-    """(b t c h w) -> (b 3c): mean and standard deviation over time and space, and the mean over time of the greatest value in space."""
+    """Return (b 3c) of ``x`` (b t c h w): mean, standard deviation, time average of the spatial maximum."""
     var, mean = torch.var_mean(x, (1, 3, 4), correction=0)
     return torch.cat([mean, (var + 1e-6).sqrt(), x.amax((3, 4)).mean(1)], 1)
 
 
 class BuiltinDetector(nn.Module):
-    """Clips (b 3 t 64 64) in [-1, 1], t >= 4 -> features (b 48), of about unit variance over undamaged procedural clips."""
+    """Map clips (b 3 t 64 64) in [-1, 1], t >= 4, to features (b 48), of unit variance on clean clips."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -64,45 +55,40 @@ class BuiltinDetector(nn.Module):
         self.last = nn.Conv2d(four, four, 3, padding=1)
         self.hidden = nn.Linear(3 * (one + two + three + four), HIDDEN[0])
         self.second = nn.Linear(HIDDEN[0], HIDDEN[1])
-        self.head = nn.Linear(HIDDEN[1], sum(ANSWERS.values()))
-        self.whiten = nn.Linear(HIDDEN[1], NUM_FEATURES)  # found after the training, not by it
+        self.head = nn.Linear(HIDDEN[1], sum(OUTPUTS.values()))
+        self.whiten = nn.Linear(HIDDEN[1], NUM_FEATURES)  # PCA whitening, computed after training
 
     def summary(self, x: Tensor) -> Tensor:
-        """(b 3 t 64 64) -> the moments of all stages (b 816); InputError for another size or fewer than 4 frames."""
+        """Return the pooled stages (b 816) of ``x`` (b 3 t 64 64); InputError for any other shape."""
         shape = tuple(x.shape)
         fits = x.ndim == 5 and shape[2] >= MIN_FRAMES and shape[1::2] == (3, SIZE) and shape[4] == SIZE
-        require(
-            fits,
-            "the clip (b c t h w)",
-            shape,
-            f"this detector takes {MIN_FRAMES} frames of {SIZE} x {SIZE} or more",
-            "resize it",
-        )
+        size = f"at least {MIN_FRAMES} frames of {SIZE} x {SIZE}"
+        check(fits, f"the built-in detector reads {size}, got {shape}; resize or lengthen the clips")
 
-        def each(layer: nn.Conv2d, clip: Tensor) -> Tensor:
-            frames = clip.flatten(0, 1).contiguous(memory_format=torch.channels_last)
-            return layer(frames).relu().unflatten(0, clip.shape[:2])
+        def per_frame(layer: nn.Conv2d, clip: Tensor) -> Tensor:
+            frames = clip.flatten(0, 1).contiguous(memory_format=torch.channels_last)  # (n c h w)
+            return layer(frames).relu().unflatten(0, clip.shape[:2])  # (b t c h w)
 
-        stem = each(self.stem, self.unshuffle(x.transpose(1, 2)))
-        still = each(self.down1, stem)
-        change = torch.cat([torch.zeros_like(still[:, :1]), still.diff(dim=1)], 1)
-        moving = each(self.time1, neighbours(torch.cat([still, change], 2)))
-        whole = each(self.time2, neighbours(each(self.down2, moving)))
-        whole = each(self.last, whole)
-        return torch.cat([moments(part) for part in (stem, still, moving, whole)], 1)
+        stem = per_frame(self.stem, self.unshuffle(x.transpose(1, 2)))
+        static = per_frame(self.down1, stem)
+        change = torch.cat([torch.zeros_like(static[:, :1]), static.diff(dim=1)], 1)
+        moving = per_frame(self.time1, neighbours(torch.cat([static, change], 2)))
+        last = per_frame(self.time2, neighbours(per_frame(self.down2, moving)))
+        last = per_frame(self.last, last)
+        return torch.cat([moments(stage) for stage in (stem, static, moving, last)], 1)  # (b 816)
 
-    def code(self, x: Tensor) -> Tensor:
-        """(b 3 t 64 64) -> the layer before the answers (b 96)."""
+    def embed(self, x: Tensor) -> Tensor:
+        """Return the last hidden layer (b 96) of ``x`` (b 3 t 64 64)."""
         return self.second(self.hidden(self.summary(x)).relu()).relu()
 
     def forward(self, x: Tensor) -> Tensor:
-        """(b 3 t 64 64) -> features (b 48)."""
-        return self.whiten(self.code(x))
+        """Return the features (b 48) of ``x`` (b 3 t 64 64)."""
+        return self.whiten(self.embed(x))
 
-    def answers(self, x: Tensor) -> dict[str, Tensor]:
-        """(b 3 t 64 64) -> logits of direction (b 4), shape (b 3), colour (b 6), and each of ``MEASURES`` (b 1)."""
-        parts = self.head(self.code(x)).split(list(ANSWERS.values()), 1)
-        return dict(zip(ANSWERS, parts, strict=True))
+    def predict(self, x: Tensor) -> dict[str, Tensor]:
+        """Return logits of direction (b 4), shape (b 3), colour (b 6), and each of ``MEASURES`` (b 1)."""
+        parts = self.head(self.embed(x)).split(list(OUTPUTS.values()), 1)
+        return dict(zip(OUTPUTS, parts, strict=True))
 
 
 NETWORK = Network(BuiltinDetector, {}, 0.0)

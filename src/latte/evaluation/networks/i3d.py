@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""I3D, the inflated Inception-v1 of Kinetics-400 whose logits FVD compares (Carreira and Zisserman 2017; Unterthiner et al. 2018).
+"""I3D, the inflated Inception-v1 of Kinetics-400 whose logits FVD compares (Carreira and Zisserman 2017;
+Unterthiner et al. 2018).
 
-58 convolutions, TensorFlow's SAME padding throughout, norm eps 1e-3, no norm gain in the TF graph. Norms are folded on loading (layers.py).
+58 convolutions, TensorFlow's SAME padding throughout, norm eps 1e-3, no norm gain in the TF graph.
+``fold_norms`` of layers.py merges the norms into the convolutions on loading.
 Axes: b clip, c channels, t frames, h w size, k classes.
 """
 
@@ -10,13 +12,12 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from latte.checks import require
+from latte.checks import check
 from latte.evaluation.networks.layers import Conv, Network, Scheme, max_pool_same
 
 NORM_EPS = 1e-3
-MIN_FRAMES = 9  # fewer leave nothing for the last average pool of 2 time steps
-# c_in; 1x1 | 1x1 then 3x3x3 | 1x1 then 3x3x3 | pool then 1x1
-MIXED = {
+MIN_FRAMES = 9  # fewer leave no input for the last average pool over 2 time steps
+MIXED = {  # c_in; widths of the branches 1x1 | 1x1, 3x3x3 | 1x1, 3x3x3 | pool, 1x1
     "3b": (192, 64, (96, 128), (16, 32), 32),
     "3c": (256, 128, (128, 192), (32, 96), 64),
     "4b": (480, 192, (96, 208), (16, 48), 64),
@@ -30,7 +31,7 @@ MIXED = {
 
 
 class Mixed(nn.Module):
-    """Four branches over the same input, concatenated on the channels."""
+    """Concatenate four branches over the same input on the channel axis."""
 
     def __init__(self, c_in: int, single: int, middle: tuple[int, int], small: tuple[int, int], pooled: int):
         super().__init__()
@@ -41,13 +42,13 @@ class Mixed(nn.Module):
         self.b3 = Conv(c_in, pooled, one)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(b c t h w) >= 0 -> (b o t h w) >= 0."""
+        """Map non-negative (b c t h w) to non-negative (b o t h w)."""
         pooled = max_pool_same(x, (3, 3, 3), (1, 1, 1))
         return torch.cat([self.b0(x), self.b1b(self.b1a(x)), self.b2b(self.b2a(x)), self.b3(pooled)], dim=1)
 
 
 class I3D(nn.Module):
-    """Clips (b 3 t h w) in [-1, 1], t >= 9, 224 x 224 -> Kinetics logits (b k), the mean over the time positions, before any softmax."""
+    """Map clips (b 3 t 224 224) in [-1, 1], t >= 9, to Kinetics logits (b k), averaged over time."""
 
     def __init__(self, num_classes: int = 400):
         super().__init__()
@@ -57,7 +58,7 @@ class I3D(nn.Module):
         self.logits = Conv(1024, num_classes, (1, 1, 1), relu=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits (b k); InputError below 9 frames or where the last map is not 7 x 7 (any size from 193 to 224)."""
+        """Return logits (b k); InputError below 9 frames or outside of 193 to 224 pixels (last map 7 x 7)."""
         x = x.contiguous(memory_format=torch.channels_last_3d)
         shape = tuple(x.shape)
         x = max_pool_same(self.conv_1a(x), (1, 3, 3), (1, 2, 2))
@@ -68,22 +69,18 @@ class I3D(nn.Module):
             if name == "5b":
                 x = max_pool_same(x, (2, 2, 2), (2, 2, 2))
             x = mixed(x)
-        fits = x.shape[2] >= 2 and x.shape[3:] == (7, 7)
-        require(
-            fits,
-            "the clip (b c t h w)",
-            shape,
-            f"I3D takes at least {MIN_FRAMES} frames of 224 x 224",
-            "give longer clips or resize",
+        check(
+            x.shape[2] >= 2 and x.shape[3:] == (7, 7),
+            f"I3D reads at least {MIN_FRAMES} frames of 224 x 224, got {shape}; lengthen or resize them",
         )
-        # the 2 x 7 x 7 average, the last convolution and the mean over time are linear, so both means come first
-        mean = x.float().mean((3, 4))
-        mean = (mean[..., :-1] + mean[..., 1:]).mean(2) / 2
+        # the 2 x 7 x 7 average pool, the last convolution and the mean over time are linear: means come first
+        mean = x.float().mean((3, 4))  # (b c t)
+        mean = (mean[..., :-1] + mean[..., 1:]).mean(2) / 2  # (b c)
         return self.logits(mean.to(x.dtype)[..., None, None, None]).flatten(1)
 
 
 def layer_names() -> Iterator[tuple[str, str, str, str]]:
-    """(ours, piergiaj, hassony2, TensorFlow) for each of the 58 convolutions."""
+    """Yield the names (ours, piergiaj, hassony2, TensorFlow) of each of the 58 convolutions."""
     for name in ("1a_7x7", "2b_1x1", "2c_3x3"):
         yield f"conv_{name[:2]}", f"Conv3d_{name}", f"conv3d_{name}", f"Conv3d_{name}"
     for name in MIXED:
@@ -106,7 +103,7 @@ def layer_names() -> Iterator[tuple[str, str, str, str]]:
 
 
 def torch_names(column: int, norm: str) -> dict[str, str | None]:
-    """Public key -> ours for one of the two PyTorch namings, whose norms are called ``norm``: 344 keys."""
+    """Return {public key: our key} of a PyTorch naming whose norms are called ``norm``: 344 keys."""
     roles = {"weight": "gain", "bias": "shift", "running_mean": "mean", "running_var": "var"}
     names: dict[str, str | None] = {}
     for layer in layer_names():
@@ -121,7 +118,7 @@ def torch_names(column: int, norm: str) -> dict[str, str | None]:
 
 
 def tf_names() -> dict[str, str | None]:
-    """TensorFlow variable -> ours: 230 names, no gains."""
+    """Return {TensorFlow variable: our key}: 230 names, no gains."""
     roles = {
         "conv_3d/w": "weight",
         "batch_norm/beta": "shift",
@@ -138,7 +135,7 @@ def tf_names() -> dict[str, str | None]:
 
 
 def from_tf(tensor: Tensor) -> Tensor:
-    """A TF kernel (t h w c o) -> (o c t h w); anything else, (1 1 1 1 c) included, -> (c,)."""
+    """Return a TF kernel (t h w c o) as (o c t h w), anything else, (1 1 1 1 c) included, as (c,)."""
     return tensor.permute(4, 3, 0, 1, 2) if tensor.ndim == 5 and tensor.shape[3] > 1 else tensor.flatten()
 
 
@@ -149,6 +146,5 @@ SCHEMES = {
 }
 
 NETWORK = Network(I3D, SCHEMES, NORM_EPS)
-PORTED = Network(
-    I3D, SCHEMES, 1e-5
-)  # as VideoGPT, TATS and cd-fvd run the same weights: PyTorch's default eps
+PORTED_EPS = 1e-5  # VideoGPT, TATS and cd-fvd run the same weights with PyTorch's default eps
+PORTED = Network(I3D, SCHEMES, PORTED_EPS)

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Inception-v3 as FID knows it: the TensorFlow graph of 2015-12-05 with 1008 outputs (Szegedy et al. 2016; Heusel et al. 2017).
+"""The Inception-v3 of FID: the TensorFlow graph of 2015-12-05 with 1008 outputs (Szegedy et al. 2016; Heusel
+et al. 2017).
 
-It differs from torchvision's layout, whose names it keeps, in its pools: averages do not count the padding, and the last block takes a
-maximum where every other takes an average. 94 convolutions with norms (eps 1e-3), folded on loading (layers.py).
+It keeps torchvision's names and differs in its pools: averages do not count the padding, and the last block
+takes a maximum where every other block takes an average. 94 convolutions with norms (eps 1e-3), which
+``fold_norms`` of layers.py merges on loading.
 Axes: b frames, c channels, h w size, k features.
 """
 
@@ -14,11 +16,9 @@ from latte.checks import choose
 from latte.evaluation.networks.layers import Conv, Network, Scheme
 
 NORM_EPS = 1e-3
-Step = tuple[
-    str, int, tuple[int, int], int
-]  # name, channels out, kernel, stride; stride 2 is without padding
+Step = tuple[str, int, tuple[int, int], int]  # name, channels out, kernel, stride; stride 2 has no padding
 
-STEM = (  # name, c_in, c_out, kernel, stride, zeros around; a maximum pool 3/2 follows 2b and 4a
+STEM = (  # name, c_in, c_out, kernel, stride, padding; a 3x3/2 max pool follows 2b and 4a
     ("Conv2d_1a_3x3", 3, 32, 3, 2, 0),
     ("Conv2d_2a_3x3", 32, 32, 3, 1, 0),
     ("Conv2d_2b_3x3", 32, 64, 3, 1, 1),
@@ -28,7 +28,7 @@ STEM = (  # name, c_in, c_out, kernel, stride, zeros around; a maximum pool 3/2 
 
 
 def chain(name: str, *steps: tuple[int, tuple[int, int]], last_stride: int = 1) -> list[list[Step]]:
-    """Convolutions one after the other, called name_1, name_2, ... (one alone is called ``name``)."""
+    """Return consecutive convolutions called name_1, name_2, ... (a single one is called ``name``)."""
     names = [name] if len(steps) == 1 else [f"{name}_{i}" for i in range(1, len(steps) + 1)]
     strides = [1] * (len(steps) - 1) + [last_stride]
     return [
@@ -38,7 +38,7 @@ def chain(name: str, *steps: tuple[int, tuple[int, int]], last_stride: int = 1) 
 
 
 def fork(name: str, width: int) -> list[Step]:
-    """A row and a column convolution of the same input, side by side."""
+    """Return a row and a column convolution of the same input, in parallel."""
     return [(f"{name}a", width, (1, 3), 1), (f"{name}b", width, (3, 1), 1)]
 
 
@@ -82,7 +82,7 @@ def block_e() -> list[list[list[Step]]]:
     return [chain("branch1x1", (320, ONE)), single, double, chain("branch_pool", (192, ONE))]
 
 
-BLOCKS = {  # name: channels in, branches (the last one begins with the pool), kind of pool
+BLOCKS = {  # name: channels in, branches (the last one begins with the pool), pool
     "Mixed_5b": (192, block_a(32), "average"),
     "Mixed_5c": (256, block_a(64), "average"),
     "Mixed_5d": (288, block_a(64), "average"),
@@ -104,14 +104,12 @@ POOLS = {
 
 
 class Block(nn.Module):
-    """Branches over one input, concatenated on the channels; the last branch begins with a pool."""
+    """Concatenate branches over one input on the channel axis; the last branch begins with a pool."""
 
     def __init__(self, c_in: int, branches: list[list[list[Step]]], pool: str):
         super().__init__()
-        self.pool, self.branches = (
-            POOLS[pool],
-            [[[name for name, *_ in step] for step in branch] for branch in branches],
-        )
+        self.pool = POOLS[pool]
+        self.branches = [[[name for name, *_ in step] for step in branch] for branch in branches]
         for branch in branches:
             width = c_in
             for step in branch:
@@ -121,7 +119,7 @@ class Block(nn.Module):
                 width = sum(out for _, out, *_ in step)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(b c h w) -> (b o h' w')."""
+        """Map (b c h w) to (b o h' w')."""
         inputs = [x] * (len(self.branches) - 1) + [self.pool(x)]
         outputs = []
         for y, branch in zip(inputs, self.branches, strict=True):
@@ -133,9 +131,10 @@ class Block(nn.Module):
 
 
 class Inception(nn.Module):
-    """Frames (b 3 h w) of range (x - 128) / 128, 299 x 299 in every protocol -> features (b k) of ``layer``.
+    """Map frames (b 3 299 299) scaled to (x - 128) / 128 to features (b k) of ``layer``.
 
-    Layers: 'pool3' (2048, for FID) and 'logits' (1008, for IS, without the bias, as the original Inception Score has it).
+    Layers: 'pool3' (2048, for FID) and 'logits' (1008, for IS, without the bias, as in the original Inception
+    Score).
     """
 
     def __init__(self, num_classes: int = 1008):
@@ -147,7 +146,7 @@ class Inception(nn.Module):
         self.fc = nn.Linear(2048, num_classes).requires_grad_(False)
 
     def forward(self, x: Tensor, layer: str = "pool3") -> Tensor:
-        """Features (b k) of ``layer``."""
+        """Return the features (b k) of ``layer``."""
         head = choose(
             "layer",
             layer,
@@ -164,7 +163,7 @@ class Inception(nn.Module):
 
 
 def public_names() -> dict[str, str | None]:
-    """Key of the public state dict -> ours: 94 convolutions with 6 tensors each and the last layer's 2, 566 in all."""
+    """Return {public key: our key}: 94 convolutions with 6 tensors each, 2 of the last layer; 566 keys."""
     roles = {
         "bn.weight": "gain",
         "bn.bias": "shift",

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one layer all three networks are made of: a convolution with its frozen batch norm folded in, then ReLU.
+"""The layer of all public networks: a convolution with its frozen batch norm merged, then ReLU.
 
-The detectors are never trained here, so a norm is an affine map that the convolution can carry: half of the passes over memory go away,
-and there is no training mode to forget. Activations are channels-last, which the pools and oneDNN's convolutions want.
+The detectors are never trained here, so a norm is an affine map that is merged into the convolution: this
+saves half of the passes over memory, and there is no training mode to forget. Activations are channels-last,
+the fastest order for pools and oneDNN.
 Axes: b batch, c channels, ... one to three spatial axes (t h w for video, h w for frames), o output channels.
 """
 
@@ -20,17 +21,17 @@ MEMORY_FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 def public_convolve(
     x: Tensor, weight: Tensor, bias: Tensor, stride: Sequence[int], padding: Sequence[int]
 ) -> Tensor:
-    """(b c ...) with weight (o c ...) and bias (o,) -> (b o ...), zeros around, by the kernel that torch chooses."""
+    """Convolve (b c ...) with weight (o c ...) to (b o ...), zero padding, by torch's choice of kernel."""
     return CONVOLUTIONS[x.ndim](x, weight, bias, list(stride), list(padding))
 
 
 def convolve(
     x: Tensor, weight: Tensor, bias: Tensor, stride: Sequence[int], padding: Sequence[int]
 ) -> Tensor:
-    """The same; on the CPU oneDNN is asked for by name.
+    """Do the same, with oneDNN selected explicitly on the CPU.
 
-    For one small clip torch falls back on an im2col kernel that loses the channels-last order; I3D takes about twice as long that way
-    (benchmarks/i3d.py).
+    For one small clip torch falls back to an im2col kernel that loses the channels-last order, which makes
+    I3D about twice as slow (benchmarks/i3d.py).
     """
     if x.device.type == "cpu" and torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled:
         return torch.ops.aten.mkldnn_convolution(
@@ -40,22 +41,22 @@ def convolve(
 
 
 def same_padding(size: int, kernel: int, stride: int) -> tuple[int, int]:
-    """Zeros before and after an axis of ``size`` under TensorFlow's SAME rule: ceil(size / stride) outputs, the odd zero behind."""
+    """Return the zeros before and after an axis under TensorFlow's SAME rule; an odd zero goes last."""
     total = max(kernel - (stride if size % stride == 0 else size % stride), 0)
     return total // 2, total - total // 2
 
 
 def max_pool_same(x: Tensor, kernel: Sequence[int], stride: Sequence[int]) -> Tensor:
-    """(b c t h w) -> maximum under the SAME rule with zeros outside. Only for x >= 0, where a zero outside never wins.
+    """Max-pool (b c t h w) under the SAME rule with zero padding, which is correct for x >= 0 only.
 
-    Zeros behind only are windows that stick out, which ``ceil_mode`` cuts off; zeros on both sides are ``padding``.
+    Padding at the end alone is done by ``ceil_mode``, padding on both sides by ``padding``.
     """
     before = [same_padding(size, k, s)[0] for size, k, s in zip(x.shape[2:], kernel, stride, strict=True)]
     return F.max_pool3d(x, list(kernel), list(stride), before, ceil_mode=True)
 
 
 class Conv(nn.Module):
-    """relu(conv(x) + bias), without the ReLU when ``relu`` is off. ``padding`` None is TensorFlow's SAME rule, else zeros per axis."""
+    """relu(conv(x) + bias), ReLU optional. ``padding`` None: the SAME rule; else zeros per axis."""
 
     def __init__(
         self,
@@ -67,17 +68,15 @@ class Conv(nn.Module):
         relu: bool = True,
     ):
         super().__init__()
-        self.kernel, self.stride, self.padding, self.relu = (
-            list(kernel),
-            list(stride or [1] * len(kernel)),
-            padding,
-            relu,
-        )
+        self.stride = list(stride or [1] * len(kernel))
+        self.kernel = list(kernel)
+        self.padding = padding
+        self.relu = relu
         self.weight = nn.Parameter(torch.zeros(c_out, c_in, *kernel), requires_grad=False)
         self.bias = nn.Parameter(torch.zeros(c_out), requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(b c ...) -> (b o ...)."""
+        """Map (b c ...) to (b o ...)."""
         padding = self.padding
         if padding is None:
             pairs = [
@@ -96,8 +95,9 @@ class Conv(nn.Module):
 class Scheme:
     """One public naming of a network's tensors.
 
-    ``names``: public key -> ``layer.role``, None for a counter that nobody reads. Roles are weight and bias of a convolution or linear
-    layer, and gain, shift, mean, var of the norm behind it. ``convert`` brings a public tensor into PyTorch's order of axes.
+    ``names``: {public key: ``layer.role``}, None for an unused counter. Roles are weight and bias of a
+    convolution or linear layer, and gain, shift, mean, var of the norm after it. ``convert`` permutes a
+    public tensor to PyTorch's order of axes.
     """
 
     names: Mapping[str, str | None]
@@ -106,7 +106,7 @@ class Scheme:
 
 @dataclass(frozen=True)
 class Network:
-    """How to make a network and to read its public weights: its class, its namings, and the eps of its norms."""
+    """How to build a network and read its public weights: its class, its namings, the eps of its norms."""
 
     build: Callable[[], nn.Module]
     schemes: Mapping[str, Scheme]
@@ -114,10 +114,10 @@ class Network:
 
 
 def fold_norms(tensors: Mapping[str, Tensor], eps: float) -> dict[str, Tensor]:
-    """Tensors called ``layer.role`` -> the state dict of the folded network, float32, computed in float64.
+    """Merge norms into convolutions: {``layer.role``: tensor} to a float32 state dict, computed in float64.
 
-    norm(y) = gain (y - mean) / sqrt(var + eps) + shift, so each output channel of a normed convolution is scaled and shifted once and for
-    all. A missing gain is 1 (the TF graphs have none). Layers without a norm pass through.
+    norm(y) = gain (y - mean) / sqrt(var + eps) + shift, so each output channel of the convolution is scaled
+    and shifted once. A missing gain is 1 (the TF graphs have none). Layers without a norm are unchanged.
     """
     folded = {
         name: tensor.float()
@@ -135,7 +135,9 @@ def fold_norms(tensors: Mapping[str, Tensor], eps: float) -> dict[str, Tensor]:
 
 
 def channels_last(module: nn.Module) -> nn.Module:
-    """Store every convolution weight of ``module`` in channels-last order (values and names unchanged); returns ``module``."""
+    """Store every convolution weight of ``module`` in channels-last order (values and names unchanged);
+    return ``module``.
+    """
     for parameter in module.parameters():
         if parameter.ndim in MEMORY_FORMATS:
             parameter.data = parameter.data.contiguous(memory_format=MEMORY_FORMATS[parameter.ndim])
