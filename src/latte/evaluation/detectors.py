@@ -108,7 +108,7 @@ class DetectorSpec:
 
 
 def published(detector: str, network: Network) -> Callable[[Path | None, str | None], Weights]:
-    check(given is None, f"detector {detector!r} reads no weight file, got {given}; leave it out")
+    """Return an opener of published weights: a given, a cached or a downloaded file (detector_files.py)."""
     return lambda path, sha256: load_converted(find_weights(detector, network, path, sha256), network)
 
 
