@@ -40,7 +40,6 @@ from latte.interop.coverage import build as build_network
 from latte.model.latte import Latte, ModelConfig
 from latte.model.text import LatteText, Network, TextConfig
 from latte.runtime import rank, resolve_device, resolve_dtype
-from latte.text import t5
 from latte.text.encoders import TEXT_ENCODERS, build_text_encoder
 from latte.training.condition import CaptionReader
 from latte.training.init import look_at
@@ -193,11 +192,7 @@ def read_captions(config: RunConfig, dataset: Dataset, device: torch.device) -> 
         build_text_encoder(config.text, device),
         list(dict.fromkeys([*dataset.captions, *sheet_prompts(config, dataset)])),
     )
-    need = (
-        check_lengths(encoder, wanted, owners(dataset))
-        * encoder.channels
-        * (t5.precision(device).itemsize if encoder.weights else 4)
-    )
+    need = check_lengths(encoder, wanted, owners(dataset)) * encoder.channels * encoder.feature_bytes
     if need > HELD and rank() == 0:
         LOG.warning(
             "the features of %d captions will take %.1f GiB of memory in every process; to read them from the disk instead, encode "
@@ -232,7 +227,7 @@ def check_captions(
         f"the captions in {root} were read by {made.encoder!r}",
         way_out,
     )
-    if config.text.path is not None or not TEXT_ENCODERS[made.encoder].weights:
+    if config.text.path is not None or not TEXT_ENCODERS[made.encoder].has_weights:
         encoder = build_text_encoder(config.text, device)
         require(
             encoder.fingerprint == stored.fingerprint,

@@ -175,7 +175,7 @@ def test_prompts_from_the_command_line_and_a_file(latte, text_run_folder, tmp_pa
         ([], "reads text, but no prompt was given"),
         (["--labels", "up"], "reads text, but no prompt was given"),
         (["--prompt", "red", "--labels", "up"], "--labels is 'up'"),
-        (["--prompt", "word " * 9], "has 10 tokens and text.length is 8"),
+        (["--prompt", "word " * 9], "has 10 tokens, but text.length is 8"),
         (["--prompt", "red", "--negative", "word " * 9], "has 10 tokens"),
         (["--prompt", "  "], "it says nothing"),
         (

@@ -34,7 +34,7 @@ from latte.data.joint import JointDataset
 from latte.data.latents import LatentDataset
 from latte.data.loader import load_batch
 from latte.data.shards import CAPTIONS, MANIFEST, PLAN, SINGLE, read_manifest
-from latte.text.encoders import BuiltinEncoder
+from latte.text.builtin import BuiltinEncoder
 
 
 class Counting(BuiltinEncoder):
@@ -234,7 +234,7 @@ sys.path[:0] = sys.argv[1:2]
 from encoded import SHAPES, pixels
 from latte.data import shards
 from latte.data.encode import encode_dataset
-from latte.text.encoders import BuiltinEncoder
+from latte.text.builtin import BuiltinEncoder
 save = shards.save_file
 def dying(tensors, path, **more):
     if "captions-00002" in str(path):
@@ -284,7 +284,7 @@ def test_a_part_that_no_caption_needs_any_more_goes(tmp_path):
 def test_features_by_another_encoder_are_left_alone(tmp_path, monkeypatch):
     store_captions(tmp_path, BuiltinEncoder(4), ["red"])
     before, other = contents(tmp_path), Counting(4)
-    monkeypatch.setattr(Counting, "identity", "0" * 16)
+    monkeypatch.setattr(Counting, "fingerprint", "0" * 16)
     with pytest.raises(
         InputError,
         match=r"the text encoder is 'builtin 0000.* was made by builtin 42fe.*; give another folder, or remove",

@@ -14,7 +14,7 @@ from latte.config.run import load_run
 from latte.inference.pipeline import load_trained, save_trained
 from latte.model.latte import Latte
 from latte.model.text import LatteText
-from latte.text.encoders import BuiltinEncoder
+from latte.text.builtin import BuiltinEncoder
 from tiny import CLASSES, WORDS, tiny_trained
 
 

@@ -15,7 +15,8 @@ from latte.diffusion.samplers import SAMPLERS, sample
 from latte.inference.generate import SampleConfig, condition
 from latte.inference.prompts import PromptReader
 from latte.runtime import SampleNoise
-from latte.text.encoders import BuiltinEncoder, TextEncoderConfig
+from latte.text.builtin import BuiltinEncoder
+from latte.text.encoders import TextEncoderConfig
 from tiny import tiny_text, tiny_trained
 from tiny_pipeline import tiny_t5
 
@@ -152,5 +153,5 @@ def test_wrong_prompts_are_refused(trained):
         trained.generate([0], prompts=[1])
     with pytest.raises(InputError, match="reads no text"):
         tiny_trained().generate([0], prompts=["red"])
-    with pytest.raises(InputError, match="it has 21 tokens"):
+    with pytest.raises(InputError, match="has 21 tokens"):
         trained.generate([0], prompts=["word " * 20])

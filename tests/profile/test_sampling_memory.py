@@ -15,7 +15,8 @@ from latte.model.latte import ModelConfig
 from latte.model.text import LatteText, TextConfig, network
 from latte.profile.memory import LiveBytes, storages
 from latte.profile.sampling_memory import decoding, denoising, staging
-from latte.text.encoders import T5Encoder, TextEncoderConfig
+from latte.text.encoders import TextEncoderConfig
+from latte.text.t5 import T5Encoder
 from tiny import tiny_text
 from tiny_pipeline import NAMES, tiny_t5, tiny_vae
 

@@ -11,7 +11,7 @@ from latte.diffusion.loss import OBJECTIVES
 from latte.diffusion.process import DiffusionConfig, build_process
 from latte.model.text import LatteText, TextConfig
 from latte.runtime import generator
-from latte.text.encoders import BuiltinEncoder
+from latte.text.builtin import BuiltinEncoder
 from latte.training.condition import CaptionReader
 from latte.training.step import Task, backward
 

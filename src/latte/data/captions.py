@@ -14,7 +14,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,6 +22,8 @@ from torch import Tensor
 
 from latte.checks import InputError, RunError, require
 from latte.data.shards import AGAIN, CAPTIONS, PLAN, SINGLE, check_sizes, save
+from latte.text.encoders import TextEncoder
+from latte.text.padding import pad_features
 
 LOG = logging.getLogger(__name__)
 AT_ONCE = 32  # captions that an encoder gets at a time
@@ -29,23 +31,6 @@ PART = 1000  # captions of a stored part: 160 MB from a T5-XXL, at 20 tokens eac
 EMPTY = ""
 PREFIX = "caption:"  # in a SINGLE file a tensor is called so, with the caption behind
 SIDES = re.compile(r"\b((left|right)(wards?|most|hand(ed)?)?|(anti|counter)?clockwise)\b", re.IGNORECASE)
-
-
-class CaptionEncoder(Protocol):
-    """What captions ask of a text encoder (latte.text.encoders.TextEncoder has it)."""
-
-    name: str
-    channels: int
-    length: int
-
-    @property
-    def fingerprint(self) -> str: ...
-
-    def count(self, prompt: str) -> int: ...
-
-    def encode(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]: ...
-
-    def free(self) -> None: ...
 
 
 class CaptionFeatures:
@@ -59,12 +44,7 @@ class CaptionFeatures:
         if captions and isinstance(captions[0], list):
             parts = [self(of_clip) for of_clip in captions]
             return torch.stack([text for text, _ in parts]), torch.stack([mask for _, mask in parts])
-        found = [self._of(caption) for caption in captions]
-        text = found[0].new_zeros(len(found), self.length, found[0].shape[1], dtype=torch.float32)
-        mask = torch.zeros(len(found), self.length, dtype=torch.bool)
-        for row, tokens in enumerate(found):
-            text[row, : len(tokens)], mask[row, : len(tokens)] = tokens, True
-        return text, mask
+        return pad_features([self._of(caption) for caption in captions], self.length)
 
     def _of(self, caption: str | None) -> Tensor:
         if caption is None or caption not in self.features:
@@ -74,7 +54,7 @@ class CaptionFeatures:
         return self.features[caption]
 
 
-def check_lengths(encoder: CaptionEncoder, captions: Iterable[str], whose: Mapping[str, str]) -> int:
+def check_lengths(encoder: TextEncoder, captions: Iterable[str], whose: Mapping[str, str]) -> int:
     """Tokens of all distinct ``captions`` together, and of the empty one; nothing but a tokenizer is read.
 
     InputError when there are longer ones than the encoder takes: it names the longest, and its video (``whose``: caption -> video).
@@ -103,7 +83,7 @@ def warn_of_sides(captions: Iterable[str]) -> None:
 
 
 def encode_captions(
-    encoder: CaptionEncoder, captions: Iterable[str], progress: Callable[[int, int], None] | None = None
+    encoder: TextEncoder, captions: Iterable[str], progress: Callable[[int, int], None] | None = None
 ) -> CaptionFeatures:
     """The features of ``captions`` and of the empty one, each encoded once; InputError for one that is too long for the encoder."""
     distinct = list(dict.fromkeys([EMPTY, *captions]))
@@ -115,7 +95,7 @@ def encode_captions(
     return CaptionFeatures(encoder.fingerprint, encoder.length, features)
 
 
-def encoded(encoder: CaptionEncoder, captions: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
+def encoded(encoder: TextEncoder, captions: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
     """Each caption with its features (l k), without padding and ``compact``; some of them go through the encoder at a time."""
     for start in range(0, len(captions), AT_ONCE):
         some = captions[start : start + AT_ONCE]
@@ -186,7 +166,7 @@ def digest(caption: str) -> str:
 
 def store_captions(
     out: Path,
-    encoder: CaptionEncoder,
+    encoder: TextEncoder,
     captions: Iterable[str],
     size: int = PART,
     begin: Callable[[], None] = lambda: None,

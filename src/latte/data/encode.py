@@ -22,7 +22,7 @@ from torch import Tensor
 
 from latte.checks import InputError, RunError, choose, require
 from latte.data.caption_files import read_captions
-from latte.data.captions import PART, CaptionEncoder, check_lengths, list_parts, store_captions, warn_of_sides
+from latte.data.captions import PART, check_lengths, list_parts, store_captions, warn_of_sides
 from latte.data.clips import centre_crop_resize, flip_horizontal, to_float
 from latte.data.datasets import DataConfig
 from latte.data.media import Unreadable, read_frames
@@ -40,6 +40,7 @@ from latte.data.shards import (
 )
 from latte.data.skipped import FoundClip, check_folder, require_clips, scan
 from latte.runtime import generator
+from latte.text.encoders import TextEncoder
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 Progress = Callable[[int, int], None] | None
@@ -151,7 +152,7 @@ def encode_dataset(
     shard_bytes: int = SHARD_BYTES,
     cache_dir: str | os.PathLike | None = None,
     progress: Progress = None,
-    text: CaptionEncoder | None = None,
+    text: TextEncoder | None = None,
     caption_part: int = PART,
     caption_progress: Progress = None,
 ) -> dict[str, Any]:
@@ -210,7 +211,7 @@ def made(codec: AnyCodec) -> FrameCodec:
     )
 
 
-def captions_of(config: DataConfig, source: Source, text: CaptionEncoder | None) -> list[str]:
+def captions_of(config: DataConfig, source: Source, text: TextEncoder | None) -> list[str]:
     """The distinct captions of ``source``, none of them too long for ``text``; a line is logged for those that a mirror makes wrong."""
     whose = {
         video.record.caption: video.record.key for video in source.videos if video.record.caption is not None

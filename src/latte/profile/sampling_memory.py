@@ -22,7 +22,6 @@ from latte.inference.generate import SampleConfig
 from latte.model.latte import ModelConfig
 from latte.model.text import Network, TextConfig, network
 from latte.profile.memory import LiveBytes, OnDevice
-from latte.text import t5
 from latte.text.encoders import TextEncoderConfig, weights_bytes
 
 
@@ -102,14 +101,11 @@ def staging(
 
 @torch.no_grad()
 def reading(text: TextEncoderConfig, device: torch.device) -> Stage:
-    """One prompt of the most tokens, as ``T5Encoder`` reads them; nothing worth counting for an encoder without weights."""
-    weights = weights_bytes(text, device)
-    if not weights:
-        return Stage(0, 0)
-    network = t5.skeleton(text.path).to(t5.precision(device))
+    """One prompt of the maximum number of tokens."""
+    forward = text.encoder.meta_forward(text.path, text.tokens, device)
     with LiveBytes() as live:
-        network(torch.zeros(1, text.tokens, dtype=torch.long, device="meta"))
-    return Stage(weights, live.peak)
+        forward()
+    return Stage(weights_bytes(text, device), live.peak)
 
 
 @torch.no_grad()
