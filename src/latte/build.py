@@ -29,6 +29,7 @@ from latte.data.captions import (
 )
 from latte.data.datasets import Dataset, FolderDataset, build_dataset, write_skipped
 from latte.data.latents import LatentDataset
+from latte.data.loader import default_workers
 from latte.data.media import contact_sheet
 from latte.data.procedural import caption_of, split_combinations
 from latte.diffusion.loss import OBJECTIVES
@@ -39,7 +40,7 @@ from latte.inference.prompts import Prompts
 from latte.interop.coverage import build as build_network
 from latte.model.latte import Latte, ModelConfig
 from latte.model.text import LatteText, Network, TextConfig
-from latte.runtime import rank, resolve_device, resolve_dtype
+from latte.runtime import rank, resolve_device, resolve_dtype, world_size
 from latte.text.encoders import TEXT_ENCODERS, build_text_encoder
 from latte.training.condition import CaptionReader
 from latte.training.init import look_at
@@ -102,7 +103,15 @@ class Job:
             captions=CaptionReader(self.captions, config.text.dropout) if self.captions else None,
             until=until,
             lora=config.lora,
+            workers=self.workers,
         )
+
+    @property
+    def workers(self) -> int:
+        """Return the number of worker processes that load the data."""
+        if self.config.data.workers is not None:
+            return self.config.data.workers
+        return default_workers(self.device, world_size())
 
     def sheets(self, codec: Codec, folder: Path) -> Callable[[nn.Module, int], None]:
         """What training calls now and then to draw the same few clips."""

@@ -1,26 +1,66 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The order of the data is a function of (seed, step) alone: the same for every number of ranks, threads and restarts."""
+"""The order of the data is a function of (seed, step) alone: the same for every number of ranks, workers and
+restarts.
+"""
 
+import gc
 import math
-import threading
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
 import time
 from collections import Counter
+from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
 
+from encoded import pixels
 from latte.checks import InputError, RunError
-from latte.data import loader as sampler
-from latte.data.datasets import Clip
+from latte.data import loader as loader_module
+from latte.data.datasets import Clip, DataConfig, FolderDataset
+from latte.data.joint import JointDataset
+from latte.data.latents import LatentDataset, encode_dataset
 from latte.data.loader import Loader, items_of_step, load_batch, permuted
+from latte.data.media import Unreadable
+from tiny_runs import FORKS
+from videos import encode, numbered
+
+
+class Unpicklable(ValueError):
+    """An error that holds what cannot be sent to another process."""
+
+    def __init__(self):
+        super().__init__("a handle")
+        self.handle = open(os.devnull)  # noqa: SIM115
+
+    def __del__(self):
+        self.handle.close()
+
+
+class Killed(Exception):
+    """Raising it kills the process, as the system does when memory runs out."""
+
+    def __init__(self):
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 class Numbers:
-    """A data set whose clip shows its index and one number drawn for it; slow by turns, so that threads overtake each other."""
+    """A dataset whose clip holds its index and a random number; of varying speed, so that workers overtake
+    each other.
+    """
 
-    def __init__(self, length: int = 37, fail_at: int | None = None, delay: float = 0.0, label: bool = True):
-        self.length, self.fail_at, self.delay, self.label = length, fail_at, delay, label
+    def __init__(self, length=37, fail_at=None, fail_with=None, delay=0.0, label=True, report_pid=False):
+        self.length = length
+        self.fail_at = fail_at
+        self.fail_with = fail_with
+        self.delay = delay
+        self.label = label
+        self.report_pid = report_pid
         self.calls = 0
 
     def __len__(self):
@@ -31,9 +71,12 @@ class Numbers:
         if self.delay:
             time.sleep(self.delay * (self.calls % 3))
         if index == self.fail_at:
-            raise InputError(f"clip {index} is broken")
+            raise Unreadable(f"clip {index}", "damaged", "it is broken")
+        if self.fail_with:
+            raise self.fail_with()
         video = torch.cat([torch.tensor([float(index)]), torch.rand(1, generator=generator)])
-        return Clip(video, index % 5 if self.label else None, None, str(index))
+        caption = str(os.getpid()) if self.report_pid else None
+        return Clip(video, index % 5 if self.label else None, caption, str(index))
 
 
 @pytest.mark.parametrize("num_items", [1, 2, 3, 4, 7, 10, 37, 100, 997])
@@ -83,32 +126,70 @@ def test_a_huge_set_needs_no_memory():
     assert (time.perf_counter() - began) / 1000 < 1e-3
 
 
-def ids(world: int, workers: int, start: int, stop: int, dataset=None) -> list[tuple[str, float]]:
-    """(index, its random number) of all samples of steps start ... stop - 1, as ``world`` processes see them."""
-    data = dataset or Numbers(delay=0.0003 if workers > 1 else 0.0)
+def ids(world: int, workers: int, start: int, stop: int) -> list[tuple[str, float]]:
+    """(index, its random number) of all samples of steps start ... stop - 1, over ``world`` processes."""
+    data = Numbers(delay=0.0003 if workers > 1 else 0.0)
     loaders = [Loader(data, 4, 20, start, stop, rank, world, workers) for rank in range(world)]
-    seen = []
+    samples = []
     for batches in zip(*loaders, strict=True):
         for batch in batches:
-            seen += list(zip(batch.keys, batch.video[:, 1].tolist(), strict=True))
+            samples += list(zip(batch.keys, batch.video[:, 1].tolist(), strict=True))
     for loader in loaders:
         loader.close()
-    return seen
+    return samples
 
 
-def test_the_first_500_samples_are_the_same_for_every_rank_worker_and_resume():
+def test_the_first_500_samples_are_the_same_for_every_rank_and_resume():
     reference = ids(1, 0, 0, 25)
     assert len(reference) == 500
-    assert len({number for _, number in reference}) > 480, "every sample has draws of its own"
-    compared = 0
+    assert len({number for _, number in reference}) > 480, "every sample has random numbers of its own"
     for world in (1, 2, 4):
-        for workers in (0, 1, 3):
-            assert ids(world, workers, 0, 25) == reference, (world, workers)
-            compared += 1
+        assert ids(world, 0, 0, 25) == reference, world
     for resume in (1, 2, 3, 7, 12, 19, 24):
-        assert ids(2, 1, 0, resume) + ids(4, 3, resume, 25) == reference, resume
-        compared += 1
-    assert compared == 16
+        assert ids(2, 0, 0, resume) + ids(4, 0, resume, 25) == reference, resume
+
+
+@pytest.fixture
+def quick_start(monkeypatch):
+    """Worker processes from a fork server that has imported torch already; ``spawn`` imports it for each."""
+    assert loader_module.START_METHOD == "spawn"
+    monkeypatch.setattr(loader_module, "START_METHOD", FORKS)
+
+
+@pytest.mark.usefixtures("quick_start")
+@pytest.mark.parametrize(("world", "workers", "resume"), [(1, 1, 25), (2, 1, 8), (1, 3, 13)])
+def test_the_first_500_samples_are_the_same_for_every_number_of_workers(world, workers, resume):
+    before = ids(world, workers, 0, resume)
+    after = ids(1, workers, resume, 25) if resume < 25 else []
+    assert before + after == ids(1, 0, 0, 25)
+    assert multiprocessing.active_children() == []
+
+
+def test_worker_processes_load_and_the_global_random_state_is_not_touched():
+    state = torch.get_rng_state()
+    with Loader(Numbers(report_pid=True), 0, 4, workers=2, stop=4) as loader:
+        processes = {int(pid) for batch in loader for pid in batch.captions}
+    assert len(processes) == 2
+    assert os.getpid() not in processes
+    assert [batch.step for batch in Loader(Numbers(), 0, 4, stop=1)] == [0]
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.usefixtures("quick_start")
+@pytest.mark.parametrize("workers", [0, 1, 3])
+def test_real_videos_and_latents_are_the_same_bits_in_worker_processes(tmp_path, workers):
+    for index in range(3):
+        encode(tmp_path / f"{index}.mp4", numbered(10))
+    config = DataConfig(root=str(tmp_path), resolution=16, frames=4, interval=2, flip=True)
+    encode_dataset(config, pixels(), tmp_path / "latents", cache_dir=tmp_path / "cache")
+    latents = LatentDataset(replace(config, kind="latents", root=str(tmp_path / "latents")))
+    for dataset in (FolderDataset(config, tmp_path / "cache"), JointDataset(latents, 2)):
+        expected = [load_batch(dataset, 7, step, 4) for step in range(3)]
+        with Loader(dataset, 7, 4, stop=3, workers=workers) as loader:
+            batches = list(loader)
+        assert len(batches) == 3
+        assert all(torch.equal(one.video, two.video) for one, two in zip(batches, expected, strict=True))
+        assert [batch.keys for batch in batches] == [batch.keys for batch in expected]
 
 
 def test_a_batch_has_labels_only_when_all_clips_do():
@@ -117,44 +198,91 @@ def test_a_batch_has_labels_only_when_all_clips_do():
     assert batch.label.tolist() == [int(key) % 5 for key in batch.keys]
     assert (batch.step, batch.video.shape) == (3, (6, 2))
     assert load_batch(Numbers(label=False), 0, 3, 6).label is None
-    with pytest.raises(InputError, match="shared evenly by 4 processes"):
+    with pytest.raises(InputError, match="6, which 4 processes cannot share evenly; give a multiple of 4"):
         load_batch(Numbers(), 0, 0, 6, 0, 4)
-    with pytest.raises(InputError, match="at least one clip"):
+    with pytest.raises(InputError, match="the dataset is empty"):
         load_batch(Numbers(0), 0, 0, 6)
 
 
+@pytest.mark.usefixtures("quick_start")
 @pytest.mark.parametrize("workers", [0, 1, 3])
 def test_an_error_comes_out_at_its_own_step_and_ends_the_loader(workers):
     bad = items_of_step(0, 2, 4, 37)[1]
     assert bad not in [item for step in (0, 1) for item in items_of_step(0, step, 4, 37)]
     loader = Loader(Numbers(fail_at=bad), 0, 4, workers=workers, ahead=4)
     assert [next(loader).step, next(loader).step] == [0, 1]
-    with pytest.raises(InputError, match=f"clip {bad} is broken"):
+    with pytest.raises(Unreadable) as caught:
         next(loader)
+    assert str(caught.value) == str(Unreadable(f"clip {bad}", "damaged", "it is broken")), (
+        "one line, as it was raised"
+    )
+    assert (caught.value.path, caught.value.reason) == (f"clip {bad}", "damaged: it is broken")
+    assert workers == 0 or "in clip" in caught.value.__notes__[0], (
+        "the worker's traceback is kept for --debug"
+    )
     with pytest.raises(StopIteration):
         next(loader)
-    assert threads() == 0
+    assert multiprocessing.active_children() == []
 
 
-def threads() -> int:
-    return sum(thread.name.startswith("loader-") for thread in threading.enumerate())
+@pytest.mark.usefixtures("quick_start")
+def test_an_error_that_cannot_be_sent_is_one_line():
+    with pytest.raises(RunError, match=r"^loading a batch failed with Unpicklable: a handle$"):
+        next(Loader(Numbers(fail_with=Unpicklable), 0, 4, workers=1))
+    with pytest.raises(Unpicklable):
+        next(Loader(Numbers(fail_with=Unpicklable), 0, 4))
 
 
-def test_the_loader_reads_ahead_but_no_further_and_always_stops():
-    data = Numbers()
-    with Loader(data, 0, 2, workers=2, ahead=3) as loader:
+def test_a_worker_that_dies_while_the_consumer_waits_is_one_line():
+    loader = Loader(Numbers(fail_with=Killed), 0, 4, workers=1)
+    with pytest.raises(
+        RunError, match=r"^a data worker died at step 0 \(.*signal: Killed\); .*fewer data\.workers"
+    ) as caught:
         next(loader)
-        deadline = time.monotonic() + 5
-        while data.calls < 8 and time.monotonic() < deadline:
-            time.sleep(0.005)
-        time.sleep(0.05)
-        assert data.calls == 8, "the batch taken and three more"
-    assert threads() == 0
-    assert [batch.step for batch in Loader(data, 0, 2, start=5, stop=9)] == [5, 6, 7, 8]
-    assert list(Loader(data, 0, 2, start=9, stop=9)) == []
+    assert "\n" not in str(caught.value)
+    assert multiprocessing.active_children() == []
 
 
-def test_waiting_is_counted_and_prefetching_hides_it():
+def test_a_worker_that_dies_during_a_step_is_one_line():
+    def train():
+        with Loader(Numbers(), 0, 4, workers=1) as loader:
+            next(loader)
+            os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+            time.sleep(20)  # a step of training, interrupted by torch's signal handler
+
+    with pytest.raises(RunError, match=r"^a data worker died \(.*signal: Killed\)"):
+        train()
+
+
+def test_a_dataset_that_cannot_be_pickled_names_the_setting():
+    dataset = Numbers()
+    dataset.clip = lambda index, stream: None
+    with pytest.raises(
+        InputError, match=r"^data\.workers is 2, but this dataset cannot be pickled .*set data\.workers=0"
+    ):
+        Loader(dataset, 0, 4, workers=2)
+    gc.collect()
+    assert multiprocessing.active_children() == []
+
+
+def test_counts_out_of_range_are_refused():
+    with pytest.raises(InputError, match=r"^data\.workers must be at least 0, got -1$"):
+        Loader(Numbers(), 0, 4, workers=-1)
+    with pytest.raises(InputError, match=r"^a worker must prepare at least 1 batch in advance, got 0$"):
+        Loader(Numbers(), 0, 4, ahead=0)
+    with pytest.raises(InputError, match=r"^data\.workers must be at least 0, got -2$"):
+        DataConfig(kind="procedural", workers=-2)
+
+
+def test_steps_from_start_to_stop():
+    assert [batch.step for batch in Loader(Numbers(), 0, 2, start=5, stop=9)] == [5, 6, 7, 8]
+    assert list(Loader(Numbers(), 0, 2, start=9, stop=9)) == []
+    with Loader(Numbers(), 0, 2) as endless:
+        assert [next(endless).step for _ in range(3)] == [0, 1, 2]
+
+
+@pytest.mark.usefixtures("quick_start")
+def test_waiting_is_counted_and_workers_hide_it():
     with Loader(Numbers(delay=0.01), 0, 3, workers=0) as loader:
         next(loader)
         assert loader.waited >= 0.02
@@ -166,27 +294,67 @@ def test_waiting_is_counted_and_prefetching_hides_it():
         assert loader.waited - before < 0.5 * 7 * 0.03
 
 
-def test_a_reader_that_hangs_is_reported_and_does_not_keep_the_program(monkeypatch):
-    monkeypatch.setattr(sampler, "PATIENCE", 0.1)
-    monkeypatch.setattr(sampler, "PARTING", 0.1)
-    release = threading.Event()
-
-    class Hanging(Numbers):
-        def clip(self, index, generator):
-            release.wait(20)
-            return super().clip(index, generator)
-
-    loader = Loader(Hanging(), 0, 2)
-    began = time.monotonic()
-    with pytest.raises(RunError, match="no batch for step 0"):
+@pytest.mark.usefixtures("quick_start")
+def test_a_read_that_hangs_is_reported_and_its_process_killed(monkeypatch):
+    monkeypatch.setattr(loader_module, "BATCH_TIMEOUT", 3.0)
+    monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.1)
+    loader = Loader(Numbers(delay=1000.0), 0, 2, workers=1)
+    with pytest.raises(RunError, match=r"^no batch arrived at step 0 within 3 s; is the disk of data\.root"):
         next(loader)
-    assert time.monotonic() - began < 2
-    assert all(thread.daemon for thread in threading.enumerate() if thread.name.startswith("loader-"))
-    release.set()
-    deadline = time.monotonic() + 5
-    while threads() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert threads() == 0
+    assert multiprocessing.active_children() == []
+
+
+SCRIPT = """
+import sys, time
+from latte.data.datasets import DataConfig, ProceduralDataset
+from latte.data.loader import Loader
+
+if __name__ == "__main__":
+    dataset = ProceduralDataset(DataConfig(kind="procedural", resolution=8, frames=2, num_clips=9))
+    loader = Loader(dataset, 0, 2, workers=1)
+    next(loader)
+    try:
+        print(*[worker.pid for worker in loader._workers], flush=True)
+        sys.stdin.read()
+    except KeyboardInterrupt:
+        print([next(loader).step for _ in range(9)], flush=True)
+        loader.close()
+"""
+
+
+def alive(pid: int) -> bool:
+    """Whether process ``pid`` runs (a zombie does not)."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
+@pytest.mark.parametrize("end", ["interrupt", "exit", "kill"])
+def test_workers_survive_ctrl_c_and_never_outlive_the_program(tmp_path, end):
+    """Ctrl-C reaches the whole process group, and only the main process acts on it."""
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    program = subprocess.Popen(
+        [sys.executable, script], stdin=-1, stdout=-1, stderr=-1, text=True, start_new_session=True
+    )
+    assert program.stdout is not None
+    pids = [int(word) for word in program.stdout.readline().split()]
+    assert len(pids) == 1
+    assert all(map(alive, pids))
+    if end == "interrupt":
+        os.killpg(program.pid, signal.SIGINT)
+    elif end == "kill":
+        program.kill()
+    out, errors = program.communicate(timeout=60)
+    if end == "interrupt":
+        assert out == "[1, 2, 3, 4, 5, 6, 7, 8, 9]\n"
+    assert errors == "" or (end == "kill" and "Traceback" not in errors)
+    deadline = time.monotonic() + 20  # torch's worker looks for its parent every 5 seconds
+    while any(map(alive, pids)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(map(alive, pids))
 
 
 def test_the_number_of_rounds_mixes_both_halves():

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from latte.checks import InputError, choose, require
+from latte.checks import InputError, check, choose, require
 from latte.data.caption_files import read_captions
 from latte.data.clips import ClipRule, centre_crop_resize, choose_frames, flip_horizontal, to_float
 from latte.data.layouts import LAYOUTS, check_layout
@@ -111,6 +111,7 @@ class DataConfig:
     num_clips: int | None = None
     hold_out: int = 0
     captions: str | None = None
+    workers: int | None = None
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
 
     def __post_init__(self) -> None:
@@ -135,6 +136,7 @@ class DataConfig:
             "there is at least one clip",
             "give 1 or more, or null for no end",
         )
+        check(self.workers is None or self.workers >= 0, f"data.workers must be at least 0, got {self.workers}")
         check_hold_out(self.hold_out)
         _ = self.clip_rule  # refuses impossible frames, interval, rule, fps
 

@@ -34,7 +34,12 @@ class Unreadable(InputError):
 
     def __init__(self, path: str | os.PathLike, code: str, sentence: str):
         self.path, self.reason = str(path), f"{code}: {sentence}"
+        self.code, self.sentence = code, sentence
         super().__init__(f"{self.path} cannot be used ({self.reason}); repair it or take it out of the data")
+
+    def __reduce__(self) -> tuple:
+        """Pickle by the arguments, so that a worker process can send it."""
+        return Unreadable, (self.path, self.code, self.sentence), self.__dict__
 
 
 def check_file(path: str) -> None:

@@ -96,6 +96,10 @@ class LatentDataset:
     def __len__(self) -> int:
         return len(self.videos)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Open files cannot be pickled; a worker process opens its own."""
+        return {**self.__dict__, "_files": {}}
+
     def clip(self, index: int, generator: torch.Generator) -> Clip:
         """Clip ``index`` with its start, then its mirroring, drawn from ``generator``."""
         record, config = self.videos[index], self.config

@@ -1,31 +1,48 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The global batch of step k as a pure function of (seed, k), whatever the number of processes, threads or restarts.
+"""Batches for training: the global batch of step k is a pure function of (seed, k).
 
-The items of all steps form one endless row: epoch after epoch, each a keyed permutation of the data set, cut into batches that
-may straddle two epochs. The permutation is a small Feistel network, which needs no memory and no state: resuming at step k is
-asking for step k. Each item's own draws (which frames, flipped or not) come from a generator keyed by (seed, step, position).
-Axes: b batch, f frames, c channels, h height, w width.
+It does not depend on the number of processes or workers, nor on where a run was resumed. The clips of all
+steps form one sequence: epoch after epoch, each a permutation of the dataset, cut into batches that may span
+two epochs. The permutation is a small Feistel network keyed by (seed, epoch). It needs no memory and no
+state, so resuming at step k means asking for step k. The random choices within a clip (its start frame, its
+flip) come from a generator keyed by (seed, step, position). Axes: b batch, f frames, c channels, h height, w
+width.
 """
 
+import atexit
 import hashlib
 import math
-import threading
+import multiprocessing
+import os
+import pickle
+import signal
+import sys
 import time
-from collections.abc import Iterator, Sequence
+import traceback
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
+from multiprocessing import resource_tracker
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, get_worker_info
+from torch.utils.data import Dataset as MapDataset
 
-from latte.checks import RunError, require
+from latte.checks import InputError, RunError, check
 from latte.runtime import generator
 
 ROUNDS = 6
 MASK = (1 << 64) - 1
-PATIENCE = 600.0  # seconds without a batch before the loader gives up
-PARTING = 5.0  # seconds that closing waits for a thread that is inside a read
+BATCH_TIMEOUT = 600.0  # seconds that one batch may take in a worker process
+ACCELERATOR_WORKERS = 4  # worker processes when training on a GPU, if data.workers is not set
+START_METHOD = "spawn"  # forking a process that runs threads or holds a CUDA context can deadlock
+# Sent by a terminal or a scheduler to the whole process group. The training process handles them; workers
+# must not die of them.
+STOP_SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
 
 
 @lru_cache(maxsize=64)
@@ -35,16 +52,19 @@ def _round_keys(seed: int, epoch: int) -> tuple[int, ...]:
 
 
 def _mix(value: int) -> int:
-    """Scramble 64 bits (multiply, shift, exclusive or, twice)."""
+    """Return a 64-bit hash of ``value`` (the finalizer of SplitMix64)."""
     value = (value ^ (value >> 30)) * 0xBF58476D1CE4E5B9 & MASK
     value = (value ^ (value >> 27)) * 0x94D049BB133111EB & MASK
     return value ^ (value >> 31)
 
 
 def permuted(position: int, num_items: int, seed: int, epoch: int) -> int:
-    """Where item ``position`` of an epoch lies in the data set: for each (seed, epoch) a permutation of range(num_items).
+    """Return the dataset index at ``position`` of an epoch; over all positions it is a permutation of
+    range(num_items).
 
-    A Feistel network on a rectangle of about sqrt(n) x sqrt(n); the few places beyond n are walked on until one falls inside."""
+    A Feistel network on a grid of about sqrt(n) x sqrt(n) cells. A result beyond n is permuted again until it
+    is below n (cycle walking), which keeps the mapping one to one.
+    """
     rows = math.isqrt(num_items - 1) + 1
     columns = -(-num_items // rows)
     keys = _round_keys(seed, epoch)
@@ -59,24 +79,20 @@ def permuted(position: int, num_items: int, seed: int, epoch: int) -> int:
 
 
 def items_of_step(seed: int, step: int, global_batch: int, num_items: int) -> list[int]:
-    """Data set indices of the global batch of ``step`` (0, 1, ...), in order of position."""
-    require(
-        num_items > 0,
-        "num_items",
-        num_items,
-        "a data set holds at least one clip",
-        "choose another data.root",
-    )
-    require(
-        global_batch > 0, "global_batch", global_batch, "a batch holds at least one clip", "give 1 or more"
-    )
+    """Return the dataset indices of the global batch of ``step`` (0, 1, ...), in order of position."""
+    check(num_items > 0, "the dataset is empty; data.root must hold at least one usable clip")
+    check(global_batch > 0, f"the batch size must be at least 1, got {global_batch}")
     places = (divmod(step * global_batch + position, num_items) for position in range(global_batch))
     return [permuted(offset, num_items, seed, epoch) for epoch, offset in places]
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Clips of one step: ``video`` (b f c H W) in [-1, 1] or latents (b f c h w), ``label`` (b,) int64 or None without labels."""
+    """The clips of one step.
+
+    ``video`` is (b f c H W) in [-1, 1], or latents (b f c h w). ``label`` is (b,) int64, or None if a clip
+    has no label. ``keys`` name the source of each clip.
+    """
 
     video: Tensor
     label: Tensor | None
@@ -86,37 +102,92 @@ class Batch:
 
 
 def load_batch(dataset: Any, seed: int, step: int, global_batch: int, rank: int = 0, world: int = 1) -> Batch:
-    """Rank ``rank``'s consecutive share of the global batch of ``step``. ``dataset`` needs len() and clip(index, generator) only.
+    """Load the part of the global batch of ``step`` that belongs to process ``rank`` of ``world``.
 
-    The shares of all ranks, one after the other, are the batch of a single process, bit for bit."""
-    require(
-        global_batch % world == 0,
-        "train.global_batch",
-        global_batch,
-        f"it is shared evenly by {world} processes",
-        f"give a multiple of {world}",
-    )
+    ``dataset`` needs only ``len()`` and ``clip(index, generator)``. The parts of all ranks, concatenated, are
+    bit for bit the batch of a single process.
+    """
+    check_world(global_batch, world)
     share = global_batch // world
     items = items_of_step(seed, step, global_batch, len(dataset))
-    places = range(rank * share, (rank + 1) * share)
-    clips = [dataset.clip(items[place], generator(seed, "clip", step, place)) for place in places]
+    positions = range(rank * share, (rank + 1) * share)
+    clips = [dataset.clip(items[position], generator(seed, "clip", step, position)) for position in positions]
     labels = [clip.label for clip in clips]
-    label = None if any(value is None for value in labels) else torch.tensor(labels, dtype=torch.int64)
     return Batch(
-        torch.stack([clip.video for clip in clips]),
-        label,
-        [clip.caption for clip in clips],
-        [clip.key for clip in clips],
-        step,
+        video=torch.stack([clip.video for clip in clips]),
+        label=None if any(label is None for label in labels) else torch.tensor(labels, dtype=torch.int64),
+        captions=[clip.caption for clip in clips],
+        keys=[clip.key for clip in clips],
+        step=step,
     )
+
+
+def check_world(global_batch: int, world: int) -> None:
+    """Raise InputError unless ``world`` processes can share the global batch evenly."""
+    check(
+        global_batch % world == 0,
+        f"train.global_batch is {global_batch}, which {world} processes cannot share evenly; "
+        f"give a multiple of {world}",
+    )
+
+
+def default_workers(device: torch.device, world: int = 1) -> int:
+    """Return how many worker processes to use on ``device`` when ``data.workers`` is not set.
+
+    On the CPU training itself keeps every core busy, so reading ahead gains nothing and batches are loaded in
+    the training process. Elsewhere ACCELERATOR_WORKERS, but no more than this process's share of the CPU
+    cores.
+    """
+    if device.type == "cpu":
+        return 0
+    return max(min(ACCELERATOR_WORKERS, (os.cpu_count() or 1) // world), 1)
+
+
+class StepDataset(MapDataset):
+    """A map-style dataset with one item per training step: the batch of that step, or the error raised while
+    loading it.
+
+    Errors are returned, not raised, because DataLoader rebuilds an exception from its formatted traceback,
+    which loses both the one-line message and the attributes.
+    """
+
+    def __init__(self, dataset: Any, seed: int, global_batch: int, rank: int, world: int):
+        self.dataset = dataset
+        self.seed = seed
+        self.global_batch = global_batch
+        self.rank = rank
+        self.world = world
+
+    def __getitem__(self, step: int) -> Batch | Exception:
+        try:
+            return load_batch(self.dataset, self.seed, step, self.global_batch, self.rank, self.world)
+        except Exception as error:
+            return picklable(error) if get_worker_info() else error
+
+
+def picklable(error: Exception) -> Exception:
+    """Return ``error`` with its traceback as a note, or a RunError with its message if it cannot be sent to
+    another process.
+    """
+    error.add_note("while loading a batch:\n" + "".join(traceback.format_exception(error)))
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RunError(f"loading a batch failed with {error.__class__.__name__}: {error}")
+    return error
 
 
 class Loader:
-    """Iterator over the batches of steps start, start + 1, ... (to ``stop``, if given), prepared ahead by ``workers`` threads.
+    """Iterator over the batches of steps ``start``, ``start + 1``, ... below ``stop`` (None: endless).
 
-    Order and content do not depend on the threads (0: everything happens in ``next``). An error raised while loading comes out
-    of ``next`` at its own step. ``waited`` is the number of seconds that the consumer has spent in ``next`` so far. Use as a
-    context manager, or call ``close``: it never blocks for long, and threads left over cannot keep the program alive.
+    A torch DataLoader over a ``StepDataset``. With ``workers`` processes each prepares up to ``ahead``
+    batches in advance; with 0 every batch is loaded inside ``next``. Order and content do not depend on
+    ``workers``. An error raised while loading comes out of ``next`` at its own step, whatever was loaded
+    after it. ``waited`` is the time in seconds spent inside ``next`` so far. Use the loader as a context
+    manager, or call ``close``.
+
+    Raises InputError for counts out of range and for a dataset that cannot be sent to worker processes;
+    RunError when a worker dies or a batch takes longer than BATCH_TIMEOUT.
     """
 
     def __init__(
@@ -128,94 +199,152 @@ class Loader:
         stop: int | None = None,
         rank: int = 0,
         world: int = 1,
-        workers: int = 1,
+        workers: int = 0,
         ahead: int = 2,
     ):
-        require(
-            workers >= 0 and ahead >= 1,
-            "workers, ahead",
-            (workers, ahead),
-            "workers >= 0 and ahead >= 1",
-            "give e.g. 1 and 2",
-        )
+        check(workers >= 0, f"data.workers must be at least 0, got {workers}")
+        check(ahead >= 1, f"a worker must prepare at least 1 batch in advance, got {ahead}")
+        check_world(global_batch, world)
         self.waited = 0.0
-        self._load = lambda step: load_batch(dataset, seed, step, global_batch, rank, world)
-        self._stop, self._wanted, self._taken = (
-            stop,
-            start,
-            start,
-        )  # the step that next() returns; the step that a thread takes
-        self._ahead = max(ahead, workers)
-        self._ready: dict[int, Batch | BaseException] = {}
-        self._change = threading.Condition()
-        self._closed = False
-        self._threads = [
-            threading.Thread(target=self._work, name=f"loader-{i}", daemon=True) for i in range(workers)
-        ]
-        for thread in self._threads:
-            thread.start()
-
-    def _work(self) -> None:
-        while True:
-            with self._change:
-                self._change.wait_for(lambda: self._closed or self._taken < self._wanted + self._ahead)
-                if self._closed or (self._stop is not None and self._taken >= self._stop):
-                    return
-                step = self._taken
-                self._taken += 1
-            try:
-                result: Batch | BaseException = self._load(step)
-            except BaseException as error:  # handed to the consumer, whatever it is
-                result = error
-            with self._change:
-                self._ready[step] = result
-                self._change.notify_all()
+        steps = range(start, sys.maxsize if stop is None else stop)
+        self._steps = iter(steps)
+        batches = StepDataset(dataset, seed, global_batch, rank, world)
+        others = set(multiprocessing.active_children())
+        self._batches: Iterator[Batch | Exception] | None = iterate(batches, steps, workers, ahead)
+        self._workers = set(multiprocessing.active_children()) - others
+        atexit.register(self.close)  # must run before multiprocessing waits for its processes
 
     def __iter__(self) -> Iterator[Batch]:
         return self
 
     def __next__(self) -> Batch:
-        step = self._wanted
-        if self._closed or (self._stop is not None and step >= self._stop):
+        step = next(self._steps)
+        if self._batches is None:
             raise StopIteration
         began = time.perf_counter()
         try:
-            batch = self._fetch(step) if self._threads else self._load(step)
+            with worker_failures(step):
+                batch = next(self._batches)
+            if isinstance(batch, Exception):
+                raise batch
         except BaseException:
             self.close()
             raise
         finally:
             self.waited += time.perf_counter() - began
-        self._wanted = step + 1
         return batch
 
-    def _fetch(self, step: int) -> Batch:
-        with self._change:
-            if not self._change.wait_for(lambda: step in self._ready or self._closed, timeout=PATIENCE):
-                raise RunError(
-                    f"no batch for step {step} within {PATIENCE:.0f} s; is the disk of data.root still there?"
-                )
-            if self._closed:
-                raise StopIteration
-            result = self._ready.pop(step)
-            self._wanted = step + 1
-            self._change.notify_all()
-        if isinstance(result, BaseException):
-            raise result
-        return result
-
     def close(self) -> None:
-        """Stop the threads; one that is inside a read is waited for a few seconds at most, and then left to itself."""
-        with self._change:
-            self._closed = True
-            self._ready.clear()
-            self._change.notify_all()
-        deadline = time.monotonic() + PARTING
-        for thread in self._threads:
-            thread.join(max(0.0, deadline - time.monotonic()))
+        """Stop the worker processes; one that does not stop within a few seconds (a read hangs) is killed."""
+        if self._batches is None:
+            return
+        atexit.unregister(self.close)
+        # Deleting the iterator would stop the workers too, but a traceback may still hold a reference to it.
+        shut_down = getattr(self._batches, "_shutdown_workers", None)
+        self._batches = None
+        if shut_down:
+            with suppress(RuntimeError):  # a worker that died is reported by __next__ or __exit__
+                shut_down()
+        for worker in self._workers:
+            worker.kill()
+            worker.join(timeout=1.0)  # a process inside an uninterruptible read ends when the system lets it
 
     def __enter__(self) -> "Loader":
         return self
 
-    def __exit__(self, *_: Sequence[object]) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, *_: object) -> None:
         self.close()
+        if isinstance(error, RuntimeError) and is_worker_failure(error):
+            raise worker_error(error) from error  # torch's SIGCHLD handler raises wherever the main thread is
+
+
+def iterate(dataset: StepDataset, steps: range, workers: int, ahead: int) -> Iterator[Batch | Exception]:
+    """Return the items of ``steps`` in order, from a DataLoader whose worker processes are started here.
+
+    Raises InputError for a dataset that cannot be sent to worker processes.
+    """
+    try:
+        with stop_signals_blocked(), warnings.catch_warnings():
+            # More workers than cores help when reading waits for a disk. Pickle errors are reported below.
+            warnings.filterwarnings("ignore", "This DataLoader will create|Got pickle error", UserWarning)
+            loader = DataLoader(
+                dataset,
+                sampler=steps,
+                batch_size=None,
+                num_workers=workers,
+                collate_fn=as_loaded,
+                worker_init_fn=ignore_stop_signals,
+                timeout=BATCH_TIMEOUT if workers else 0,
+                prefetch_factor=ahead if workers else None,
+                multiprocessing_context=START_METHOD if workers else None,
+                generator=torch.Generator(),  # without it, DataLoader would advance the global random state
+            )
+            return iter(loader)
+    except (pickle.PicklingError, AttributeError, TypeError) as error:
+        raise InputError(
+            f"data.workers is {workers}, but this dataset cannot be pickled for worker processes ({error}); "
+            "set data.workers=0, or make the dataset picklable"
+        ) from error
+
+
+def as_loaded(batch: Batch | Exception) -> Batch | Exception:
+    """Return what the dataset returned: it is a batch already (the ``collate_fn`` of the DataLoader)."""
+    return batch
+
+
+def ignore_stop_signals(worker: int) -> None:
+    """Ignore STOP_SIGNALS in a worker process (the ``worker_init_fn`` of the DataLoader).
+
+    So Ctrl-C in a terminal stops the training process only, which saves a checkpoint and closes the loader.
+    """
+    for name in STOP_SIGNALS:
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+
+
+@contextmanager
+def stop_signals_blocked() -> Iterator[None]:
+    """Block STOP_SIGNALS; processes that start meanwhile inherit the mask, also while they still import
+    torch.
+    """
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    resource_tracker.ensure_running()  # its start would unblock SIGINT and SIGTERM again
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [getattr(signal, name) for name in STOP_SIGNALS])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextmanager
+def worker_failures(step: int) -> Iterator[None]:
+    """Turn what DataLoader raises for a dead or hanging worker into a RunError that names the step."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_worker_failure(error):
+            raise
+        raise worker_error(error, step) from error
+
+
+def is_worker_failure(error: RuntimeError) -> bool:
+    """Return whether DataLoader raised ``error`` because of a worker process."""
+    return "DataLoader worker" in str(error) or "DataLoader timed out" in str(error)
+
+
+def worker_error(error: RuntimeError, step: int | None = None) -> RunError:
+    """Return a one-line RunError for a worker process that died or hung."""
+    where = "" if step is None else f" at step {step}"
+    if "timed out" in str(error):
+        return RunError(
+            f"no batch arrived{where} within {BATCH_TIMEOUT:.0f} s; is the disk of data.root still there? "
+            "If reading is just slow, use more data.workers"
+        )
+    cause = error.__cause__ if "is killed by signal" in str(error.__cause__) else error
+    reason = str(cause).splitlines()[0].rstrip(". ")
+    return RunError(
+        f"a data worker died{where} ({reason}); if memory or /dev/shm ran out, use fewer data.workers; "
+        "a script that trains needs `if __name__ == '__main__':` around its main part, or data.workers=0"
+    )

@@ -180,6 +180,7 @@ def train(
     captions: CaptionReader | None = None,
     until: int | None = None,
     lora: LoraConfig | None = None,
+    workers: int = 0,
 ) -> dict[str, Any]:
     """Train ``model`` in place to ``config.steps``, going on from the newest good checkpoint in ``run_dir`` if there is one.
 
@@ -189,7 +190,7 @@ def train(
     has one is opened step by step (``gate_share``), in the average, too; under adapters it is frozen like all the rest.
     ``codec`` may be None for a dataset of latents. ``facts`` (plain data) adds to what a resumed run must have in common with the
     run it goes on with; ``record`` is written to config.yaml. ``sample(ema_model, step)`` is called every ``sample_every`` steps and
-    after the last, in the first process. SIGINT and SIGTERM save at the end of the step and leave; so does step ``until``, for callers
+    after the last, in the first process. ``workers`` processes load batches in advance (0: this process loads them). SIGINT and SIGTERM save at the end of the step and leave; so does step ``until``, for callers
     that look at a run on its way.
 
     Returns run, step, loss, checkpoint, weights_sha256 (of the average) and interrupted: 0, or the exit code 130 or 143.
@@ -247,7 +248,7 @@ def train(
         tally = MetricsAccumulator(device, state.get("tally", {}))
         with (
             StopRequest() as stop,
-            Loader(clips, seed, config.global_batch, step, end, group.rank, group.size) as loader,
+            Loader(clips, seed, config.global_batch, step, end, group.rank, group.size, workers) as loader,
             MetricsFile(run_dir / "metrics.jsonl", step, group.rank == 0) as metrics,
             Progress(step, config.steps, group.rank == 0) as progress,
         ):
