@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from latte.data.media import write_mp4
-from latte.evaluation.detector_files import Weights, tensors_sha256
+from latte.evaluation.detector_files import Weights
 from latte.evaluation.detectors import Detector, DetectorSpec, Pixels
 from latte.evaluation.protocols import Protocol
 from latte.runtime import generator
+from latte.tensors import tensors_sha256
 
 
 class TinyNetwork(nn.Module):

@@ -21,8 +21,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from latte.checks import require
-from latte.evaluation.detector_files import tensors_sha256
 from latte.evaluation.networks.builtin import CLASSES, MEASURES, BuiltinDetector
+from latte.tensors import tensors_sha256
 from tools.detector_clips import POOL_FRAMES, UNKNOWN, draw_batch, draw_pool, procedural_clips, to_input
 
 TRAIN_SEED, TEST_SEED, SCALE_SEED = 7_100_000, 8_100_000, 7_200_000  # scenes that no recipe draws

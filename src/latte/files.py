@@ -1,27 +1,32 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files and folders that are wholly there or not there at all, whenever the process or the machine stops.
+"""Atomic writes: a file or folder is complete on the disk or absent, whenever the process or the machine stops.
 
-A folder is written under a temporary name beside its place, every file of it is flushed to the disk, and one rename makes it
-visible. What a killed writer leaves behind starts with a dot and is put right by ``sweep``.
+A folder is written under a unique hidden name beside its destination, every file in it is flushed to the disk, and a
+rename makes it visible. A writer removes only its own temporary files. What a killed writer leaves behind is removed
+by ``sweep_checkpoints``, and only in the ``checkpoints`` folder of a run.
 """
 
 import os
+import re
+import secrets
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
 
-from latte.checks import RunError
+from latte.checks import InputError, RunError
 
 TEMPORARY = ".tmp-"
 REPLACED = ".old-"
+# what killed writers leave in a checkpoints folder; version 0.1.0 wrote no process number
+LEFTOVER = re.compile(r"\.(?:tmp|old)-(?:pruned-)?(?P<name>step-\d+)(?:-\d+-[0-9a-f]{8})?")
 
 
 @contextmanager
 def reported(what: str, path: Path, needed: int | None = None, kept: str = "") -> Iterator[None]:
-    """Turn what the system says about a failed write into one RunError with the path, the bytes needed and what is still good."""
+    """Turn a failed write into one RunError with the path, the number of bytes needed and what is still good."""
     try:
         yield
     except (OSError, SafetensorError) as error:
@@ -29,46 +34,79 @@ def reported(what: str, path: Path, needed: int | None = None, kept: str = "") -
         amount = f"; {needed:,} bytes are needed there" if needed is not None else ""
         raise RunError(
             f"could not write {what} to {path}: {reason}{amount}{kept}; "
-            "make room or give a folder that can be written, then run the same command again"
+            "free disk space or choose a writable folder, then run the same command again"
         ) from error
 
 
 def sync(path: Path) -> None:
-    """Flush a file, or the list of names of a folder, to the disk."""
-    handle = os.open(path, os.O_RDONLY)
+    """Flush a file, or the directory entries of a folder, to the disk."""
+    if os.name == "nt" and path.is_dir():
+        return  # Windows cannot open a folder
+    handle = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
         os.close(handle)
 
 
-def commit_folder(path: Path, write: Callable[[Path], None]) -> None:
-    """Make the folder ``path`` hold exactly what ``write(folder)`` puts into an empty one; an older one of that name is replaced.
+def unique_name(path: Path, prefix: str) -> Path:
+    """Return a hidden name beside ``path`` that no other writer uses."""
+    return path.with_name(f"{prefix}{path.name}-{os.getpid()}-{secrets.token_hex(4)}")
 
-    Either all of it is there afterwards, on the disk, or nothing has changed and the error of ``write`` or the system comes out.
+
+def commit_folder(path: Path, write: Callable[[Path], None]) -> None:
+    """Make the folder ``path`` hold exactly what ``write(folder)`` puts into an empty folder.
+
+    An earlier folder of that name is replaced. Otherwise nothing changes and the error of ``write`` or the system is
+    raised. Files and folders get the permissions of the umask, whatever their writer chose. Raises InputError when
+    ``path`` is not a folder.
     """
-    temporary, replaced = path.with_name(TEMPORARY + path.name), path.with_name(REPLACED + path.name)
+    path = Path(os.path.realpath(path))
+    if os.path.lexists(path) and not path.is_dir():
+        raise InputError(f"{path} exists and is {kind_of(path)}, not a folder; choose a new folder")
     path.parent.mkdir(parents=True, exist_ok=True)
-    sweep(path.parent)
+    temporary, replaced = unique_name(path, TEMPORARY), unique_name(path, REPLACED)
     try:
         temporary.mkdir()
         write(temporary)
-        for file in temporary.rglob("*"):
-            sync(file)
+        mode = temporary.stat().st_mode
+        for item in temporary.rglob("*"):
+            os.chmod(item, mode & (0o777 if item.is_dir() else 0o666))
+            sync(item)
         sync(temporary)
         if path.exists():
             os.rename(path, replaced)
-        os.rename(temporary, path)
+        try:
+            os.rename(temporary, path)
+        except OSError:
+            if replaced.exists():
+                os.rename(replaced, path)
+            raise
         sync(path.parent)
     finally:
-        sweep(path.parent)
+        shutil.rmtree(temporary, ignore_errors=True)
+        if path.exists():
+            shutil.rmtree(replaced, ignore_errors=True)
 
 
-def commit_file(path: Path, text: str) -> None:
-    """Write ``text`` to ``path`` in one piece: the old content or the new one, never a part."""
-    temporary = path.with_name(TEMPORARY + path.name)
+def commit_file(path: Path, content: str | Callable[[Path], None]) -> None:
+    """Write a file atomically: readers see the old content or the new one.
+
+    ``content`` is the text, or a function that writes the file whose name it gets. The file gets the permissions of
+    the umask. Raises InputError when ``path`` exists and is not a regular file.
+    """
+    path = Path(os.path.realpath(path))
+    if os.path.lexists(path) and not path.is_file():
+        raise InputError(f"{path} exists and is {kind_of(path)}, not a regular file; choose a new file name")
+    temporary = unique_name(path, TEMPORARY)
     try:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.touch()
+        mode = temporary.stat().st_mode & 0o666
+        if isinstance(content, str):
+            temporary.write_text(content, encoding="utf-8")
+        else:
+            content(temporary)
+        os.chmod(temporary, mode)  # safetensors replaces the file by a private one
         sync(temporary)
         os.replace(temporary, path)
         sync(path.parent)
@@ -76,16 +114,42 @@ def commit_file(path: Path, text: str) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def sweep(folder: Path) -> None:
-    """Remove what killed writers left in ``folder``. A folder set aside for a successor that never came gets its name back.
+def kind_of(path: Path) -> str:
+    """Name the kind of file at ``path``, with an article."""
+    kinds = {
+        "a folder": path.is_dir(),
+        "a regular file": path.is_file(),
+        "a named pipe": path.is_fifo(),
+        "a socket": path.is_socket(),
+        "a device": path.is_block_device() or path.is_char_device(),
+    }
+    return next((kind for kind, found in kinds.items() if found), "a broken link")
 
-    Only for a folder with one writer at a time (a run's lock sees to that).
+
+def check_replaceable(folder: Path, names: Collection[str]) -> None:
+    """Raise InputError unless ``folder`` is absent or holds nothing but files and folders called ``names``."""
+    if os.path.lexists(folder) and not folder.is_dir():
+        raise InputError(f"{folder} exists and is {kind_of(folder)}, not a folder; choose a new folder")
+    others = sorted(item.name for item in folder.glob("*") if item.name not in names)
+    if others:
+        raise InputError(f"folder {folder} holds other files ({', '.join(others[:3])}); choose a new folder")
+
+
+def sweep_checkpoints(run_dir: Path) -> None:
+    """Remove what killed writers left in the checkpoints folder of a run.
+
+    A checkpoint that was set aside for a successor gets its name back when the successor is missing. Everything else
+    in that folder is left alone. Call it with the lock of the run held.
     """
-    for leftover in [*folder.glob(f"{TEMPORARY}*"), *folder.glob(f"{REPLACED}*")]:
-        place = leftover.with_name(leftover.name.removeprefix(REPLACED))
-        if leftover.name.startswith(REPLACED) and not place.exists():
-            os.rename(leftover, place)
+    for leftover in sorted((Path(run_dir) / "checkpoints").glob(".*")):
+        match = LEFTOVER.fullmatch(leftover.name)
+        if match is None:
+            continue
+        original = leftover.with_name(match["name"])
+        if leftover.name.startswith(REPLACED) and not original.exists():
+            os.rename(leftover, original)
         elif leftover.is_dir():
             shutil.rmtree(leftover, ignore_errors=True)
         else:
-            leftover.unlink(missing_ok=True)
+            with suppress(OSError):
+                leftover.unlink()

@@ -24,10 +24,10 @@ from latte.checkpoint.run import (
     load_latest,
     looks_whole,
     save_checkpoint,
-    tensors_sha256,
     verify,
 )
 from latte.checks import InputError, RunError
+from latte.tensors import tensors_sha256
 from tiny_runs import FORKS
 
 
@@ -282,7 +282,7 @@ def crash_everywhere(folder: str, results) -> None:
                 os._exit(0)
             crashed = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 77
             inside = bool(list(run_dir.glob("checkpoints/.*")))
-            atomic.sweep(run_dir / "checkpoints")
+            atomic.sweep_checkpoints(run_dir)
             said = []
             latest = latest_checkpoint(run_dir, say=said.append)
             step = int(latest.name[5:])

@@ -13,7 +13,7 @@ from support import wake
 
 from latte.inference.generate import SampleConfig
 from latte.inference.pipeline import load_trained
-from latte.interop.load import load_foreign
+from latte.interop.load import load_external
 from latte.interop.pipeline import save_pipeline
 from latte.model.latte import Latte
 from latte.model.text import LatteText, TextConfig
@@ -74,7 +74,7 @@ def test_text_to_video_to_diffusers_and_back(latte, tmp_path):
     )
     model.save_pretrained(tmp_path / "ours")
     assert latte("convert", "ours", "transformer", "--to", "diffusers").code == 0
-    assert load_foreign(tmp_path / "transformer").layout == "LatteT2V"
+    assert load_external(tmp_path / "transformer").layout == "LatteT2V"
     assert latte("convert", "transformer", "back").code == 0
     back = LatteText.from_pretrained(tmp_path / "back")
     assert back.config == model.config
@@ -170,7 +170,7 @@ def test_a_pipeline_goes_in_and_out(latte, tmp_path):
         "transformer",
         "vae",
     ]
-    state = load_foreign(tmp_path / "out").state_dict
+    state = load_external(tmp_path / "out").state_dict
     assert all(torch.equal(state[name], tensor) for name, tensor in model.state_dict().items())
     needless = latte("convert", "in", "ours", "--text-encoder", "in")
     assert (needless.code, "nothing but a pipeline" in needless.errors[0]) == (2, True)

@@ -24,10 +24,10 @@ from latte.evaluation.detector_files import (
     is_offline,
     load_converted,
     rename,
-    tensors_sha256,
 )
 from latte.evaluation.networks import c3d
 from latte.evaluation.networks.layers import Network, Scheme, fold_norms
+from latte.tensors import tensors_sha256
 
 NETWORK = Network(lambda: c3d.C3D(5, 2, 16), c3d.SCHEMES, c3d.NORM_EPS)
 

@@ -11,7 +11,7 @@ from support import noise, wake
 from latte.checks import InputError
 from latte.interop.diffusers import TABLE, diffusers_config, diffusers_state, save_diffusers
 from latte.interop.key_maps import translate
-from latte.interop.load import load_foreign
+from latte.interop.load import load_external
 from latte.model.text import LatteText, TextConfig
 
 TINY = TextConfig(depth=2, width=32, heads=2, num_frames=4, latent_size=8, caption_channels=12)
@@ -42,7 +42,7 @@ def test_round_trip_bit_for_bit_both_ways(ours, tmp_path):
         **{key: value for key, value in diffusers_config(TINY).items() if key[0] != "_"}
     )
     theirs.save_pretrained(tmp_path / "theirs")
-    loaded = load_foreign(tmp_path / "theirs")
+    loaded = load_external(tmp_path / "theirs")
     assert (loaded.layout, loaded.config, loaded.report.dropped) == ("LatteT2V", TINY, {})
     save_diffusers(loaded.model(), tmp_path / "again")
     first, second = (
@@ -52,7 +52,7 @@ def test_round_trip_bit_for_bit_both_ways(ours, tmp_path):
     assert all(torch.equal(first[name], second[name]) for name in first)
 
     save_diffusers(ours, tmp_path / "again")
-    back = load_foreign(tmp_path / "again")
+    back = load_external(tmp_path / "again")
     assert back.state_dict.keys() == ours.state_dict().keys()
     assert all(torch.equal(back.state_dict[name], tensor) for name, tensor in ours.state_dict().items())
 
@@ -75,15 +75,15 @@ def test_every_name_of_the_published_size():
 def test_a_pipeline_folder_a_bare_file_and_the_old_buffer(ours, tmp_path):
     save_diffusers(ours, tmp_path / "transformer")
     (tmp_path / "model_index.json").write_text("{}")
-    assert load_foreign(tmp_path).config == TINY
+    assert load_external(tmp_path).config == TINY
     state = load_file(tmp_path / "transformer" / "diffusion_pytorch_model.safetensors")
     torch.save({**state, "caption_projection.y_embedding": torch.zeros(120, 12)}, tmp_path / "t2v.pt")
-    loaded = load_foreign(tmp_path / "t2v.pt", heads=2)
+    loaded = load_external(tmp_path / "t2v.pt", heads=2)
     assert loaded.report.dropped == {"caption_projection.y_embedding": "is a buffer that no prompt uses"}
     assert loaded.config.num_frames == 16  # nothing in the tensors tells
     assert all(torch.equal(loaded.state_dict[name], tensor) for name, tensor in ours.state_dict().items())
     with pytest.raises(InputError, match="give heads="):
-        load_foreign(tmp_path / "t2v.pt")
+        load_external(tmp_path / "t2v.pt")
 
 
 def test_the_first_uploads_card_with_other_keys(ours, tmp_path):
@@ -97,7 +97,7 @@ def test_the_first_uploads_card_with_other_keys(ours, tmp_path):
         "use_linear_projection": False,
     }
     (tmp_path / "t" / "config.json").write_text(json.dumps(card))
-    assert load_foreign(tmp_path / "t").config.num_frames == 16
+    assert load_external(tmp_path / "t").config.num_frames == 16
 
 
 @pytest.mark.parametrize(
@@ -123,26 +123,26 @@ def test_a_card_of_another_network_is_refused(key, value, message, ours, tmp_pat
     card = json.loads((tmp_path / "t" / "config.json").read_text())
     (tmp_path / "t" / "config.json").write_text(json.dumps({**card, key: value}))
     with pytest.raises(InputError, match=message) as error:
-        load_foreign(tmp_path / "t")
+        load_external(tmp_path / "t")
     assert "\n" not in str(error.value)
 
 
 def test_heads_that_contradict_the_card_are_refused_and_so_is_a_folder_without_one(ours, tmp_path):
     save_diffusers(ours, tmp_path / "t")
-    assert load_foreign(tmp_path / "t", heads=2).config == TINY
+    assert load_external(tmp_path / "t", heads=2).config == TINY
     with pytest.raises(InputError, match=r"heads is 4, but config.json says 2"):
-        load_foreign(tmp_path / "t", heads=4)
+        load_external(tmp_path / "t", heads=4)
     (tmp_path / "t" / "config.json").unlink()
     for heads in (None, 2):
         with pytest.raises(
             InputError,
             match=r"no config.json, .* half downloaded, fetch it again, or give the weight file itself",
         ):
-            load_foreign(tmp_path / "t", heads=heads)
+            load_external(tmp_path / "t", heads=heads)
     file = tmp_path / "t" / "diffusion_pytorch_model.safetensors"
-    assert load_foreign(file, heads=2).config.dimensions == TINY.dimensions
+    assert load_external(file, heads=2).config.dimensions == TINY.dimensions
     with pytest.raises(InputError, match="heads is 0, but it counts attention heads"):
-        load_foreign(file, heads=0)
+        load_external(file, heads=0)
 
 
 def test_missing_and_extra_tensors_are_refused_unless_named(ours, tmp_path):
@@ -153,8 +153,8 @@ def test_missing_and_extra_tensors_are_refused_unless_named(ours, tmp_path):
     del state["temporal_transformer_blocks.1.attn1.to_q.weight"]
     save_file(state, file)
     with pytest.raises(InputError, match=r"1 tensors missing.*1 tensors unexpected"):
-        load_foreign(tmp_path / "t")
-    loaded = load_foreign(
+        load_external(tmp_path / "t")
+    loaded = load_external(
         tmp_path / "t", allow_missing=["time_blocks.1.*"], allow_unexpected=["pos_embed.cls_token"]
     )
     assert loaded.report.missing == ["time_blocks.1.attention.q.weight"]
@@ -171,7 +171,7 @@ def test_exports_only_what_diffusers_can_express_and_only_into_its_own_folder(tm
     with torch.no_grad():
         gated.time_gate.fill_(1)
     save_diffusers(gated, tmp_path / "t")
-    assert load_foreign(tmp_path / "t").config.gated_time is False
+    assert load_external(tmp_path / "t").config.gated_time is False
     wide = LatteText(TextConfig(depth=1, width=32, heads=2, latent_size=(8, 12), caption_channels=12))
     with pytest.raises(InputError, match="square grid"):
         save_diffusers(wide, tmp_path / "u")

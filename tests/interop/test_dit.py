@@ -8,7 +8,7 @@ from support import noise
 
 from latte.checks import InputError
 from latte.interop.dit import MAPPINGS, init_from_dit
-from latte.interop.load import load_foreign
+from latte.interop.load import load_external
 from latte.model.latte import Latte, ModelConfig
 
 PARTS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2", "adaLN_modulation.1")
@@ -143,7 +143,7 @@ def test_spatial_mapping_keeps_frames_apart_until_trained(dit):
 @torch.no_grad()
 def test_through_the_door_a_dit_is_an_unconditional_latte_block_for_block(dit):
     _, path = dit(depth=4)
-    loaded = load_foreign(path, heads=4)
+    loaded = load_external(path, heads=4)
     assert (loaded.layout, loaded.config.num_classes, loaded.report.missing) == ("DiT", None, [])
     assert loaded.report.dropped.keys() == {"pos_embed", "y_embedder.embedding_table.weight"}
     model = tiny(num_classes=None)

@@ -22,7 +22,8 @@ import pytest
 import torch
 
 from latte.checks import InputError
-from latte.interop.load import load_foreign, read_tensors
+from latte.interop.load import load_external
+from latte.interop.readers import read_tensors
 
 GOOD = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(2, dtype=torch.int64)}
 
@@ -166,7 +167,7 @@ def test_no_file_runs_anything(arm, tmp_path):
             read_tensors(file)
         assert "\n" not in str(error.value)
         with pytest.raises(InputError):
-            load_foreign(file)
+            load_external(file)
     assert not marker.exists()
 
 

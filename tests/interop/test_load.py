@@ -16,7 +16,8 @@ from support import wake
 
 from latte.checks import InputError
 from latte.interop.coverage import Coverage
-from latte.interop.load import load_foreign, read_tensors
+from latte.interop.load import load_external
+from latte.interop.readers import read_tensors
 from latte.model.latte import Latte, ModelConfig
 from latte.model.text import LatteText, TextConfig
 
@@ -67,9 +68,9 @@ def test_training_files_with_settings_objects_are_read_past_them(tmp_path, monke
         )
         with pytest.raises(pickle.UnpicklingError):
             torch.load(tmp_path / f"{name}.pt", weights_only=True)  # so torch's own guarded reader is no help
-        loaded = load_foreign(tmp_path / f"{name}.pt", heads=4)
+        loaded = load_external(tmp_path / f"{name}.pt", heads=4)
         assert torch.equal(loaded.state_dict["final_linear.weight"], state["final_layer.linear.weight"])
-    assert load_foreign(tmp_path / "namespace.pt", heads=4).facts == {
+    assert load_external(tmp_path / "namespace.pt", heads=4).facts == {
         "args.model": "Latte-XL/2",
         "args.global_seed": "3407",
     }
@@ -91,7 +92,7 @@ def test_training_files_with_settings_objects_are_read_past_them(tmp_path, monke
 def test_our_own_folders_come_in_too(model, tmp_path):
     model = wake(model())
     model.save_pretrained(tmp_path)
-    loaded = load_foreign(tmp_path)
+    loaded = load_external(tmp_path)
     assert (loaded.layout, loaded.config) == (type(model).__name__, model.config)
     assert not loaded.report.missing
     again = loaded.model()
@@ -99,19 +100,19 @@ def test_our_own_folders_come_in_too(model, tmp_path):
     card = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**card, "width": "wide"}))
     with pytest.raises(InputError, match=r"config\.json: width"):
-        load_foreign(tmp_path)
+        load_external(tmp_path)
     (tmp_path / "config.json").unlink()
     with pytest.raises(InputError, match=r"no config\.json beside the file"):
-        load_foreign(tmp_path)
+        load_external(tmp_path)
 
 
 def test_unknown_networks_are_named_by_their_tensors(tmp_path):
     torch.save({"conv_in.weight": torch.ones(1), "conv_out.weight": torch.ones(1)}, tmp_path / "unet.pt")
-    with pytest.raises(InputError, match=r"no model that is known here.*conv_in.weight, conv_out.weight"):
-        load_foreign(tmp_path / "unet.pt")
+    with pytest.raises(InputError, match=r"have an unknown layout.*conv_in.weight, conv_out.weight"):
+        load_external(tmp_path / "unet.pt")
     torch.save({"ema": {"module.x": torch.ones(1), "x": torch.ones(1)}}, tmp_path / "twice.pt")
     with pytest.raises(InputError, match="both called x"):
-        load_foreign(tmp_path / "twice.pt")
+        load_external(tmp_path / "twice.pt")
     with pytest.raises(InputError, match="ends in none of"):
         read_tensors(Path(__file__))
 
@@ -119,7 +120,7 @@ def test_unknown_networks_are_named_by_their_tensors(tmp_path):
 def test_every_load_leaves_its_report(tmp_path, caplog):
     torch.save({"ema": released_state()}, tmp_path / "ffs.pt")
     with caplog.at_level("INFO", logger="latte"):
-        loaded = load_foreign(tmp_path / "ffs.pt", heads=4)
+        loaded = load_external(tmp_path / "ffs.pt", heads=4)
     assert (
         "ffs.pt (released Latte): 50 tensors used, 0 missing, 0 unexpected, 0 mismatched, 2 dropped"
         in caplog.text

@@ -8,7 +8,7 @@ from support import noise, wake
 
 from latte.checks import InputError, RunError
 from latte.interop.key_maps import PLACEHOLDERS, translate
-from latte.interop.load import load_foreign
+from latte.interop.load import load_external
 from latte.interop.official import TABLE, official_state, save_official, understand
 from latte.interop.readers import read_tensors
 from latte.model.latte import Latte, ModelConfig
@@ -26,7 +26,7 @@ def write(path, state, wrap="ema", prefix=""):
 @torch.no_grad()
 def test_computes_what_the_released_code_does(classes, tmp_path):
     state = released_state(classes=classes)
-    loaded = load_foreign(write(tmp_path / "ffs.pt", state), heads=4)
+    loaded = load_external(write(tmp_path / "ffs.pt", state), heads=4)
     z, label = noise(2, 4, 4, 8, 8), None if classes is None else torch.tensor([0, 5])
     expected = released_latte(state, z, T, 4, label)
     assert expected.std() > 0.1
@@ -39,7 +39,7 @@ def test_computes_what_the_released_code_does(classes, tmp_path):
 @pytest.mark.parametrize("classes", [None, 5])
 def test_round_trip_bit_for_bit_both_ways(classes, tmp_path):
     theirs = released_state(classes=classes)
-    loaded = load_foreign(write(tmp_path / "in.pt", theirs), heads=4)
+    loaded = load_external(write(tmp_path / "in.pt", theirs), heads=4)
     names = save_official(loaded.model(), tmp_path / "out.pt")
     again = torch.load(tmp_path / "out.pt", weights_only=True)["ema"]
     assert set(names) == set(again) == set(theirs)
@@ -51,7 +51,7 @@ def test_round_trip_bit_for_bit_both_ways(classes, tmp_path):
         Latte(ModelConfig(depth=4, width=32, heads=4, latent_size=8, num_frames=4, num_classes=classes))
     )
     save_official(model, tmp_path / "ours.pt")
-    back = load_foreign(tmp_path / "ours.pt", heads=4)
+    back = load_external(tmp_path / "ours.pt", heads=4)
     assert back.config == model.config
     assert back.state_dict.keys() == model.state_dict().keys()
     assert all(torch.equal(back.state_dict[name], tensor) for name, tensor in model.state_dict().items())
@@ -121,14 +121,14 @@ def test_sizes_are_read_from_the_tensors(size):
 )
 def test_wrappers_and_prefixes(wrap, prefix, tmp_path):
     state = released_state()
-    loaded = load_foreign(write(tmp_path / "a.pt", state, wrap, prefix), heads=4)
+    loaded = load_external(write(tmp_path / "a.pt", state, wrap, prefix), heads=4)
     assert torch.equal(loaded.state_dict["final_linear.weight"], state["final_layer.linear.weight"])
 
 
 def test_of_a_training_file_the_average_is_taken(tmp_path):
     average, raw = released_state(seed=1), released_state(seed=2)
     torch.save({"model": raw, "ema": average, "train_steps": 7}, tmp_path / "0000007.pt")
-    loaded = load_foreign(tmp_path / "0000007.pt", heads=4)
+    loaded = load_external(tmp_path / "0000007.pt", heads=4)
     assert torch.equal(loaded.state_dict["final_linear.weight"], average["final_layer.linear.weight"])
     assert loaded.facts == {"train_steps": "7"}
 
@@ -136,14 +136,14 @@ def test_of_a_training_file_the_average_is_taken(tmp_path):
 def test_the_first_files_name_of_the_temporal_table(tmp_path):
     state = released_state(frames=6)
     state["time_embed"] = state.pop("temp_embed")
-    loaded = load_foreign(write(tmp_path / "a.pt", state), heads=4)
+    loaded = load_external(write(tmp_path / "a.pt", state), heads=4)
     assert loaded.config.num_frames == 6
     assert loaded.report.dropped.keys() == {"pos_embed", "time_embed"}
 
 
 def test_half_precision_files_load_and_go_out_as_they_came(tmp_path):
     state = {name: tensor.half() for name, tensor in released_state().items()}
-    loaded = load_foreign(write(tmp_path / "a.pt", state), heads=4)
+    loaded = load_external(write(tmp_path / "a.pt", state), heads=4)
     assert loaded.state_dict["final_linear.weight"].dtype == torch.float16
     assert loaded.model().final_linear.weight.dtype == torch.float32
     assert torch.equal(loaded.model().final_linear.weight.half(), state["final_layer.linear.weight"])
@@ -179,13 +179,13 @@ def test_files_that_do_not_fit_are_refused_in_one_line(change, message, tmp_path
     state = released_state()
     change(state)
     with pytest.raises(InputError, match=message) as error:
-        load_foreign(write(tmp_path / "a.pt", state), heads=4)
+        load_external(write(tmp_path / "a.pt", state), heads=4)
     assert "\n" not in str(error.value)
 
 
 def test_heads_cannot_be_read(tmp_path):
     with pytest.raises(InputError, match=r"width of 32.*give heads="):
-        load_foreign(write(tmp_path / "a.pt", released_state()))
+        load_external(write(tmp_path / "a.pt", released_state()))
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from latte.diffusion.guidance import guided_pair
 from latte.diffusion.process import DiffusionConfig, build_process
 from latte.diffusion.samplers import sample
 from latte.inference.prompts import PromptReader
-from latte.interop.load import load_foreign
+from latte.interop.load import load_external
 from latte.interop.pipeline import load_t5, save_pipeline, scheduler_settings
 from latte.text.encoders import TextEncoderConfig
 from tiny_pipeline import TINY, VAES, tiny_codec, tiny_denoiser, tiny_t5
@@ -171,7 +171,7 @@ def test_a_pipeline_folder_is_a_source_of_weights_autoencoder_and_text_encoder(m
         tmp_path / "theirs"
     )  # and once more through diffusers' own hands
     for folder in (tmp_path / "ours", tmp_path / "theirs"):
-        loaded = load_foreign(folder)
+        loaded = load_external(folder)
         assert (loaded.layout, loaded.config) == ("LatteT2V", TINY)
         assert all(
             torch.equal(loaded.state_dict[name], tensor) for name, tensor in model.state_dict().items()
@@ -242,7 +242,7 @@ def test_an_interrupted_export_leaves_the_older_one(model, tmp_path):
     tokenizer.__class__ = Full
     with pytest.raises(RunError, match=r"could not write the pipeline.*No space left on device"):
         save_pipeline(tiny_denoiser(depth=1), kl, encoder, tokenizer, DiffusionConfig(), tmp_path / "out")
-    assert load_foreign(tmp_path / "out").config == TINY
+    assert load_external(tmp_path / "out").config == TINY
     assert json.loads((tmp_path / "out" / "model_index.json").read_text())["tokenizer"] == [
         "transformers",
         "T5Tokenizer",

@@ -11,7 +11,7 @@ from support import noise
 from latte.checks import InputError
 from latte.interop.diffusers import TABLE
 from latte.interop.key_maps import translate
-from latte.interop.load import load_foreign
+from latte.interop.load import load_external
 from latte.interop.pixart import from_pixart, init_from_pixart
 from latte.model.text import LatteText, TextConfig
 from latte.runtime import generator
@@ -113,8 +113,8 @@ def test_through_the_door_it_is_refused_with_the_way_in(folder):
     with pytest.raises(
         InputError, match=r"27 tensors missing.*start a run from it with train.init.*'time_\*'"
     ):
-        load_foreign(folder)
-    loaded = load_foreign(folder, allow_missing=["time_*"])
+        load_external(folder)
+    loaded = load_external(folder, allow_missing=["time_*"])
     assert (loaded.layout, len(loaded.report.missing)) == ("PixArt-alpha", 27)
     model, z, text = loaded.model(), noise(2, 4, 4, 8, 8), noise(2, 7, 12)
     with torch.no_grad():

@@ -12,8 +12,8 @@ from support import wake
 
 from latte.checks import InputError
 from latte.interop.diffusers import diffusers_config, diffusers_state
-from latte.interop.load import load_foreign, read_tensors
-from latte.interop.readers import find_weights
+from latte.interop.load import load_external
+from latte.interop.readers import find_weights, read_tensors
 from latte.model.text import LatteText, TextConfig
 
 GOOD = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(2, dtype=torch.int64)}
@@ -64,11 +64,11 @@ def shards(folder, count=3):
 
 def test_shards_make_one_model(tmp_path):
     model, _ = shards(tmp_path)
-    loaded = load_foreign(tmp_path)
+    loaded = load_external(tmp_path)
     assert loaded.config == model.config
     assert all(torch.equal(loaded.state_dict[name], tensor) for name, tensor in model.state_dict().items())
     (tmp_path / "model_index.json").write_text("{}")
-    assert load_foreign(tmp_path).config == model.config
+    assert load_external(tmp_path).config == model.config
 
 
 def edit(folder, change):
@@ -119,7 +119,7 @@ def test_damaged_folders_are_refused_in_one_line(damage, message, tmp_path):
     shards(tmp_path)
     damage(tmp_path)
     with pytest.raises(InputError, match=message) as error:
-        load_foreign(tmp_path)
+        load_external(tmp_path)
     assert "\n" not in str(error.value)
 
 
@@ -157,19 +157,19 @@ def test_which_file_of_a_folder_counts(files, expected, tmp_path):
     [
         ("nowhere/at-all", "HF_HUB_OFFLINE is set and it is not in the cache"),
         ("nowhere/at-all/ffs.pt", "HF_HUB_OFFLINE is set"),
-        ("../../etc/passwd.pt", "neither a file, a folder nor a hub id"),
-        ("a/../b", "neither a file"),
-        ("./missing", "neither a file"),
-        ("", "neither a file"),
-        ("no such file.pt", "neither a file"),
-        ("long" * 2000, "cannot be looked for"),
-        ("zero\0byte", "neither a file|cannot be looked for"),
+        ("../../etc/passwd.pt", "does not exist; use a run folder"),
+        ("a/../b", "does not exist"),
+        ("./missing", "does not exist"),
+        ("", "does not exist"),
+        ("no such file.pt", "does not exist"),
+        ("long" * 2000, "cannot be a path"),
+        ("zero\0byte", "does not exist|cannot be a path"),
     ],
 )
-def test_what_is_nowhere_is_said_so(name, message, monkeypatch):
+def test_a_missing_source_lists_what_was_looked_for(name, message, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(InputError, match=message) as error:
-        load_foreign(name)
+        load_external(name)
     assert "\n" not in str(error.value)
 
 
@@ -187,7 +187,7 @@ def test_a_connection_that_breaks_off_is_one_line(monkeypatch):
         monkeypatch.setattr(huggingface_hub, name, break_off)
     for source in ("owner/name", "owner/name/ffs.pt"):
         with pytest.raises(InputError, match=r"the hub does not give them \(the read operation timed out\)"):
-            load_foreign(source)
+            load_external(source)
 
 
 def test_a_folder_in_the_hubs_cache_is_read_offline(tmp_path, monkeypatch):
@@ -201,13 +201,13 @@ def test_a_folder_in_the_hubs_cache_is_read_offline(tmp_path, monkeypatch):
         (base / "snapshots" / commit / "transformer" / file.name).symlink_to(base / "blobs" / file.name)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-    loaded = load_foreign("owner/name")
+    loaded = load_external("owner/name")
     assert loaded.config == model.config
     assert all(torch.equal(loaded.state_dict[name], tensor) for name, tensor in model.state_dict().items())
     (base / "snapshots" / commit / "transformer" / SECOND).unlink()
     (base / "blobs" / SECOND).rename(base / "blobs" / f"{SECOND}.incomplete")
     with pytest.raises(InputError, match="lacks 1 of its 3 shards"):
-        load_foreign("owner/name")
+        load_external("owner/name")
 
 
 def test_the_hub_is_asked_for_one_model_and_what_it_gives_is_read(tmp_path, monkeypatch):
@@ -219,9 +219,9 @@ def test_the_hub_is_asked_for_one_model_and_what_it_gives_is_read(tmp_path, monk
     monkeypatch.setattr(
         huggingface_hub, "snapshot_download", lambda name, **rest: asked.append((name, rest)) or str(tmp_path)
     )
-    assert load_foreign("owner/name").config == model.config
+    assert load_external("owner/name").config == model.config
     assert asked[0][0] == "owner/name"
     assert "transformer/*" in asked[0][1]["allow_patterns"]
     torch.save({"ema": released_state()}, tmp_path / "ffs.pt")
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda name, file, **rest: str(tmp_path / file))
-    assert load_foreign("owner/name/ffs.pt", heads=4).layout == "released Latte"
+    assert load_external("owner/name/ffs.pt", heads=4).layout == "released Latte"

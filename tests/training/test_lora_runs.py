@@ -11,13 +11,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from latte.build import build
-from latte.checkpoint.run import load_latest, tensors_sha256
+from latte.checkpoint.run import load_latest
 from latte.checks import InputError
 from latte.cli.convert import from_run
 from latte.config.run import load_run
 from latte.inference.pipeline import load_trained, save_trained
 from latte.interop.export import export
 from latte.interop.lora import lora_layers, lora_state
+from latte.tensors import tensors_sha256
 from tiny import WORDS, tiny_text, tiny_trained
 
 pytest.importorskip("peft", reason="needs the extra lora")

@@ -15,8 +15,9 @@ import torch
 
 from latte.checkpoint import run as checkpoints
 from latte.checkpoint.record import source_commit
-from latte.checkpoint.run import latest_checkpoint, list_checkpoints, load_checkpoint, tensors_sha256
+from latte.checkpoint.run import latest_checkpoint, list_checkpoints, load_checkpoint
 from latte.checks import InputError
+from latte.tensors import tensors_sha256
 from latte.training import train as loop
 from tiny_runs import FORKS, SHORT, TINY, Latents, curve, run, tiny_model
 

@@ -15,12 +15,15 @@ from datetime import UTC, datetime
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
 
 from latte.files import commit_file, reported
 from latte.runtime import world_size
+
+RENAMED_KEYS: dict[str, str] = {}  # config keys renamed since 0.1.0: old dotted key -> new dotted key
 
 PACKAGES = (
     "latte-video",
@@ -96,3 +99,8 @@ def source_commit() -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return commit + ("+" if changes else "")
+
+
+def read_fingerprint(part: Mapping[str, Any]) -> str | None:
+    """Return the recorded fingerprint of a codec or text encoder; version 0.1.0 wrote it under ``identity``."""
+    return part.get("fingerprint", part.get("identity"))

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -234,13 +233,3 @@ def looks_whole(path: Path) -> bool:
         )
     except (InputError, OSError):
         return False
-
-
-def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
-    """Hash of names, dtypes, shapes and bits of ``tensors``, whatever their order or device."""
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu().contiguous()
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(memoryview(tensor.flatten().view(torch.uint8).numpy()))
-    return digest.hexdigest()

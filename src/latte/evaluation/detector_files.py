@@ -25,6 +25,7 @@ from latte.checks import InputError, RunError, printable
 from latte.data.shards import commit
 from latte.evaluation.networks.layers import Network, channels_last, fold_norms
 from latte.interop.archive import BROKEN, read_tensors
+from latte.tensors import check_finite, tensors_sha256
 
 MAX_DOWNLOAD = 512 * 2**20
 
@@ -112,26 +113,6 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
-    """Return the SHA-256 of names, dtypes, shapes and values: a fingerprint of weights, however they are
-    stored.
-    """
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu().contiguous()
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        data = tensor.flatten().view(torch.uint8).numpy().data if tensor.ndim else tensor.numpy().tobytes()
-        digest.update(data)
-    return digest.hexdigest()
-
-
-def refuse_nonfinite(tensors: Mapping[str, Tensor], where: object) -> None:
-    """InputError naming the first tensor with NaN or Inf."""
-    for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise InputError(f"{where} has NaN or Inf in tensor {name}; download the file again")
-
-
 def rename(tensors: Mapping[str, Tensor], network: Network, where: object) -> dict[str, Tensor]:
     """Rename public tensors to ours, by the first naming of ``network`` that matches exactly.
 
@@ -213,7 +194,7 @@ def import_weights(detector: str, network: Network, path: Path, sha256: str | No
         tensors |= read_tensors(mean)
     ours = rename(tensors, network, path)
     check_shapes(ours, network, path)
-    refuse_nonfinite(ours, path)
+    check_finite(ours, path)
     metadata = {
         "detector": detector,
         "source_name": path.name,
@@ -313,7 +294,7 @@ def load_converted(path: Path, network: Network) -> Weights:
         raise InputError(f"{path} is damaged ({reason}); delete it and import the weights again") from error
     if metadata.get("tensors_sha256") != tensors_sha256(tensors):
         raise InputError(f"{path} was changed after it was written; delete it and import the weights again")
-    refuse_nonfinite(tensors, path)
+    check_finite(tensors, path)
     with torch.device("meta"):
         module = network.build()
     module.load_state_dict(fold_norms(tensors, network.eps), assign=True)

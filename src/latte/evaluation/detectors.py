@@ -20,10 +20,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from latte.checks import InputError, check, choose
-from latte.evaluation.detector_files import Weights, find_weights, load_converted, tensors_sha256
+from latte.evaluation.detector_files import Weights, find_weights, load_converted
 from latte.evaluation.networks import builtin, c3d, i3d, inception
 from latte.evaluation.networks.layers import Network, channels_last
 from latte.runtime import generator
+from latte.tensors import tensors_sha256
 
 
 def resize_tf1(x: Tensor, size: tuple[int, int]) -> Tensor:

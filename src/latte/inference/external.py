@@ -13,7 +13,7 @@ from typing import Any
 from latte.autoencoder.codec import CodecConfig, kind_at
 from latte.diffusion.process import DiffusionConfig
 from latte.inference.generate import SampleConfig
-from latte.interop.load import Loaded, load_foreign
+from latte.interop.load import Loaded, load_external
 from latte.interop.pipeline import INDEX
 from latte.interop.readers import fetch
 from latte.model.text import TextConfig
@@ -28,11 +28,11 @@ def open_foreign(
     allow_missing: Sequence[str] = (),
     allow_unexpected: Sequence[str] = (),
 ) -> tuple[Loaded, dict[str, Any]]:
-    """``load_foreign`` -> (its result, the facts beside the model's keys as our config.json has them). A folder of ours says them itself.
+    """``load_external`` -> (its result, the facts beside the model's keys as our config.json has them). A folder of ours says them itself.
 
     The paths of autoencoder and text encoder are None where nothing tells them.
     """
-    loaded = load_foreign(source, heads, allow_missing, allow_unexpected)
+    loaded = load_external(source, heads, allow_missing, allow_unexpected)
     place = str(source) if (fetch(source) / INDEX).is_file() else None
     codec = kind_at(place).name if place else CodecConfig().name
     text = isinstance(loaded.config, TextConfig)

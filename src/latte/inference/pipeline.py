@@ -19,7 +19,7 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 
 from latte.autoencoder.codec import Codec, CodecConfig, build_codec, decoder_for, kind_at
-from latte.checkpoint.run import Checkpoint, load_checkpoint, load_latest, tensors_sha256
+from latte.checkpoint.run import Checkpoint, load_checkpoint, load_latest
 from latte.checks import InputError, choose, require
 from latte.config.run import RUN_FILE, load_run
 from latte.diffusion.process import DiffusionConfig, build_process
@@ -33,6 +33,7 @@ from latte.interop.readers import BUILTIN, fetch, read_tensors
 from latte.model.latte import ModelConfig
 from latte.model.text import Network, TextConfig
 from latte.runtime import resolve_device
+from latte.tensors import tensors_sha256
 from latte.text.encoders import TextEncoderConfig, same_weights
 
 WEIGHTS, CARD = "model.safetensors", "config.json"

@@ -125,7 +125,7 @@ def build(config: Config, seed: int = 0) -> Latte | LatteText:
         return network(config)
 
 
-def wanted_by(config: Config) -> dict[str, Tensor]:
+def expected_tensors(config: Config) -> dict[str, Tensor]:
     """Names and shapes of the tensors that a model of ``config`` has, without storage."""
     with torch.device("meta"):
         return build(config).state_dict()

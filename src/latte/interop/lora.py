@@ -17,13 +17,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from latte.checkpoint.run import tensors_sha256
 from latte.checks import InputError, choose, require
 from latte.files import commit_folder, reported
 from latte.interop.coverage import LABELS, build, relabelled
 from latte.interop.readers import read_json, read_tensors
 from latte.model.text import Network
 from latte.runtime import generator
+from latte.tensors import tensors_sha256
 
 WEIGHTS, CARD = "adapter_model.safetensors", "adapter_config.json"
 PREFIX = "base_model.model."  # of every name in peft's files

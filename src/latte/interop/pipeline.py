@@ -3,7 +3,7 @@
 
 ``diffusers.LattePipeline.from_pretrained(folder)`` loads it and draws what we draw with ``ddim`` at a whole stride ("ddim50"), from the
 same features of the text. From the same words it draws another clip where guidance is not 1: it attends to the padding of the negative
-prompt, which we never do. The other way, such a folder is a weight source like any other: ``load_foreign`` finds its transformer,
+prompt, which we never do. The other way, such a folder is a weight source like any other: ``load_external`` finds its transformer,
 codec.path its autoencoder.
 """
 

@@ -17,10 +17,10 @@ from torch.utils.checkpoint import checkpoint
 
 from latte.checks import InputError, choose, require
 from latte.model.blocks import modulate
-from latte.model.card import Published
 from latte.model.conditioning import CONDITIONINGS, LabelEmbedding, TimestepEmbedding
 from latte.model.patches import PATCHES
 from latte.model.positions import TEMPORAL_POSITIONS, spatial_table
+from latte.model.pretrained import SavedModel
 from latte.model.variants import VARIANTS, Parts, Variant
 
 SIZES = {  # Table 4:  blocks  width  heads
@@ -141,8 +141,10 @@ class ModelConfig:
         )
 
 
-class Latte(nn.Module, Published, library_name="latte", tags=["video-generation", "latte"]):
+class Latte(nn.Module, SavedModel):
     """The denoiser: ``Latte(config)(z, t, label=None, num_images=0)``."""
+
+    config_class = ModelConfig
 
     def __init__(self, config: ModelConfig):
         super().__init__()

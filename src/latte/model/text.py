@@ -18,11 +18,11 @@ from torch.utils.checkpoint import checkpoint
 
 from latte.checks import InputError, choose, require
 from latte.model.blocks import modulate
-from latte.model.card import Published
 from latte.model.conditioning import Modulation, TimestepEmbedding
 from latte.model.latte import SIZES, Latte, ModelConfig
 from latte.model.patches import UniformPatch
 from latte.model.positions import sincos, temporal_table
+from latte.model.pretrained import SavedModel
 from latte.model.text_blocks import CaptionProjection, SpaceBlock, TimeBlock
 
 COARSE = 64  # latents of 2 x 64 and more count positions in steps of a half, of 3 x 64 in thirds, ...
@@ -146,8 +146,10 @@ def scaled_table(rows: int, columns: int, spans: tuple[float, float], width: int
     return torch.cat([sincos(x.flatten(), width // 2), sincos(y.flatten(), width // 2)], dim=1).float()
 
 
-class LatteText(nn.Module, Published, library_name="latte", tags=["text-to-video", "latte"]):
+class LatteText(nn.Module, SavedModel):
     """The denoiser: ``LatteText(config)(z, t, text, mask=None, num_images=0, temporal=True)``."""
+
+    config_class = TextConfig
 
     time_gate: (
         Tensor | None

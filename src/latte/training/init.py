@@ -16,17 +16,20 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from latte.checkpoint.run import Checkpoint, list_checkpoints, load_checkpoint, load_latest, tensors_sha256
+from latte.checkpoint.record import read_fingerprint
+from latte.checkpoint.run import Checkpoint, list_checkpoints, load_checkpoint, load_latest
 from latte.checks import InputError, require
 from latte.diffusion.process import DiffusionConfig, build_process
 from latte.files import commit_file, reported
 from latte.interop.coverage import LABELS, Coverage, Understanding, build, compare, relabelled, some
 from latte.interop.dit import init_from_dit
-from latte.interop.load import layout_of, load_foreign
+from latte.interop.load import load_external
 from latte.interop.lora import LoraConfig, add_lora, lora_state
 from latte.interop.pixart import init_from_pixart
+from latte.interop.resolve import Source, resolve
 from latte.model.latte import ModelConfig
 from latte.model.text import LatteText, Network, TextConfig
+from latte.tensors import tensors_sha256
 
 LOG = logging.getLogger(__name__)
 REPORT = "init.txt"
@@ -91,31 +94,32 @@ def start_from(
 
 def look_at(start: Start) -> None:
     """InputError unless there is something known at ``start``: for before the hours that captions can take."""
-    if not run_of(start.source):
+    source = resolve(start.source, "train.init")
+    if source.run is None:
         try:
-            layout_of(start.source)
+            source.layout()
         except InputError as error:
             raise InputError(f"train.init: {error}") from None
 
 
 def fill(model: Network, start: Start, facts: Mapping[str, Any]) -> Coverage:
     """Weights of any kind -> ``model``; the report, which is logged, too. InputError that says train.init for weights that do not fit."""
+    source = resolve(start.source, "train.init")
     try:
-        return filled(model, start, facts)
+        return filled(model, start, source, facts)
     except InputError as error:
         raise InputError(f"train.init: {error}") from None
 
 
-def filled(model: Network, start: Start, facts: Mapping[str, Any]) -> Coverage:
+def filled(model: Network, start: Start, source: Source, facts: Mapping[str, Any]) -> Coverage:
     """``fill`` by kind."""
-    run = run_of(start.source)
-    if run:
-        tensors, config, said = of_run(run)
+    if source.run is not None:
+        tensors, config, said = of_run(source)
     else:
-        layout = layout_of(start.source)
+        layout = source.layout()
         if layout in IMAGE_MODELS:
             return IMAGE_MODELS[layout](model, start)
-        loaded = load_foreign(start.source, heads=model.config.dimensions[2])
+        loaded = load_external(start.source, heads=model.config.dimensions[2])
         tensors, config, said = loaded.state_dict, loaded.config, told(loaded.card)
     check_same(model, config, start.source)
     check_told(said, facts, start.source)
@@ -155,23 +159,13 @@ def from_pixart(model: Network, start: Start) -> Coverage:
 IMAGE_MODELS: dict[str, Callable[[Network, Start], Coverage]] = {"DiT": from_dit, "PixArt-alpha": from_pixart}
 
 
-def run_of(source: str) -> Path | None:
-    """``source`` if it is a run's folder or one of a run's checkpoints, else None: many a weight file lies in a folder of that name."""
-    path = Path(source)
-    run = path.parents[1] if is_checkpoint(path) else path
-    return path if (run / "checkpoints").is_dir() and (run / "config.yaml").is_file() else None
-
-
-def is_checkpoint(path: Path) -> bool:
-    """Does ``path`` look like a checkpoint of a run, checkpoints/step-N?"""
-    return path.is_dir() and path.parent.name == "checkpoints" and path.name.startswith("step-")
-
-
-def of_run(folder: Path) -> tuple[dict[str, Tensor], ModelConfig | TextConfig, dict[str, Any]]:
+def of_run(source: Source) -> tuple[dict[str, Tensor], ModelConfig | TextConfig, dict[str, Any]]:
     """The averaged weights of a run's newest checkpoint, or of this one, its model's configuration, and what it says of itself."""
-    one = is_checkpoint(folder)
-    checkpoint = load_checkpoint(folder, only={"ema"}) if one else load_latest(folder, only={"ema"})
-    folder = folder.parents[1] if one else folder
+    folder = source.run
+    if source.kind == "checkpoint":
+        checkpoint = load_checkpoint(source.path, only={"ema"})
+    else:
+        checkpoint = load_latest(source.path, only={"ema"})
     if checkpoint is None:
         raise InputError(f"{folder} is a run without a checkpoint yet; train it first: latte train {folder}")
     facts = checkpoint.state["facts"]
@@ -193,7 +187,7 @@ def told(card: Mapping[str, Any]) -> dict[str, Any]:
     """What a weights folder's config.json says beside the model's keys; nothing for other people's."""
     parts = {key: card.get(key) for key in ("diffusion", "codec", "text")}
     said = {
-        key: part if key == "diffusion" else part.get("identity")
+        key: part if key == "diffusion" else read_fingerprint(part)
         for key, part in parts.items()
         if isinstance(part, dict)
     }

@@ -12,7 +12,7 @@ from latte.checkpoint.run import latest_checkpoint, load_checkpoint
 from latte.checks import InputError
 from latte.data.datasets import Dataset
 from latte.data.joint import JointDataset
-from latte.files import sweep
+from latte.files import sweep_checkpoints
 from latte.model.text import Network
 from latte.training.distributed import Group
 from latte.training.optim import TrainState
@@ -55,7 +55,7 @@ def restore(
     """
 
     def find() -> Path | None:
-        sweep(run_dir / "checkpoints")
+        sweep_checkpoints(run_dir)
         return latest_checkpoint(run_dir)
 
     path = group.run_on_rank0(find)

@@ -18,7 +18,7 @@ from torch import nn
 from latte.autoencoder.codec import Codec
 from latte.checkpoint.lock import run_lock
 from latte.checkpoint.record import describe_run
-from latte.checkpoint.run import save_checkpoint, tensors_sha256
+from latte.checkpoint.run import save_checkpoint
 from latte.checks import InputError, choose, require
 from latte.data.datasets import Dataset
 from latte.data.joint import JointDataset
@@ -30,6 +30,7 @@ from latte.interop.dit import MAPPINGS
 from latte.interop.lora import LoraConfig
 from latte.model.text import LatteText, Network
 from latte.runtime import DTYPES, resolve_dtype
+from latte.tensors import tensors_sha256
 from latte.training.callbacks import MetricsAccumulator, MetricsFile, Progress
 from latte.training.condition import CaptionReader
 from latte.training.distributed import Group, process_group

@@ -6,17 +6,12 @@ import json
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from reference.official import released_state
-from safetensors.torch import load_file, save_file
-from support import wake
 
-from latte.checkpoint.run import tensors_sha256
-from latte.checks import InputError
-from latte.interop.diffusers import save_diffusers
+from latte.interop.card import card_text, cell
 from latte.interop.export import publish, save_ours, score_of
-from latte.model.card import cell
 from latte.model.latte import Latte, ModelConfig
 from latte.model.text import LatteText, TextConfig
+from latte.tensors import tensors_sha256
 
 SMALL = {"depth": 2, "width": 16, "heads": 2, "num_frames": 4, "latent_size": 4}
 SCORE = {
@@ -28,7 +23,7 @@ SCORE = {
 }
 FACTS = {
     "diffusion": {"schedule": "linear", "num_steps": 1000},
-    "codec": {"name": "builtin", "path": None, "identity": "e42f04ac7221ceed"},
+    "codec": {"name": "builtin", "path": None, "fingerprint": "e42f04ac7221ceed"},
     "classes": ["up", "down"],
     "about": {
         "data": {"kind": "procedural", "frames": 4},
@@ -48,9 +43,9 @@ def model(kind: str):
 @pytest.mark.parametrize(
     ("kind", "says"), [("text", "text to video"), ("class", "2 classes"), ("plain", "unconditional")]
 )
-def test_save_pretrained_alone_names_what_it_does_not_know(kind, says, tmp_path):
+def test_a_card_without_facts_names_what_is_not_recorded(kind, says, tmp_path):
     built = model(kind)
-    built.save_pretrained(tmp_path)
+    save_ours(built, tmp_path, {})
     card = ModelCard.load(tmp_path / "README.md")
     assert (card.data.library_name, "latte" in card.data.tags, card.data.license) == ("latte", True, None)
     assert f"# {type(built).__name__}, {says}" in card.text
@@ -77,57 +72,14 @@ def test_a_weights_folder_has_all_the_facts_on_its_card_and_in_its_config(tmp_pa
     ):
         assert line in card.text
     assert "Not recorded" not in card.text
-    assert "from latte import load_trained" in card.text
+    assert "from latte import VideoPipeline" in card.text
     assert config["about"] == FACTS["about"]
     assert torch.equal(Latte.from_pretrained(tmp_path / "w").final_linear.weight, built.final_linear.weight)
 
 
-def test_from_pretrained_takes_files_and_folders_of_every_layout_and_reports(tmp_path, caplog):
-    state, text = released_state(classes=5), wake(model("text"))
-    torch.save({"ema": state}, tmp_path / "ucf.pt")
-    save_diffusers(text, tmp_path / "pipe" / "transformer")
-    (tmp_path / "pipe" / "model_index.json").write_text("{}")
-    with caplog.at_level("INFO", logger="latte"):
-        found = Latte.from_pretrained(tmp_path / "ucf.pt", heads=4)
-    assert "ucf.pt (released Latte): 51 tensors used, 0 missing" in caplog.text
-    assert torch.equal(found.final_linear.weight, state["final_layer.linear.weight"])
-    assert not found.training
-    assert all(parameter.requires_grad for parameter in found.parameters())
-    assert LatteText.from_pretrained(tmp_path / "pipe").config == text.config
-    with pytest.raises(InputError, match=r"holds a LatteText, not a Latte; call LatteText.from_pretrained"):
-        Latte.from_pretrained(tmp_path / "pipe")
-
-
-def test_from_pretrained_never_loads_a_part_unless_it_is_named(tmp_path):
-    built = wake(model("class"))
-    built.save_pretrained(tmp_path / "w")
-    file = tmp_path / "w" / "model.safetensors"
-    tensors = load_file(file)
-    save_file(
-        {**{name: tensors[name] for name in tensors if name != "final_linear.bias"}, "more": torch.ones(1)},
-        file,
-    )
-    with pytest.raises(
-        InputError, match=r"1 tensors missing \(final_linear.bias\), 1 tensors unexpected \(more\)"
-    ):
-        Latte.from_pretrained(tmp_path / "w")
-    found = Latte.from_pretrained(
-        tmp_path / "w", allow_missing=["final_linear.bias"], allow_unexpected=["more"]
-    )
-    assert torch.equal(found.final_linear.weight, built.final_linear.weight)
-
-
-def test_weights_of_another_step_beside_the_card_are_refused(tmp_path):
-    for seed in (0, 1):
-        save_ours(wake(model("class"), seed=seed), tmp_path / f"{seed}", FACTS)
-    (tmp_path / "0/model.safetensors").rename(tmp_path / "1/model.safetensors")
-    with pytest.raises(InputError, match="another hash: they are of another model or altered"):
-        Latte.from_pretrained(tmp_path / "1")
-
-
 def test_paths_of_this_machine_stay_here(tmp_path):
     """A hub id is for everybody; a folder is not."""
-    facts = {**FACTS, "codec": {"name": "kl", "path": str(tmp_path), "identity": None}}
+    facts = {**FACTS, "codec": {"name": "kl", "path": str(tmp_path), "fingerprint": None}}
     facts["text"] = {"name": "t5", "path": "DeepFloyd/t5-v1_1-xxl"}
     save_ours(model("text"), tmp_path / "w", facts)
     card = (tmp_path / "w" / "README.md").read_text()
@@ -136,9 +88,7 @@ def test_paths_of_this_machine_stay_here(tmp_path):
 
 
 def test_half_known_facts_and_scores_without_an_interval():
-    text = str(
-        model("class").generate_model_card({"about": {"step": 5, "scores": [{**SCORE, "interval": None}]}})
-    )
+    text = card_text(model("class"), {"about": {"step": 5, "scores": [{**SCORE, "interval": None}]}})
     assert "Not recorded: data, licence." in text
     assert "| fvd | 123.456, protocol paper-fvd-16" in text
 
@@ -162,13 +112,13 @@ def test_publish_pushes_weights_config_with_facts_and_card(monkeypatch):
             pushed["private"] = private
             return type("Repository", (), {"repo_id": repo_id})
 
-        def upload_folder(self, repo_id, folder_path, **others):
+        def upload_folder(self, repo_id, folder_path, commit_message):
             pushed.update(
                 {file.name: file.read_bytes() for file in folder_path.iterdir()}, repository=repo_id
             )
             return "https://hub/commit"
 
-    monkeypatch.setattr("huggingface_hub.hub_mixin.HfApi", Api)
+    monkeypatch.setattr("huggingface_hub.HfApi", Api)
     assert publish(built, "owner/name", FACTS, private=True) == "https://hub/commit"
     assert (pushed["repository"], pushed["private"]) == ("owner/name", True)
     config = json.loads(pushed["config.json"])

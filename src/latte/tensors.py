@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Named tensors: their hash, and the check for NaN/Inf that every reader and writer of weights makes."""
+
+import hashlib
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from latte.checks import InputError, RunError
+
+
+def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
+    """Return the SHA-256 of names, dtypes, shapes and bits of ``tensors``, independent of order and device."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(memoryview(tensor.flatten().view(torch.uint8).numpy()))
+    return digest.hexdigest()
+
+
+def find_nonfinite(tensors: Mapping[str, Tensor]) -> str | None:
+    """Describe the first tensor that holds NaN or Inf: its name and how many values; None when all are finite."""
+    for name, tensor in tensors.items():
+        if not (tensor.is_floating_point() or tensor.is_complex()):
+            continue
+        values = tensor.detach()
+        if values.element_size() == 1:
+            values = values.float()  # torch has no isfinite for float8
+        finite = torch.isfinite(values)
+        if not finite.all():
+            return f"{name!r} holds {int((~finite).sum()):,} non-finite of {tensor.numel():,} values"
+    return None
+
+
+def check_finite(
+    tensors: Mapping[str, Tensor], source: object, error: type[InputError | RunError] = InputError
+) -> None:
+    """Raise ``error``, naming the tensor, when the weights of ``source`` hold NaN or Inf."""
+    found = find_nonfinite(tensors)
+    if found:
+        raise error(f"weights {source}: tensor {found} (NaN or Inf); use earlier or unaltered weights")
