@@ -260,7 +260,7 @@ def test_the_model_in_the_package_is_a_start_by_name(tmp_path):
 
 def test_a_start_that_is_not_there_is_told_before_captions_are_read(tmp_path, monkeypatch):
     monkeypatch.setattr("latte.build.read_captions", lambda *words: pytest.fail("captions can take hours"))
-    with pytest.raises(InputError, match=r"train.init: weights 'nowhere' are neither"):
+    with pytest.raises(InputError, match=r"train.init is 'nowhere', which does not exist"):
         build(
             load_run("shapes-text", [*WORDS, "train.init=nowhere", f"run.dir={tmp_path / 'run'}"])[0], "cpu"
         )
