@@ -4,7 +4,6 @@
 import json
 import os
 import random
-import resource
 import sys
 import time
 from dataclasses import replace
@@ -15,19 +14,11 @@ import pytest
 from PIL import Image
 from support import shared
 
-from latte.checks import InputError, RunError
+from latte.checks import InputError
 from latte.data import frame_folder as framefolder
 from latte.data import media
-from latte.data.media import (
-    Unreadable,
-    contact_sheet,
-    decode_frames,
-    probe,
-    read_frames,
-    write_gif,
-    write_mp4,
-)
-from videos import LEVEL, encode, number_of, numbered
+from latte.data.media import Unreadable, decode_frames, probe, read_frames
+from videos import encode, number_of, numbered
 
 KINDS = {
     "a.mp4": ("libx264", {"g": "12", "bf": "2"}),
@@ -357,65 +348,3 @@ def test_every_odd_file_is_read_as_its_manifest_says_or_refused():
         read += 1
     print(f"{read} files read, {refused} refused")
     assert (read, refused) == (27, 3)
-
-
-def test_mp4_is_padded_to_even_sizes_deterministic_and_close_to_the_frames(tmp_path):
-    frames = numbered(9, 33, 47)
-    write_mp4(tmp_path / "deep" / "one.mp4", frames, fps=7.5)
-    write_mp4(tmp_path / "two.mp4", frames, fps=7.5)
-    assert (tmp_path / "deep" / "one.mp4").read_bytes() == (tmp_path / "two.mp4").read_bytes()
-    info = probe(tmp_path / "two.mp4")
-    assert (info.frames, info.height, info.width, info.fps) == (9, 34, 48, 7.5)
-    assert np.abs(read_frames(info, range(9))[:, :33, :47].astype(int) - frames).mean() < 2
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["deep", "two.mp4"]
-
-
-def test_gif_keeps_frames_and_colours(tmp_path):
-    frames = numbered(10)
-    write_gif(tmp_path / "a.gif", frames, fps=10)
-    info = probe(tmp_path / "a.gif")
-    assert (info.frames, info.fps) == (10, 10.0)
-    assert np.abs(read_frames(info, range(10)).astype(int) - frames).max() <= LEVEL
-
-
-def test_writers_refuse_other_arrays_and_say_why_a_file_cannot_be_written(tmp_path):
-    for wrong in (
-        np.zeros((3, 8, 8, 3), np.float32),
-        np.zeros((3, 3, 8, 8), np.uint8),
-        np.zeros((0, 8, 8, 3), np.uint8),
-    ):
-        for write in (write_mp4, write_gif):
-            with pytest.raises(InputError, match="uint8"):
-                write(tmp_path / "a.mp4", wrong)
-    (tmp_path / "file").write_text("a file, not a folder")
-    for write, name in ((write_mp4, "a.mp4"), (write_gif, "a.gif")):
-        with pytest.raises(RunError, match="cannot be written"):
-            write(tmp_path / "file" / name, numbered(2))
-    before = sorted(tmp_path.iterdir())
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    grain = np.frombuffer(random.Random(0).randbytes(8 * 64 * 64 * 3), np.uint8).reshape(8, 64, 64, 3)
-    try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))  # as on a full disk
-        for write, name in ((write_mp4, "b.mp4"), (write_gif, "b.gif")):
-            with pytest.raises(RunError, match="cannot be written"):
-                write(tmp_path / name, grain)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert sorted(tmp_path.iterdir()) == before, "nothing half written stays behind"
-
-
-def test_contact_sheet_has_a_row_a_clip_and_a_column_a_frame():
-    clips = [numbered(5, 32, 32), numbered(3, 32, 32)]
-    sheet = np.asarray(contact_sheet(clips, captions=["up", "down"]))
-    assert sheet.shape == (2 * (96 + 2 + 18) + 2, 5 * (96 + 2) + 2, 3)
-    for row in range(2):
-        for column in range(5):
-            top, left = 2 + row * 116 + 18, 2 + column * 98
-            cell = sheet[top : top + 96, left : left + 96]
-            expected = clips[row][column].repeat(3, 0).repeat(3, 1) if column < len(clips[row]) else 255
-            assert (cell == expected).all()
-    assert contact_sheet(np.zeros((1, 2, 128, 160, 3), np.uint8)).size == (2 * 162 + 2, 128 + 4)
-    with pytest.raises(InputError, match="one frame size"):
-        contact_sheet([numbered(2, 32, 32), numbered(2, 32, 48)])
-    with pytest.raises(InputError, match="captions"):
-        contact_sheet(clips, captions=["up"])

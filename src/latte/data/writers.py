@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """uint8 frames -> an mp4, a gif, a contact sheet. The same frames always give the same bytes.
 
-Files appear under their name only when they are complete. ``latte.data.media`` offers these functions beside its readers.
-Axes: b clips, t frames, h height, w width, c channels (RGB).
+Files appear under their name only when they are complete. Axes: b clips, t frames, h height, w width, c
+channels (RGB).
 """
 
 import os
+import re
+import socket
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from fractions import Fraction
@@ -14,73 +17,135 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from latte.checks import RunError, require
+from latte.checks import RunError, check, printable
+
+BT709 = 1  # number of BT.709 in all three tables of ITU-T H.273: primaries, transfer, matrix
+X264 = {
+    "crf": "14",
+    "preset": "medium",
+    "threads": "1",
+    # The macroblock tree reads memory that x264 has not written when frames are small: equal frames,
+    # different bytes.
+    "x264-params": "mbtree=0",
+}
+PARTIAL = re.compile(r"^\..+\.(?:(?P<host>[\w.-]+)-)?(?P<pid>\d+)\.partial\.(?:mp4|gif)$")
+ABANDONED = 24 * 3600.0  # seconds after which the partial file of another host is taken for a dead one
 
 
-def _check_frames(frames: np.ndarray, fps: float) -> None:
-    rule = "frames must be uint8 (t h w 3) with at least one frame"
-    require(
+def check_frames(frames: np.ndarray, fps: float) -> None:
+    """InputError unless ``frames`` is uint8 (t h w 3) with at least one frame, and ``fps`` in (0, 1000]."""
+    check(
         frames.dtype == np.uint8 and frames.ndim == 4 and frames.shape[3] == 3 and frames.size > 0,
-        "frames",
-        (str(frames.dtype), frames.shape),
-        rule,
+        f"frames must be uint8 (t h w 3) with at least one frame, got {frames.dtype} {frames.shape}; "
         "convert with latte.data.clips.to_uint8",
     )
-    require(0 < fps <= 1000, "fps", fps, "a frame rate lies in (0, 1000]", "give the rate in frames a second")
+    check(0 < fps <= 1000, f"fps must be in (0, 1000] frames per second, got {fps}")
 
 
 @contextmanager
-def _complete(path: str | os.PathLike) -> Iterator[str]:
-    """A temporary name beside ``path`` that takes its place when the block ends well; RunError when it cannot be written."""
+def complete_file(path: str | os.PathLike) -> Iterator[str]:
+    """Yield a temporary name beside ``path``, which replaces it when the block ends without an error.
+
+    Partial files that killed processes left in the folder are removed. RunError when the file cannot be
+    written.
+    """
     from av.error import FFmpegError
 
     path = Path(path)
-    partial = path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")
+    partial = path.with_name(f".{path.stem}.{socket.gethostname()}-{os.getpid()}.partial{path.suffix}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        remove_dead_partials(path.parent)
         yield str(partial)
         os.replace(partial, path)
     except (OSError, FFmpegError) as error:
         raise RunError(
-            f"{path} cannot be written: {error}; check the folder, its rights and the space left on the disk"
+            f"{printable(path)} cannot be written: {printable(str(error))}; "
+            "check the folder, its permissions and the free disk space"
         ) from error
     finally:
-        with suppress(OSError):  # it is gone already when all went well
+        with suppress(OSError):  # gone already when all went well
             partial.unlink()
 
 
+def remove_dead_partials(folder: Path) -> None:
+    """Remove partial clips in ``folder`` whose process no longer runs on this host, and those older than a
+    day.
+    """
+    for file in folder.glob(".*.partial.*"):
+        match = PARTIAL.match(file.name)
+        if not match:
+            continue
+        with suppress(OSError):
+            dead = match["host"] == socket.gethostname() and not is_running(int(match["pid"]))
+            if dead or time.time() - file.stat().st_mtime > ABANDONED:
+                file.unlink()
+
+
+def is_running(pid: int) -> bool:
+    """Return whether process ``pid`` runs on this host; True where the system cannot be asked without harm
+    (Windows).
+    """
+    if os.name == "nt":  # signal 0 would end the process there
+        return True
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:
+        return True
+    return True
+
+
 def write_mp4(path: str | os.PathLike, frames: np.ndarray, fps: float = 8) -> None:
-    """uint8 (t h w c) -> H.264, yuv420p, near lossless to the eye (crf 14). An odd last row or column is repeated once,
-    because yuv420p knows only even sizes. InputError for other arrays, RunError when the file cannot be written."""
+    """Write uint8 (t h w c) as H.264 in yuv420p (BT.709, tagged as such), near lossless to the eye (crf 14).
+
+    An odd last row or column is repeated once, because yuv420p has even sizes only. InputError for other
+    arrays, RunError when the file cannot be written.
+    """
     import av
 
-    _check_frames(frames, fps)
+    check_frames(frames, fps)
     height, width = frames.shape[1:3]
     frames = np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
     with (
-        _complete(path) as partial,
+        complete_file(path) as partial,
         av.open(partial, "w", format="mp4", options={"movflags": "+faststart"}) as container,
     ):
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
-        stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "yuv420p"
-        stream.options = {"crf": "14", "preset": "medium", "threads": "1"}
+        stream.height, stream.width = frames.shape[1:3]
+        stream.pix_fmt = "yuv420p"
+        stream.options = X264
+        context = stream.codec_context
+        context.color_primaries = context.color_trc = context.colorspace = BT709
+        context.color_range = 1  # limited, 16 to 235
         for array in frames:
-            container.mux(
-                stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(array), format="rgb24"))
+            rgb = av.VideoFrame.from_ndarray(np.ascontiguousarray(array), format="rgb24")
+            yuv = rgb.reformat(
+                format="yuv420p",
+                dst_colorspace="ITU709",
+                dst_color_range="MPEG",
+                dst_color_trc=BT709,
+                dst_color_primaries=BT709,
+                threads=1,
             )
+            container.mux(stream.encode(yuv))
         container.mux(stream.encode())
 
 
 def write_gif(path: str | os.PathLike, frames: np.ndarray, fps: float = 8) -> None:
-    """uint8 (t h w c) -> an endless gif with one palette for the whole clip (colours do not flicker).
+    """Write uint8 (t h w c) as an endless gif with one palette for the whole clip, so that colours do not
+    flicker.
 
-    A gif counts time in 10 ms: the delay is rounded to that, 20 ms at least. Equal neighbours are stored as one longer frame."""
-    _check_frames(frames, fps)
+    The delay is rounded to 10 ms, the unit of the format, and is at least 20 ms. Equal neighbours become one
+    longer frame. InputError for other arrays, RunError when the file cannot be written.
+    """
+    check_frames(frames, fps)
     t, height, width, _ = frames.shape
     palette = Image.fromarray(frames.reshape(t * height, width, 3)).quantize(256, dither=Image.Dither.NONE)
     images = [Image.fromarray(array).quantize(palette=palette, dither=Image.Dither.NONE) for array in frames]
     delay = max(20, 10 * round(100 / fps))
-    with _complete(path) as partial:
+    with complete_file(path) as partial:
         images[0].save(
             partial, format="GIF", save_all=True, append_images=images[1:], duration=delay, loop=0, disposal=1
         )
@@ -92,37 +157,35 @@ def contact_sheet(
     captions: Sequence[str] | None = None,
     gap: int = 2,
 ) -> Image.Image:
-    """uint8 (b t h w c), or a list of (t h w c) of one frame size, -> an RGB image: a row a clip, a column a frame.
+    """Return an RGB image of uint8 (b t h w c), or of a list of (t h w c) of one frame size: a row per clip.
 
-    ``scale`` repeats pixels (default: as many times as brings the short side to 96 or more); ``captions`` stand above the rows."""
+    ``scale`` repeats pixels (default: until the short side has at least 96); ``captions`` are written above
+    the rows.
+    """
     sizes = {clip.shape[1:] for clip in clips}
-    require(
+    check(
         len(sizes) == 1,
-        "clips",
-        sorted(sizes),
-        "a sheet shows at least one clip, all of one frame size",
+        f"a contact sheet needs at least one clip, and all of one frame size, got {sorted(sizes)}; "
         "resize them first",
     )
     if captions is not None:
-        require(
+        check(
             len(captions) == len(clips),
-            "captions",
-            len(captions),
-            f"there are {len(clips)} rows",
-            "give one caption a row",
+            f"captions must be one per clip, got {len(captions)} captions for {len(clips)} clips",
         )
     height, width, _ = sizes.pop()
     scale = scale or max(1, -(-96 // min(height, width)))
-    head = 18 if captions is not None else 0
+    header = 18 if captions is not None else 0
     columns = max(len(clip) for clip in clips)
-    row, column = height * scale + gap + head, width * scale + gap
-    sheet = Image.new("RGB", (columns * column + gap, len(clips) * row + gap), (255, 255, 255))
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(13) if head else None
-    for r, clip in enumerate(clips):
-        _check_frames(clip, 1)
+    row_height = height * scale + gap + header
+    column_width = width * scale + gap
+    sheet = Image.new("RGB", (columns * column_width + gap, len(clips) * row_height + gap), (255, 255, 255))
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(13) if header else None
+    for row, clip in enumerate(clips):
+        check_frames(clip, 1)
         if captions is not None:
-            draw.text((gap + 1, gap + r * row + 1), captions[r], fill=(0, 0, 0), font=font)
-        for c, frame in enumerate(clip):
+            draw.text((gap + 1, gap + row * row_height + 1), captions[row], fill=(0, 0, 0), font=font)
+        for column, frame in enumerate(clip):
             image = Image.fromarray(frame.repeat(scale, 0).repeat(scale, 1))
-            sheet.paste(image, (gap + c * column, gap + r * row + head))
+            sheet.paste(image, (gap + column * column_width, gap + row * row_height + header))
     return sheet
