@@ -51,7 +51,7 @@ BANNED = {  # pattern: what to write instead
     r"crimes?|deeds?|back doors?|culprits?|innocents?": "violation, unsafe call",
     r"obey(s|ed|ing)?|obedien(t|ce)": "label accuracy, motion accuracy, follows the label",
     r"whole and part|wholly there|in one piece": "complete, atomic",
-    r"in words": "as text",
+    r"(type|value|name|kind|number)s? in words": "as text",
     r"lie(s)? (beside|there|in)|lay (beside|there|in)|lying (beside|there)": "is stored in",
     r"made of (whole|nothing)|comes? to nothing|nothing is lost": "plain words",
     r"must not be asked|asked twice|asks? for nothing": "plain words",

@@ -7,7 +7,19 @@ from typing import Annotated, Any
 import typer
 
 from latte.checks import InputError
-from latte.cli.options import OVERRIDABLE, Debug, Device, Json, Overrides, Run, show, speak, table
+from latte.cli.options import (
+    OVERRIDABLE,
+    Debug,
+    Device,
+    Json,
+    Overrides,
+    Run,
+    TrainDtype,
+    configure_logging,
+    print_note,
+    print_result,
+    table,
+)
 
 __all__ = ["OVERRIDABLE", "ablate"]
 
@@ -26,7 +38,7 @@ Axes = Annotated[
     str,
     typer.Option(
         metavar="A,B,...",
-        help="What to vary: variant, patch, conditioning, temporal_position, objective, joint, interval, size, init.",
+        help="What to vary: {axes}.",
         show_default=False,
     ),
 ]
@@ -43,9 +55,6 @@ Points = Annotated[int, typer.Option(help="How many times a run is measured, the
 Heldout = Annotated[int, typer.Option(help="Clips of the held-out loss.")]
 Graded = Annotated[
     int, typer.Option(help="Generated clips that are graded and scored at every point; 0 for none.")
-]
-TrainDtype = Annotated[
-    str | None, typer.Option("--dtype", metavar="NAME", help="train.dtype: auto, fp32 or bf16.")
 ]
 
 
@@ -70,13 +79,13 @@ def ablate(
     Small enough for two CPU cores and a quarter of an hour: latte ablate shapes-tiny --axes variant
     """
     from latte.ablate.axes import make_arms
-    from latte.ablate.report import show as page_of
+    from latte.ablate.report import print_result as page_of
     from latte.ablate.sweep import Plan, settle, summary, sweep
     from latte.config.run import load_run
     from latte.files import commit_file, reported
     from latte.runtime import resolve_device
 
-    speak()
+    configure_logging()
     given = {"train.steps": steps, "train.dtype": dtype}
     words = (*(overrides or []), *(f"{key}={value}" for key, value in given.items() if value is not None))
     config, _ = load_run(run, words)
@@ -105,7 +114,7 @@ def ablate(
         "arms": entries,
         "left_out": [vars(one) for one in left],
     }
-    show(result, as_json, [*lines, *stopped, f"see: {page}"])
+    print_result(result, as_json, [*lines, *stopped, f"see: {page}"])
     if code:
         raise typer.Exit(code)
 

@@ -6,17 +6,19 @@ from typing import Annotated
 
 import typer
 
-from latte.cli.options import OVERRIDABLE, Debug, Json, Overrides, show, table
+from latte.cli.options import OVERRIDABLE, Command, Debug, Group, Json, Overrides, print_result, table
 
 MaybeRun = Annotated[
     str | None,
     typer.Argument(metavar="[RUN]", help="A recipe, a YAML file or a run folder; the defaults without it."),
 ]
 
-app = typer.Typer(help="Show a run's settings, or the schema of the YAML file.", no_args_is_help=True)
+app = typer.Typer(
+    cls=Group, help="Show a run's settings, or the schema of the YAML file.", no_args_is_help=True
+)
 
 
-@app.command("show", context_settings=OVERRIDABLE)
+@app.command("show", cls=Command, context_settings=OVERRIDABLE)
 def show_config(
     run: MaybeRun = None, overrides: Overrides = None, as_json: Json = False, debug: Debug = False
 ) -> None:
@@ -26,14 +28,14 @@ def show_config(
     config, origins = load_run(run, overrides or [])
     values = flat(config)
     result = {key: {"value": value, "origin": origins[key]} for key, value in values.items()}
-    show(
+    print_result(
         result,
         as_json,
         table([(key, json.dumps(value), f"({origins[key]})") for key, value in values.items()]),
     )
 
 
-@app.command("schema")
+@app.command("schema", cls=Command)
 def schema(debug: Debug = False) -> None:
     """JSON schema of the YAML file, for editors."""
     from latte.config.run import schema as schema_of

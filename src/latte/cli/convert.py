@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from latte.cli.options import Debug, Json, show, speak
+from latte.cli.options import Debug, Json, configure_logging, print_result
 
 if TYPE_CHECKING:
     from latte.interop.coverage import Coverage
@@ -22,12 +22,7 @@ Place = Annotated[
         show_default=False,
     ),
 ]
-To = Annotated[
-    str,
-    typer.Option(
-        metavar="NAME", help="latte (our folder), official (released file), diffusers, pipeline, lora, hub."
-    ),
-]
+To = Annotated[str, typer.Option(metavar="NAME", help="Layout to write: {targets}.")]
 CodecPath = Annotated[
     str | None,
     typer.Option(
@@ -83,7 +78,7 @@ def convert(
     from latte.interop.export import TARGETS, check_place, export, score_of
     from latte.interop.lora import folded, load_lora, lora_layers
 
-    speak()
+    configure_logging()
     choose("--to", to, TARGETS)
     check_place(place)
     if (Path(source) / RUN_FILE).is_file():
@@ -130,7 +125,7 @@ def convert(
         "mismatched": report.mismatched,
         "dropped": report.dropped,
     }
-    show(result, as_json, [str(report), str(place)])
+    print_result(result, as_json, [str(report), str(place)])
 
 
 def name_at(path: str, name: str) -> str:

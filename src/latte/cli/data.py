@@ -9,12 +9,23 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from latte.cli.options import OVERRIDABLE, Debug, Device, Json, Overrides, show, speak, tell
+from latte.cli.options import (
+    OVERRIDABLE,
+    Command,
+    Debug,
+    Device,
+    Group,
+    Json,
+    Overrides,
+    configure_logging,
+    print_result,
+    progress_line,
+)
 
 if TYPE_CHECKING:
     from latte.config.run import RunConfig
 
-app = typer.Typer(help="List, look at, encode and draw clips.", no_args_is_help=True)
+app = typer.Typer(cls=Group, help="List, look at, encode and draw clips.", no_args_is_help=True)
 
 Source = Annotated[
     str, typer.Argument(metavar="SOURCE", help="A folder of videos, or a RUN.", show_default=False)
@@ -31,7 +42,7 @@ def load_source(source: str, overrides: list[str] | None) -> tuple["RunConfig", 
     return load_run(source, overrides or [])
 
 
-@app.command("scan", context_settings=OVERRIDABLE)
+@app.command("scan", cls=Command, context_settings=OVERRIDABLE)
 def scan_folder(
     source: Source,
     overrides: Overrides = None,
@@ -49,7 +60,7 @@ def scan_folder(
     from latte.data.datasets import scan, write_skipped
     from latte.data.skipped import check_folder, require_clips
 
-    speak()
+    configure_logging()
     config, origins = load_source(source, overrides)
     data = config.data
     ruled = any(origins[f"data.{key}"] != DEFAULT for key in ("frames", "interval", "rule", "fps"))
@@ -57,7 +68,7 @@ def scan_folder(
         check_folder(data.root or ""),
         data.clip_rule if ruled else None,
         data.labels,
-        progress=tell("scan", 0, 1),
+        progress=progress_line("scan", 0, 1),
     )
     if found.skipped:
         write_skipped(out, found.skipped)
@@ -81,10 +92,10 @@ def scan_folder(
     ]
     lines += [f"{bad['path']}  refused: {bad['reason']}" for bad in found.skipped]
     summary = f"{len(files)} clips, {len(names)} classes{': ' if names else ''}{', '.join(names)}; {len(found.skipped)} refused"
-    show(result, as_json, [*lines, summary + (f", see {out}" if found.skipped else "")])
+    print_result(result, as_json, [*lines, summary + (f", see {out}" if found.skipped else "")])
 
 
-@app.command("inspect", context_settings=OVERRIDABLE)
+@app.command("inspect", cls=Command, context_settings=OVERRIDABLE)
 def inspect(
     source: Source,
     overrides: Overrides = None,
@@ -103,7 +114,7 @@ def inspect(
     from latte.data.media import contact_sheet
     from latte.runtime import generator, resolve_device
 
-    speak()
+    configure_logging()
     config, _ = load_source(source, overrides)
     codec = build_codec(config.codec, resolve_device(device)) if config.data.kind == "latents" else None
     dataset = build_dataset(config.data, codec_fingerprint=codec.fingerprint if codec else None)
@@ -118,10 +129,10 @@ def inspect(
     ]
     out.parent.mkdir(parents=True, exist_ok=True)
     contact_sheet([to_uint8(video) for video in videos], captions=captions).save(out)
-    show({"sheet": str(out), "clips": [clip.key for clip in clips]}, as_json, [str(out)])
+    print_result({"sheet": str(out), "clips": [clip.key for clip in clips]}, as_json, [str(out)])
 
 
-@app.command("encode", context_settings=OVERRIDABLE)
+@app.command("encode", cls=Command, context_settings=OVERRIDABLE)
 def encode(
     source: Source,
     overrides: Overrides = None,
@@ -129,7 +140,7 @@ def encode(
         Path | None, typer.Option(help="The folder of shards; latents/SOURCE by default.", show_default=False)
     ] = None,
     shard_dtype: Annotated[
-        str, typer.Option(metavar="NAME", help="float16, bfloat16 or float32: how latents are kept.")
+        str, typer.Option(metavar="NAME", help="How latents are stored: {latent_dtypes}.")
     ] = "float16",
     seed: Seed = 0,
     device: Device = "auto",
@@ -145,7 +156,7 @@ def encode(
     from latte.runtime import resolve_device
     from latte.text.encoders import build_text_encoder
 
-    speak()
+    configure_logging()
     config, _ = load_source(source, overrides)
     where = resolve_device(device)
     folder = out or Path("latents") / (Path(source).stem or "data")
@@ -156,9 +167,9 @@ def encode(
         folder,
         dtype=shard_dtype,
         seed=seed,
-        progress=tell("encode", 0, 1),
+        progress=progress_line("encode", 0, 1),
         text=text,
-        caption_progress=tell("captions", 0, 1),
+        caption_progress=progress_line("captions", 0, 1),
     )
     refused = len(result["skipped"])
     result["quarantined"] = result["skipped"]  # the key of 0.1.0, for one version
@@ -169,10 +180,10 @@ def encode(
         lines.append(
             f"{result['captions']} captions; {result['new_captions']} features are new (with that of the empty caption)"
         )
-    show(result, as_json, [*lines, f"train on it with: data.kind=latents data.root={folder}"])
+    print_result(result, as_json, [*lines, f"train on it with: data.kind=latents data.root={folder}"])
 
 
-@app.command("synth")
+@app.command("synth", cls=Command)
 def synth(
     out: Annotated[
         Path,
@@ -194,8 +205,8 @@ def synth(
     from latte.data.media import write_mp4
     from latte.data.procedural import DIRECTIONS, draw_scene, render
 
-    speak()
-    progress, rows = tell("synth", 0, 1), []
+    configure_logging()
+    progress, rows = progress_line("synth", 0, 1), []
     for index in range(count):
         scene = draw_scene(seed, index, frames)
         path = Path(scene.direction) / f"{index:05d}.mp4"
@@ -204,4 +215,6 @@ def synth(
         progress(index + 1, count)
     with open(out / "captions.csv", "w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([("path", "caption"), *rows])
-    show({"out": str(out), "clips": count, "classes": list(DIRECTIONS)}, as_json, [f"{count} clips in {out}"])
+    print_result(
+        {"out": str(out), "clips": count, "classes": list(DIRECTIONS)}, as_json, [f"{count} clips in {out}"]
+    )

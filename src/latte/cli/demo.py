@@ -8,7 +8,16 @@ from typing import Annotated
 
 import typer
 
-from latte.cli.options import Debug, Device, Dtype, Json, show, speak, tell
+from latte.cli.options import (
+    Debug,
+    Device,
+    Dtype,
+    Json,
+    configure_logging,
+    print_note,
+    print_result,
+    progress_line,
+)
 
 Small = Annotated[
     list[str] | None,
@@ -49,7 +58,7 @@ def demo(
     os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported, so before everything else
     from latte.demo import DemoConfig, run_demo
 
-    speak()
+    configure_logging()
     config = DemoConfig(
         out or free_folder(),
         model,
@@ -59,7 +68,7 @@ def demo(
         seed=seed,
         overrides=tuple(overrides or ()),
     )
-    result = run_demo(config, device, dtype, tell, lambda line: typer.echo(line, err=True))
+    result = run_demo(config, device, dtype, progress_line, print_note)
     low, high = result["interval"]
     lines = [
         f"{result['label_accuracy']:.1%} of {result['graded']} clips move as their label asks ({low:.1%} to {high:.1%})",
@@ -68,7 +77,7 @@ def demo(
         f"clips: {Path(result['clips'][0]['path']).parent}",
         f"see: {result['report']}  ({result['seconds']:.0f} s)",
     ]
-    show(result, as_json, lines)
+    print_result(result, as_json, lines)
 
 
 def free_folder() -> Path:

@@ -10,7 +10,7 @@ from typing import Any
 
 import typer
 
-from latte.cli.options import Debug, Device, Json, show, table
+from latte.cli.options import Debug, Device, Json, print_result, table
 
 GIB = 1 << 30
 LEAST_DISK, LEAST_MEMORY = 1 * GIB, 2 * GIB
@@ -27,7 +27,7 @@ def doctor(device: Device = "auto", as_json: Json = False, debug: Debug = False)
     verdict = [f"problem: {problem}" for problem in facts["problems"]] or [
         "fit: everything that is needed is here"
     ]
-    show(facts, as_json, [*table(rows), *verdict])
+    print_result(facts, as_json, [*table(rows), *verdict])
     if facts["problems"]:
         raise typer.Exit(1)
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from latte.checks import InputError
-from latte.cli.options import Debug, Device, Json, show, speak, table, tell
+from latte.cli.options import Debug, Device, Json, configure_logging, print_result, progress_line, table
 
 if TYPE_CHECKING:
     from latte.evaluation.evaluate import EvaluateConfig
@@ -25,9 +25,7 @@ Real = Annotated[str | None, typer.Argument(metavar="[REAL]", help=f"{Folder}, {
 Fake = Annotated[
     str | None, typer.Argument(metavar="[FAKE]", help=f"{Folder}, {Model}, {File}.", show_default=False)
 ]
-Protocol = Annotated[
-    str, typer.Option(metavar="NAME", help="How to measure; the report shows what it fixes.")
-]
+Protocol = Annotated[str, typer.Option(metavar="NAME", help="How to measure: {protocols}.")]
 Seed = Annotated[int, typer.Option(help="Decides clips and starts, together with each video's name.")]
 Clips = Annotated[
     int | None, typer.Option(help="Clips of each side; other than the protocol's makes it non-standard.")
@@ -103,7 +101,7 @@ def evaluate(
     from latte.evaluation.manifest import compare as compare_with
     from latte.evaluation.manifest import read_report
 
-    speak()
+    configure_logging()
     if protocol == EXTERNAL.name or is_bank(real) or is_bank(fake):
         about_videos = {
             "--from-manifest": from_manifest,
@@ -116,7 +114,7 @@ def evaluate(
         result = score_files(
             str(real), str(fake), out or Path("evaluations") / f"{Path(str(fake)).stem}-{EXTERNAL.name}"
         )
-        return show(result, as_json, lines(result))
+        return print_result(result, as_json, lines(result))
     before = read_report(from_manifest) if from_manifest else None
     other = read_report(compare) if compare else None
     if before:
@@ -154,7 +152,7 @@ def evaluate(
             result["replayed"] = check_replay(before, now)
         if other:
             result["comparison"] = compare_with(now, other, str(compare))
-    show(result, as_json, lines(result))
+    print_result(result, as_json, lines(result))
 
 
 def check_external(real: str | None, fake: str | None, protocol: str, others: list[str]) -> None:
@@ -237,7 +235,7 @@ def sample_fakes(
 
     def draw(number: int, part: Sequence["SampleRequest"]) -> Iterator[tuple[int, Any]]:
         labels = [one.label for one in part if one.label is not None] or None
-        progress = tell("sample", number, batches)
+        progress = progress_line("sample", number, batches)
         return trained.generate([one.seed for one in part], labels, config=config, progress=progress)
 
     write_album(folder, requests, draw, facts, config.batch, config.fps)

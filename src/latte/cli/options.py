@@ -1,16 +1,110 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the commands share: their common options, and how a result is printed. Nothing here imports torch."""
+"""What the commands share: common options, help that lists a table, and printing. No torch here.
+
+An option's help may hold the name of a table in braces, such as ``{samplers}``. The entries of that table are
+read when the help is printed, so that the help is complete for tables that were extended.
+"""
 
 import json
 import logging
+import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand, TyperGroup
+
+from latte.checks import printable
 
 DEBUG = "latte.debug"
 OVERRIDABLE = {"ignore_unknown_options": True}  # so that --model.size S reaches the overrides
+
+
+def _samplers() -> Iterable[str]:
+    from latte.diffusion.samplers import SAMPLERS
+
+    return SAMPLERS
+
+
+def _long_video() -> Iterable[str]:
+    from latte.diffusion.long_video import LONGER
+
+    return LONGER
+
+
+def _protocols() -> Iterable[str]:
+    from latte.evaluation.protocols import PROTOCOLS
+
+    return PROTOCOLS
+
+
+def _targets() -> Iterable[str]:
+    from latte.interop.export import TARGETS
+
+    return TARGETS
+
+
+def _axes() -> Iterable[str]:
+    from latte.ablate.axes import AXES
+
+    return AXES
+
+
+def _dtypes() -> Iterable[str]:
+    from latte.runtime import DTYPES
+
+    return ("auto", *DTYPES)
+
+
+def _training_dtypes() -> Iterable[str]:
+    from latte.training.train import TRAINING_DTYPES
+
+    return TRAINING_DTYPES
+
+
+def _latent_dtypes() -> Iterable[str]:
+    from latte.data.encode import DTYPES
+
+    return DTYPES
+
+
+TABLES: dict[str, Callable[[], Iterable[str]]] = {
+    "samplers": _samplers,
+    "long_video": _long_video,
+    "protocols": _protocols,
+    "targets": _targets,
+    "axes": _axes,
+    "dtypes": _dtypes,
+    "training_dtypes": _training_dtypes,
+    "latent_dtypes": _latent_dtypes,
+}
+
+
+def with_tables(text: str) -> str:
+    """Replace every ``{table}`` of a help text by the names of that table."""
+    return re.sub(r"\{(\w+)\}", lambda match: ", ".join(map(str, TABLES[match[1]]())), text)
+
+
+class Command(TyperCommand):
+    """A command with plain help (importing rich takes longer than printing), its tables filled in."""
+
+    def __init__(self, *arguments: Any, **settings: Any):
+        super().__init__(*arguments, **{**settings, "rich_markup_mode": None})
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """Write the help with the names of the tables that it mentions."""
+        for parameter in self.params:
+            if text := getattr(parameter, "help", None):
+                parameter.help = with_tables(text)  # type: ignore[attr-defined]
+        super().format_help(ctx, formatter)
+
+
+class Group(TyperGroup):
+    """A group of commands with plain help."""
+
+    def __init__(self, *arguments: Any, **settings: Any):
+        super().__init__(*arguments, **{**settings, "rich_markup_mode": None})
 
 
 def _remember(context: typer.Context, value: bool) -> bool:
@@ -25,8 +119,9 @@ Debug = Annotated[
     bool, typer.Option("--debug", help="Show the traceback of an error.", callback=_remember, is_eager=True)
 ]
 Device = Annotated[str, typer.Option(metavar="NAME", help="auto, cpu, cuda or mps.")]
-Dtype = Annotated[
-    str, typer.Option(metavar="NAME", help="auto, fp32, bf16 or fp16: precision of matrix products.")
+Dtype = Annotated[str, typer.Option(metavar="NAME", help="Precision of matrix products: {dtypes}.")]
+TrainDtype = Annotated[
+    str | None, typer.Option("--dtype", metavar="NAME", help="train.dtype: {training_dtypes}.")
 ]
 Run = Annotated[
     str,
@@ -40,8 +135,8 @@ Overrides = Annotated[
 ]
 
 
-def speak(quiet: bool = False) -> None:
-    """Send the library's log to stderr as plain lines; only the first process of several speaks unless something is wrong."""
+def configure_logging(quiet: bool = False) -> None:
+    """Send the library's log to stderr as plain lines; processes other than the first log warnings only."""
     from latte.runtime import rank
 
     handler = logging.StreamHandler(sys.stderr)
@@ -52,32 +147,42 @@ def speak(quiet: bool = False) -> None:
     logger.setLevel(logging.WARNING if quiet or rank() else logging.INFO)
 
 
-def show(result: dict[str, Any], as_json: bool, lines: list[str]) -> None:
-    """Print ``result`` as one line of JSON, or ``lines`` for people."""
-    print(json.dumps(result) if as_json else "\n".join(lines), flush=True)
+def print_result(result: dict[str, Any], as_json: bool, lines: Iterable[str]) -> None:
+    """Print ``result`` as one line of JSON, or ``lines`` for people, safe for a terminal."""
+    if as_json:
+        print(json.dumps(result), flush=True)
+    else:
+        print("\n".join(printable(line) for text in lines for line in text.split("\n")), flush=True)
 
 
-def tell(what: str, part: int, parts: int) -> Callable[[int, int], None]:
-    """A ``progress(done, of)`` for part ``part`` of ``parts``: one line that is written over on a terminal, quarters elsewhere."""
-    said = 0
+def print_note(line: str) -> None:
+    """Print a line about progress on stderr, safe for a terminal."""
+    print(printable(line), file=sys.stderr, flush=True)
 
-    def progress(done: int, of: int) -> None:
-        nonlocal said
-        share = (part + done / of) / parts
+
+def progress_line(label: str, part: int, parts: int) -> Callable[[int, int], None]:
+    """Return ``progress(done, total)`` for part ``part`` of ``parts``.
+
+    On a terminal it rewrites one line; elsewhere it prints a line at every quarter.
+    """
+    quarters = 0
+
+    def progress(done: int, total: int) -> None:
+        nonlocal quarters
+        fraction = (part + done / total) / parts
         if sys.stderr.isatty():
-            print(f"\r{what} {share:4.0%}", end="\n" if share == 1 else "", file=sys.stderr, flush=True)
-        elif int(4 * share) > max(said, int(4 * part / parts)):
-            said = int(4 * share)
-            print(f"{what} {share:.0%}", file=sys.stderr, flush=True)
+            end = "\n" if done == total and part + 1 == parts else ""
+            print(f"\r{label} {fraction:4.0%}", end=end, file=sys.stderr, flush=True)
+        elif int(4 * fraction) > max(quarters, int(4 * part / parts)):
+            quarters = int(4 * fraction)
+            print(f"{label} {fraction:.0%}", file=sys.stderr, flush=True)
 
     return progress
 
 
 def table(rows: list[tuple[Any, ...]]) -> list[str]:
-    """Rows of cells as lines with aligned columns."""
+    """Return rows of cells as lines with aligned columns."""
     cells = [[str(cell) for cell in row] for row in rows]
-    widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))] if cells else []
-    return [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in cells
-    ]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    padded = ((cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in cells)
+    return ["  ".join(row).rstrip() for row in padded]

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from latte.cli.options import OVERRIDABLE, Debug, Device, Json, Overrides, Run, show, table
+from latte.cli.options import OVERRIDABLE, Debug, Device, Json, Overrides, Run, print_result, table
 
 if TYPE_CHECKING:
     from latte.profile.plan import Plan
@@ -39,7 +39,7 @@ def plan(
     from latte.profile.plan import plan as plan_of
 
     found = plan_of(load_run(run, overrides or [])[0], device, processes, measure)
-    show(asdict(found), as_json, table(rows(found)))
+    print_result(asdict(found), as_json, table(rows(found)))
 
 
 def rows(found: "Plan") -> list[tuple[str, str]]:

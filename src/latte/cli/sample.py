@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from latte.checks import InputError, require
-from latte.cli.options import Debug, Device, Dtype, Json, show, speak, tell
+from latte.cli.options import Debug, Device, Dtype, Json, configure_logging, print_result, progress_line
 
 if TYPE_CHECKING:
     from latte.inference.outputs import SampleRequest
@@ -45,9 +45,7 @@ Count = Annotated[
 Steps = Annotated[
     str | None, typer.Option(metavar="N", help="Denoising steps: a number, or a respacing such as ddim50.")
 ]
-SamplerName = Annotated[
-    str | None, typer.Option(metavar="NAME", help="ddpm, ddim, dpmpp, unipc, euler, heun, or flow.")
-]
+SamplerName = Annotated[str | None, typer.Option(metavar="NAME", help="One of {samplers}.")]
 Guidance = Annotated[
     float | None, typer.Option(help="Weight of the label or the prompt; 1 is the plain model.")
 ]
@@ -63,7 +61,8 @@ Window = Annotated[
 Longer = Annotated[
     str | None,
     typer.Option(
-        metavar="NAME", help="How windows become a clip: freenoise (a scene stays) or chained (it moves on)."
+        metavar="NAME",
+        help="How windows become a clip: {long_video}.",
     ),
 ]
 Overlap = Annotated[
@@ -160,7 +159,7 @@ def sample(
     from latte.inference.pipeline import load_trained
     from latte.runtime import resolve_device, resolve_dtype
 
-    speak()
+    configure_logging()
     chosen = {
         "steps": read_steps(steps),
         "sampler": sampler,
@@ -211,7 +210,7 @@ def sample(
         prompts_of = [one.prompt for one in part if one.prompt is not None] or None
         told = {"labels": labels_of, "prompts": prompts_of, "negative": negative}
         return trained.generate(
-            [one.seed for one in part], progress=tell("sample", number, batches), **told, **options
+            [one.seed for one in part], progress=progress_line("sample", number, batches), **told, **options
         )
 
     sheet, gif = write_album(folder, requests, draw, facts, config.batch, config.fps)
@@ -232,7 +231,7 @@ def sample(
         "model": trained.name,
         "weights_sha256": trained.weights,
     }
-    show(result, as_json, [*(clip["path"] for clip in clips), str(sheet), str(gif)])
+    print_result(result, as_json, [*(clip["path"] for clip in clips), str(sheet), str(gif)])
 
 
 def refuse(options: dict[str, Any], rule: str, way_out: str) -> None:

@@ -6,14 +6,22 @@ from typing import Annotated
 
 import typer
 
-from latte.cli.options import OVERRIDABLE, Debug, Device, Json, Overrides, Run, show, speak
+from latte.checks import command_line
+from latte.cli.options import (
+    OVERRIDABLE,
+    Debug,
+    Device,
+    Json,
+    Overrides,
+    Run,
+    TrainDtype,
+    configure_logging,
+    print_result,
+)
 
 __all__ = ["OVERRIDABLE", "train"]
 
 Out = Annotated[Path | None, typer.Option(help="The run's folder (run.dir); runs/RUN by default.")]
-TrainDtype = Annotated[
-    str | None, typer.Option("--dtype", metavar="NAME", help="train.dtype: auto, fp32 or bf16.")
-]
 TrainSeed = Annotated[int | None, typer.Option("--seed", help="run.seed.")]
 
 
@@ -32,21 +40,21 @@ def train(
     from latte.config.run import load_run
     from latte.runtime import rank
 
-    speak()
+    configure_logging()
     options = {"run.dir": out, "train.dtype": dtype, "run.seed": seed}
     words = [*(overrides or []), *(f"{key}={value}" for key, value in options.items() if value is not None)]
     result = build(load_run(run, words)[0], device).train()
     code = result.pop("interrupted")
     if rank() == 0:
         lines = [f"{key}: {result[key]}" for key in ("run", "step", "loss", "checkpoint")]
-        show(
+        print_result(
             result,
             as_json,
             [
                 *lines,
-                f"stopped; go on with: latte train {result['run']}"
+                f"stopped; resume with: {command_line('train', result['run'])}"
                 if code
-                else f"see: latte sample {result['run']}",
+                else f"see: {command_line('sample', result['run'])}",
             ],
         )
     if code:
