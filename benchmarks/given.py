@@ -24,7 +24,7 @@ from latte.checks import require
 from latte.data.clips import centre_crop_resize, to_float, to_uint8
 from latte.data.media import VIDEO_SUFFIXES, probe, read_frames
 from latte.data.procedural import Scene, draw_scene, read_motion, render
-from latte.diffusion.frame_conditioning import STRENGTH
+from latte.diffusion.frame_conditioning import DEFAULT_STRENGTH
 from latte.inference.pipeline import Trained, load_trained
 
 GIVEN = {
@@ -174,7 +174,7 @@ def main(words: Sequence[str] | None = None) -> list[dict[str, Any]]:
     parser = argparse.ArgumentParser(description=__doc__)
     add_arguments(parser, 300_000)
     parser.add_argument("--given", nargs="+", default=list(GIVEN), choices=GIVEN)
-    parser.add_argument("--strengths", nargs="+", type=float, default=[0.0, STRENGTH])
+    parser.add_argument("--strengths", nargs="+", type=float, default=[0.0, DEFAULT_STRENGTH])
     options = parser.parse_args(words)
     trained, count, seed = load(options), options.count, options.seed
     frames = trained.model.config.num_frames

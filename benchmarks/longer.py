@@ -21,10 +21,10 @@ from numpy import ndarray
 
 from latte.data.procedural import draw_scene, read_motion
 from latte.data.writers import contact_sheet
-from latte.diffusion.long_video import LONGER
+from latte.diffusion.long_video import LONG_VIDEO_METHODS
 from latte.inference.pipeline import Trained
 
-METHODS = ("plain", *LONGER)
+METHODS = ("plain", *LONG_VIDEO_METHODS)
 
 
 def continuity(clip: ndarray, length: int) -> dict[str, float]:

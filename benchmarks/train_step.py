@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import measure
 import torch
 
+from latte.diffusion.config import DiffusionConfig, build_process
 from latte.diffusion.loss import OBJECTIVES
-from latte.diffusion.process import DiffusionConfig, build_process
 from latte.model.latte import Latte
 from latte.profile.flops import count
 from latte.training.distributed import Group

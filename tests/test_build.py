@@ -76,7 +76,7 @@ def test_a_size_that_the_codec_or_the_patches_do_not_divide_is_told_with_the_nea
         match=r"data.resolution is 100, but codec 'kl' shrinks 8 times; the nearest multiple is 96",
     ):
         config("data.resolution=100")
-    with pytest.raises(InputError, match=r"model.latent_size is 9, but patches are 2 x 2"):
+    with pytest.raises(InputError, match=r"model.latent_size is 9, but must be a multiple of model.patch_size = 2"):
         config("data.resolution=72")
 
 

@@ -10,7 +10,7 @@ import torch
 from support import wake
 
 from latte.autoencoder.codec import CodecConfig, build_codec
-from latte.diffusion.process import DiffusionConfig
+from latte.diffusion.config import DiffusionConfig
 from latte.inference.generate import SampleConfig
 from latte.inference.pipeline import Trained
 from latte.inference.prompts import PromptReader

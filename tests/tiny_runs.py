@@ -13,8 +13,8 @@ import torch
 from support import wake
 
 from latte.data.datasets import Clip
+from latte.diffusion.config import DiffusionConfig, build_process
 from latte.diffusion.loss import OBJECTIVES
-from latte.diffusion.process import DiffusionConfig, build_process
 from latte.model.latte import Latte, ModelConfig
 from latte.runtime import generator
 from latte.training.train import TrainConfig, train

@@ -32,14 +32,13 @@ from latte.data.latents import LatentDataset
 from latte.data.loader import default_workers
 from latte.data.media import contact_sheet
 from latte.data.procedural import caption_of, split_combinations
+from latte.diffusion.config import build_process
 from latte.diffusion.loss import OBJECTIVES
-from latte.diffusion.process import build_process
 from latte.files import reported
 from latte.inference.generate import generate
 from latte.inference.prompts import Prompts
 from latte.interop.coverage import build as build_network
-from latte.model.latte import Latte, ModelConfig
-from latte.model.text import LatteText, Network, TextConfig
+from latte.model.denoiser import Denoiser, DenoiserConfig
 from latte.runtime import rank, resolve_device, resolve_dtype, world_size
 from latte.text.encoders import TEXT_ENCODERS, build_text_encoder
 from latte.training.condition import CaptionReader
@@ -60,7 +59,7 @@ class Job:
     """
 
     config: RunConfig
-    model: Network
+    model: Denoiser
     dataset: Dataset
     codec: Codec | None
     device: torch.device
@@ -170,7 +169,7 @@ def check_classes(num_classes: int | None, classes: list[str]) -> None:
     )
 
 
-def build_model(config: ModelConfig | TextConfig, seed: int) -> Network:
+def build_model(config: DenoiserConfig, seed: int) -> Denoiser:
     """A fresh model whose weights are a function of ``seed``, whatever was drawn before."""
     return build_network(config, seed)
 
@@ -284,7 +283,6 @@ def sheets(
     names = None if labels is None else [classes[label] for label in labels]
 
     def draw(model: nn.Module, step: int) -> None:
-        assert isinstance(model, Latte)
         seeds = range(len(labels) if labels else SHEET_CLIPS)
         clips = [
             clip for _, clip in generate(model, process, codec, seeds, labels, config.sample, dtype=dtype)
@@ -307,7 +305,6 @@ def text_sheets(
     told = Prompts(*captions(prompts), *captions([EMPTY] * len(prompts)))
 
     def draw(model: nn.Module, step: int) -> None:
-        assert isinstance(model, LatteText)
         clips = [
             clip
             for _, clip in generate(

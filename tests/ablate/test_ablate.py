@@ -49,8 +49,8 @@ from latte.config.run import load_run
 from latte.data.datasets import ProceduralDataset, build_dataset
 from latte.data.procedural import DIRECTIONS, draw_scene, render
 from latte.data.writers import write_mp4
+from latte.diffusion.config import build_process
 from latte.diffusion.loss import OBJECTIVES
-from latte.diffusion.process import build_process
 from latte.interop.dit import MAPPINGS
 from latte.model.conditioning import CONDITIONINGS
 from latte.model.latte import SIZES
@@ -173,7 +173,7 @@ def test_every_objective_gets_a_sampler_that_reads_its_prediction(mine):
         ((), ["patch", "patch"], "more than once"),
         ((), ["interval"], "data.kind"),
         (("model.heads=1",), ["size"], "nothing to compare"),
-        (("data.frames=3",), ["patch"], "tubes hold 2 frames"),
+        (("data.frames=3",), ["patch"], "multiple of model.tube = 2"),
     ],
 )
 def test_what_cannot_be_swept_is_one_line(words, axes, told):

@@ -150,7 +150,7 @@ def test_a_dit_becomes_a_start(latte, tmp_path):
 
 def test_a_pipeline_goes_in_and_out(latte, tmp_path):
     pytest.importorskip("transformers", reason="needs the extra t2v")
-    from latte.diffusion.process import DiffusionConfig
+    from latte.diffusion.config import DiffusionConfig
 
     model = tiny_denoiser()
     save_pipeline(
@@ -181,7 +181,7 @@ def test_a_pipeline_goes_in_and_out(latte, tmp_path):
 @pytest.mark.parametrize("kind", VAES)
 def test_a_pipeline_is_sampled_as_it_is_and_goes_out_with_its_own_autoencoder(kind, latte, tmp_path):
     pytest.importorskip("transformers", reason="needs the extra t2v")
-    from latte.diffusion.process import DiffusionConfig
+    from latte.diffusion.config import DiffusionConfig
 
     save_pipeline(
         tiny_denoiser(), tiny_codec(kind, tmp_path / "vae"), *tiny_t5(), DiffusionConfig(), tmp_path / "in"
@@ -213,7 +213,7 @@ def pixels(source: str, **places) -> np.ndarray:
 
 def test_another_decoder_draws_the_frames(latte, tmp_path):
     pytest.importorskip("transformers", reason="needs the extra t2v")
-    from latte.diffusion.process import DiffusionConfig
+    from latte.diffusion.config import DiffusionConfig
 
     save_pipeline(
         tiny_denoiser(),

@@ -18,7 +18,7 @@ from latte.cli.demo import free_folder
 from latte.cli.main import app
 from latte.data.media import probe, read_frames
 from latte.data.procedural import DIRECTIONS, Motion, draw_scene, read_motion, render
-from latte.diffusion.process import DiffusionConfig
+from latte.diffusion.config import DiffusionConfig
 from latte.inference.generate import SampleConfig
 from latte.inference.pipeline import Trained, save_trained
 from latte.model.latte import Latte, ModelConfig

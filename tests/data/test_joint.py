@@ -9,8 +9,8 @@ from latte.checks import InputError
 from latte.data.datasets import DataConfig, ProceduralDataset
 from latte.data.joint import JointDataset, append_images
 from latte.data.loader import load_batch
+from latte.diffusion.config import DiffusionConfig, build_process
 from latte.diffusion.loss import OBJECTIVES
-from latte.diffusion.process import DiffusionConfig, build_process
 from latte.model.latte import Latte, ModelConfig
 from latte.runtime import generator
 from latte.training.step import Task, backward

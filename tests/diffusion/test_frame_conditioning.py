@@ -6,8 +6,9 @@ import torch
 from support import noise, wake
 
 from latte.checks import InputError
-from latte.diffusion.frame_conditioning import restore, with_known
-from latte.diffusion.process import DiffusionConfig, Flow, build_process
+from latte.diffusion.config import DiffusionConfig, build_process
+from latte.diffusion.frame_conditioning import condition_on_frames, restore_frames
+from latte.diffusion.process import Flow
 from latte.diffusion.samplers import SAMPLERS, sample
 from latte.model.latte import Latte, ModelConfig
 from latte.model.text import LatteText, TextConfig
@@ -46,14 +47,14 @@ def test_the_given_frames_come_out_and_the_others_are_not_looked_at(kind, sample
     process, known = process_for(sampler), noise(2, *SHAPE, seed=3)
     denoise = denoiser(kind, learn_sigma=sampler != "flow")
     for mask in (FIRST, torch.tensor([[True, False, False, True], [False, True, False, False]])):
-        z = draw(sampler, with_known(denoise, process, known, mask), process)
+        z = draw(sampler, condition_on_frames(denoise, process, known, mask), process)
         given = mask.expand(2, 4)
         assert float((z - known)[given].abs().max()) < 1e-4, "to rounding by itself"
-        exact = restore(z, known, mask)
+        exact = restore_frames(z, known, mask)
         assert torch.equal(exact[given], known[given])
         assert torch.equal(exact[~given], z[~given])
         other = torch.where(given.view(2, 4, 1, 1, 1), known, torch.nan)
-        assert torch.equal(draw(sampler, with_known(denoise, process, other, mask), process), z)
+        assert torch.equal(draw(sampler, condition_on_frames(denoise, process, other, mask), process), z)
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
@@ -64,21 +65,24 @@ def test_all_frames_known_is_that_clip_and_none_is_the_plain_sampler(sampler):
         denoiser("class", sampler != "flow"),
     )
     everything, nothing = torch.ones(4, dtype=torch.bool), torch.zeros(2, 4, dtype=torch.bool)
-    z = draw(sampler, with_known(denoise, process, known, everything), process)
+    z = draw(sampler, condition_on_frames(denoise, process, known, everything), process)
     assert float((z - known).abs().max()) < 1e-4
-    assert torch.equal(restore(z, known, everything), known)
+    assert torch.equal(restore_frames(z, known, everything), known)
     plain = draw(sampler, denoise, process)
-    assert torch.equal(draw(sampler, with_known(denoise, process, known, nothing), process), plain)
-    assert torch.equal(restore(plain, known, nothing), plain)
+    assert torch.equal(draw(sampler, condition_on_frames(denoise, process, known, nothing), process), plain)
+    assert torch.equal(restore_frames(plain, known, nothing), plain)
 
 
 @pytest.mark.parametrize("strength", [0.0, 40.0])
 def test_a_clip_does_not_depend_on_the_clips_beside_it(strength):
     process, known, model = process_for("ddim"), noise(2, *SHAPE, seed=3), denoiser("class")
-    both = draw("ddim", with_known(model, process, known, FIRST, strength), process)
+    both = draw("ddim", condition_on_frames(model, process, known, FIRST, strength), process)
     for row in (0, 1):
         alone = draw(
-            "ddim", with_known(model, process, known[row : row + 1], FIRST, strength), process, seeds=[row]
+            "ddim",
+            condition_on_frames(model, process, known[row : row + 1], FIRST, strength),
+            process,
+            seeds=[row],
         )
         torch.testing.assert_close(alone[0], both[row], rtol=1e-4, atol=1e-5)
 
@@ -94,7 +98,7 @@ def test_known_frames_follow_the_forward_process():
     known = torch.full((400, 2, 1, 4, 4), 3.0)
     draw(
         "ddpm",
-        with_known(model, process, known, torch.tensor([True, False]), 0.0),
+        condition_on_frames(model, process, known, torch.tensor([True, False]), 0.0),
         process,
         25,
         range(400),
@@ -127,7 +131,12 @@ def test_the_other_frames_follow_the_given_ones(objective):
     far = {}
     for strength in (0.0, 1.0):
         z = draw(
-            sampler, with_known(twins(process), process, known, mask, strength), process, 50, range(64), shape
+            sampler,
+            condition_on_frames(twins(process), process, known, mask, strength),
+            process,
+            50,
+            range(64),
+            shape,
         )
         far[strength] = float((z[:, 1] - known[:, 0]).square().mean())
     plain = draw(sampler, twins(process), process, 50, range(64), shape)
@@ -149,7 +158,9 @@ def test_at_strength_one_the_others_get_their_expectation_however_many_frames_ar
     )
     t = torch.tensor([10, 200, 400, 600, 800, 990])
     read = {
-        s: process.estimate(with_known(twins(process), process, known, mask, s)(z, t), z, t)[0][:, given:]
+        s: process.estimate(condition_on_frames(twins(process), process, known, mask, s)(z, t), z, t)[0][
+            :, given:
+        ]
         for s in (0.0, 0.5, 1.0)
     }
     torch.testing.assert_close(read[1.0], known[:, given:], rtol=1e-3, atol=1e-3)
@@ -165,7 +176,8 @@ def test_a_slope_that_belongs_to_no_covariance_pulls_at_nothing():
         return 8 * z.mean(1, keepdim=True).expand_as(z)
 
     alone, pulled = (
-        with_known(wrong, process, known, FIRST, strength)(noise(2, *SHAPE), t) for strength in (0.0, 1.0)
+        condition_on_frames(wrong, process, known, FIRST, strength)(noise(2, *SHAPE), t)
+        for strength in (0.0, 1.0)
     )
     torch.testing.assert_close(pulled, alone, rtol=1e-5, atol=1e-5)
 
@@ -178,7 +190,7 @@ def test_a_model_is_asked_once_a_step_and_leaves_no_gradient():
         return model(z, t)
 
     for strength in (0.0, 1.0):
-        z = draw("ddim", with_known(counted, process, known, FIRST, strength), process)
+        z = draw("ddim", condition_on_frames(counted, process, known, FIRST, strength), process)
         assert not z.requires_grad
     assert calls == [False] * STEPS + [True] * STEPS
     assert all(parameter.grad is None for parameter in model.parameters())
@@ -187,13 +199,13 @@ def test_a_model_is_asked_once_a_step_and_leaves_no_gradient():
 @pytest.mark.parametrize(
     ("known", "mask", "strength", "message"),
     [
-        (noise(2, 4, 4, 4), FIRST, 1.0, "shape of known"),
-        (noise(2, *SHAPE), FIRST[:3], 1.0, r"mask is 'torch.bool \(3,\)'.*give bool \(4,\) or \(2, 4\)"),
-        (noise(2, *SHAPE), FIRST.float(), 1.0, "mask is 'torch.float32"),
+        (noise(2, 4, 4, 4), FIRST, 1.0, "conditioning frames have shape"),
+        (noise(2, *SHAPE), FIRST[:3], 1.0, r"mask is torch.bool of shape \(3,\).*need bool \(4,\) or \(2, 4\)"),
+        (noise(2, *SHAPE), FIRST.float(), 1.0, "mask is torch.float32"),
         (noise(2, *SHAPE), FIRST, -1.0, "strength"),
         (noise(2, *SHAPE), FIRST, float("nan"), "strength"),
     ],
 )
 def test_what_does_not_fit_is_refused(known, mask, strength, message):
     with pytest.raises(InputError, match=message):
-        with_known(denoiser("class"), process_for("ddim"), known, mask, strength)
+        condition_on_frames(denoiser("class"), process_for("ddim"), known, mask, strength)

@@ -6,10 +6,16 @@ import torch
 from support import noise
 
 from latte.checks import InputError
-from latte.diffusion.guidance import NULL_LABEL, conditional, guided, guided_pair
+from latte.diffusion.guidance import conditional, guided
+from latte.model.conditioning import NULL_LABEL
 
 LABEL = torch.tensor([2, 0, 5])
 T = torch.tensor([700, 700, 700])
+
+
+def labels(label=LABEL):
+    """The condition and the null condition of a class model."""
+    return {"label": label}, {"label": torch.full_like(label, NULL_LABEL)}
 
 
 class Model:
@@ -31,13 +37,13 @@ def halves(model, z):
 
 def test_scale_one_is_the_plain_model_in_one_pass():
     z, model = noise(3, 2, 4, 2, 2), Model()
-    assert torch.equal(guided(model, LABEL, 1.0)(z, T), model(z, T, LABEL))
+    assert torch.equal(guided(model, *labels(), 1.0)(z, T), model(z, T, LABEL))
     assert model.calls[0] == (3, [700] * 3, [2, 0, 5])
 
 
 def test_one_call_of_twice_the_batch_conditional_half_first():
     model = Model()
-    guided(model, LABEL, 3.0)(noise(3, 2, 4, 2, 2), T)
+    guided(model, *labels(), 3.0)(noise(3, 2, 4, 2, 2), T)
     assert model.calls == [(6, [700] * 6, [2, 0, 5, -1, -1, -1])]
 
 
@@ -46,7 +52,7 @@ def test_one_call_of_twice_the_batch_conditional_half_first():
 def test_noise_is_extrapolated_and_variance_is_the_conditional_one(learn_sigma, scale):
     z, model = noise(3, 2, 4, 2, 2), Model(learn_sigma)
     c, u = halves(model, z)
-    out = guided(model, LABEL, scale)(z, T)
+    out = guided(model, *labels(), scale)(z, T)
     assert out.shape == c.shape
     torch.testing.assert_close(
         out[:, :, :4], (1 - scale) * u[:, :, :4] + scale * c[:, :, :4], rtol=1e-5, atol=1e-5
@@ -57,24 +63,24 @@ def test_noise_is_extrapolated_and_variance_is_the_conditional_one(learn_sigma, 
 def test_half_precision_answers_are_combined_in_the_precision_of_z():
     z, model = noise(3, 2, 4, 2, 2), Model(dtype=torch.bfloat16)
     c, u = (half.float() for half in halves(model, z))
-    out = guided(model, LABEL, 7.0)(z, T)
+    out = guided(model, *labels(), 7.0)(z, T)
     assert out.dtype == torch.float32
     assert torch.equal(out[:, :, :4], u[:, :, :4] + 7.0 * (c[:, :, :4] - u[:, :, :4]))
 
 
 def test_a_clips_guidance_does_not_depend_on_its_batch():
     z = noise(3, 2, 4, 2, 2)
-    together = guided(Model(), LABEL, 4.0)(z, T)
+    together = guided(Model(), *labels(), 4.0)(z, T)
     for row in range(3):
         assert torch.equal(
-            guided(Model(), LABEL[row : row + 1], 4.0)(z[row : row + 1], T[:1])[0], together[row]
+            guided(Model(), *labels(LABEL[row : row + 1]), 4.0)(z[row : row + 1], T[:1])[0], together[row]
         )
 
 
 def test_a_window_guides_inside_and_costs_one_pass_outside():
     z, model = noise(3, 2, 4, 2, 2), Model()
-    denoise = guided(model, LABEL, 4.0, window=(300, 700))
-    full, plain = guided(Model(), LABEL, 4.0), conditional(Model(), LABEL)
+    denoise = guided(model, *labels(), 4.0, window=(300, 700))
+    full, plain = guided(Model(), *labels(), 4.0), conditional(Model(), labels()[0])
     for t, like, b in ((300, full, 6), (700, full, 6), (299, plain, 3), (701, plain, 3)):
         at = torch.full((3,), t)
         assert torch.equal(denoise(z, at), like(z, at))
@@ -88,17 +94,19 @@ def test_an_unconditional_model_is_its_own_denoiser_and_cannot_be_guided():
     def model(z, t):
         return z
 
-    assert guided(model, None, 1.0) is conditional(model) is model
+    z = noise(3, 2, 4, 2, 2)
+    assert guided(model, {}, {}, 1.0)(z, T) is conditional(model, {})(z, T) is z
     with pytest.raises(InputError, match=r"guidance is 3\.0, but an unconditional model"):
-        guided(model, None, 3.0)
+        guided(model, {}, {}, 3.0)
 
 
 @pytest.mark.parametrize(
-    ("scale", "window"), [(-1.0, None), (float("nan"), None), (float("inf"), None), (2.0, (700, 300))]
+    ("scale", "window"),
+    [(-1.0, None), (float("nan"), None), (float("inf"), None), (1e30, None), (2.0, (700, 300))],
 )
 def test_bad_settings_are_refused(scale, window):
     with pytest.raises(InputError, match="guidance"):
-        guided(Model(), LABEL, scale, window)
+        guided(Model(), *labels(), scale, window)
 
 
 def caption_model(z, t, text, mask):
@@ -111,16 +119,13 @@ def caption_model(z, t, text, mask):
 def test_any_condition_guides_as_labels_do():
     z, (text, null) = noise(3, 2, 4, 2, 2), noise(2, 3, 5, 6)
     full, short = torch.ones(3, 5, dtype=torch.bool), torch.arange(5) < torch.tensor([[1], [1], [2]])
-    out = guided_pair(caption_model, (text, full), (null, short), 7.5)(z, T)
+    condition, other = {"text": text, "mask": full}, {"text": null, "mask": short}
+    out = guided(caption_model, condition, other, 7.5)(z, T)
     c, u = caption_model(z, T, text, full), caption_model(z, T, null, short)
     assert torch.equal(out, torch.cat([(u + 7.5 * (c - u))[:, :, :4], c[:, :, 4:]], 2))
-    assert torch.equal(guided_pair(caption_model, (text, full), (null, short), 1.0)(z, T), c)
-    labelled = guided_pair(Model(), (LABEL,), (torch.full_like(LABEL, NULL_LABEL),), 4.0)
-    assert torch.equal(labelled(z, T), guided(Model(), LABEL, 4.0)(z, T))
+    assert torch.equal(guided(caption_model, condition, other, 1.0)(z, T), c)
 
 
 def test_a_null_caption_of_another_length_is_refused():
-    with pytest.raises(
-        InputError, match=r"shapes of the null condition is \[\(3, 4, 6\)\].*pad both to one length"
-    ):
-        guided_pair(caption_model, (noise(3, 5, 6),), (noise(3, 4, 6),), 2.0)
+    with pytest.raises(InputError, match=r"null condition has shapes .*\(3, 4, 6\).*pad both to one length"):
+        guided(caption_model, {"text": noise(3, 5, 6)}, {"text": noise(3, 4, 6)}, 2.0)

@@ -5,9 +5,9 @@ import pytest
 import torch
 from support import noise, wake
 
-from latte.diffusion.frame_conditioning import restore, with_known
-from latte.diffusion.long_video import CHAIN_PULL, LONGER, repeated
-from latte.diffusion.process import DiffusionConfig, build_process
+from latte.diffusion.config import DiffusionConfig, build_process
+from latte.diffusion.frame_conditioning import condition_on_frames, restore_frames
+from latte.diffusion.long_video import CHAIN_STRENGTH, LONG_VIDEO_METHODS, shuffled_noise
 from latte.diffusion.samplers import sample
 from latte.model.latte import Latte, ModelConfig
 from latte.model.text import LatteText, TextConfig
@@ -28,14 +28,14 @@ def walker(sampler: str = "ddim"):
     def walk(denoise, draw, known, mask, pull, progress):
         z = sample(
             sampler,
-            with_known(denoise, PROCESS, known, mask, 2.0 * pull),
+            condition_on_frames(denoise, PROCESS, known, mask, 2.0 * pull),
             PROCESS,
             draw,
             known.shape[1:],
             STEPS,
             progress=progress,
         )
-        return restore(z, known, mask)
+        return restore_frames(z, known, mask)
 
     return walk
 
@@ -47,12 +47,12 @@ def draw(
     known, mask = torch.zeros(1, frames, 4, 4, 4), torch.zeros(frames, dtype=torch.bool)
     for frame, z in (given or {}).items():
         known[:, frame], mask[frame] = z, True
-    return LONGER[choice](
+    return LONG_VIDEO_METHODS[choice](
         walker(sampler), denoise, SampleNoise(seeds), known, mask, window, overlap, progress
     )
 
 
-@pytest.mark.parametrize("choice", LONGER)
+@pytest.mark.parametrize("choice", LONG_VIDEO_METHODS)
 @pytest.mark.parametrize("kind", ["class", "text"])
 @pytest.mark.parametrize("frames", [3, 4])
 def test_a_clip_that_fits_into_one_window_is_the_plain_sample_bit_for_bit(choice, kind, frames):
@@ -62,7 +62,7 @@ def test_a_clip_that_fits_into_one_window_is_the_plain_sample_bit_for_bit(choice
         assert torch.equal(draw(choice, denoise, frames, sampler), plain)
 
 
-@pytest.mark.parametrize("choice", LONGER)
+@pytest.mark.parametrize("choice", LONG_VIDEO_METHODS)
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpmpp"])
 def test_a_clip_does_not_depend_on_the_clips_beside_it_and_no_call_is_longer_than_a_window(choice, sampler):
     model, seen = denoiser(), set()
@@ -81,7 +81,7 @@ def test_a_clip_does_not_depend_on_the_clips_beside_it_and_no_call_is_longer_tha
     assert seen == {4}
 
 
-@pytest.mark.parametrize("choice", LONGER)
+@pytest.mark.parametrize("choice", LONG_VIDEO_METHODS)
 def test_given_frames_are_in_the_clip_and_change_the_others(choice):
     first, last = noise(4, 4, 4, seed=5), noise(4, 4, 4, seed=6)
     plain = draw(choice, denoiser(), 7)
@@ -100,7 +100,7 @@ def test_a_chain_is_one_window_after_the_other_each_given_the_end_of_the_one_bef
         known, mask = z[:, start : start + 4], torch.arange(4) < shared
         own = sample(
             "ddim",
-            with_known(denoise, PROCESS, known, mask, 2.0 * CHAIN_PULL),
+            condition_on_frames(denoise, PROCESS, known, mask, 2.0 * CHAIN_STRENGTH),
             PROCESS,
             stream,
             (4, 4, 4, 4),
@@ -117,12 +117,12 @@ def test_the_progress_of_a_chain_counts_all_its_windows():
 
 @pytest.mark.parametrize(("frames", "window", "stride"), [(3, 4, 2), (4, 4, 4), (19, 8, 4), (13, 6, 1)])
 def test_repeated_noise_is_the_first_windows_frames_in_other_orders(frames, window, stride):
-    z = repeated(SampleNoise([0, 1, 2]), window, stride)((frames, 2, 3))
+    z = shuffled_noise(SampleNoise([0, 1, 2]), window, stride)((frames, 2, 3))
     first = SampleNoise([0, 1, 2])((min(frames, window), 2, 3))
     assert z.shape == (3, frames, 2, 3)
     assert torch.equal(z[:, :window], first)
     for row in range(3):
-        alone = repeated(SampleNoise([row]), window, stride)((frames, 2, 3))
+        alone = shuffled_noise(SampleNoise([row]), window, stride)((frames, 2, 3))
         assert torch.equal(z[row], alone[0]), "from the sample's own stream"
         for start in range(0, frames - window + 1, stride):
             assert sorted(map(float, z[row, start : start + window, 0, 0])) == sorted(
@@ -131,11 +131,11 @@ def test_repeated_noise_is_the_first_windows_frames_in_other_orders(frames, wind
 
 
 def test_repeated_noise_is_standard_normal_in_every_frame_and_its_order_is_free():
-    z = repeated(SampleNoise(range(2000)), 4, 3)((10, 2))
+    z = shuffled_noise(SampleNoise(range(2000)), 4, 3)((10, 2))
     assert (z.mean((0, 2)).abs() < 0.08).all()
     assert ((z.std((0, 2)) - 1).abs() < 0.06).all()
     places = (z[:, 4:7, None, 0] == z[:, None, :3, 0]).float().mean(0)
     assert ((places - 1 / 3).abs() < 0.05).all(), (
         "each of the three frames that leave comes back first, second or third alike"
     )
-    assert torch.equal(z, repeated(SampleNoise(range(2000)), 4, 3)((10, 2)))
+    assert torch.equal(z, shuffled_noise(SampleNoise(range(2000)), 4, 3)((10, 2)))

@@ -9,6 +9,7 @@ import torch
 from reference.diffusion import betas, clip_loss
 from support import noise
 
+from latte.diffusion.config import DiffusionConfig, build_process
 from latte.diffusion.loss import (
     OBJECTIVES,
     bound,
@@ -17,7 +18,7 @@ from latte.diffusion.loss import (
     gaussian_kl,
     min_snr,
 )
-from latte.diffusion.process import SCHEDULES, DiffusionConfig, build_process
+from latte.diffusion.schedules import SCHEDULES
 from latte.runtime import generator
 
 SHAPE = (2, 3, 2, 2)

@@ -10,15 +10,9 @@ from reference.diffusion import bayes, betas, remaining
 from support import noise
 
 from latte.checks import InputError
-from latte.diffusion.process import (
-    PREDICTIONS,
-    SCHEDULES,
-    DiffusionConfig,
-    Process,
-    build_process,
-    spread,
-    trailing,
-)
+from latte.diffusion.config import DiffusionConfig, build_process
+from latte.diffusion.process import PREDICTIONS, Process
+from latte.diffusion.schedules import SCHEDULES, spaced_timesteps, trailing_timesteps
 
 PAPER = build_process(DiffusionConfig())
 
@@ -95,13 +89,15 @@ def test_tables_change_precision_only_on_the_way_out(dtype, gives):
     assert out.shape == (3, 1, 1, 1, 1)
     assert torch.equal(out.flatten(), PAPER.signal[t].to(gives))
     assert PAPER.add_noise(z, t, z).dtype == gives
-    assert PAPER.read(z, z, t).mean.dtype == gives
+    assert PAPER.reverse_step(z, z, t).mean.dtype == gives
 
 
 def test_a_half_precision_output_is_read_in_float32():
     z, t = noise(2, 2, 4, 2, 2), torch.tensor([3, 700])
     output = noise(2, 2, 8, 2, 2, seed=1, dtype=torch.bfloat16)
-    for half, full in zip(PAPER.read(output, z, t), PAPER.read(output.float(), z, t), strict=True):
+    for half, full in zip(
+        PAPER.reverse_step(output, z, t), PAPER.reverse_step(output.float(), z, t), strict=True
+    ):
         assert torch.equal(half, full)
 
 
@@ -121,7 +117,7 @@ def test_one_ancestral_step_is_diffusers_with_learned_range(steps):
     assert process.timestep_map.tolist() == scheduler.timesteps.tolist()[::-1]
     z, output = noise(1, 2, 4, 4, 4), noise(1, 2, 8, 4, 4, seed=1)
     for index in (0, 1, process.num_steps // 2, process.num_steps - 1):
-        reading = process.read(output, z, torch.tensor([index]))
+        reading = process.reverse_step(output, z, torch.tensor([index]))
         draw = torch.randn((2, 4, 4, 4), generator=torch.Generator().manual_seed(5))
         ours = reading.mean + (index > 0) * torch.exp(0.5 * reading.log_variance) * draw
         theirs = scheduler.step(
@@ -133,9 +129,9 @@ def test_one_ancestral_step_is_diffusers_with_learned_range(steps):
 def test_variance_spans_the_range_between_posterior_and_beta():
     z, t = noise(2, 1, 1, 2, 2, dtype=torch.float64), torch.tensor([3, 700])
     for v, table in ((-1.0, PAPER.posterior_log_variance), (1.0, PAPER.betas.log())):
-        reading = PAPER.read(torch.cat([z, torch.full_like(z, v)], 2), z, t)
+        reading = PAPER.reverse_step(torch.cat([z, torch.full_like(z, v)], 2), z, t)
         torch.testing.assert_close(reading.log_variance, table[t].view(2, 1, 1, 1, 1).expand_as(z))
-    plain = PAPER.read(z, z, t)
+    plain = PAPER.reverse_step(z, z, t)
     assert torch.equal(plain.log_variance, PAPER.posterior_log_variance[t].view(2, 1, 1, 1, 1).expand_as(z))
     assert torch.equal(plain.mean, reading.mean)
 
@@ -175,12 +171,12 @@ def test_respacing_lists_of_the_released_code():
 
 @pytest.mark.parametrize("count", [1, 2, 7, 250, 999, 1000])
 def test_every_respacing_ascends_without_repeats(count):
-    for grid in (spread, trailing):
+    for grid in (spaced_timesteps, trailing_timesteps):
         kept = grid(1000, str(count))
         assert len(kept) == len(set(kept)) == count
         assert kept == sorted(kept)
         assert 0 <= kept[0] <= kept[-1] <= 999
-    assert trailing(1000, str(count))[-1] == 999
+    assert trailing_timesteps(1000, str(count))[-1] == 999
 
 
 @pytest.mark.parametrize("sections", ["250", "ddim50", "10,15,20", "1000", "1"])
@@ -191,7 +187,9 @@ def test_respaced_process_keeps_the_marginals(sections):
     )
     assert torch.equal(short.original(torch.arange(short.num_steps)), short.timestep_map)
     z = noise(1, 1, 4, 2, 2)
-    assert all(part.isfinite().all() for part in short.read(torch.cat([z, z], 2), z, torch.tensor([0])))
+    assert all(
+        part.isfinite().all() for part in short.reverse_step(torch.cat([z, z], 2), z, torch.tensor([0]))
+    )
 
 
 def test_respacing_twice_still_names_original_timesteps():
@@ -201,14 +199,14 @@ def test_respacing_twice_still_names_original_timesteps():
 @pytest.mark.parametrize(
     ("sections", "says"),
     [
-        ("ddim300", "no whole stride"),
-        ("1001", "holds 1000"),
-        ("400,400,300", "section 1 of 3 holds 334"),
-        ("0", "positive whole numbers"),
-        ("ten", "positive whole numbers"),
-        ("ddim5,5", "positive whole numbers"),
-        ("", "positive whole numbers"),
-        ("-5", "positive whole numbers"),
+        ("ddim300", "no integer stride"),
+        ("1001", "has only 1000"),
+        ("400,400,300", "section 1 of 3 has only 334"),
+        ("0", "must be a positive integer"),
+        ("ten", "must be a positive integer"),
+        ("ddim5,5", "must be a positive integer"),
+        ("", "must be a positive integer"),
+        ("-5", "must be a positive integer"),
     ],
 )
 def test_bad_respacings_are_refused(sections, says):
@@ -221,9 +219,10 @@ def test_bad_respacings_are_refused(sections, says):
     [
         ({"schedule": "cosine"}, "did you mean 'squared_cosine'"),
         ({"objective": "rectified"}, "did you mean 'rectified_flow'"),
-        ({"num_steps": 20}, "take 21 or more"),
-        ({"num_steps": 0, "schedule": "squared_cosine"}, "positive whole number"),
-        ({"num_steps": 10.5}, "positive whole number"),
+        ({"num_steps": 20}, "use 21 or more"),
+        ({"num_steps": 0, "schedule": "squared_cosine"}, "must be an integer from 1"),
+        ({"num_steps": 10**9}, "must be an integer from 1 to 1000000"),
+        ({"num_steps": 10.5}, "must be an integer from 1"),
         ({"objective": "rectified_flow", "schedule": "squared_cosine"}, "leave diffusion.schedule at linear"),
     ],
 )
@@ -243,7 +242,7 @@ def test_betas_outside_the_open_interval_are_refused():
 def test_an_output_of_another_shape_is_refused(shape):
     z = noise(1, 2, 4, 2, 2)
     with pytest.raises(InputError, match="4 channels, or 8"):
-        PAPER.read(noise(*shape), z, torch.tensor([5]))
+        PAPER.reverse_step(noise(*shape), z, torch.tensor([5]))
 
 
 def test_a_process_can_be_sent_to_another_python():

@@ -12,7 +12,7 @@ import torch
 from support import noise
 
 from latte.checks import InputError
-from latte.diffusion.process import DiffusionConfig, build_process
+from latte.diffusion.config import DiffusionConfig, build_process
 from latte.diffusion.samplers import SAMPLERS, sample
 from latte.runtime import SampleNoise
 
@@ -299,15 +299,15 @@ def test_a_sample_carries_no_gradient():
     ("name", "objective", "steps", "eta", "says"),
     [
         ("ddpmm", "paper", 5, 0.0, "did you mean 'ddpm'"),
-        ("ddim", "paper", 1001, 0.0, "steps is 1001, but the model was trained with 1000 steps"),
-        ("dpmpp", "paper", 1001, 0.0, "trained with 1000 steps"),
+        ("ddim", "paper", 1001, 0.0, "steps is 1001, but the model was trained with 1000 timesteps"),
+        ("dpmpp", "paper", 1001, 0.0, "trained with 1000 timesteps"),
         ("ddim", "paper", 0, 0.0, "give 1 to 1000"),
-        ("ddpm", "paper", "2000", 0.0, "holds 1000 of 1000"),
-        ("euler", "paper", "ddim50", 0.0, "plain count of 1 to 1000"),
-        ("ddim", "paper", 5, 1.5, "eta is 1.5"),
+        ("ddpm", "paper", "2000", 0.0, "has only 1000 of the 1000"),
+        ("euler", "paper", "ddim50", 0.0, "needs an integer from 1 to 1000"),
+        ("ddim", "paper", 5, 1.5, "eta must be between 0 .* got 1.5"),
         ("ddpm", "paper", 5, 0.5, "ddpm has no eta"),
-        ("ddim", "rectified_flow", 5, 0.0, "predicts flow, which ddim cannot read; use one of flow"),
-        ("flow", "paper", 5, 0.0, "predicts epsilon, which flow cannot read; use one of ddpm, ddim, dpmpp"),
+        ("ddim", "rectified_flow", 5, 0.0, "ddim cannot use a model that predicts flow; use one of flow"),
+        ("flow", "paper", 5, 0.0, "flow cannot use a model that predicts epsilon; use one of ddpm, ddim, dpmpp"),
     ],
 )
 def test_what_cannot_be_sampled_is_refused_in_one_line(name, objective, steps, eta, says):

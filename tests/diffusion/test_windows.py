@@ -8,10 +8,10 @@ import torch
 from support import noise, wake
 
 from latte.checks import InputError
-from latte.diffusion.frame_conditioning import restore, with_known
-from latte.diffusion.process import DiffusionConfig, build_process
+from latte.diffusion.config import DiffusionConfig, build_process
+from latte.diffusion.frame_conditioning import condition_on_frames, restore_frames
+from latte.diffusion.long_video import edge_weights, in_windows, window_starts
 from latte.diffusion.samplers import sample
-from latte.diffusion.windows import edge_weights, in_windows, window_starts
 from latte.model.latte import Latte, ModelConfig
 from latte.model.text import LatteText, TextConfig
 from latte.runtime import SampleNoise
@@ -99,8 +99,8 @@ def test_windows_tell_each_other_through_the_overlap(sampler):
     for overlap in (0, 2):
         ends = []
         for size in (0.0, 5.0):
-            wrapped = with_known(in_windows(blend, 4, overlap), process, known + size, mask, 0.0)
-            z = restore(
+            wrapped = condition_on_frames(in_windows(blend, 4, overlap), process, known + size, mask, 0.0)
+            z = restore_frames(
                 sample(sampler, wrapped, process, SampleNoise([0]), (12, 4, 4, 4), 6), known + size, mask
             )
             assert torch.equal(z[:, 0], (known + size)[:, 0])
@@ -113,5 +113,5 @@ def test_windows_tell_each_other_through_the_overlap(sampler):
 
 @pytest.mark.parametrize(("length", "overlap"), [(0, 0), (4, 4), (4, -1), (4, 9)])
 def test_windows_that_do_not_move_on_are_refused(length, overlap):
-    with pytest.raises(InputError, match=r"overlap is|window is"):
+    with pytest.raises(InputError, match=r"overlap is|window must be"):
         in_windows(denoiser("class"), length, overlap)

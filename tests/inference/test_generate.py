@@ -9,7 +9,7 @@ import torch
 
 import latte.inference.generate
 from latte.checks import InputError
-from latte.diffusion.long_video import CHAIN_PULL, LONGER
+from latte.diffusion.long_video import CHAIN_STRENGTH, LONG_VIDEO_METHODS
 from latte.diffusion.samplers import SAMPLERS
 from latte.inference.generate import SampleConfig
 from tiny import tiny_trained
@@ -144,7 +144,7 @@ def test_a_window_as_long_as_the_clip_is_the_plain_model_and_shorter_ones_are_no
     assert far(plain, draw(trained, [0], [1], window=2)[0]) > 0
 
 
-@pytest.mark.parametrize("longer", LONGER)
+@pytest.mark.parametrize("longer", LONG_VIDEO_METHODS)
 def test_a_longer_clip_does_not_depend_on_its_batch_and_counts_its_steps(trained, longer):
     seeds, labels, told = [3, 1, 4], [0, 1, 2], []
     options = {
@@ -191,12 +191,12 @@ def test_the_strength_of_given_frames_is_handed_on(trained, monkeypatch, strengt
     asked = []
     monkeypatch.setattr(
         latte.inference.generate,
-        "with_known",
+        "condition_on_frames",
         lambda denoise, process, known, mask, strength: asked.append(strength) or denoise,
     )
     options = {"frames": 5, "window": 3, "longer": "chained", "given": {0: np.zeros((16, 16, 3), np.uint8)}}
     draw(trained, [0], [1], given_strength=strength, **options)
-    assert asked == [strength, CHAIN_PULL * strength], "of a chain, the later windows are given many frames"
+    assert asked == [strength, CHAIN_STRENGTH * strength], "of a chain, the later windows are given many frames"
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from latte.checks import InputError
-from latte.diffusion.process import DiffusionConfig, build_process
+from latte.diffusion.config import DiffusionConfig, build_process
 from latte.diffusion.samplers import SAMPLERS, sample
 from latte.inference.generate import SampleConfig, condition
 from latte.inference.prompts import PromptReader

@@ -10,8 +10,8 @@ from support import noise
 
 from latte.autoencoder.codec import CodecConfig, build_codec
 from latte.checks import InputError, RunError
-from latte.diffusion.guidance import guided_pair
-from latte.diffusion.process import DiffusionConfig, build_process
+from latte.diffusion.config import DiffusionConfig, build_process
+from latte.diffusion.guidance import guided
 from latte.diffusion.samplers import sample
 from latte.inference.prompts import PromptReader
 from latte.interop.load import load_external
@@ -45,7 +45,7 @@ def our_clip(
     model, codec, latents, text, null, diffusion=None, sampler="ddim", steps="ddim10"
 ) -> torch.Tensor:
     """Our own sampling -> (b f 3 H W) in 0..1, the range of the pipeline's tensors."""
-    denoise = guided_pair(model, (text,), (null,), 7.5)
+    denoise = guided(model, {"text": text}, {"text": null}, 7.5)
     z = sample(
         sampler,
         denoise,
@@ -122,7 +122,7 @@ def test_it_draws_the_clip_that_we_draw_from_the_same_words_once_it_is_given_our
     words = PromptReader(TextEncoderConfig("t5", str(tmp_path / "out"), 20), "cpu")(["a red circle moves up"])
     text, null = words.text[words.mask][None], words.null_text[words.null_mask][None]
     assert (text.shape[1], null.shape[1]) == (6, 1)
-    denoise = guided_pair(model, (words.text, words.mask), (words.null_text, words.null_mask), 7.5)
+    denoise = guided(model, *words.part(slice(None), torch.device("cpu")), 7.5)
     z = sample(
         "ddim", denoise, build_process(DiffusionConfig()), lambda shape: latents, latents.shape[1:], "ddim10"
     )

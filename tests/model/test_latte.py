@@ -207,14 +207,14 @@ def test_variant_2_is_variant_1_with_its_blocks_reordered():
 
 @torch.no_grad()
 def test_rotary_depends_on_differences_only():
-    from latte.model.positions import RotaryTime, temporal_table, turn
+    from latte.model.positions import RotaryTime, rotate_pairs, temporal_table
 
     q, k = noise(1, 1, 1, 8), noise(1, 1, 1, 8, seed=1)
     sin, cos = temporal_table(40, 8).chunk(2, dim=-1)
 
     def score(i: int, j: int) -> float:
         return (
-            (turn(q, sin[i : i + 1], cos[i : i + 1]) * turn(k, sin[j : j + 1], cos[j : j + 1])).sum().item()
+            (rotate_pairs(q, sin[i : i + 1], cos[i : i + 1]) * rotate_pairs(k, sin[j : j + 1], cos[j : j + 1])).sum().item()
         )
 
     assert score(3, 7) == pytest.approx(score(30, 34), abs=1e-5)
@@ -326,17 +326,19 @@ def test_depth_follows_the_parameter_budget():
         ({"conditioning": "adaln"}, "s_adaln"),
         ({"temporal_position": "rotery"}, "did you mean 'rotary'"),
         ({"depth": 5}, "multiple of 2; the nearest is 4"),
-        ({"width": 18}, "multiple of 4 is 16"),
-        ({"width": 32, "heads": 5}, "give a divisor of it, e.g. 4"),
+        ({"width": 18}, "must be a multiple of 4 .*; the nearest is 16"),
+        ({"width": 32, "heads": 5}, "must divide model.width = 32; the next smaller divisor is 4"),
         (
             {"variant": 4, "width": 24, "heads": 3},
             "splits the heads between space and time; the nearest valid number is 4",
         ),
-        ({"latent_size": 33}, "patches are 2 x 2; the nearest multiple is 32"),
-        ({"patch": "compression", "tube": 3}, "tubes hold 3 frames; the nearest multiple is 15"),
-        ({"num_classes": 0}, "1 or more"),
-        ({"class_dropout": 1.0}, "share"),
-        ({"num_frames": 0}, "1 or more"),
+        ({"latent_size": 33}, "multiple of model.patch_size = 2; the nearest is 32"),
+        ({"patch": "compression", "tube": 3}, "multiple of model.tube = 3; the nearest is 15"),
+        ({"num_classes": 0}, "from 1 to"),
+        ({"class_dropout": 1.0}, r"must be in \[0, 1\), got 1.0"),
+        ({"num_frames": 0}, "from 1 to"),
+        ({"depth": 0}, "from 1 to"),
+        ({"width": 2.5}, "an integer from 1 to"),
     ],
 )
 def test_wrong_configurations_say_the_rule_and_the_way_out(changes, message):
@@ -349,17 +351,17 @@ def test_wrong_calls_say_the_rule_and_the_way_out():
     model, t = tiny(), torch.tensor([1])
     with pytest.raises(InputError, match="takes 3"):
         model(noise(1, 4, 4, 4, 6), t)
-    with pytest.raises(InputError, match="nearest multiple of 5 is 4"):
+    with pytest.raises(InputError, match="5, but must be a multiple of .*; the nearest is 4"):
         model(noise(1, 4, 3, 5, 6), t)
     with pytest.raises(InputError, match="classes 0 to 4"):
         model(noise(1, 4, 3, 4, 6), t, torch.tensor([6]))
-    with pytest.raises(InputError, match="stills"):
+    with pytest.raises(InputError, match="1 images each need"):
         model(noise(1, 4, 3, 4, 6), t, torch.zeros(1, 3, dtype=torch.long), num_images=1)
     with pytest.raises(InputError, match="at least one"):
         model(noise(1, 4, 3, 4, 6), t, num_images=4)
     with pytest.raises(InputError, match="unconditional"):
         tiny(num_classes=None)(noise(1, 4, 3, 4, 6), t, torch.tensor([1]))
-    with pytest.raises(InputError, match="multiple of tube = 2"):
+    with pytest.raises(InputError, match="multiple of model.tube = 2"):
         tiny(patch="compression")(noise(1, 3, 3, 4, 6), t)
     with pytest.raises(InputError, match="even"):
         tiny(position="rotary", width=20, heads=4)

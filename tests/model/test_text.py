@@ -155,7 +155,7 @@ def test_a_stilled_model_is_an_image_model_whatever_its_modulation():
     model = tiny(gated_time=True)
     z, text = noise(2, 4, 4, 8, 8), noise(2, 7, 12)
     assert not torch.equal(model(z, T, text), model(z, T, text, temporal=False))
-    model.still_time()
+    model.zero_time_blocks()
     assert torch.equal(model(z, T, text), model(z, T, text, temporal=False))
     plain, gated = tiny(), tiny(gated_time=True)
     gated.load_state_dict({**plain.state_dict(), "time_gate": torch.ones(1)})
@@ -177,10 +177,10 @@ def test_the_gate_is_no_parameter_and_opens_to_a_model_without_one():
     assert plain.opened == 1.0
     assert all((outs[1] - out).abs().max() > 1e-3 for out in (outs[0], outs[2]))
     with pytest.raises(
-        InputError, match=r"share is 1.5, but it is a share of the temporal table; give 0 to 1"
+        InputError, match=r"gate must be between 0 and 1, got 1.5"
     ):
         gated.open_gate(1.5)
-    with pytest.raises(InputError, match="gated_time is False"):
+    with pytest.raises(InputError, match="no temporal gate"):
         plain.open_gate(1.0)
 
 
@@ -274,12 +274,12 @@ def test_the_table_is_the_trained_one_stretched():
     ("changes", "message"),
     [
         ({"size": "XXL"}, "did you mean 'XL'"),
-        ({"depth": 0}, "pairs of blocks"),
-        ({"width": 30, "heads": 2}, "nearest multiple of 4 is 32"),
-        ({"heads": 5}, "give a divisor of it, e.g. 4"),
-        ({"latent_size": 7}, "nearest multiple is 8"),
-        ({"table_size": 7}, "nearest multiple is 8"),
-        ({"caption_channels": 0}, "1 or more"),
+        ({"depth": 0}, "from 1 to"),
+        ({"width": 30, "heads": 2}, "must be a multiple of 4 .*; the nearest is 32"),
+        ({"heads": 5}, "the next smaller divisor is 4"),
+        ({"latent_size": 7}, "the nearest is 8"),
+        ({"table_size": 7}, "the nearest is 8"),
+        ({"caption_channels": 0}, "from 1 to"),
     ],
 )
 def test_wrong_configurations_say_the_rule_and_the_way_out(changes, message):
@@ -292,15 +292,15 @@ def test_wrong_configurations_say_the_rule_and_the_way_out(changes, message):
     ("z", "text", "mask", "images", "message"),
     [
         ((2, 4, 3, 8, 8), (2, 7, 12), None, 0, "model takes 4"),
-        ((2, 4, 4, 8, 9), (2, 7, 12), None, 0, "nearest multiple is 8"),
+        ((2, 4, 4, 8, 9), (2, 7, 12), None, 0, "the nearest is 8"),
         ((2, 4, 4, 8, 8), (2, 7, 12), None, 4, "at least one"),
-        ((2, 4, 4, 8, 8), (2, 7, 13), None, 0, "model reads 12"),
+        ((2, 4, 4, 8, 8), (2, 7, 13), None, 0, "model takes 12"),
         ((2, 4, 4, 8, 8), (3, 7, 12), None, 0, "2 clips"),
-        ((2, 4, 4, 8, 8), (7, 12), None, 0, r"give \(b l k\)"),
-        ((2, 6, 4, 8, 8), (2, 2, 7, 12), None, 2, "2 stills each"),
-        ((2, 4, 4, 8, 8), (2, 7, 12), (4, 4, 4), 0, "mask's shape"),
+        ((2, 4, 4, 8, 8), (7, 12), None, 0, r"need \(b l k\)"),
+        ((2, 6, 4, 8, 8), (2, 2, 7, 12), None, 2, "2 images each"),
+        ((2, 4, 4, 8, 8), (2, 7, 12), (4, 4, 4), 0, "mask has shape"),
         ((2, 4, 4, 8, 8), (2, 7, 12), (7, 0), 0, "end token"),
-        ((3, 4, 4, 8, 8), (3, 7, 12), None, 0, "t's shape"),
+        ((3, 4, 4, 8, 8), (3, 7, 12), None, 0, "t has shape"),
     ],
 )
 def test_wrong_calls_say_the_rule_and_the_way_out(z, text, mask, images, message):

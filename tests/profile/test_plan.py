@@ -148,7 +148,9 @@ def test_training_checkpoints_gradients_when_told(on, tmp_path, monkeypatch):
     monkeypatch.setattr(
         Latte,
         "forward",
-        lambda self, *args: (seen.append(self.gradient_checkpointing), forward(self, *args))[1],
+        lambda self, *args, **condition: (
+            seen.append(self.gradient_checkpointing), forward(self, *args, **condition)
+        )[1],
     )
     words = [*WORDS, "train.steps=1", f"train.gradient_checkpointing={on}", f"run.dir={tmp_path}"]
     build(config(*words, recipe="shapes"), "cpu").train()

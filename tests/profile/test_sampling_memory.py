@@ -12,7 +12,7 @@ from latte.inference.generate import SampleConfig, condition
 from latte.inference.pipeline import load_trained, save_trained
 from latte.inference.prompts import PromptReader
 from latte.model.latte import ModelConfig
-from latte.model.text import LatteText, TextConfig, network
+from latte.model.text import LatteText, TextConfig
 from latte.profile.memory import LiveBytes, storages
 from latte.profile.sampling_memory import decoding, denoising, staging
 from latte.text.encoders import TextEncoderConfig
@@ -27,7 +27,7 @@ CPU = torch.device("cpu")
 
 def real_peak(config, clips: int, tokens: int, scale: float) -> int:
     """Most bytes alive at a time in one guided call of a real model, its weights apart."""
-    model = wake(network(config)).requires_grad_(False).eval()
+    model = wake(config.build()).requires_grad_(False).eval()
     labels, prompts = (
         ([0] * clips, None) if isinstance(config, ModelConfig) and config.num_classes else (None, None)
     )
@@ -59,7 +59,7 @@ def test_denoising_takes_what_the_plan_says(config, scale):
     if isinstance(config, ModelConfig) and config.num_classes is None:
         scale = 1.0
     found = denoising(config, 7, SampleConfig(batch=2, guidance=scale), torch.float32)
-    assert found.weights == sum(parameter.nbytes for parameter in network(config).parameters())
+    assert found.weights == sum(parameter.nbytes for parameter in config.build().parameters())
     assert found.working == pytest.approx(real_peak(config, 2, 7, scale), rel=0.03)
 
 
@@ -234,7 +234,7 @@ def test_the_plan_is_what_a_gpu_holds(tmp_path):
     """Peak of the allocator while clips are drawn, at once and with offload, within a tenth of the plan and a few MiB of workspace."""
     config = ModelConfig(size="B", num_frames=16, latent_size=32)
     trained = tiny_text()
-    model = wake(network(config)).requires_grad_(False).eval()
+    model = wake(config.build()).requires_grad_(False).eval()
     codec = build_codec(CodecConfig("builtin"), "cuda")
     sample = SampleConfig(sampler="ddim", steps=2, batch=2)
     plan = staging(

@@ -7,8 +7,8 @@ from support import noise, wake
 
 from latte.checks import InputError
 from latte.data.captions import encode_captions
+from latte.diffusion.config import DiffusionConfig, build_process
 from latte.diffusion.loss import OBJECTIVES
-from latte.diffusion.process import DiffusionConfig, build_process
 from latte.model.text import LatteText, TextConfig
 from latte.runtime import generator
 from latte.text.builtin import BuiltinEncoder

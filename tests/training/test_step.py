@@ -8,8 +8,8 @@ import torch
 from support import noise
 
 from latte.checks import InputError
+from latte.diffusion.config import DiffusionConfig, build_process
 from latte.diffusion.loss import OBJECTIVES
-from latte.diffusion.process import DiffusionConfig, build_process
 from latte.runtime import generator
 from latte.training.step import Task, backward
 from tiny_runs import TINY, tiny_model

@@ -25,8 +25,8 @@ from latte.data.datasets import Clip, DataConfig, Dataset, FolderDataset, Proced
 from latte.data.latents import LatentDataset
 from latte.data.loader import permuted
 from latte.data.procedural import DIRECTIONS, read_motion
+from latte.diffusion.config import build_process
 from latte.diffusion.guidance import conditional
-from latte.diffusion.process import build_process
 from latte.inference.generate import autocast, generate
 from latte.model.latte import Latte
 from latte.runtime import generator, resolve_dtype
@@ -188,9 +188,9 @@ def heldout_loss(model: Latte, config: RunConfig, exam: Exam) -> float:
         part = slice(start, start + size)
         z0, t, eps = (tensor[part].to(device) for tensor in (exam.z0, exam.t, exam.eps))
         known = exam.label is not None and config.model.num_classes is not None
-        label = exam.label[part].to(device) if known and exam.label is not None else None
+        condition = {"label": exam.label[part].to(device)} if known and exam.label is not None else {}
         zt = process.add_noise(z0, t, eps)
-        denoise = conditional(autocast(model, device, resolve_dtype(config.train.dtype, device)), label)
+        denoise = conditional(autocast(model, device, resolve_dtype(config.train.dtype, device)), condition)
         prediction, _ = process.split(denoise(zt, process.original(t)), zt)
         if process.prediction == "flow":
             error = prediction - process.target(z0, t, eps)

@@ -39,7 +39,6 @@ from latte.evaluation.networks.builtin import MIN_FRAMES
 from latte.evaluation.scores import builtin_score
 from latte.files import commit_file, reported
 from latte.interop.dit import init_from_dit
-from latte.model.latte import Latte
 from latte.training.signals import StopRequest
 
 RESULTS, COMMON = "results.jsonl", "ablation.json"
@@ -334,7 +333,6 @@ def measure(
     plan: Plan, arm: Arm, seed: int, job: Job, material: Material, result: Mapping[str, Any]
 ) -> Point:
     """The averaged weights of the checkpoint that ``result`` of training names, examined."""
-    assert isinstance(job.model, Latte), "Plan refuses text"
     checkpoint = load_checkpoint(Path(result["checkpoint"]), only={"ema"})
     job.model.load_state_dict(checkpoint.tensors["ema"])
     loss, accuracy, score = heldout_loss(job.model, arm.config, material.exam), None, None

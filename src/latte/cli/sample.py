@@ -154,7 +154,7 @@ def sample(
     """Draw clips: an mp4 each, one gif, and a contact sheet (rows clips, columns frames)."""
     from dataclasses import replace
 
-    from latte.diffusion.long_video import LONGER
+    from latte.diffusion.long_video import LONG_VIDEO_METHODS
     from latte.inference.outputs import write_album
     from latte.inference.pipeline import load_trained
     from latte.runtime import resolve_device, resolve_dtype
@@ -196,7 +196,7 @@ def sample(
         "window": window,
         "given": given,
     }
-    options |= {"longer": longer or next(iter(LONGER)), "overlap": overlap}
+    options |= {"longer": longer or next(iter(LONG_VIDEO_METHODS)), "overlap": overlap}
     facts = facts_of(trained, options, negative)
     folder = (
         out
@@ -244,7 +244,7 @@ def facts_of(trained: "Trained", options: dict[str, Any], negative: str) -> dict
     """Everything but seed, label and prompt that decides the pixels of a clip, as plain data; pictures by their hash."""
     from dataclasses import asdict
 
-    from latte.diffusion.frame_conditioning import STRENGTH
+    from latte.diffusion.frame_conditioning import DEFAULT_STRENGTH
 
     given, window = options["given"], options["window"]
     return {
@@ -262,7 +262,7 @@ def facts_of(trained: "Trained", options: dict[str, Any], negative: str) -> dict
             if given
             else {}
         ),
-        **({"given_strength": STRENGTH} if given else {}),
+        **({"given_strength": DEFAULT_STRENGTH} if given else {}),
         **({"decoder": trained.decoder.fingerprint} if trained.decoder else {}),
         **({"text_encoder": trained.reader.used, "negative": negative} if trained.reader else {}),
     }

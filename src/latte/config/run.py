@@ -30,7 +30,7 @@ from latte.config.layers import (
     short,
 )
 from latte.data.datasets import DataConfig
-from latte.diffusion.process import DiffusionConfig
+from latte.diffusion.config import DiffusionConfig
 from latte.inference.generate import SampleConfig
 from latte.interop.lora import LoraConfig
 from latte.model.latte import ModelConfig

@@ -1,79 +1,64 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Classifier-free guidance as a denoiser that wraps a model (Ho & Salimans 2022): no sampler knows about it.
+"""Classifier-free guidance as a wrapper around a model that is itself a denoise function: no sampler knows about it.
 
+A condition is the model's own keywords, such as {"label": (b,)} or {"text": (b l k), "mask": (b l)}; it passes through here
+without being looked at (Ho & Salimans 2022, eq. 6; Latte, Sec. 4.1).
 Axes: b batch, f frames, c channels, h height, w width.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
-from latte.checks import InputError, require
-from latte.diffusion.loss import Denoiser
-
-NULL_LABEL = -1
-"""The label that stands for "no class"."""
+from latte.checks import InputError, check
+from latte.diffusion.process import DenoiseFunction
 
 Model = Callable[..., Tensor]
-"""(z (b f c h w), original timesteps (b,), condition ...) -> (b f c|2c h w), such as ``latte.model.latte.Latte`` with label (b,) or None
-as its condition, or ``latte.model.text.LatteText`` with text (b l k) and mask (b l)."""
+"""(z (b f c h w), original timesteps (b,), **condition) -> (b f c|2c h w): a ``latte.model.denoiser.Denoiser``."""
+Condition = Mapping[str, Tensor]
+"""Keyword of the model -> tensor (b ...). Empty for an unconditional model."""
+
+MAX_GUIDANCE = 100.0
+"""Above this scale a sample saturates at once: such a value is a mistake."""
 
 
-def conditional(model: Model, label: Tensor | None = None) -> Denoiser:
-    """``model`` with its labels (b,) int64 bound; with None the model itself: an unconditional one is a denoiser already."""
-    return model if label is None else lambda z, t: model(z, t, label)
+def conditional(model: Model, condition: Condition) -> DenoiseFunction:
+    """Return ``model`` with its condition bound."""
+    return lambda z, t: model(z, t, **condition)
 
 
 def guided(
-    model: Model, label: Tensor | None, scale: float, window: tuple[int, int] | None = None
-) -> Denoiser:
-    """``guided_pair`` of ``label`` (b,) against the null class; InputError without labels (scale 1 apart), too."""
-    if label is not None:
-        return guided_pair(model, (label,), (torch.full_like(label, NULL_LABEL),), scale, window)
-    check_guidance(scale, window)
-    if scale != 1:
-        raise InputError(
-            f"guidance is {scale}, but an unconditional model has nothing to be guided by; give guidance 1, or labels"
-        )
-    return conditional(model)
+    model: Model, condition: Condition, null: Condition, scale: float, window: tuple[int, int] | None = None
+) -> DenoiseFunction:
+    """Return the denoise function u + scale (c - u): c is the model under ``condition``, u under ``null``.
 
-
-def guided_pair(
-    model: Model,
-    condition: Sequence[Tensor],
-    null: Sequence[Tensor],
-    scale: float,
-    window: tuple[int, int] | None = None,
-) -> Denoiser:
-    """u + scale (c - u), with c the model's answer under ``condition`` and u under ``null``, the condition of nothing.
-
-    Both are what the model takes behind z and t, each tensor (b ...), of the same shapes: a caption and its negative are padded to one
-    length, with a mask. One call of the model on 2b clips, the conditional half first, combined in the precision of z. Only the
-    prediction's channels are guided; variance channels are those of the conditional half. At scale 1 this is the plain conditional
-    model, one pass of b clips. ``window`` (first, last) guides only the original timesteps inside it, both ends included, and is the
-    conditional model elsewhere (Kynkaanniemi et al. 2024). InputError for a negative or not finite scale, a reversed window, and
-    conditions that do not match.
+    Both hold the same keywords with tensors of the same shapes: a caption and its negative prompt are padded to one length,
+    with a mask. One call of the model on 2b clips, the conditional half first, combined in the precision of z. Only the
+    prediction's channels are guided; variance channels are those of the conditional half. Scale 1 is the conditional model
+    without guidance: one pass of b clips. ``window`` (first, last) guides only the original timesteps inside it, both ends
+    included (Kynkaanniemi et al. 2024). InputError for a scale outside 0..MAX_GUIDANCE, a reversed window, an empty condition
+    at any scale but 1, and conditions that do not match.
     """
     check_guidance(scale, window)
-    shapes = [[tuple(tensor.shape) for tensor in side] for side in (condition, null)]
-    require(
-        shapes[0] == shapes[1],
-        "shapes of the null condition",
-        shapes[1],
-        f"the condition has {shapes[0]}",
-        "pad both to one length",
-    )
-
-    def plain(z: Tensor, t: Tensor) -> Tensor:
-        return model(z, t, *condition)
+    plain = conditional(model, condition)
+    if scale == 1:
+        return plain
+    if not condition:
+        raise InputError(
+            f"guidance is {scale}, but an unconditional model has no condition to be guided by; use guidance 1, or give labels"
+        )
+    check_same_shapes(condition, null)
+    joint = {key: torch.cat([condition[key], null[key]]) for key in condition}  # (2b ...)
 
     def both(z: Tensor, t: Tensor) -> Tensor:
-        joint = [torch.cat(pair) for pair in zip(condition, null, strict=True)]
-        with_condition, without = model(torch.cat([z, z]), torch.cat([t, t]), *joint).to(z.dtype).chunk(2)
-        c, u = with_condition[:, :, : z.shape[2]], without[:, :, : z.shape[2]]
-        return torch.cat([u + scale * (c - u), with_condition[:, :, z.shape[2] :]], 2)
+        output = model(torch.cat([z, z]), torch.cat([t, t]), **joint).to(z.dtype)  # (2b f c|2c h w)
+        with_condition, without = output.chunk(2)
+        channels = z.shape[2]
+        c = with_condition[:, :, :channels]
+        u = without[:, :, :channels]
+        return torch.cat([u + scale * (c - u), with_condition[:, :, channels:]], dim=2)  # (b f c|2c h w)
 
     def inside_window(z: Tensor, t: Tensor) -> Tensor:
         assert window is not None
@@ -84,25 +69,27 @@ def guided_pair(
             return both(z, t)
         return torch.where(inside.view(-1, *[1] * (z.ndim - 1)), both(z, t), plain(z, t))
 
-    if scale == 1:
-        return plain
     return both if window is None else inside_window
 
 
-def check_guidance(scale: float, window: tuple[int, int] | None) -> None:
-    """InputError for what is no weight and no window."""
-    require(
-        math.isfinite(scale) and scale >= 0,
-        "guidance",
-        scale,
-        "it must be finite and not negative",
-        "give 1 for none, 4 for strong",
+def check_guidance(scale: float, window: tuple[int, int] | None = None, field: str = "guidance") -> None:
+    """Raise InputError for a scale outside 0..MAX_GUIDANCE and for a reversed window."""
+    check(
+        math.isfinite(scale) and 0 <= scale <= MAX_GUIDANCE,
+        f"{field} must be between 0 and {MAX_GUIDANCE:g}, got {scale}; 1 samples without guidance, 4 is strong",
     )
     if window is not None:
-        require(
+        check(
             window[0] <= window[1],
-            "guidance window",
-            window,
-            "it runs from the first to the last guided timestep",
-            "swap them",
+            f"guidance window is {window}, but must be (first, last) guided timestep with first <= last; swap them",
         )
+
+
+def check_same_shapes(condition: Condition, null: Condition) -> None:
+    """Raise InputError unless the null condition has the condition's keywords and shapes."""
+    shapes = {key: tuple(tensor.shape) for key, tensor in condition.items()}
+    null_shapes = {key: tuple(tensor.shape) for key, tensor in null.items()}
+    check(
+        shapes == null_shapes,
+        f"the null condition has shapes {null_shapes}, but the condition has {shapes}; pad both to one length",
+    )

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Clips of more frames than the model was made for, a window of its own length at a time: how windows become one clip.
+"""Clips longer than the model's own: overlapping windows of its own length, and the methods that make one clip of them.
 
-Each choice is a function (walk, denoise, noise, known, mask, window, overlap, progress) -> z_0 (b f c h w), where ``known`` (1|b f c h w)
-holds the frames that are given and ``mask``, bool (f,), says which these are. A clip that fits into one window is the plain sample,
-whatever the choice; neighbours share ``overlap`` frames.
+A method is a function (sample, denoise, noise, frames, mask, window, overlap, progress) -> z_0 (b f c h w), where ``frames``
+(1|b f c h w) holds the conditioning frames and ``mask``, bool (f,), their positions. A clip that fits into one window is the
+ordinary sample, whatever the method. To add a method: one function and one entry in LONG_VIDEO_METHODS.
 Axes: b batch, f frames, c channels, h height, w width.
 """
 
@@ -12,87 +12,144 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from latte.diffusion.loss import Denoiser
-from latte.diffusion.samplers import Progress
-from latte.diffusion.windows import in_windows, window_starts
+from latte.checks import check
+from latte.diffusion.process import DenoiseFunction
+from latte.diffusion.samplers import Noise, Progress
 
-Noise = Callable[[Sequence[int]], Tensor]
-"""The next standard normal (b, *shape), such as ``runtime.SampleNoise``."""
-Walk = Callable[[Denoiser, Noise, Tensor, Tensor, float, Progress | None], Tensor]
-"""(denoiser, noise, known, mask, pull, progress) -> a sample (b f c h w) that holds the known frames bit for bit; ``pull`` times the
-strength is how hard they pull at the others."""
-CHAIN_PULL = 0.25
-"""Many frames of one scene pull harder than one does. Chains of skies, half a window shared, strength 2: the contrast of the second 16
-frames over that of the first is 0.99 at 0.25, 1.17 at 0.5 and 1.33 at 1 (docs/LOG.md)."""
+SampleFunction = Callable[[DenoiseFunction, Noise, Tensor, Tensor, float, Progress | None], Tensor]
+"""(denoise, noise, frames, mask, strength_scale, progress) -> a sample (b f c h w) that equals the conditioning frames bit for
+bit; ``strength_scale`` multiplies the strength of frame guidance."""
+CHAIN_STRENGTH = 0.25
+"""Scale of the frame guidance in a chain, where half a window is given. Chains of skies, half a window shared, strength 2: the
+contrast of the second 16 frames over that of the first is 0.99 at 0.25, 1.17 at 0.5 and 1.33 at 1 (docs/LOG.md)."""
 
 
 def freenoise(
-    walk: Walk,
-    denoise: Denoiser,
+    sample: SampleFunction,
+    denoise: DenoiseFunction,
     noise: Noise,
-    known: Tensor,
+    frames: Tensor,
     mask: Tensor,
     window: int,
     overlap: int | None,
     progress: Progress | None,
 ) -> Tensor:
-    """All windows side by side (``in_windows``), from the first one's noise again and again (``repeated``).
+    """Denoise all windows side by side (``in_windows``) from shuffled copies of one window's noise (``shuffled_noise``).
 
-    A scene stays, and so, nearly, does what moves in it: every window draws the same few frames anew.
+    The scene stays the same, and motion nearly repeats: all windows start from the same frames of noise.
     """
     stride = window - (window // 2 if overlap is None else overlap)
-    return walk(
-        in_windows(denoise, window, overlap), repeated(noise, window, stride), known, mask, 1.0, progress
-    )
+    windowed = in_windows(denoise, window, overlap)
+    return sample(windowed, shuffled_noise(noise, window, stride), frames, mask, 1.0, progress)
 
 
 def chained(
-    walk: Walk,
-    denoise: Denoiser,
+    sample: SampleFunction,
+    denoise: DenoiseFunction,
     noise: Noise,
-    known: Tensor,
+    frames: Tensor,
     mask: Tensor,
     window: int,
     overlap: int | None,
     progress: Progress | None,
 ) -> Tensor:
-    """One window after the other, each given the frames that it shares with those before (``with_known``).
+    """Generate one window after the other, each conditioned on the frames it shares with those before.
 
-    A scene stays and moves on, as far as it remains what the model knows. What is drawn is drawn once: a later window never changes an
-    earlier one. Memory is that of one window, with its gradient; that also makes it two to three times the work of ``freenoise``.
+    The scene stays and moves on, as long as it resembles the training data. A finished window is never changed by a later
+    one. Memory is that of one window with its gradient, time two to three times that of ``freenoise``.
     """
     starts = window_starts(mask.shape[0], window, window // 2 if overlap is None else overlap)
-    z, done = known, mask.clone()
+    z = frames
+    done = mask.clone()
     for number, start in enumerate(starts):
         part = slice(start, start + window)
-        tell = None if progress is None else share(progress, number, len(starts))
-        drawn = walk(denoise, noise, z[:, part], done[part], CHAIN_PULL if number else 1.0, tell)
-        z, done[part] = z.expand(len(drawn), *z.shape[1:]), True
-        z = torch.cat([z[:, :start], drawn, z[:, start + window :]], 1)
+        part_progress = None if progress is None else partial_progress(progress, number, len(starts))
+        strength_scale = CHAIN_STRENGTH if number else 1.0
+        generated = sample(denoise, noise, z[:, part], done[part], strength_scale, part_progress)
+        z = z.expand(len(generated), *z.shape[1:])
+        z = torch.cat([z[:, :start], generated, z[:, start + window :]], dim=1)  # (b f c h w)
+        done[part] = True
     return z
 
 
-def repeated(noise: Noise, window: int, stride: int) -> Noise:
-    """Noise whose first ``window`` frames are ``noise``'s own, and every later ``stride`` of them those that just left, shuffled.
+LONG_VIDEO_METHODS = {"freenoise": freenoise, "chained": chained}
 
-    So all windows start from the same frames of noise, in other orders, and draw much the same things (FreeNoise, Qiu et al. 2023,
-    arXiv 2310.15169, sec. 3.2). The order, too, is drawn from each sample's own stream.
+
+def window_starts(frames: int, length: int, overlap: int) -> list[int]:
+    """Return the first frames of windows of ``length`` that cover ``frames``.
+
+    Neighbours share ``overlap`` frames, the last two perhaps more.
+    """
+    check(
+        length >= 1,
+        f"window must be at least 1 frame, got {length}; use the number of frames the model was trained on",
+    )
+    check(
+        0 <= overlap < length,
+        f"overlap is {overlap}, but windows have {length} frames; give 0 to {length - 1}",
+    )
+    if frames <= length:
+        return [0]
+    return [*range(0, frames - length, length - overlap), frames - length]
+
+
+def in_windows(denoise: DenoiseFunction, length: int, overlap: int | None = None) -> DenoiseFunction:
+    """Return ``denoise`` for clips of any length: it sees ``length`` frames at a time; ``overlap`` None is half of them.
+
+    Frames in several windows get the weighted mean of their predictions, so that all windows advance as one clip
+    (MultiDiffusion, Bar-Tal et al. 2023, arXiv 2302.08113, eq. 5, over space; Gen-L-Video, Wang et al. 2023, arXiv 2305.18264,
+    over time). A frame counts less towards a window's edge, where the model sees its context on one side only (Mixture of
+    Diffusers, Jimenez 2023, arXiv 2302.02412). Windows agree through their overlap alone. Memory is that of one window.
+    Frame conditioning wraps this one, condition_on_frames(in_windows(...), ...); its gradient then holds all windows.
+    """
+    overlap = length // 2 if overlap is None else overlap
+    window_starts(length, length, overlap)  # refuse a wrong overlap now
+
+    def windowed(z: Tensor, t: Tensor) -> Tensor:
+        frames = z.shape[1]
+        starts = window_starts(frames, length, overlap)
+        if len(starts) == 1:
+            return denoise(z, t)
+        window_weights = edge_weights(length).to(z)
+        weights = torch.zeros(frames, device=z.device, dtype=z.dtype)
+        total = None
+        for start in starts:
+            prediction = denoise(z[:, start : start + length].contiguous(), t).to(z.dtype)
+            weighted = prediction * window_weights.view(-1, 1, 1, 1)
+            after = frames - start - length
+            padded = torch.nn.functional.pad(weighted, (0, 0) * 3 + (start, after))  # (b f c|2c h w)
+            total = padded if total is None else total + padded
+            weights[start : start + length] += window_weights
+        assert total is not None
+        return total / weights.view(-1, 1, 1, 1)
+
+    return windowed
+
+
+def edge_weights(length: int) -> Tensor:
+    """Return weights (length,) that rise in equal steps from 1 at both ends to the middle of the window."""
+    ramp = torch.arange(1, length + 1)
+    return torch.minimum(ramp, ramp.flip(0)).float()
+
+
+def shuffled_noise(noise: Noise, window: int, stride: int) -> Noise:
+    """Return noise whose first ``window`` frames are ``noise``'s, and every further ``stride`` a shuffled copy of earlier ones.
+
+    All windows start from the same frames of noise in different orders, so their content is alike (FreeNoise, Qiu et al. 2023,
+    arXiv 2310.15169, Sec. 3.2). The order, too, is drawn from each sample's own generator.
     """
 
-    def draw(shape: Sequence[int]) -> Tensor:
-        z = noise((min(shape[0], window), *shape[1:]))
+    def extended(shape: Sequence[int]) -> Tensor:
+        z = noise((min(shape[0], window), *shape[1:]))  # (b window c h w)
         while z.shape[1] < shape[0]:
             leaving = z[:, z.shape[1] - window :][:, :stride]
-            order = noise((stride,)).argsort(1).view(len(z), stride, *[1] * (z.ndim - 2))
-            z = torch.cat([z, leaving.take_along_dim(order, 1)], 1)
+            order = noise((stride,)).argsort(1).view(len(z), stride, *[1] * (z.ndim - 2))  # (b stride 1 1 1)
+            z = torch.cat([z, leaving.take_along_dim(order, 1)], dim=1)  # (b f+stride c h w)
         return z[:, : shape[0]]
 
-    return draw
+    return extended
 
 
-def share(progress: Progress, part: int, parts: int) -> Progress:
-    """The progress of one part as that of ``parts`` equal ones."""
-    return lambda done, steps: progress(part * steps + done, parts * steps)
-
-
-LONGER = {"freenoise": freenoise, "chained": chained}
+def partial_progress(progress: Progress, part: int, num_parts: int) -> Progress:
+    """Return the progress of one part as a share of ``num_parts`` equal ones."""
+    return lambda done, steps: progress(part * steps + done, num_parts * steps)

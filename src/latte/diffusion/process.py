@@ -1,152 +1,126 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From data to noise and one step back: z_t = signal z_0 + noise eps, the posterior q(z_t-1 | z_t, z_0), and what a model's output means.
+"""The forward process z_t = signal z_0 + noise eps, the posterior q(z_t-1 | z_t, z_0), and what a model's output means.
 
 All tables are float64 on the CPU. They meet a model's tensors in one place, ``NoisePath.at``, which casts them to float32.
-Two kinds of index: ``t`` counts the steps of this path (respaced or not), the *original* timestep is what the model is told.
-Ho et al. 2020 (DDPM), Nichol & Dhariwal 2021 (learned range, squared cosine, respacing), Liu et al. 2023 (rectified flow).
+Two kinds of index: ``t`` counts the steps of this process (respaced or not); the *original* timestep is the model's input.
+Ho et al. 2020 (DDPM), Nichol & Dhariwal 2021 (learned variance), Liu et al. 2023 (rectified flow).
 Axes: b batch, f frames, c channels, h height, w width.
 """
 
-import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from latte.checks import InputError, choose, require
-from latte.diffusion.loss import OBJECTIVES
+from latte.checks import check, choose
+from latte.diffusion.schedules import spaced_timesteps
+
+DenoiseFunction = Callable[[Tensor, Tensor], Tensor]
+"""(z (b f c h w), original timesteps (b,) int64) -> (b f c h w), or (b f 2c h w) with a learned variance."""
 
 
-def linear(num_steps: int) -> Tensor:
-    """betas (num_steps,) float64 from 1e-4 to 0.02, both ends scaled by 1000 / num_steps (DDPM; Latte's own schedule)."""
-    rule = "the linear schedule ends at beta = 20 / num_steps, which must stay below 1"
-    require(
-        num_steps > 20,
-        "diffusion.num_steps",
-        num_steps,
-        rule,
-        "take 21 or more, or diffusion.schedule=squared_cosine",
-    )
-    scale = 1000 / num_steps
-    return torch.linspace(scale * 1e-4, scale * 0.02, num_steps, dtype=torch.float64)
+class Prediction(Protocol):
+    """What a model's output means, given the coefficients ``signal`` and ``noise`` of z_t = signal z_0 + noise eps."""
+
+    straight_path: ClassVar[bool]
+    """Whether it belongs to the straight path of rectified flow, which has no schedule and no variance."""
+
+    @staticmethod
+    def target(signal: Tensor, noise: Tensor, z0: Tensor, eps: Tensor) -> Tensor:
+        """Return the training target."""
+        ...
+
+    @staticmethod
+    def z0(signal: Tensor, noise: Tensor, zt: Tensor, output: Tensor) -> Tensor:
+        """Return the z_0 that ``output`` implies at z_t."""
+        ...
+
+    @staticmethod
+    def eps(signal: Tensor, noise: Tensor, zt: Tensor, output: Tensor) -> Tensor:
+        """Return the eps that ``output`` implies at z_t."""
+        ...
 
 
-def squared_cosine(num_steps: int) -> Tensor:
-    """betas (num_steps,) float64 whose cumulated product follows cos^2, each at most 0.999 (Nichol & Dhariwal, eq. 17)."""
-    u = torch.linspace(0, 1, num_steps + 1, dtype=torch.float64)
-    level = torch.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
-    return (1 - level[1:] / level[:-1]).clamp(max=0.999)
+class EpsilonPrediction:
+    """The output is the noise eps (DDPM; Latte, Sec. 3.1)."""
+
+    straight_path = False
+
+    @staticmethod
+    def target(signal: Tensor, noise: Tensor, z0: Tensor, eps: Tensor) -> Tensor:
+        return eps
+
+    @staticmethod
+    def z0(signal: Tensor, noise: Tensor, zt: Tensor, output: Tensor) -> Tensor:
+        return (zt - noise * output) / signal
+
+    @staticmethod
+    def eps(signal: Tensor, noise: Tensor, zt: Tensor, output: Tensor) -> Tensor:
+        return output
 
 
-SCHEDULES: dict[str, Callable[[int], Tensor]] = {"linear": linear, "squared_cosine": squared_cosine}
+class VelocityPrediction:
+    """The output is v = signal eps - noise z_0, with signal^2 + noise^2 = 1 (Salimans & Ho 2022, appendix D)."""
+
+    straight_path = False
+
+    @staticmethod
+    def target(signal: Tensor, noise: Tensor, z0: Tensor, eps: Tensor) -> Tensor:
+        return signal * eps - noise * z0
+
+    @staticmethod
+    def z0(signal: Tensor, noise: Tensor, zt: Tensor, output: Tensor) -> Tensor:
+        return signal * zt - noise * output
+
+    @staticmethod
+    def eps(signal: Tensor, noise: Tensor, zt: Tensor, output: Tensor) -> Tensor:
+        return noise * zt + signal * output
 
 
-@dataclass(frozen=True)
-class DiffusionConfig:
-    """How data is noised and what the model learns about it; InputError on construction for a process that cannot be built."""
+class FlowPrediction:
+    """The output is dz/ds = eps - z_0, the velocity of the straight path with signal + noise = 1 (Liu et al. 2023, eq. 1)."""
 
-    schedule: str = "linear"  # of SCHEDULES; rectified_flow has its own straight path and takes no other
-    num_steps: int = 1000  # timesteps the model is trained on
-    objective: str = "paper"  # of OBJECTIVES
+    straight_path = True
 
-    __pydantic_config__: ClassVar[dict] = {"extra": "forbid"}
+    @staticmethod
+    def target(signal: Tensor, noise: Tensor, z0: Tensor, eps: Tensor) -> Tensor:
+        return eps - z0
 
-    def __post_init__(self):
-        build_process(self)
+    @staticmethod
+    def z0(signal: Tensor, noise: Tensor, zt: Tensor, output: Tensor) -> Tensor:
+        return zt - noise * output
 
-
-@dataclass(frozen=True)
-class Prediction:
-    """What a model's output means: the target it learns, and z_0 and eps read back from it.
-
-    Each takes the coefficients ``a`` (signal) and ``s`` (noise) first: target(a, s, z0, eps), z0(a, s, zt, output), eps(a, s, zt, output).
-    """
-
-    target: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-    z0: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-    eps: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+    @staticmethod
+    def eps(signal: Tensor, noise: Tensor, zt: Tensor, output: Tensor) -> Tensor:
+        return zt + signal * output
 
 
-PREDICTIONS = {
-    "epsilon": Prediction(
-        lambda a, s, z0, eps: eps, lambda a, s, zt, out: (zt - s * out) / a, lambda a, s, zt, out: out
-    ),
-    # Salimans & Ho 2022, appendix D; a^2 + s^2 = 1
-    "v": Prediction(
-        lambda a, s, z0, eps: a * eps - s * z0,
-        lambda a, s, zt, out: a * zt - s * out,
-        lambda a, s, zt, out: s * zt + a * out,
-    ),
-    # the velocity dz/ds of the straight path; a + s = 1
-    "flow": Prediction(
-        lambda a, s, z0, eps: eps - z0, lambda a, s, zt, out: zt - s * out, lambda a, s, zt, out: zt + a * out
-    ),
+PREDICTIONS: dict[str, type[Prediction]] = {
+    "epsilon": EpsilonPrediction,
+    "v": VelocityPrediction,
+    "flow": FlowPrediction,
 }
 
 
-def spread(num_steps: int, sections: str) -> list[int]:
-    """The indices of 0..num_steps-1 that a respacing keeps, ascending, exactly as the released code picks them.
-
-    "250" or "10,15,20": equal sections (the first ones take the remainder), in each the given count at a fractional stride, rounded
-    half to even. "ddim50": the smallest whole stride that gives 50. InputError for anything else or for more than there are.
-    """
-    digits = sections.removeprefix("ddim").split(",")
-    way_out = "give a count ('250'), counts per section ('10,15,20') or a whole stride ('ddim50')"
-    valid = all(part.isdecimal() and int(part) > 0 for part in digits) and not (
-        sections.startswith("ddim") and len(digits) > 1
-    )
-    require(valid, "steps", sections, "a respacing is made of positive whole numbers", way_out)
-    counts = [int(part) for part in digits]
-    if sections.startswith("ddim"):
-        for stride in range(1, num_steps + 1):
-            if len(range(0, num_steps, stride)) == counts[0]:
-                return list(range(0, num_steps, stride))
-        raise InputError(
-            f"steps is {sections!r}, but no whole stride over {num_steps} steps gives {counts[0]}; use '{counts[0]}'"
-        )
-    kept, start = [], 0
-    for i, count in enumerate(counts):
-        size = num_steps // len(counts) + (i < num_steps % len(counts))
-        rule = f"section {i + 1} of {len(counts)} holds {size} of {num_steps} steps"
-        require(count <= size, "steps", sections, rule, f"give it at most {size}")
-        stride, position = (size - 1) / max(count - 1, 1), 0.0
-        for _ in range(count):
-            kept.append(start + round(position))
-            position += stride
-        start += size
-    return kept
-
-
-def trailing(num_steps: int, count: str) -> list[int]:
-    """``count`` even indices of 0..num_steps-1, ascending, the last among them: "4" of 1000 -> 249, 499, 749, 999; InputError otherwise."""
-    valid = count.isdecimal() and 1 <= int(count) <= num_steps
-    require(
-        valid,
-        "steps",
-        count,
-        f"this sampler takes a plain count of 1 to {num_steps}",
-        "give one, or use ddpm or ddim",
-    )
-    return [round(num_steps * k / int(count)) - 1 for k in range(1, int(count) + 1)]
-
-
 class NoisePath:
-    """z_t = signal z_0 + noise eps over ``num_steps`` indices. Abstract: Process and Flow say how signal and noise run.
+    """z_t = signal z_0 + noise eps over ``num_steps`` indices. Abstract: Process and Flow define signal and noise.
 
     signal, noise: float64 (num_steps,). timestep_map: int64 (num_steps,), the original timestep of each index.
-    prediction: name in PREDICTIONS, what the model's output means.
+    prediction: key of PREDICTIONS, what the model's output means.
     """
+
+    has_posterior: ClassVar[bool] = False
+    """Whether q(z_t-1 | z_t, z_0) has a variance that a model can learn."""
 
     def __init__(
         self, signal: Tensor, noise: Tensor, timestep_map: Sequence[int] | Tensor | None, prediction: str
     ):
-        self.signal, self.noise = signal, noise
+        self.signal = signal
+        self.noise = noise
         self.num_steps = len(signal)
-        self.timestep_map = torch.as_tensor(
-            range(self.num_steps) if timestep_map is None else timestep_map, dtype=torch.int64
-        )
+        timesteps = range(self.num_steps) if timestep_map is None else timestep_map
+        self.timestep_map = torch.as_tensor(timesteps, dtype=torch.int64)
         assert len(self.timestep_map) == self.num_steps
         choose("prediction", prediction, PREDICTIONS)
         self.prediction = prediction
@@ -159,45 +133,49 @@ class NoisePath:
         return self._placed[key]
 
     def at(self, name: str, t: Tensor, like: Tensor) -> Tensor:
-        """Entries t (b,) of the float64 table ``name`` as (b 1 1 1 1), on the device of ``like`` and cast to float32.
+        """Return entries t (b,) of the float64 table ``name`` as (b 1 1 1 1), on the device of ``like`` and in float32.
 
         The only change of precision here. A float64 ``like`` keeps float64; a half-precision one gets float32, so that
         everything computed from it is float32 again.
         """
         dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
-        return self._table(name, like.device, dtype)[t.to(like.device)].view(-1, *[1] * (like.ndim - 1))
+        entries = self._table(name, like.device, dtype)[t.to(like.device)]  # (b)
+        return entries.view(-1, *[1] * (like.ndim - 1))  # (b 1 1 1 1)
 
     def original(self, t: Tensor) -> Tensor:
-        """t (b,) int64 -> the timesteps (b,) that the model is told, on the device of ``t``."""
+        """Return the original timesteps (b,) of indices t (b,) int64, on the device of ``t``: the model's input."""
         return self._table("timestep_map", t.device, torch.int64)[t]
 
     def add_noise(self, z0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-        """A draw of q(z_t | z_0): z0 and eps (b f c h w), t (b,) -> (b f c h w) (DDPM eq. 4, with eps standard normal)."""
+        """Return a sample of q(z_t | z_0) (b f c h w) from z0 and standard normal eps (b f c h w), t (b,) (DDPM eq. 4)."""
         return self.at("signal", t, z0) * z0 + self.at("noise", t, z0) * eps
 
     def target(self, z0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-        """What the model should answer at z_t: (b f c h w)."""
+        """Return what the model should output at z_t: (b f c h w)."""
         return PREDICTIONS[self.prediction].target(self.at("signal", t, z0), self.at("noise", t, z0), z0, eps)
 
     def split(self, output: Tensor, zt: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Output (b f c|2c h w) -> prediction (b f c h w) and variance channels (b f c h w) or None, both in float32 (float64 if zt is)."""
+        """Split output (b f c|2c h w) into the prediction (b f c h w) and the variance channels (b f c h w) or None.
+
+        Both are float32, or float64 if zt is. InputError for an output of another shape.
+        """
         channels = zt.shape[2]
-        rule = f"the latent {tuple(zt.shape)} asks for {channels} channels, or {2 * channels} with a learned variance"
-        ok = (
-            output.shape[2] in (channels, 2 * channels)
-            and output.shape[:2] == zt.shape[:2]
-            and output.shape[3:] == zt.shape[3:]
-        )
-        require(
-            ok, "model output", tuple(output.shape), rule, "check model.latent_channels and model.learn_sigma"
+        same_grid = output.shape[:2] == zt.shape[:2] and output.shape[3:] == zt.shape[3:]
+        check(
+            same_grid and output.shape[2] in (channels, 2 * channels),
+            f"the model output has shape {tuple(output.shape)}, but the latent {tuple(zt.shape)} needs {channels} "
+            f"channels, or {2 * channels} with a learned variance; check model.latent_channels and model.learn_sigma",
         )
         output = output.to(torch.float64 if zt.dtype == torch.float64 else torch.float32)
-        return output[:, :, :channels], output[:, :, channels:] if output.shape[2] > channels else None
+        variance = output[:, :, channels:] if output.shape[2] > channels else None  # (b f c h w)
+        return output[:, :, :channels], variance
 
     def estimate(self, prediction: Tensor, zt: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Prediction and zt (b f c h w), t (b,) -> the z_0 and eps it stands for; z_0 is not clipped."""
-        kind, a, s = PREDICTIONS[self.prediction], self.at("signal", t, zt), self.at("noise", t, zt)
-        return kind.z0(a, s, zt, prediction), kind.eps(a, s, zt, prediction)
+        """Return the z_0 and eps that a prediction implies at zt (both (b f c h w)) and t (b,); z_0 is not clipped."""
+        kind = PREDICTIONS[self.prediction]
+        signal = self.at("signal", t, zt)
+        noise = self.at("noise", t, zt)
+        return kind.z0(signal, noise, zt, prediction), kind.eps(signal, noise, zt, prediction)
 
 
 class Posterior(NamedTuple):
@@ -208,8 +186,8 @@ class Posterior(NamedTuple):
     log_variance: Tensor
 
 
-class Reading(NamedTuple):
-    """A model's output read at (z_t, t), each (b f c h w): z0 and eps it stands for, and p(z_t-1 | z_t) it defines."""
+class ReverseStep(NamedTuple):
+    """p(z_t-1 | z_t) of a model, with the z_0 and eps its output implies; each (b f c h w)."""
 
     z0: Tensor
     eps: Tensor
@@ -220,61 +198,64 @@ class Reading(NamedTuple):
 class Process(NoisePath):
     """The Gaussian diffusion of ``betas``: signal^2 + noise^2 = 1. Every attribute is a float64 table (num_steps,)."""
 
+    has_posterior = True
+
     def __init__(
         self, betas: Tensor, timestep_map: Sequence[int] | Tensor | None = None, prediction: str = "epsilon"
     ):
         """betas: (num_steps,), each inside (0, 1), cast to float64; InputError otherwise."""
         self.betas = betas = torch.as_tensor(betas, dtype=torch.float64)
-        valid = betas.ndim == 1 and len(betas) > 0 and bool(((betas > 0) & (betas < 1)).all())
-        require(
-            valid,
-            "betas",
-            f"{len(betas)} numbers",
-            "each must lie inside (0, 1)",
-            "use a schedule of SCHEDULES",
+        check(
+            betas.ndim == 1 and len(betas) > 0 and bool(((betas > 0) & (betas < 1)).all()),
+            f"betas has shape {tuple(betas.shape)}, but must be a vector of values inside (0, 1); "
+            "use a schedule of latte.diffusion.schedules",
         )
         self.alphas_cumprod = torch.cumprod(1 - betas, 0)
         self.alphas_cumprod_prev = torch.cat([torch.ones(1, dtype=torch.float64), self.alphas_cumprod[:-1]])
-        super().__init__(
-            self.alphas_cumprod.sqrt(), (1 - self.alphas_cumprod).sqrt(), timestep_map, prediction
-        )
+        signal = self.alphas_cumprod.sqrt()
+        noise = (1 - self.alphas_cumprod).sqrt()
+        super().__init__(signal, noise, timestep_map, prediction)
         # DDPM eq. 7: mean = posterior_z0 z_0 + posterior_zt z_t
         self.posterior_z0 = betas * self.alphas_cumprod_prev.sqrt() / (1 - self.alphas_cumprod)
         self.posterior_zt = (1 - self.alphas_cumprod_prev) * (1 - betas).sqrt() / (1 - self.alphas_cumprod)
         self.posterior_variance = betas * (1 - self.alphas_cumprod_prev) / (1 - self.alphas_cumprod)
-        # the variance at index 0 is 0: its logarithm borrows that of index 1 (of beta when there is one step, whose draw is not used)
+        # The variance at index 0 is 0, so its logarithm is that of index 1 (of beta when there is only one step,
+        # whose random term is not used).
         first = self.posterior_variance[1:2] if len(betas) > 1 else betas
         self.posterior_log_variance = torch.cat([first, self.posterior_variance[1:]]).log()
         self.log_betas = betas.log()
 
     def posterior(self, z0: Tensor, zt: Tensor, t: Tensor) -> Posterior:
-        """q(z_t-1 | z_t, z_0) for z0 and zt (b f c h w), t (b,) (DDPM eq. 6 and 7)."""
+        """Return q(z_t-1 | z_t, z_0) at z0 and zt (b f c h w), t (b,) (DDPM eq. 6 and 7)."""
         mean = self.at("posterior_z0", t, zt) * z0 + self.at("posterior_zt", t, zt) * zt
-        return Posterior(mean, self.at("posterior_variance", t, zt), self.at("posterior_log_variance", t, zt))
+        variance = self.at("posterior_variance", t, zt)
+        return Posterior(mean, variance, self.at("posterior_log_variance", t, zt))
 
-    def read(self, output: Tensor, zt: Tensor, t: Tensor) -> Reading:
-        """Output (b f c|2c h w) at zt (b f c h w), t (b,) -> Reading, the mean through z_0 and the posterior.
+    def reverse_step(self, output: Tensor, zt: Tensor, t: Tensor) -> ReverseStep:
+        """Return p(z_t-1 | z_t) of a model's output (b f c|2c h w) at zt (b f c h w) and t (b,).
 
-        Learned range (Nichol & Dhariwal eq. 15): with v the last c channels, log-variance = w log beta + (1 - w) log posterior
-        variance, w = (v + 1) / 2. A model without them has the posterior's own variance ("fixed small").
+        Variance channels v in [-1, 1] interpolate in log space between the posterior's variance and beta: log variance =
+        w log beta + (1 - w) log posterior variance, w = (v + 1) / 2 (Nichol & Dhariwal, eq. 15). A model without variance
+        channels gets the posterior's variance ("fixed small").
         """
         prediction, v = self.split(output, zt)
         z0, eps = self.estimate(prediction, zt, t)
-        mean, _, low = self.posterior(z0, zt, t)
+        mean, _, smallest = self.posterior(z0, zt, t)
         if v is None:
-            return Reading(z0, eps, mean, low.expand_as(mean))
+            return ReverseStep(z0, eps, mean, smallest.expand_as(mean))
         w = (v + 1) / 2
-        return Reading(z0, eps, mean, w * self.at("log_betas", t, zt) + (1 - w) * low)
+        return ReverseStep(z0, eps, mean, w * self.at("log_betas", t, zt) + (1 - w) * smallest)
 
     def keep(self, indices: Sequence[int]) -> "Process":
-        """The process that visits only ``indices`` (ascending): same marginals there, betas recomputed between them."""
-        level = self.alphas_cumprod[list(indices)]
-        before = torch.cat([torch.ones(1, dtype=torch.float64), level[:-1]])
-        return Process(1 - level / before, self.timestep_map[list(indices)], self.prediction)
+        """Return the process over ``indices`` (ascending) alone: the same marginals, with betas recomputed between them."""
+        kept = list(indices)
+        alphas_cumprod = self.alphas_cumprod[kept]
+        previous = torch.cat([torch.ones(1, dtype=torch.float64), alphas_cumprod[:-1]])
+        return Process(1 - alphas_cumprod / previous, self.timestep_map[kept], self.prediction)
 
     def respaced(self, sections: str) -> "Process":
-        """The process over the indices of ``spread(num_steps, sections)``: "250", "10,15,20" or "ddim50"; InputError otherwise."""
-        return self.keep(spread(self.num_steps, sections))
+        """Return the process over ``spaced_timesteps(num_steps, sections)``: "250", "10,15,20" or "ddim50"."""
+        return self.keep(spaced_timesteps(self.num_steps, sections))
 
 
 class Flow(NoisePath):
@@ -286,32 +267,6 @@ class Flow(NoisePath):
         super().__init__(1 - times, times, timestep_map, "flow")
 
     def keep(self, indices: Sequence[int]) -> "Flow":
-        """The same path seen only at ``indices`` (ascending)."""
-        return Flow(self.times[list(indices)], self.timestep_map[list(indices)])
-
-
-def build_process(config: DiffusionConfig) -> "Process | Flow":
-    """The noising of ``config``: a Process, or a Flow for an objective that predicts the flow; InputError for what cannot be built."""
-    schedule = choose("diffusion.schedule", config.schedule, SCHEDULES)
-    prediction = choose("diffusion.objective", config.objective, OBJECTIVES).prediction
-    whole = (
-        isinstance(config.num_steps, int) and not isinstance(config.num_steps, bool) and config.num_steps > 0
-    )
-    require(
-        whole,
-        "diffusion.num_steps",
-        config.num_steps,
-        "it counts timesteps",
-        "give a positive whole number, e.g. 1000",
-    )
-    if prediction != "flow":
-        return Process(schedule(config.num_steps), prediction=prediction)
-    rule = f"diffusion.objective={config.objective} runs on its own straight path"
-    require(
-        config.schedule == "linear",
-        "diffusion.schedule",
-        config.schedule,
-        rule,
-        "leave diffusion.schedule at linear",
-    )
-    return Flow(torch.arange(1, config.num_steps + 1, dtype=torch.float64) / config.num_steps)
+        """Return the same path over ``indices`` (ascending) alone."""
+        kept = list(indices)
+        return Flow(self.times[kept], self.timestep_map[kept])

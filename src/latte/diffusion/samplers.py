@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From noise to a sample, one small function per sampler; each walks every timestep of a process that is respaced for it.
+"""From noise to a sample, one small function per sampler; each visits every timestep of a process that is respaced for it.
 
-DDPM and DDIM are our own, with the released code's respacing. DPM-Solver++, UniPC, Euler and Heun are diffusers' schedulers, built
-from explicit values and fed z_0, so that what a model's output means stays in ``process.py``. Rectified flow has its own Euler steps.
-Start noise and later draws come from one stream per sample, and no step mixes samples: a sample does not depend on its batch.
+DDPM and DDIM are our own, with the released code's respacing. DPM-Solver++, UniPC, Euler and Heun are diffusers' schedulers,
+built from explicit values and fed z_0, so that what a model's output means stays in ``process.py``. Rectified flow has its own
+Euler steps. Start noise and later noise come from one generator per sample, and no step mixes samples: a sample does not depend
+on its batch. To add a sampler: a function and one entry in SAMPLERS.
 Axes: b batch, f frames, c channels, h height, w width.
 """
 
@@ -15,55 +16,76 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from latte.checks import InputError, choose, require
-from latte.diffusion.loss import Denoiser
-from latte.diffusion.process import Flow, Process, spread, trailing
+from latte.checks import InputError, RunError, check, choose
+from latte.diffusion.process import DenoiseFunction, Flow, Process
+from latte.diffusion.schedules import spaced_timesteps, trailing_timesteps
 
 T = TypeVar("T")
 Progress = Callable[[int, int], None]
-Draw = Callable[[], Tensor]
+"""(steps done, steps in all)."""
+Noise = Callable[[Sequence[int]], Tensor]
+"""Shape -> the next standard normal (b, *shape) float32, such as ``runtime.SampleNoise``."""
+NextNoise = Callable[[], Tensor]
+"""-> the next standard normal (b f c h w) on the sampler's device."""
 
 
-def _walk(items: Sequence[T], progress: Progress | None) -> Iterator[T]:
-    """The items in order; after the work on item i, progress(i, how many)."""
-    for i, item in enumerate(items, 1):
-        yield item
+def _with_progress(steps: Sequence[T], progress: Progress | None) -> Iterator[T]:
+    """Yield the steps in order; after the work on step i, call progress(i, how many)."""
+    for done, step in enumerate(steps, 1):
+        yield step
         if progress is not None:
-            progress(i, len(items))
+            progress(done, len(steps))
 
 
 def ddpm(
-    denoise: Denoiser, process: Process, z: Tensor, draw: Draw, eta: float, progress: Progress | None
+    denoise: DenoiseFunction,
+    process: Process,
+    z: Tensor,
+    next_noise: NextNoise,
+    eta: float,
+    progress: Progress | None,
 ) -> Tensor:
-    """Ancestral sampling (DDPM algorithm 2) with the model's own variance; the last step also draws, and drops it."""
-    for i in _walk(range(process.num_steps - 1, -1, -1), progress):
+    """Ancestral sampling (DDPM, algorithm 2) with the model's own variance; the last step also draws noise, and drops it."""
+    for i in _with_progress(range(process.num_steps - 1, -1, -1), progress):
         t = torch.full((len(z),), i, device=z.device)
-        reading, noise = process.read(denoise(z, process.original(t)), z, t), draw()
-        z = reading.mean if i == 0 else reading.mean + torch.exp(0.5 * reading.log_variance) * noise
+        step = process.reverse_step(denoise(z, process.original(t)), z, t)
+        noise = next_noise()
+        z = step.mean if i == 0 else step.mean + torch.exp(0.5 * step.log_variance) * noise
     return z
 
 
 def ddim(
-    denoise: Denoiser, process: Process, z: Tensor, draw: Draw, eta: float, progress: Progress | None
+    denoise: DenoiseFunction,
+    process: Process,
+    z: Tensor,
+    next_noise: NextNoise,
+    eta: float,
+    progress: Progress | None,
 ) -> Tensor:
-    """Song et al. 2021, eq. 12 and 16; eta 0 draws nothing after the start, eta 1 is DDPM with the posterior's variance."""
-    for i in _walk(range(process.num_steps - 1, -1, -1), progress):
+    """DDIM (Song et al. 2021, eq. 12 and 16): eta 0 is deterministic, eta 1 is DDPM with the posterior's variance."""
+    for i in _with_progress(range(process.num_steps - 1, -1, -1), progress):
         t = torch.full((len(z),), i, device=z.device)
-        reading = process.read(denoise(z, process.original(t)), z, t)
-        now, before = process.alphas_cumprod[i].item(), process.alphas_cumprod_prev[i].item()
-        sigma = eta * math.sqrt((1 - before) / (1 - now) * (1 - now / before))
-        z = math.sqrt(before) * reading.z0 + math.sqrt(max(1 - before - sigma**2, 0)) * reading.eps
+        step = process.reverse_step(denoise(z, process.original(t)), z, t)
+        alpha = process.alphas_cumprod[i].item()
+        alpha_prev = process.alphas_cumprod_prev[i].item()
+        sigma = eta * math.sqrt((1 - alpha_prev) / (1 - alpha) * (1 - alpha / alpha_prev))
+        z = math.sqrt(alpha_prev) * step.z0 + math.sqrt(max(1 - alpha_prev - sigma**2, 0)) * step.eps
         if eta > 0:
-            z = z + sigma * draw()
+            z = z + sigma * next_noise()
     return z
 
 
 def flow(
-    denoise: Denoiser, process: Flow, z: Tensor, draw: Draw, eta: float, progress: Progress | None
+    denoise: DenoiseFunction,
+    process: Flow,
+    z: Tensor,
+    next_noise: NextNoise,
+    eta: float,
+    progress: Progress | None,
 ) -> Tensor:
     """Euler steps along the learned velocity dz/ds = eps - z_0 from s = 1 (noise) to s = 0 (Liu et al. 2023, eq. 1)."""
     times = process.times.tolist()
-    for i in _walk(range(process.num_steps - 1, -1, -1), progress):
+    for i in _with_progress(range(process.num_steps - 1, -1, -1), progress):
         t = torch.full((len(z),), i, device=z.device)
         prediction, _ = process.split(denoise(z, process.original(t)), z)
         z0, eps = process.estimate(prediction, z, t)
@@ -72,115 +94,155 @@ def flow(
     return z
 
 
-def _scheduler(kind: str, settings: dict[str, Any], process: Process) -> Any:
-    """The diffusers scheduler ``kind`` over all steps of ``process``, every value that matters given here."""
+def _scheduler(scheduler_class: str, settings: dict[str, Any], process: Process) -> Any:
+    """Return the diffusers scheduler over all steps of ``process``, with every value that matters given here."""
     try:
         import diffusers
     except ImportError as error:
         raise InputError(
-            f"{kind} comes from diffusers, which is not installed; pip install diffusers, or use sampler ddpm or ddim"
+            f"{scheduler_class} is part of diffusers, which is not installed; pip install diffusers, or use sampler ddpm or ddim"
         ) from error
-    n = process.num_steps
-    scheduler = getattr(diffusers, kind)(
-        num_train_timesteps=n, trained_betas=process.betas.tolist(), prediction_type="sample", **settings
+    scheduler = getattr(diffusers, scheduler_class)(
+        num_train_timesteps=process.num_steps,
+        trained_betas=process.betas.tolist(),
+        prediction_type="sample",
+        **settings,
     )
-    scheduler.alphas_cumprod = (
-        process.alphas_cumprod
-    )  # it computes them from float32 betas, too coarse for a few large steps
-    scheduler.set_timesteps(n)
+    # diffusers computes these from float32 betas, too coarse for a few large steps
+    scheduler.alphas_cumprod = process.alphas_cumprod
+    scheduler.set_timesteps(process.num_steps)
     return scheduler
 
 
 def solver(
-    kind: str,
+    scheduler_class: str,
     settings: dict[str, Any],
-    denoise: Denoiser,
+    denoise: DenoiseFunction,
     process: Process,
     z: Tensor,
-    draw: Draw,
+    next_noise: NextNoise,
     eta: float,
     progress: Progress | None,
 ) -> Tensor:
-    """A deterministic solver of diffusers. Its timesteps are the indices of ``process``; Heun calls the model 2 steps - 1 times."""
-    scheduler = _scheduler(kind, settings, process)
+    """A deterministic solver of diffusers over the indices of ``process``; Heun calls the model 2 steps - 1 times."""
+    scheduler = _scheduler(scheduler_class, settings, process)
     z = z * scheduler.init_noise_sigma
-    for step in _walk(scheduler.timesteps, progress):
+    for step in _with_progress(scheduler.timesteps, progress):
         t = torch.full((len(z),), int(step), device=z.device)
         zt = scheduler.scale_model_input(z, step)
         prediction, _ = process.split(denoise(zt, process.original(t)), zt)
-        z = scheduler.step(process.estimate(prediction, zt, t)[0], step, z).prev_sample
+        z0, _ = process.estimate(prediction, zt, t)
+        z = scheduler.step(z0, step, z).prev_sample
     return z
 
 
 class Sampler(NamedTuple):
-    """``run(denoise, respaced process, z, draw, eta, progress)`` -> z0; which indices it visits, predictions it reads, if it has an eta."""
+    """A sampler and what it needs."""
 
     run: Callable[..., Tensor]
-    grid: Callable[[int, str], list[int]] = spread
+    """(denoise, respaced process, z, next_noise, eta, progress) -> z_0."""
+    timesteps: Callable[[int, str], list[int]] = spaced_timesteps
+    """(num_steps, steps) -> the indices it visits."""
     predictions: tuple[str, ...] = ("epsilon", "v")
+    """What a model's output may mean, keys of PREDICTIONS."""
     has_eta: bool = False
+    """Whether it has DDIM's eta."""
 
 
-# The scheduler sees a process that is respaced already, and must visit each of its N indices: that is "trailing" for the first two classes
-# and "leading" for the others, which also starts those from the noise itself rather than from it scaled by sqrt(1 - alphas_cumprod).
+# The scheduler sees a process that is respaced already, and must visit each of its N indices: that is "trailing" for the first
+# two classes and "leading" for the others, which also starts those from the noise itself rather than from it scaled by
+# sqrt(1 - alphas_cumprod).
 MULTISTEP = {"solver_order": 2, "final_sigmas_type": "zero", "timestep_spacing": "trailing"}
 DPMPP = {"algorithm_type": "dpmsolver++", "solver_type": "midpoint", **MULTISTEP}
 UNIPC = {"predict_x0": True, "solver_type": "bh2", **MULTISTEP}
 EULER = {"interpolation_type": "linear", "final_sigmas_type": "zero", "timestep_spacing": "leading"}
 HEUN = {"clip_sample": False, "timestep_spacing": "leading"}
 
-# Solvers go from the last kept index straight to the data, so a grid that holds index 0 wastes a step: on Gaussian data of standard
-# deviation 1, dpmpp at 10 steps gives 0.95 on the trailing grid and 1.33 on the released one. Heun wants 50 steps on squared_cosine.
+# Solvers step from the last index straight to the data, so indices that include 0 waste a step: on Gaussian data of standard
+# deviation 1, dpmpp at 10 steps gives 0.95 on trailing timesteps and 1.33 on the released ones. Heun needs 50 steps on
+# squared_cosine.
 SAMPLERS = {
     "ddpm": Sampler(ddpm),
     "ddim": Sampler(ddim, has_eta=True),
-    "dpmpp": Sampler(partial(solver, "DPMSolverMultistepScheduler", DPMPP), trailing),
-    "unipc": Sampler(partial(solver, "UniPCMultistepScheduler", UNIPC), trailing),
-    "euler": Sampler(partial(solver, "EulerDiscreteScheduler", EULER), trailing),
-    "heun": Sampler(partial(solver, "HeunDiscreteScheduler", HEUN), trailing),
-    "flow": Sampler(flow, trailing, predictions=("flow",)),
+    "dpmpp": Sampler(partial(solver, "DPMSolverMultistepScheduler", DPMPP), trailing_timesteps),
+    "unipc": Sampler(partial(solver, "UniPCMultistepScheduler", UNIPC), trailing_timesteps),
+    "euler": Sampler(partial(solver, "EulerDiscreteScheduler", EULER), trailing_timesteps),
+    "heun": Sampler(partial(solver, "HeunDiscreteScheduler", HEUN), trailing_timesteps),
+    "flow": Sampler(flow, trailing_timesteps, predictions=("flow",)),
 }
 
 
 def indices(sampler: Sampler, num_steps: int, steps: int | str) -> list[int]:
-    """The indices that ``sampler`` visits, ascending: ``steps`` of ``num_steps``; InputError for more than there are.
+    """Return the indices that ``sampler`` visits, ascending: ``steps`` of ``num_steps``; InputError for more than there are.
 
-    One step starts from pure noise and so stands at the last index, where the released code's list has the first.
+    A single step starts from pure noise and so is the last index, where the released code's list has the first.
     """
     if isinstance(steps, int):
-        rule = f"the model was trained with {num_steps} steps"
-        require(1 <= steps <= num_steps, "steps", steps, rule, f"give 1 to {num_steps}")
-    return [num_steps - 1] if steps in (1, "1") else sampler.grid(num_steps, str(steps))
+        check(
+            1 <= steps <= num_steps,
+            f"steps is {steps}, but the model was trained with {num_steps} timesteps; give 1 to {num_steps}",
+        )
+    return [num_steps - 1] if steps in (1, "1") else sampler.timesteps(num_steps, str(steps))
+
+
+def check_finite(denoise: DenoiseFunction) -> DenoiseFunction:
+    """Return ``denoise`` that raises RunError, naming the step, when its input or output holds NaN or Inf."""
+    num_calls = 0
+
+    def checked(z: Tensor, t: Tensor) -> Tensor:
+        nonlocal num_calls
+        num_calls += 1
+        output = denoise(z, t)
+        for name, tensor in (("latent", z), ("model output", output)):
+            if not bool(tensor.isfinite().all()):
+                raise RunError(
+                    f"sampling: the {name} holds NaN or Inf at step {num_calls} (timestep {int(t.flatten()[0])}); "
+                    "check the weights, use a lower guidance, or --dtype fp32"
+                )
+        return output
+
+    return checked
 
 
 @torch.no_grad()
 def sample(
     name: str,
-    denoise: Denoiser,
+    denoise: DenoiseFunction,
     process: Process | Flow,
-    noise: Callable[[Sequence[int]], Tensor],
+    noise: Noise,
     shape: Sequence[int],
     steps: int | str,
     eta: float = 0.0,
     device: str | torch.device = "cpu",
     progress: Progress | None = None,
 ) -> Tensor:
-    """Draw z_0 (b f c h w) with the sampler ``name`` of SAMPLERS; b is what ``noise`` holds, such as ``runtime.SampleNoise(seeds)``.
+    """Sample z_0 (b f c h w) with the sampler ``name`` of SAMPLERS; b is that of ``noise``, such as ``runtime.SampleNoise(seeds)``.
 
-    denoise: (z, original timesteps (b,)) -> model output, guidance included. process: as the model was trained, not respaced.
+    denoise: (z, original timesteps (b,)) -> model output, guidance included. process: the one of training, not respaced.
     noise(shape): the next standard normal (b, *shape); its precision, float32, is that of the sample. shape: (f c h w).
     steps: a count, or for ddpm and ddim a respacing such as "ddim50". eta: 0 (deterministic) to 1, for ddim alone.
-    progress(i, n): called after each of the n model calls. InputError for any other combination.
+    progress(i, n): called after each of the n steps. InputError for any other combination, RunError that names the step when
+    the latent or the model's output holds NaN or Inf.
     """
     sampler = choose("sampler", name, SAMPLERS)
-    fitting = ", ".join(n for n, other in SAMPLERS.items() if process.prediction in other.predictions)
-    rule = f"this model predicts {process.prediction}, which {name} cannot read"
-    require(process.prediction in sampler.predictions, "sampler", name, rule, f"use one of {fitting}")
-    require(0 <= eta <= 1, "eta", eta, "it lies in 0..1", "give 0 for a deterministic sample")
-    require(eta == 0 or sampler.has_eta, "eta", eta, f"{name} has no eta", "leave it at 0, or use ddim")
-    short = process.keep(indices(sampler, process.num_steps, steps))
+    fitting = ", ".join(other for other, entry in SAMPLERS.items() if process.prediction in entry.predictions)
+    check(
+        process.prediction in sampler.predictions,
+        f"sampler {name} cannot use a model that predicts {process.prediction}; use one of {fitting}",
+    )
+    check(0 <= eta <= 1, f"eta must be between 0 (deterministic) and 1, got {eta}")
+    check(
+        eta == 0 or sampler.has_eta,
+        f"eta is {eta}, but sampler {name} has no eta; leave it at 0, or use ddim",
+    )
+    respaced = process.keep(indices(sampler, process.num_steps, steps))
 
-    def draw() -> Tensor:
+    def next_noise() -> Tensor:
         return noise(shape).to(device)
 
-    return sampler.run(denoise, short, draw(), draw, eta, progress)
+    z = sampler.run(check_finite(denoise), respaced, next_noise(), next_noise, eta, progress)
+    if not bool(z.isfinite().all()):
+        raise RunError(
+            "sampling: the latent holds NaN or Inf after the last step; check the weights, use a lower guidance, or --dtype fp32"
+        )
+    return z

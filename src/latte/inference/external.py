@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from latte.autoencoder.codec import CodecConfig, kind_at
-from latte.diffusion.process import DiffusionConfig
+from latte.diffusion.config import DiffusionConfig
 from latte.inference.generate import SampleConfig
 from latte.interop.load import Loaded, load_external
 from latte.interop.pipeline import INDEX
 from latte.interop.readers import fetch
-from latte.model.text import TextConfig
 from latte.text.encoders import TextEncoderConfig
 
 RELEASED_T2V = SampleConfig(sampler="ddim", steps="ddim50", guidance=7.5, batch=1)
@@ -35,7 +34,7 @@ def open_foreign(
     loaded = load_external(source, heads, allow_missing, allow_unexpected)
     place = str(source) if (fetch(source) / INDEX).is_file() else None
     codec = kind_at(place).name if place else CodecConfig().name
-    text = isinstance(loaded.config, TextConfig)
+    text = loaded.config.reads_text
     facts = {
         "diffusion": asdict(DiffusionConfig()),
         "codec": {"name": codec, "path": place, "identity": None},

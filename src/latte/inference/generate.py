@@ -16,14 +16,14 @@ from torch import Tensor
 from latte.autoencoder.codec import Codec
 from latte.checks import InputError, choose, require
 from latte.data.clips import to_float, to_uint8
-from latte.diffusion.frame_conditioning import STRENGTH, restore, with_known
-from latte.diffusion.guidance import guided, guided_pair
-from latte.diffusion.long_video import LONGER, Noise, Walk, share
-from latte.diffusion.loss import Denoiser
-from latte.diffusion.process import Flow, Process
-from latte.diffusion.samplers import SAMPLERS, sample
+from latte.diffusion.frame_conditioning import DEFAULT_STRENGTH, condition_on_frames, restore_frames
+from latte.diffusion.guidance import check_guidance, guided
+from latte.diffusion.long_video import LONG_VIDEO_METHODS, SampleFunction, partial_progress
+from latte.diffusion.process import DenoiseFunction, Flow, Process
+from latte.diffusion.samplers import SAMPLERS, Noise, sample
 from latte.inference.prompts import Prompts
-from latte.model.text import LatteText, Network
+from latte.model.conditioning import NULL_LABEL
+from latte.model.denoiser import Denoiser
 from latte.runtime import SampleNoise, borrowed
 
 Progress = Callable[[int, int], None]
@@ -47,13 +47,7 @@ class SampleConfig:
 
     def __post_init__(self) -> None:
         choose("sample.sampler", self.sampler, SAMPLERS)
-        require(
-            self.guidance >= 0,
-            "sample.guidance",
-            self.guidance,
-            "it is a weight",
-            "give 1 for the plain model, or more",
-        )
+        check_guidance(self.guidance, field="sample.guidance")
         require(
             0 <= self.eta <= 1, "sample.eta", self.eta, "it runs from DDIM (0) to DDPM (1)", "give 0 to 1"
         )
@@ -64,7 +58,7 @@ class SampleConfig:
 
 
 def generate(
-    model: Network,
+    model: Denoiser,
     process: Process | Flow,
     codec: Codec,
     seeds: Sequence[int],
@@ -80,7 +74,7 @@ def generate(
     longer: str = "freenoise",
     overlap: int | None = None,
     given: Mapping[int, np.ndarray] | None = None,
-    given_strength: float = STRENGTH,
+    given_strength: float = DEFAULT_STRENGTH,
     decoder: Codec | None = None,
     offload: torch.device | None = None,
 ) -> Iterator[tuple[int, np.ndarray]]:
@@ -89,7 +83,7 @@ def generate(
     ``labels``: one class per seed, -1 for none; None for all of them. ``frames`` and ``size`` (height, width in pixels) default to those
     the model was made for. ``dtype`` is that of matrix products. ``progress(done, all)`` counts denoising steps over all batches.
     A text model reads ``prompts``, one per seed, instead of labels. ``window``: the model sees that many frames at a time, so that memory
-    does not grow with ``frames``; windows share ``overlap`` frames (None: half) and become one clip as ``longer``, of LONGER, has it
+    does not grow with ``frames``; windows share ``overlap`` frames (None: half) and become one clip as ``longer``, of LONG_VIDEO_METHODS, has it
     (diffusion/longer.py). ``given``: pictures, uint8 (h w c) of the clip's size, that every clip shows at these frames, -1 for the last,
     and that pull at the others with ``given_strength`` (diffusion/known.py). Raises InputError for labels that the model does not know, for
     prompts that are missing or not wanted, for sizes that the codec and the patches do not divide, and for frames that a clip does not
@@ -106,12 +100,12 @@ def generate(
     with borrowed(codec, device if given and offload else codec.device, codec.device):
         latents, mask = encode_given(given or {}, codec, shape)
     known = latents.to(device), mask
-    join, walk = choose("longer", longer, LONGER), walker(config, process, device, given_strength)
+    join, walk = choose("longer", longer, LONG_VIDEO_METHODS), walker(config, process, device, given_strength)
     window = frames if window is None else window
     model.eval()
     batches = [slice(start, start + config.batch) for start in range(0, len(seeds), config.batch)]
     for index, part in enumerate(batches):
-        tell = None if progress is None else share(progress, index, len(batches))
+        tell = None if progress is None else partial_progress(progress, index, len(batches))
         with borrowed(model, device, home):
             z = join(walk, tell_model(part), SampleNoise(seeds[part]), *known, window, overlap, tell)
         with torch.no_grad(), borrowed(decoder, offload or decoder.device, decoder.device):
@@ -145,43 +139,55 @@ def encode_given(
     return latents, mask
 
 
-def walker(config: SampleConfig, process: Process | Flow, device: torch.device, strength: float) -> Walk:
+def walker(
+    config: SampleConfig, process: Process | Flow, device: torch.device, strength: float
+) -> SampleFunction:
     """The sampler of ``config`` as a walk to a sample that holds the frames it is given, which pull at the others with ``strength``."""
 
     def walk(
-        denoise: Denoiser, noise: Noise, known: Tensor, mask: Tensor, pull: float, progress: Progress | None
+        denoise: DenoiseFunction,
+        noise: Noise,
+        known: Tensor,
+        mask: Tensor,
+        pull: float,
+        progress: Progress | None,
     ) -> Tensor:
-        told = with_known(denoise, process, known, mask, pull * strength)
+        told = condition_on_frames(denoise, process, known, mask, pull * strength)
         z = sample(
             config.sampler, told, process, noise, known.shape[1:], config.steps, config.eta, device, progress
         )
-        return restore(z, known, mask)
+        return restore_frames(z, known, mask)
 
     return walk
 
 
 def condition(
-    model: Network,
+    model: Denoiser,
     labels: Sequence[int] | None,
     prompts: Prompts | None,
     count: int,
     scale: float,
     dtype: torch.dtype,
     device: torch.device | None = None,
-) -> Callable[[slice], Denoiser]:
+) -> Callable[[slice], DenoiseFunction]:
     """Some of ``count`` clips -> the guided denoiser that is told their labels or prompts; InputError for what the model cannot be told.
 
     ``device`` is where the model will be when it is asked, None: where it is now.
     """
     device = device or next(model.parameters()).device
     call = autocast(model, device, dtype)
-    if not isinstance(model, LatteText):
+    if not model.config.reads_text:
         if prompts is not None:
             raise InputError(
                 "prompts were given, but this model reads no text; leave them out, or give a model of captions"
             )
         numbers = check_labels(model, labels, count)
-        return lambda part: guided(call, None if numbers is None else numbers[part].to(device), scale)
+        if numbers is None:
+            return lambda part: guided(call, {}, {}, scale)
+        null = torch.full_like(numbers, NULL_LABEL)
+        return lambda part: guided(
+            call, {"label": numbers[part].to(device)}, {"label": null[part].to(device)}, scale
+        )
     if prompts is None or labels is not None:
         raise InputError("this model reads text: give it a prompt per clip, and no labels")
     require(
@@ -191,10 +197,10 @@ def condition(
         f"there are {count} seeds",
         "give one prompt per seed",
     )
-    return lambda part: guided_pair(call, *prompts.part(part, device), scale)
+    return lambda part: guided(call, *prompts.part(part, device), scale)
 
 
-def check_labels(model: Network, labels: Sequence[int] | None, count: int) -> Tensor | None:
+def check_labels(model: Denoiser, labels: Sequence[int] | None, count: int) -> Tensor | None:
     """Labels as int64 (count,), or None for an unconditional model; InputError with the valid range for any other."""
     classes = model.config.num_classes
     if classes is None:
@@ -218,7 +224,7 @@ def check_labels(model: Network, labels: Sequence[int] | None, count: int) -> Te
     return torch.tensor(labels, dtype=torch.int64)
 
 
-def latent_shape(model: Network, codec: Codec, size: tuple[int, int] | None) -> tuple[int, int, int]:
+def latent_shape(model: Denoiser, codec: Codec, size: tuple[int, int] | None) -> tuple[int, int, int]:
     """(c, h, w) of the latent of frames of ``size``, or of the model's own when it is None; InputError for one that does not divide."""
     if size is None:
         return (model.config.latent_channels, *model.config.grid_size)
@@ -235,13 +241,13 @@ def latent_shape(model: Network, codec: Codec, size: tuple[int, int] | None) -> 
     return codec.latent_shape(*size)
 
 
-def autocast(model: Network, device: torch.device, dtype: torch.dtype) -> Callable[..., Tensor]:
+def autocast(model: Denoiser, device: torch.device, dtype: torch.dtype) -> Callable[..., Tensor]:
     """``model`` with its matrix products in ``dtype``; the model itself for float32."""
     if dtype == torch.float32:
         return model
 
-    def call(z: Tensor, t: Tensor, *told: Tensor) -> Tensor:
+    def call(z: Tensor, t: Tensor, **condition: Tensor) -> Tensor:
         with torch.autocast(device.type, dtype):
-            return model(z, t, *told)
+            return model(z, t, **condition)
 
     return call

@@ -22,7 +22,7 @@ from latte.autoencoder.codec import Codec, CodecConfig, build_codec, decoder_for
 from latte.checkpoint.run import Checkpoint, load_checkpoint, load_latest
 from latte.checks import InputError, choose, require
 from latte.config.run import RUN_FILE, load_run
-from latte.diffusion.process import DiffusionConfig, build_process
+from latte.diffusion.config import DiffusionConfig, build_process
 from latte.inference.external import open_foreign
 from latte.inference.generate import SampleConfig, generate
 from latte.inference.prompts import PromptReader
@@ -30,8 +30,8 @@ from latte.inference.run_folder import about_run, fill, run_model, trained_run
 from latte.interop.export import save_ours
 from latte.interop.lora import CLIPS, folded, load_lora
 from latte.interop.readers import BUILTIN, fetch, read_tensors
-from latte.model.latte import ModelConfig
-from latte.model.text import Network, TextConfig
+from latte.model.denoiser import Denoiser
+from latte.model.text import config_class
 from latte.runtime import resolve_device
 from latte.tensors import tensors_sha256
 from latte.text.encoders import TextEncoderConfig, same_weights
@@ -49,7 +49,7 @@ class Trained:
     """
 
     name: str
-    model: Network
+    model: Denoiser
     diffusion: DiffusionConfig
     codec_config: CodecConfig
     codec: Codec
@@ -267,7 +267,7 @@ def _from_run(folder: Path, checkpoint: Checkpoint | None, where: Places) -> Tra
 def _from_folder(folder: Path, name: str, where: Places) -> Trained:
     try:
         card = json.loads((folder / CARD).read_text("utf-8"))
-        kind = TextConfig if "caption_channels" in card else ModelConfig
+        kind = config_class(card)
         shape = {field.name: card[field.name] for field in fields(kind)}
         text = card.get("text") or {"name": "t5"}  # what the released models read, whose files do not say
         text_keys, text_fingerprint = (
@@ -289,7 +289,7 @@ def _from_folder(folder: Path, name: str, where: Places) -> Trained:
     model_config, codec_config = _checked(kind, shape, folder), _checked(CodecConfig, codec_keys, folder)
     reader = (
         _open_reader(_checked(TextEncoderConfig, text_keys, folder), text_fingerprint, where)
-        if kind is TextConfig
+        if kind.reads_text
         else None
     )
     tensors, _ = read_tensors(folder / WEIGHTS)

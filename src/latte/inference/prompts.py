@@ -30,13 +30,11 @@ class Prompts:
     null_text: Tensor
     null_mask: Tensor
 
-    def part(self, clips: slice, device: torch.device) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-        """((text, mask), (null text, null mask)) of some of the clips, on ``device``."""
-        told, null = (self.text, self.mask), (self.null_text, self.null_mask)
-        (text, mask), (null_text, null_mask) = (
-            tuple(tensor[clips].to(device) for tensor in side) for side in (told, null)
-        )
-        return (text, mask), (null_text, null_mask)
+    def part(self, clips: slice, device: torch.device) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Return the condition and the null condition of some of the clips, on ``device``."""
+        condition = {"text": self.text[clips].to(device), "mask": self.mask[clips].to(device)}
+        null = {"text": self.null_text[clips].to(device), "mask": self.null_mask[clips].to(device)}
+        return condition, null
 
 
 class PromptReader:

@@ -15,8 +15,7 @@ from latte.checkpoint.run import Checkpoint
 from latte.checks import InputError, require
 from latte.config.run import RUN_FILE, RunConfig
 from latte.interop.coverage import Coverage, build
-from latte.model.latte import ModelConfig
-from latte.model.text import Network, TextConfig
+from latte.model.denoiser import Denoiser, DenoiserConfig
 from latte.training.init import rebuild
 
 LOG = logging.getLogger(__name__)
@@ -46,7 +45,7 @@ def trained_run(folder: Path, config: RunConfig, checkpoint: Checkpoint | None) 
     return checkpoint
 
 
-def run_model(config: RunConfig, checkpoint: Checkpoint) -> Network:
+def run_model(config: RunConfig, checkpoint: Checkpoint) -> Denoiser:
     """The model with the averaged weights of a run's checkpoint, on the CPU; for a run of adapters with these in it, not folded in."""
     if config.lora.rank and config.train.start:
         return rebuild(config.network, config.run.seed, config.train.start, config.lora, checkpoint)
@@ -69,7 +68,7 @@ def about_run(config: RunConfig, checkpoint: Checkpoint) -> dict[str, Any]:
     }
 
 
-def fill(config: ModelConfig | TextConfig, tensors: Mapping[str, Tensor], where: str) -> Network:
+def fill(config: DenoiserConfig, tensors: Mapping[str, Tensor], where: str) -> Denoiser:
     """The model of ``config`` with these weights, which a report in the log says, too.
 
     InputError naming the first tensor that is missing, too many or of another shape.

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from latte.checkpoint.record import read_fingerprint
-from latte.model.text import Network, TextConfig
+from latte.model.denoiser import Denoiser
 
 QUESTIONS = ("data", "licence", "step", "scores")  # what a reader asks first
 PARTS = {
@@ -36,10 +36,10 @@ TRAINING = {
 MARKUP = re.compile(r"[\\`*\[\]|~]|(?<![^\W_])_|_(?![^\W_])")  # an underscore inside a word is plain text
 
 
-def card_text(model: Network, facts: Mapping[str, Any]) -> str:
+def card_text(model: Denoiser, facts: Mapping[str, Any]) -> str:
     """Return README.md of ``model``, with the YAML header that the hub reads."""
     name, config = type(model).__name__, asdict(model.config)
-    text = isinstance(model.config, TextConfig)
+    text = model.config.reads_text
     about = facts.get("about") or {}
     header: dict[str, Any] = {
         "library_name": "latte",

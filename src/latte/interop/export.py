@@ -20,12 +20,11 @@ from latte.interop.diffusers import save_diffusers
 from latte.interop.lora import save_lora
 from latte.interop.official import save_official
 from latte.interop.pipeline import to_pipeline
-from latte.model.latte import Latte
+from latte.model.denoiser import Denoiser
 from latte.model.pretrained import write_weights_folder
-from latte.model.text import LatteText, Network
 
 
-def export(model: Network, place: str | Path, target: str, facts: Mapping[str, Any]) -> None:
+def export(model: Denoiser, place: str | Path, target: str, facts: Mapping[str, Any]) -> None:
     """Write ``model`` to the new file or folder ``place`` in the layout ``target`` of TARGETS.
 
     ``facts`` (diffusion, codec, classes, about, ...) go beside the configuration in our own layout. Raises InputError
@@ -52,7 +51,7 @@ def check_place(place: str | Path) -> None:
 
 
 def save_ours(
-    model: Network, folder: Path, facts: Mapping[str, Any], dtype: torch.dtype = torch.float32
+    model: Denoiser, folder: Path, facts: Mapping[str, Any], dtype: torch.dtype = torch.float32
 ) -> None:
     """Write a weights folder: model.safetensors, config.json and a model card.
 
@@ -69,7 +68,7 @@ def save_ours(
 
 
 def publish(
-    model: Network,
+    model: Denoiser,
     repository: str,
     facts: Mapping[str, Any],
     private: bool | None = None,
@@ -97,9 +96,9 @@ def score_of(report: Mapping[str, Any]) -> dict[str, Any]:
     return {key: report[key] for key in ("protocol", "metric", "value", "interval", "manifest_hash")}
 
 
-def to_official(model: Network, path: Path, facts: Mapping[str, Any]) -> None:
+def to_official(model: Denoiser, path: Path, facts: Mapping[str, Any]) -> None:
     """Write the file that the released Latte code loads."""
-    if not isinstance(model, Latte):
+    if model.config.reads_text:
         raise InputError(
             "--to official cannot hold a text-to-video model: the released layout is class-conditional or unconditional; "
             "use --to diffusers"
@@ -107,16 +106,16 @@ def to_official(model: Network, path: Path, facts: Mapping[str, Any]) -> None:
     save_official(model, path)
 
 
-def to_diffusers(model: Network, folder: Path, facts: Mapping[str, Any]) -> None:
+def to_diffusers(model: Denoiser, folder: Path, facts: Mapping[str, Any]) -> None:
     """Write the transformer folder of a LattePipeline."""
-    if not isinstance(model, LatteText):
+    if not model.config.reads_text:
         raise InputError(
             "--to diffusers holds text-to-video models only, but this model reads no captions; use --to official"
         )
     save_diffusers(model, folder, (facts.get("about") or {}).get("gate_steps"))
 
 
-def to_hub(model: Network, place: Path, facts: Mapping[str, Any]) -> None:
+def to_hub(model: Denoiser, place: Path, facts: Mapping[str, Any]) -> None:
     """``publish`` to owner/name with the token of ``hf auth login``; RunError when the hub refuses."""
     try:
         publish(model, place.as_posix(), facts)
@@ -129,12 +128,12 @@ def to_hub(model: Network, place: Path, facts: Mapping[str, Any]) -> None:
         ) from error
 
 
-def to_lora(model: Network, folder: Path, facts: Mapping[str, Any]) -> None:
+def to_lora(model: Denoiser, folder: Path, facts: Mapping[str, Any]) -> None:
     """Write the adapters alone."""
     save_lora(model, folder, facts)
 
 
-TARGETS: dict[str, Callable[[Network, Path, Mapping[str, Any]], None]] = {
+TARGETS: dict[str, Callable[[Denoiser, Path, Mapping[str, Any]], None]] = {
     "latte": save_ours,
     "official": to_official,
     "diffusers": to_diffusers,

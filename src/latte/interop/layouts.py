@@ -74,7 +74,7 @@ LAYOUTS = {
     "Latte": Layout(is_latte, understand_ours(ModelConfig)),
     "LatteText": Layout(lambda names: "space_blocks.0.table" in names, understand_ours(TextConfig)),
     "LatteT2V": Layout(diffusers.recognise, diffusers.understand),
-    "PixArt-alpha": Layout(pixart.recognise, pixart.understand, pixart.HINT, LatteText.still_time),
+    "PixArt-alpha": Layout(pixart.recognise, pixart.understand, pixart.HINT, LatteText.zero_time_blocks),
     "DiT": Layout(dit.recognise, dit.understand),
     "released Latte": Layout(official.recognise, official.understand),
 }

@@ -21,8 +21,8 @@ from latte.interop.key_maps import BRANCHES, unwrap
 from latte.interop.layouts import LAYOUTS, recognise
 from latte.interop.readers import read_card, read_tensors
 from latte.interop.resolve import KINDS, resolve
+from latte.model.denoiser import Denoiser
 from latte.model.pretrained import check_depth
-from latte.model.text import Network
 from latte.tensors import tensors_sha256
 
 LOG = logging.getLogger(__name__)
@@ -43,7 +43,7 @@ class Loaded:
     facts: dict[str, str]
     card: dict[str, Any]
 
-    def model(self, dtype: torch.dtype = torch.float32) -> Network:
+    def model(self, dtype: torch.dtype = torch.float32) -> Denoiser:
         """Return the model for inference (eval mode, no gradients) in ``dtype``; allowed gaps hold fresh weights."""
         with torch.device("cpu" if self.report.missing else "meta"):
             model = build(self.config)

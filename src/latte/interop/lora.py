@@ -21,7 +21,7 @@ from latte.checks import InputError, choose, require
 from latte.files import commit_folder, reported
 from latte.interop.coverage import LABELS, build, relabelled
 from latte.interop.readers import read_json, read_tensors
-from latte.model.text import Network
+from latte.model.denoiser import Denoiser
 from latte.runtime import generator
 from latte.tensors import tensors_sha256
 
@@ -191,7 +191,7 @@ def plain_state(model: nn.Module) -> dict[str, Tensor]:
     return state
 
 
-def folded(model: Network) -> Network:
+def folded(model: Denoiser) -> Denoiser:
     """A plain model, for inference, with the adapters folded into its weights: what every exporter and ``load_trained`` want."""
     with torch.device("meta"):
         plain = build(model.config)

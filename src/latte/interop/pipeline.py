@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from latte.autoencoder.codec import Codec, CodecConfig, build_codec
 from latte.autoencoder.kl import Posterior
 from latte.checks import InputError, require
-from latte.diffusion.process import DiffusionConfig, build_process
+from latte.diffusion.config import DiffusionConfig, build_process
 from latte.files import commit_folder, reported
 from latte.interop.diffusers import WEIGHTS, diffusers_state, save_diffusers
 from latte.model.text import LatteText
@@ -158,7 +158,7 @@ def write_json(file: Path, content: Mapping[str, Any]) -> None:
 
 def to_pipeline(model: Any, folder: Path, facts: Mapping[str, Any]) -> None:
     """``save_pipeline`` from the ``facts`` of ``checkpoint.export``: codec and text encoder are read from the paths that stand there."""
-    if not isinstance(model, LatteText):
+    if not model.config.reads_text:
         raise InputError(
             "--to is 'pipeline', which is text to video, but this model reads no captions; give --to official"
         )

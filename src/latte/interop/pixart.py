@@ -19,7 +19,7 @@ from latte.interop import diffusers
 from latte.interop.coverage import Coverage, Understanding, build, compare, some
 from latte.interop.key_maps import BRANCHES, unwrap
 from latte.interop.readers import fetch, read_card, read_tensors
-from latte.model.text import LatteText, TextConfig
+from latte.model.text import LatteText
 
 LOG = logging.getLogger(__name__)
 NEW = ("time_blocks.*", "time_gate")
@@ -55,7 +55,6 @@ def understand(
             "give the model of 512 pixels or less"
         )
     found = diffusers.understand(tensors, card, heads)
-    assert isinstance(found.config, TextConfig)
     return replace(found, config=replace(found.config, gated_time=True))
 
 
@@ -69,7 +68,6 @@ def from_pixart(
     tensors, found = read_pixart(source, heads)
     config = replace(found.config, num_frames=num_frames, gated_time=gated_time)
     model = build(config, seed)
-    assert isinstance(model, LatteText)
     return model, fill(model, source, tensors, found)
 
 
@@ -105,7 +103,6 @@ def fill(model: LatteText, source: str | Path, tensors: dict[str, Tensor], found
             f"the PixArt at {source} has {theirs}",
             f"set model.{what}={theirs}",
         )
-    assert isinstance(found.config, TextConfig)
     for what, way_out in WAYS_OUT.items():
         ours, theirs = getattr(model.config, what), getattr(found.config, what)
         require(ours == theirs, f"model.{what}", ours, f"the PixArt at {source} has {theirs}", way_out)
@@ -121,5 +118,5 @@ def fill(model: LatteText, source: str | Path, tensors: dict[str, Tensor], found
     LOG.info("%s", report)
     report.refuse(allow_missing=NEW, allow_unexpected=())
     model.load_state_dict(state, strict=False)
-    model.still_time()
+    model.zero_time_blocks()
     return report

@@ -1,151 +1,225 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A block is a row of residual branches: attention over space, attention over time, an MLP.
+"""A block is a list of residual branches: attention over space, attention over time, an MLP.
 
-The variant chooses the branches, the conditioning decides how a branch is wrapped, and neither knows the other. All attentions of
-a block share one (shift, scale, gate) triple of its modulation and the MLP has the other (Latte, Sec. 3.2: 6 d outputs per block).
-Stills pass through the same blocks with attention over time left out, so a still never leaks into motion (Sec. 3.3.4).
-Axes: b batch, f frames (or stills), n tokens of a frame, d width, h heads, k head width, l sequence.
+The variant chooses the branches, the conditioning decides how a branch is modulated, and neither knows the other. A branch states
+which (shift, scale, gate) of the block's modulation it uses, whether it mixes time, and its cost by Table 3's rule; so a new kind of
+branch is one class. Images pass through the same blocks without attention over time (Latte, Sec. 3.3.4).
+Axes: b batch, f frames (or images), n tokens of a frame, d width, h heads, k head width, l sequence.
 """
+
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from latte.model.positions import AbsoluteTime, RotaryTime
+from latte.model.conditioning import Conditioning
+from latte.model.positions import TemporalPosition
+
+ATTENTION_SLOT = 0  # all attentions of a block share one (shift, scale, gate), Latte, Sec. 3.2
+MLP_SLOT = 1
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """The one attention function: (b h l k) queries, keys, values -> (b h l k), softmax(q k' / sqrt(k)) v.
+    """Return softmax(q k' / sqrt(k)) v, (b h l k), of queries, keys and values (b h l k): the one attention function.
 
-    ``mask`` is bool, True where a key may be seen, and broadcasts to (b h l l).
+    ``mask`` is bool, True where a key may be attended to, and broadcasts to (b h l l).
     """
     return F.scaled_dot_product_attention(q, k, v, mask)
 
 
-class Attention(nn.Module):
-    """Multi-head self-attention's weights: qkv and output projection, with bias."""
+class Branch(nn.Module):
+    """One residual branch of a block, (b f n d) -> (b f n d). Abstract: override ``forward`` and whatever differs from the defaults."""
+
+    modulation_slot: ClassVar[int] = ATTENTION_SLOT
+    """Which (shift, scale, gate) of the block's modulation it uses; a block has as many as its branches ask for."""
+    mixes_time: ClassVar[bool] = False
+    """Whether frames of a clip influence each other in it."""
+
+    @property
+    def skips_images(self) -> bool:
+        """Whether images leave it out; one that mixes time but accepts ``images=True`` overrides this with False."""
+        return self.mixes_time
+
+    def table3_rows(self, frames: int, positions: int) -> int:
+        """Return how often Table 3 counts the block's modulation for this branch: once per sequence that it attends over.
+
+        ``frames`` and ``positions`` are those of a clip's tokens; a branch without attention counts 0.
+        """
+        return 0
+
+    def forward(self, x: Tensor, images: bool = False) -> Tensor:
+        """Return (b f n d) from modulated tokens (b f n d); with ``images`` every frame must be treated by itself."""
+        raise NotImplementedError
+
+
+class Attention(Branch):
+    """Weights of multi-head self-attention: qkv and output projection, with bias. Abstract."""
 
     def __init__(self, width: int, heads: int):
         super().__init__()
         self.heads = heads
-        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
 
     def split(self, x: Tensor) -> Tensor:
-        """(b f n d) -> (b f n 3 h k)."""
-        return self.qkv(x).unflatten(-1, (3, self.heads, -1))
+        """Return queries, keys and values (b f n 3 h k) of tokens (b f n d)."""
+        return self.qkv(x).unflatten(-1, (3, self.heads, -1))  # (b f n 3 h k)
 
 
 class SpaceAttention(Attention):
-    """Every frame by itself."""
+    """Attention among the tokens of each frame."""
 
-    video_only = False
+    def table3_rows(self, frames: int, positions: int) -> int:
+        """Return one row per frame."""
+        return frames
 
-    def forward(self, x: Tensor, stills: bool = False) -> Tensor:
-        """(b f n d) -> (b f n d)."""
+    def forward(self, x: Tensor, images: bool = False) -> Tensor:
+        """Return (b f n d) from tokens (b f n d)."""
         q, k, v = self.split(x).flatten(0, 1).permute(2, 0, 3, 1, 4)  # each (bf h n k)
-        return self.proj(attend(q, k, v).transpose(1, 2).flatten(2)).view(x.shape)
+        y = attend(q, k, v).transpose(1, 2).flatten(2)  # (bf n d)
+        return self.proj(y).view(x.shape)  # (b f n d)
 
 
 class TimeAttention(Attention):
-    """Every position of the frame by itself, along the clip."""
+    """Attention among the frames of a clip, at each position by itself."""
 
-    video_only = True
+    mixes_time = True
 
-    def __init__(self, width: int, heads: int, position: AbsoluteTime | RotaryTime):
+    def __init__(self, width: int, heads: int, position: TemporalPosition):
         super().__init__(width, heads)
         self.position = position
 
-    def forward(self, x: Tensor, stills: bool = False) -> Tensor:
-        """(b f n d) -> (b f n d)."""
+    def table3_rows(self, frames: int, positions: int) -> int:
+        """Return one row per position."""
+        return positions
+
+    def forward(self, x: Tensor, images: bool = False) -> Tensor:
+        """Return (b f n d) from tokens (b f n d)."""
         b, f, n, d = x.shape
         q, k, v = self.split(x).permute(3, 0, 2, 4, 1, 5).flatten(1, 2)  # each (bn h f k)
-        y = attend(*self.position.rotate(q, k), v)
-        return self.proj(y.unflatten(0, (b, n)).permute(0, 3, 1, 2, 4).reshape(b, f, n, d))
+        y = attend(*self.position.rotate(q, k), v)  # (bn h f k)
+        y = y.unflatten(0, (b, n)).permute(0, 3, 1, 2, 4)  # (b f n h k)
+        return self.proj(y.reshape(b, f, n, d))  # (b f n d)
 
 
-class SpaceAndTimeAttention(nn.Module):
+class SpaceAndTimeAttention(Branch):
     """Variant 4's pair: both attentions read the same normed tokens, each with half of the heads, and their results are added."""
 
-    video_only = False
+    mixes_time = True
 
-    def __init__(self, width: int, heads: int, position: AbsoluteTime | RotaryTime):
+    def __init__(self, width: int, heads: int, position: TemporalPosition):
         super().__init__()
-        self.space, self.time = SpaceAttention(width, heads // 2), TimeAttention(width, heads // 2, position)
+        self.space = SpaceAttention(width, heads // 2)
+        self.time = TimeAttention(width, heads // 2, position)
 
-    def forward(self, x: Tensor, stills: bool = False) -> Tensor:
-        """(b f n d) -> (b f n d); stills get the spatial half alone."""
-        return self.space(x) if stills else self.space(x) + self.time(x)
+    @property
+    def skips_images(self) -> bool:
+        """False: images use the spatial half."""
+        return False
+
+    def table3_rows(self, frames: int, positions: int) -> int:
+        """Return the rows of both."""
+        return frames + positions
+
+    def forward(self, x: Tensor, images: bool = False) -> Tensor:
+        """Return (b f n d) from tokens (b f n d); images get the spatial half alone."""
+        return self.space(x) if images else self.space(x) + self.time(x)
 
 
 class JointAttention(Attention):
-    """Every token of the clip sees every other: the costly baseline that the four variants factorise. A still sees itself."""
+    """Attention among all tokens of a clip: the costly baseline that the four variants factorise. An image attends to itself."""
 
-    video_only = False
+    mixes_time = True
 
-    def __init__(self, width: int, heads: int, position: AbsoluteTime | RotaryTime):
+    def __init__(self, width: int, heads: int, position: TemporalPosition):
         super().__init__(width, heads)
         self.position = position
 
-    def forward(self, x: Tensor, stills: bool = False) -> Tensor:
-        """(b f n d) -> (b f n d)."""
+    @property
+    def skips_images(self) -> bool:
+        """False: an image attends to itself."""
+        return False
+
+    def table3_rows(self, frames: int, positions: int) -> int:
+        """Return a single row: one sequence per clip."""
+        return 1
+
+    def forward(self, x: Tensor, images: bool = False) -> Tensor:
+        """Return (b f n d) from tokens (b f n d)."""
+        f, n = x.shape[1:3]
         q, k, v = self.split(x).permute(3, 0, 1, 4, 2, 5)  # each (b f h n k)
-        if stills:
-            return self.proj(attend(q, k, v).transpose(2, 3).flatten(3))
+        if images:
+            return self.proj(attend(q, k, v).transpose(2, 3).flatten(3))  # (b f n d)
         q, k, v = (y.permute(0, 2, 3, 1, 4) for y in (q, k, v))  # each (b h n f k)
         q, k = self.position.rotate(q, k)
-        y = attend(q.flatten(2, 3), k.flatten(2, 3), v.flatten(2, 3)).unflatten(2, (x.shape[2], x.shape[1]))
-        return self.proj(y.permute(0, 3, 2, 1, 4).flatten(3))
+        y = attend(q.flatten(2, 3), k.flatten(2, 3), v.flatten(2, 3))  # (b h nf k)
+        y = y.unflatten(2, (n, f)).permute(0, 3, 2, 1, 4)  # (b f n h k)
+        return self.proj(y.flatten(3))  # (b f n d)
 
 
-class MLP(nn.Module):
+class MLP(Branch):
     """Two linear layers around a tanh-GELU, four times as wide inside."""
 
-    video_only = False
+    modulation_slot = MLP_SLOT
 
     def __init__(self, width: int, ratio: int = 4):
         super().__init__()
-        self.fc1, self.fc2 = nn.Linear(width, ratio * width), nn.Linear(ratio * width, width)
+        self.fc1 = nn.Linear(width, ratio * width)
+        self.fc2 = nn.Linear(ratio * width, width)
 
-    def forward(self, x: Tensor, stills: bool = False) -> Tensor:
-        """(b f n d) -> (b f n d)."""
+    def forward(self, x: Tensor, images: bool = False) -> Tensor:
+        """Return (b f n d) from tokens (b f n d)."""
         return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
 
 
 class Block(nn.Module):
     """x + gate * branch(norm(x) * (1 + scale) + shift), branch after branch.
 
-    Stills skip the branches marked ``video_only``, and with ``video_only`` the whole block (the temporal blocks of variants 1 and 2).
+    Images skip the branches that say so, and with ``video_only`` the whole block (the temporal blocks of variants 1 and 2).
     """
 
     def __init__(
         self,
-        branches: dict[str, nn.Module],
+        branches: dict[str, Branch],
         width: int,
-        modulation: nn.Module,
-        affine_norm: bool,
+        conditioning: type[Conditioning],
         video_only: bool = False,
     ):
         super().__init__()
         self.branches = nn.ModuleDict(branches)
+        affine = conditioning.affine_norm
         self.norms = nn.ModuleDict(
-            {name: nn.LayerNorm(width, eps=1e-6, elementwise_affine=affine_norm) for name in branches}
+            {name: nn.LayerNorm(width, eps=1e-6, elementwise_affine=affine) for name in branches}
         )
-        self.modulation, self.video_only = modulation, video_only
+        num_slots = 1 + max(branch.modulation_slot for branch in branches.values())
+        self.modulation = conditioning.block_modulation(width, num_slots)
+        self.video_only = video_only
 
-    def forward(self, x: Tensor, c: Tensor, stills: bool = False) -> Tensor:
-        """Tokens (b f n d), condition (b f|1 d) -> tokens (b f n d)."""
-        if stills and self.video_only:
+    @property
+    def mixes_time(self) -> bool:
+        """Whether any branch mixes time."""
+        return any(branch.mixes_time for branch in self.branches.values())
+
+    def table3_rows(self, frames: int, positions: int) -> int:
+        """Return how often Table 3 counts the block's modulation."""
+        return sum(branch.table3_rows(frames, positions) for branch in self.branches.values())
+
+    def forward(self, x: Tensor, c: Tensor, images: bool = False) -> Tensor:
+        """Return tokens (b f n d) from tokens (b f n d) and condition (b f|1 d)."""
+        if images and self.video_only:
             return x
-        chunks = self.modulation(c)
+        chunks = self.modulation(c)  # 3 per slot, each (b f|1 1 d) or None
         for name, branch in self.branches.items():
-            if stills and branch.video_only:
+            if images and branch.skips_images:
                 continue
-            shift, scale, gate = chunks[3:] if name == "mlp" else chunks[:3]
-            y = branch(modulate(self.norms[name](x), shift, scale), stills)
+            slot = 3 * branch.modulation_slot
+            shift, scale, gate = chunks[slot : slot + 3]
+            y = branch(modulate(self.norms[name](x), shift, scale), images)
             x = x + y if gate is None else torch.addcmul(x, gate, y)
         return x
 
 
 def modulate(x: Tensor, shift: Tensor | None, scale: Tensor | None) -> Tensor:
-    """x (1 + scale) + shift over tokens (b f n d); unchanged when there is nothing to modulate with."""
+    """Return x (1 + scale) + shift over tokens (b f n d); x itself when there is nothing to modulate with."""
     return x if scale is None else torch.addcmul(shift, x, 1 + scale)

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Latent frames to tokens and back (Latte, Sec. 3.3.1).
 
-Uniform patches cut every frame by itself; compression patches cut tubes of s frames and undo it with a 3-D transposed convolution.
-Axes: b batch, f frames (or stills), i stills, c channels, h w latent size, n tokens of a frame, d width, p patch side, s tube,
+Uniform patches cut every frame by itself; compression patches cut tubes of s frames, and a 3-D transposed convolution brings the
+frames back. To add a patch embedding: one class with the members of ``Patch``, and one entry in PATCHES.
+Axes: b batch, f frames (or images), i images, c channels, h w latent size, n tokens of a frame, d width, p patch side, s tube,
 o output channels.
 """
 
@@ -10,7 +11,7 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
-from latte.checks import require
+from latte.checks import check
 
 
 class PatchSpec(Protocol):
@@ -22,6 +23,32 @@ class PatchSpec(Protocol):
     learn_sigma: bool
 
 
+class Patch(Protocol):
+    """A patch embedding: an nn.Module made from (config, width)."""
+
+    tube: int
+    """Latent frames of one token."""
+    out_features: int
+    """Outputs of the last linear layer per token."""
+
+    @staticmethod
+    def frames_per_token(config: PatchSpec) -> int:
+        """Return latent frames of one token, before anything is built."""
+        ...
+
+    def initialise(self) -> None:
+        """Initialise the weights."""
+        ...
+
+    def embed(self, z: Tensor, images: bool = False) -> Tensor:
+        """Return tokens (b f/s n d) of latents (b f c h w); of images (b i c h w): (b i n d)."""
+        ...
+
+    def unembed(self, x: Tensor, grid: tuple[int, int], images: bool = False) -> Tensor:
+        """Return latents (b f o h w) of tokens (b f/s n out_features) on a grid of h/p x w/p."""
+        ...
+
+
 class UniformPatch(nn.Module):
     """One token per p x p square of every frame."""
 
@@ -29,75 +56,92 @@ class UniformPatch(nn.Module):
 
     def __init__(self, config: PatchSpec, width: int):
         super().__init__()
-        self.p, self.out_channels = (
-            config.patch_size,
-            config.latent_channels * (2 if config.learn_sigma else 1),
-        )
+        self.p = config.patch_size
+        self.out_channels = config.latent_channels * (2 if config.learn_sigma else 1)
+        self.out_features = self.p * self.p * self.out_channels
         self.proj = nn.Conv2d(config.latent_channels, width, self.p, stride=self.p)
 
-    @property
-    def out_features(self) -> int:
-        """Numbers that the last linear layer gives per token: p p o."""
-        return self.p * self.p * self.out_channels
+    @staticmethod
+    def frames_per_token(config: PatchSpec) -> int:
+        """Return 1."""
+        return 1
 
-    def embed(self, z: Tensor, stills: bool = False) -> Tensor:
-        """(b f c h w) -> tokens (b f n d)."""
-        b = z.shape[0]
-        return self.proj(z.flatten(0, 1)).flatten(2).mT.unflatten(0, (b, -1))
+    def initialise(self) -> None:
+        """Initialise the convolution as the linear layer on flattened patches that it is."""
+        nn.init.xavier_uniform_(self.proj.weight.view(self.proj.out_channels, -1))
+        nn.init.zeros_(self.proj.bias)
 
-    def unembed(self, x: Tensor, grid: tuple[int, int], stills: bool = False) -> Tensor:
-        """(b f n ppo) on a grid of h/p x w/p tokens -> (b f o h w)."""
-        return fold(x, grid, self.p)
+    def embed(self, z: Tensor, images: bool = False) -> Tensor:
+        """Return tokens (b f n d) of latents (b f c h w)."""
+        x = self.proj(z.flatten(0, 1))  # (bf d h/p w/p)
+        return x.flatten(2).mT.unflatten(0, (z.shape[0], -1))  # (b f n d)
+
+    def unembed(self, x: Tensor, grid: tuple[int, int], images: bool = False) -> Tensor:
+        """Return latents (b f o h w) of tokens (b f n ppo) on a grid of h/p x w/p."""
+        return unpatchify(x, grid, self.p)
 
 
 class CompressionPatch(nn.Module):
-    """One token per tube of s frames x p x p; the output is brought back to f frames by a transposed convolution of (s, 1, 1).
+    """One token per tube of s frames x p x p; a transposed convolution of (s, 1, 1) brings the output back to f frames.
 
-    A still counts as a tube of s equal frames, and its output is the mean over the tube.
+    An image counts as a tube of s equal frames, and its output is the mean over the tube.
     """
 
     def __init__(self, config: PatchSpec, width: int):
         super().__init__()
-        self.p, self.tube, self.out_channels = (
-            config.patch_size,
-            config.tube,
-            config.latent_channels * (2 if config.learn_sigma else 1),
+        self.p = config.patch_size
+        self.tube = config.tube
+        self.out_channels = config.latent_channels * (2 if config.learn_sigma else 1)
+        self.out_features = self.p * self.p * self.out_channels
+        kernel = (self.tube, self.p, self.p)
+        self.proj = nn.Conv3d(config.latent_channels, width, kernel, stride=kernel)
+        kernel = (self.tube, 1, 1)
+        self.expand = nn.ConvTranspose3d(self.out_channels, self.out_channels, kernel, stride=kernel)
+
+    @staticmethod
+    def frames_per_token(config: PatchSpec) -> int:
+        """Return the tube."""
+        return config.tube
+
+    def initialise(self) -> None:
+        """Initialise the convolution as a linear layer on flattened tubes; the transposed one repeats every frame of the tube."""
+        nn.init.xavier_uniform_(self.proj.weight.view(self.proj.out_channels, -1))
+        nn.init.zeros_(self.proj.bias)
+        nn.init.zeros_(self.expand.weight)
+        nn.init.zeros_(self.expand.bias)
+        for channel in range(self.out_channels):
+            nn.init.ones_(self.expand.weight[channel, channel])
+
+    def embed(self, z: Tensor, images: bool = False) -> Tensor:
+        """Return tokens (b f/s n d) of latents (b f c h w); of images (b i c h w): (b i n d)."""
+        if images:
+            z = z.repeat_interleave(self.tube, dim=1)  # (b is c h w)
+        frames = z.shape[1]
+        check(
+            frames % self.tube == 0,
+            f"the clip has {frames} latent frames, but compression patches need a multiple of model.tube = {self.tube}; "
+            f"the nearest is {max(round(frames / self.tube), 1) * self.tube}",
         )
-        self.proj = nn.Conv3d(
-            config.latent_channels, width, (self.tube, self.p, self.p), stride=(self.tube, self.p, self.p)
-        )
-        self.expand = nn.ConvTranspose3d(
-            self.out_channels, self.out_channels, (self.tube, 1, 1), stride=(self.tube, 1, 1)
-        )
+        x = self.proj(z.transpose(1, 2))  # (b d f/s h/p w/p)
+        return x.flatten(3).permute(0, 2, 3, 1)  # (b f/s n d)
 
-    @property
-    def out_features(self) -> int:
-        """Numbers that the last linear layer gives per token: p p o."""
-        return self.p * self.p * self.out_channels
-
-    def embed(self, z: Tensor, stills: bool = False) -> Tensor:
-        """(b f c h w) -> tokens (b f/s n d); stills (b i c h w) -> (b i n d)."""
-        z = z.repeat_interleave(self.tube, dim=1) if stills else z
-        require(
-            z.shape[1] % self.tube == 0,
-            "num_frames",
-            z.shape[1],
-            f"compression patches need a multiple of tube = {self.tube}",
-            f"the nearest is {max(round(z.shape[1] / self.tube), 1) * self.tube}",
-        )
-        return self.proj(z.transpose(1, 2)).flatten(3).permute(0, 2, 3, 1)
-
-    def unembed(self, x: Tensor, grid: tuple[int, int], stills: bool = False) -> Tensor:
-        """(b f/s n ppo) -> (b f o h w); stills (b i n ppo) -> (b i o h w)."""
-        out = self.expand(fold(x, grid, self.p).transpose(1, 2)).transpose(1, 2)
-        return out.unflatten(1, (-1, self.tube)).mean(2) if stills else out
+    def unembed(self, x: Tensor, grid: tuple[int, int], images: bool = False) -> Tensor:
+        """Return latents (b f o h w) of tokens (b f/s n ppo); of images (b i n ppo): (b i o h w)."""
+        z = unpatchify(x, grid, self.p).transpose(1, 2)  # (b o f/s h w)
+        z = self.expand(z).transpose(1, 2)  # (b f o h w)
+        return z.unflatten(1, (-1, self.tube)).mean(2) if images else z
 
 
-def fold(x: Tensor, grid: tuple[int, int], p: int) -> Tensor:
-    """Tokens (b f n ppo), n row by row over ``grid``, to frames (b f o h w)."""
+def unpatchify(x: Tensor, grid: tuple[int, int], p: int) -> Tensor:
+    """Return frames (b f o h w) of tokens (b f n ppo), n row by row over ``grid``."""
     b, f = x.shape[:2]
-    x = x.reshape(b, f, *grid, p, p, -1)
-    return x.permute(0, 1, 6, 2, 4, 3, 5).reshape(b, f, -1, grid[0] * p, grid[1] * p)
+    rows, columns = grid
+    x = x.reshape(b, f, rows, columns, p, p, -1)  # (b f h/p w/p p p o)
+    x = x.permute(0, 1, 6, 2, 4, 3, 5)  # (b f o h/p p w/p p)
+    return x.reshape(b, f, -1, rows * p, columns * p)  # (b f o h w)
 
 
-PATCHES = {"uniform": UniformPatch, "compression": CompressionPatch}
+PATCHES: dict[str, type[UniformPatch] | type[CompressionPatch]] = {
+    "uniform": UniformPatch,
+    "compression": CompressionPatch,
+}

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The blocks of the text-to-video model: PixArt's spatial block, which also looks at the caption, and its temporal twin, which does not.
+"""The blocks of the text-to-video model (Latte, Sec. 4.4): PixArt's spatial block with cross-attention, and the temporal one.
 
-All blocks share one modulation of the timestep; each adds a small table of its own to it (adaLN-single, PixArt-alpha, arXiv 2310.00426).
-Axes: b batch, f frames (or stills), g captions of a clip (1, or f), n tokens of a frame, l tokens of a caption, d width, s sequence.
+All blocks share one modulation of the timestep; each adds a small table of its own to it (adaLN-single, PixArt-alpha,
+arXiv 2310.00426, Sec. 2.3).
+Axes: b batch, f frames (or images), n tokens of a frame, d width, s l sequences, k channels of the text encoder's features,
+g captions of a clip.
 """
 
 import torch
@@ -13,39 +15,50 @@ from latte.model.blocks import MLP, attend, modulate
 
 
 class SplitAttention(nn.Module):
-    """Queries, keys, values and output, a matrix and a bias each, as PixArt keeps them: an adapter can take hold of one of them."""
+    """Attention whose queries, keys, values and output have a matrix each, as in PixArt, so that an adapter can address one."""
 
     def __init__(self, width: int, heads: int):
         super().__init__()
         self.heads = heads
-        self.q, self.k, self.v, self.proj = (nn.Linear(width, width) for _ in range(4))
+        self.q = nn.Linear(width, width)
+        self.k = nn.Linear(width, width)
+        self.v = nn.Linear(width, width)
+        self.proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor, source: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-        """Tokens x (b s d) look at ``source`` (b l d), or at themselves -> (b s d); ``mask`` (b l) is True where they may look."""
+        """Return (b s d): tokens x (b s d) attend to ``source`` (b l d), or to themselves; ``mask`` (b l) is True at valid keys."""
         source = x if source is None else source
-        q, k, v = (
-            y.unflatten(-1, (self.heads, -1)).transpose(1, 2)
-            for y in (self.q(x), self.k(source), self.v(source))
-        )
+        q = self.split_heads(self.q(x))  # (b h s d/h)
+        k = self.split_heads(self.k(source))  # (b h l d/h)
+        v = self.split_heads(self.v(source))  # (b h l d/h)
         y = attend(q, k, v, None if mask is None else mask[:, None, None])
-        return self.proj(y.transpose(1, 2).flatten(2))
+        return self.proj(y.transpose(1, 2).flatten(2))  # (b s d)
+
+    def split_heads(self, x: Tensor) -> Tensor:
+        """Return (b h s d/h) of (b s d)."""
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (b h s d/h)
 
 
-class Modulated(nn.Module):
-    """What both blocks have: attention and MLP behind norms without weights, and the block's table (6 d) of the shared modulation."""
+class ModulatedBlock(nn.Module):
+    """What both blocks have: attention, MLP, a norm without weights, and a table (6 d) added to the shared modulation. Abstract."""
 
     def __init__(self, width: int, heads: int):
         super().__init__()
         self.norm = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
-        self.attention, self.mlp = SplitAttention(width, heads), MLP(width)
+        self.attention = SplitAttention(width, heads)
+        self.mlp = MLP(width)
         self.table = nn.Parameter(torch.zeros(6, width))
 
     def chunks(self, shared: tuple[Tensor, ...]) -> list[Tensor]:
-        """Shift, scale, gate of the attention, then of the MLP: six (b 1 1 d)."""
+        """Return shift, scale and gate of the attention, then of the MLP: six (b 1 1 d)."""
         return [chunk + row for chunk, row in zip(shared, self.table, strict=True)]
 
+    def add_mlp(self, x: Tensor, shift: Tensor, scale: Tensor, gate: Tensor) -> Tensor:
+        """Return tokens (b f n d) plus the gated MLP."""
+        return torch.addcmul(x, gate, self.mlp(modulate(self.norm(x), shift, scale)))
 
-class SpaceBlock(Modulated):
+
+class SpaceBlock(ModulatedBlock):
     """Attention within a frame, cross-attention to the caption (neither normed nor gated), MLP."""
 
     def __init__(self, width: int, heads: int):
@@ -53,28 +66,26 @@ class SpaceBlock(Modulated):
         self.cross = SplitAttention(width, heads)
 
     def forward(self, x: Tensor, shared: tuple[Tensor, ...], text: Tensor, mask: Tensor | None) -> Tensor:
-        """Tokens (b f n d), captions (b g l d) and where they are not padding (b g l) -> tokens (b f n d)."""
-        shift, scale, gate, *of_mlp = self.chunks(shared)
-        y = self.attention(modulate(self.norm(x), shift, scale).flatten(0, 1)).view(x.shape)
-        x = torch.addcmul(x, gate, y)
-        queries = x.reshape(
-            text.shape[0] * text.shape[1], -1, x.shape[-1]
-        )  # the frames of one caption side by side
-        x = x + self.cross(queries, text.flatten(0, 1), None if mask is None else mask.flatten(0, 1)).view(
-            x.shape
-        )
-        return torch.addcmul(x, of_mlp[2], self.mlp(modulate(self.norm(x), *of_mlp[:2])))
+        """Return tokens (b f n d) from tokens (b f n d), captions (b g l d) and their mask (b g l), True at valid tokens."""
+        shift, scale, gate, *mlp_chunks = self.chunks(shared)
+        y = modulate(self.norm(x), shift, scale).flatten(0, 1)  # (bf n d)
+        x = torch.addcmul(x, gate, self.attention(y).view(x.shape))
+        # all frames of one caption in one sequence
+        queries = x.reshape(text.shape[0] * text.shape[1], -1, x.shape[-1])  # (bg f/g*n d)
+        caption_mask = None if mask is None else mask.flatten(0, 1)  # (bg l)
+        x = x + self.cross(queries, text.flatten(0, 1), caption_mask).view(x.shape)
+        return self.add_mlp(x, *mlp_chunks)
 
 
-class TimeBlock(Modulated):
+class TimeBlock(ModulatedBlock):
     """Attention of every position along the clip, MLP."""
 
     def forward(self, x: Tensor, shared: tuple[Tensor, ...]) -> Tensor:
-        """Tokens (b f n d) -> tokens (b f n d)."""
-        shift, scale, gate, *of_mlp = self.chunks(shared)
-        y = self.attention(modulate(self.norm(x), shift, scale).transpose(1, 2).flatten(0, 1))
-        x = torch.addcmul(x, gate, y.unflatten(0, (x.shape[0], x.shape[2])).transpose(1, 2))
-        return torch.addcmul(x, of_mlp[2], self.mlp(modulate(self.norm(x), *of_mlp[:2])))
+        """Return tokens (b f n d) from tokens (b f n d)."""
+        shift, scale, gate, *mlp_chunks = self.chunks(shared)
+        y = modulate(self.norm(x), shift, scale).transpose(1, 2).flatten(0, 1)  # (bn f d)
+        y = self.attention(y).unflatten(0, (x.shape[0], x.shape[2])).transpose(1, 2)  # (b f n d)
+        return self.add_mlp(torch.addcmul(x, gate, y), *mlp_chunks)
 
 
 class CaptionProjection(nn.Module):
@@ -82,8 +93,9 @@ class CaptionProjection(nn.Module):
 
     def __init__(self, channels: int, width: int):
         super().__init__()
-        self.fc1, self.fc2 = nn.Linear(channels, width), nn.Linear(width, width)
+        self.fc1 = nn.Linear(channels, width)
+        self.fc2 = nn.Linear(width, width)
 
     def forward(self, text: Tensor) -> Tensor:
-        """(... k) -> (... d)."""
+        """Return (... d) of features (... k)."""
         return self.fc2(F.gelu(self.fc1(text), approximate="tanh"))

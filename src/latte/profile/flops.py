@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Parameters and operations of any model: exactly, and a class model's by Table 3's own counting rule.
+"""Parameters and operations of a model: exactly, and a class model's by the counting rule of the paper's Table 3.
 
 Nothing is computed: the model runs on the meta device. The paper counted with ``thop`` on three clips: multiply-accumulates of
-linear and convolution layers, two operations per element of every layer norm, and neither biases, attention products nor
-activations; tables are not among its parameters, and the condition is evaluated once per frame and once per position.
+linear and convolution layers, two operations per element of every layer norm, and no biases, attention products or
+activations. Position tables are not parameters, and the condition is evaluated once per frame and once per position.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,85 +15,103 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from latte.model.conditioning import Modulation
+from latte.model.denoiser import Denoiser, DenoiserConfig
 from latte.model.latte import ModelConfig
-from latte.model.text import Network, TextConfig, network
 
 TABLE3_CLIPS = 3
 
 
 @dataclass(frozen=True)
 class Cost:
-    """``parameters`` that are trained, and ``operations`` of one clip's forward pass: 2 per multiply-add, attention included."""
+    """Exact cost of a model."""
 
-    parameters: int
-    operations: int
+    parameters: int  # trainable parameters
+    operations: int  # of one clip's forward pass: 2 per multiply-add, attention included
 
 
 @dataclass(frozen=True)
 class Table3:
-    """What the paper's Table 3 prints: ``parameters``, and 1e9 operations of three clips."""
+    """What the paper's Table 3 prints."""
 
-    parameters: int
-    operations_g: float
+    parameters: int  # parameters of counted layers
+    operations_g: float  # 1e9 operations of three clips
 
 
-def count(config: ModelConfig | TextConfig, tokens: int = 1) -> Cost:
-    """The true cost. Convolutions, linear layers and attention products count; norms and activations do not.
+def count(config: DenoiserConfig, tokens: int = 1) -> Cost:
+    """Return the exact cost. Convolutions, linear layers and attention products count; norms and activations do not.
 
     ``tokens`` are those of a text model's caption, with its padding.
     """
-    model, inputs = _on_meta(config, clips=1, tokens=tokens)
+    model, z, t = on_meta(config, clips=1)
+    with torch.device("meta"):
+        condition = model.example_condition(1, tokens=tokens)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(*inputs)
-    return Cost(sum(p.numel() for p in model.parameters()), counter.get_total_flops())
+        model(z, t, **condition)
+    return Cost(sum(parameter.numel() for parameter in model.parameters()), counter.get_total_flops())
 
 
 def table3(config: ModelConfig) -> Table3:
-    """The cost as Table 3 counts it."""
+    """Return the cost as Table 3 counts it, without classes."""
     config = replace(config, num_classes=None)
-    model, inputs = _on_meta(config, TABLE3_CLIPS)
-    frames = config.num_frames // model.patch.tube
-    positions = inputs[0][0, 0, 0].numel() // config.patch_size**2
-    rows = {"space": frames, "time": positions, "both": frames + positions, "joint": 1, "mlp": 0}
-    repeats = {model.final_modulation: frames}
-    blocks: Any = model.blocks
-    for block in blocks:
-        repeats[block.modulation] = sum(rows[name] for name in block.branches)
-    total = 0
+    model, z, t = on_meta(config, TABLE3_CLIPS)
+    counters = {nn.Linear: multiply_adds, nn.LayerNorm: norm_operations}
+    counters |= {kind: multiply_adds for kind in (nn.Conv2d, nn.Conv3d, nn.ConvTranspose3d)}
+    total = modulation_operations(model)
+    parameters = 0
+    handles = []
 
-    def add(module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
-        nonlocal total
-        if isinstance(module, nn.Linear):
-            total += out.numel() * module.in_features
-        elif isinstance(module, nn.LayerNorm):
-            total += 2 * out.numel()
-        else:
-            weight: Any = module.weight
-            total += (args[0] if isinstance(module, nn.ConvTranspose3d) else out).numel() * weight[0].numel()
+    def counted_by(
+        rule: Callable[[Any, Tensor, Tensor], int],
+    ) -> Callable[[Any, tuple[Tensor, ...], Tensor], None]:
+        def hook(module: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            nonlocal total
+            total += rule(module, inputs[0], output)
+
+        return hook
 
     for module in model.modules():
-        if isinstance(module, Modulation):
-            total += (repeats[module] - 1) * TABLE3_CLIPS * module.linear.weight.numel()
-    counted = [
-        m
-        for m in model.modules()
-        if isinstance(m, nn.Linear | nn.LayerNorm | nn.Conv2d | nn.Conv3d | nn.ConvTranspose3d)
-    ]
-    handles = [module.register_forward_hook(add) for module in counted]
+        rule = counters.get(type(module))
+        if rule is not None:
+            handles.append(module.register_forward_hook(counted_by(rule)))
+            parameters += sum(parameter.numel() for parameter in module.parameters())
     with torch.no_grad():
-        model(*inputs)
+        model(z, t)
     for handle in handles:
         handle.remove()
-    return Table3(sum(p.numel() for m in counted for p in m.parameters()), total / 1e9)
+    return Table3(parameters, total / 1e9)
 
 
-def _on_meta(
-    config: ModelConfig | TextConfig, clips: int, tokens: int = 1
-) -> tuple[Network, tuple[Tensor, ...]]:
-    """The model and an input (z, t), for a text model (z, t, text), of ``clips`` clips, none of them with storage."""
+def multiply_adds(module: Any, x: Tensor, output: Tensor) -> int:
+    """Return the multiply-adds of a linear or convolution layer: one weight row per output, per input if transposed."""
+    values = x if isinstance(module, nn.ConvTranspose3d) else output
+    return values.numel() * module.weight[0].numel()
+
+
+def norm_operations(module: Any, x: Tensor, output: Tensor) -> int:
+    """Return two operations per element."""
+    return 2 * output.numel()
+
+
+def modulation_operations(model: Any) -> int:
+    """Return what Table 3 counts of modulations beyond the single evaluation per clip that our code does.
+
+    The paper evaluates a block's modulation once per sequence its branches attend over, the final one once per frame.
+    """
+    config: ModelConfig = model.config
+    frames = config.num_frames // config.frames_per_token
+    rows = {model.final_modulation: frames}
+    for block in model.blocks:
+        rows[block.modulation] = max(block.table3_rows(frames, config.num_tokens // frames), 1)
+    return sum(
+        (count - 1) * TABLE3_CLIPS * modulation.linear.weight.numel()
+        for modulation, count in rows.items()
+        if isinstance(modulation, Modulation)
+    )
+
+
+def on_meta(config: DenoiserConfig, clips: int) -> tuple[Denoiser, Tensor, Tensor]:
+    """Return the model and an input (z, t) of ``clips`` clips, without storage."""
+    values: Any = config
     with torch.device("meta"):
-        z = torch.empty(clips, config.num_frames, config.latent_channels, *config.grid_size)
-        told = (
-            (torch.empty(clips, tokens, config.caption_channels),) if isinstance(config, TextConfig) else ()
-        )
-        return network(config), (z, torch.zeros(clips, dtype=torch.long), *told)
+        z = torch.empty(clips, values.num_frames, values.latent_channels, *values.grid_size)
+        return config.build(), z, torch.zeros(clips, dtype=torch.long)

@@ -22,8 +22,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from latte.model.latte import ModelConfig
-from latte.model.text import Network, TextConfig, network
+from latte.model.denoiser import Denoiser, DenoiserConfig
 
 FLOAT32 = 4
 LOWERED = {
@@ -34,7 +33,7 @@ LOWERED = {
     F.scaled_dot_product_attention,
 }  # autocast's matrix products
 RAISED = {F.layer_norm}  # autocast on CUDA norms in float32
-Adapt = Callable[[Network], None]
+Adapt = Callable[[Denoiser], None]
 
 
 @dataclass(frozen=True)
@@ -71,15 +70,15 @@ class Activations:
         return self.kept + self.recomputed
 
 
-def fresh(config: ModelConfig | TextConfig, adapt: Adapt | None) -> Network:
+def fresh(config: DenoiserConfig, adapt: Adapt | None) -> Denoiser:
     """A fresh model, adapted, without storage if the context says so."""
-    model = network(config)
+    model = config.build()
     if adapt is not None:
         adapt(model)
     return model
 
 
-def states(config: ModelConfig | TextConfig, adapt: Adapt | None = None) -> States:
+def states(config: DenoiserConfig, adapt: Adapt | None = None) -> States:
     """What AdamW and the average hold beside the weights: two moments each, and a step counter per tensor.
 
     ``adapt`` is what a run does to the fresh model before it trains it, such as to freeze it and to add adapters.
@@ -92,7 +91,7 @@ def states(config: ModelConfig | TextConfig, adapt: Adapt | None = None) -> Stat
 
 
 def activations(
-    config: ModelConfig | TextConfig,
+    config: DenoiserConfig,
     clips: int,
     num_images: int = 0,
     dtype: torch.dtype = torch.float32,
@@ -107,23 +106,21 @@ def activations(
     with torch.device("meta"):
         model = fresh(config, adapt)
         z = torch.empty(clips, config.num_frames + num_images, config.latent_channels, *config.grid_size)
-        t, rows = torch.zeros(clips, dtype=torch.long), (clips, 1 + num_images) if num_images else (clips,)
-        if isinstance(config, TextConfig):
-            told = (
-                torch.empty(*rows, tokens, config.caption_channels),
-                torch.ones(*rows, tokens, dtype=torch.bool),
-            )
-        else:
-            told = (None if config.num_classes is None else torch.zeros(rows, dtype=torch.long),)
+        t = torch.zeros(clips, dtype=torch.long)
+        condition = model.example_condition(clips, num_images, tokens)
+
+    def forward() -> Tensor:
+        return model(z, t, **condition, num_images=num_images)
+
     with OnDevice(dtype):
-        plain, of_blocks = saved_bytes(model, lambda: model(z, t, *told, num_images))
+        plain, of_blocks = saved_bytes(model, forward)
     model.gradient_checkpointing = True
     with OnDevice(dtype):
-        kept, _ = saved_bytes(model, lambda: model(z, t, *told, num_images))
+        kept, _ = saved_bytes(model, forward)
     return Activations(plain, kept, max(of_blocks))
 
 
-def saved_bytes(model: Network, forward: Callable[[], Any]) -> tuple[int, list[int]]:
+def saved_bytes(model: Denoiser, forward: Callable[[], Any]) -> tuple[int, list[int]]:
     """Bytes that ``forward()`` saves for backward, beside the weights, and how many of them each call of a block adds."""
     own = {id(parameter.untyped_storage()) for parameter in model.parameters()}
     held = [

@@ -13,9 +13,8 @@ import torch
 from latte.checks import require
 from latte.config.run import RunConfig
 from latte.data.datasets import build_dataset
-from latte.diffusion.process import build_process
+from latte.diffusion.config import build_process
 from latte.interop.lora import add_lora
-from latte.model.latte import ModelConfig
 from latte.profile.flops import Table3, count, table3
 from latte.profile.memory import Adapt, activations, fresh, states
 from latte.profile.sampling_memory import staging
@@ -110,13 +109,9 @@ def plan(
     processes that cannot share the global batch, and for data that exist but do not fit.
     """
     model, where = config.network, device_of(device, measure)
-    cost, counted = (
-        count(model, config.text.tokens),
-        table3(model) if isinstance(model, ModelConfig) else None,
-    )
+    cost = count(model, config.text.tokens)
+    counted = None if model.reads_text else table3(config.model)
     latent = (model.num_frames, model.latent_channels, *model.grid_size)
-    tube = model.tube if isinstance(model, ModelConfig) and model.patch == "compression" else 1
-    tokens = model.num_frames // tube * model.grid_size[0] * model.grid_size[1]
     batch, held = (
         batches(config, world_size() if processes is None else processes),
         states(model, adapters(config)),
@@ -144,7 +139,7 @@ def plan(
         cost.operations,
         counted,
         latent,
-        tokens // model.patch_size**2,
+        model.num_tokens,
         batch.clips_seen,
         memory(config, batch, where),
         batch,

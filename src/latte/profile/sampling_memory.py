@@ -16,11 +16,9 @@ import torch
 
 from latte.autoencoder.codec import CODECS, CodecConfig
 from latte.checks import require
-from latte.diffusion.guidance import conditional, guided, guided_pair
-from latte.diffusion.loss import Denoiser
+from latte.diffusion.guidance import guided
 from latte.inference.generate import SampleConfig
-from latte.model.latte import ModelConfig
-from latte.model.text import Network, TextConfig, network
+from latte.model.denoiser import DenoiserConfig
 from latte.profile.memory import LiveBytes, OnDevice
 from latte.text.encoders import TextEncoderConfig, weights_bytes
 
@@ -86,7 +84,7 @@ class Staging:
 
 
 def staging(
-    model: ModelConfig | TextConfig,
+    model: DenoiserConfig,
     codec: CodecConfig,
     text: TextEncoderConfig,
     sample: SampleConfig,
@@ -109,38 +107,21 @@ def reading(text: TextEncoderConfig, device: torch.device) -> Stage:
 
 
 @torch.no_grad()
-def denoising(
-    config: ModelConfig | TextConfig, tokens: int, sample: SampleConfig, dtype: torch.dtype
-) -> Stage:
+def denoising(config: DenoiserConfig, tokens: int, sample: SampleConfig, dtype: torch.dtype) -> Stage:
     """One guided call of the denoiser."""
     with torch.device("meta"):
-        model = network(config).requires_grad_(False)
+        model = config.build().requires_grad_(False)
         z = torch.empty(sample.batch, config.num_frames, config.latent_channels, *config.grid_size)
         t = torch.zeros(sample.batch, dtype=torch.long)
-        denoise = bound(model, sample.batch, tokens, sample.guidance)
+        condition = model.example_condition(sample.batch, tokens=tokens)
+        denoise = guided(model, condition, condition, sample.guidance if condition else 1.0)
     with OnDevice(dtype), LiveBytes() as live:
         denoise(z, t)
     return Stage(sum(weight.nbytes for weight in model.parameters()), live.peak)
 
 
-def bound(model: Network, clips: int, tokens: int, scale: float) -> Denoiser:
-    """The model with labels or captions bound, on the device of the context."""
-    config = model.config
-    if isinstance(config, TextConfig):
-        told = (
-            torch.empty(clips, tokens, config.caption_channels),
-            torch.ones(clips, tokens, dtype=torch.bool),
-        )
-        return guided_pair(model, told, told, scale)
-    return (
-        conditional(model)
-        if config.num_classes is None
-        else guided(model, torch.zeros(clips, dtype=torch.long), scale)
-    )
-
-
 @torch.no_grad()
-def decoding(config: ModelConfig | TextConfig, codec: CodecConfig, clips: int) -> Stage:
+def decoding(config: DenoiserConfig, codec: CodecConfig, clips: int) -> Stage:
     """The frames of ``clips`` clips, ``codec.chunk`` at a time."""
     kind = CODECS[codec.name]
     decoder = kind(kind.skeleton(codec.path), codec.chunk, "meta")

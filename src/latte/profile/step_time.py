@@ -3,12 +3,13 @@
 
 import time
 from statistics import median
+from typing import Any
 
 import torch
 
 from latte.diffusion.loss import OBJECTIVES
 from latte.diffusion.process import NoisePath
-from latte.model.text import Network, TextConfig
+from latte.model.denoiser import Denoiser
 from latte.runtime import generator, resolve_dtype
 from latte.training.condition import Captions
 from latte.training.distributed import Group
@@ -20,7 +21,7 @@ MEASURED = 3
 
 
 def step_seconds(
-    model: Network,
+    model: Denoiser,
     process: NoisePath,
     objective: str,
     config: TrainConfig,
@@ -56,8 +57,8 @@ def step_seconds(
         micro, frames, shape.latent_channels, *shape.grid_size, generator=generator("measure")
     )
     rows = (micro, 1 + config.num_images) if config.num_images else (micro,)
-    told = torch.zeros(rows, dtype=torch.long)
-    if isinstance(shape, TextConfig):
+    told: Any = torch.zeros(rows, dtype=torch.long)
+    if shape.reads_text:
         text, mask = torch.zeros(tokens, shape.caption_channels), torch.ones(tokens, dtype=torch.bool)
         told = Captions(text.expand(*rows, -1, -1), mask.expand(*rows, -1), text, mask, 0.1)
     seconds = []

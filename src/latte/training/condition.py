@@ -18,7 +18,7 @@ from latte.model.conditioning import drop_labels
 
 
 class Condition(Protocol):
-    """What stands in a call of the model between the timesteps and the number of stills."""
+    """The condition in a call of the model."""
 
     def part(self, clips: slice) -> Self:
         """That of some of the clips."""
@@ -28,8 +28,8 @@ class Condition(Protocol):
         """With the conditions of a share of the clips taken away, one draw from each clip's stream."""
         ...
 
-    def inputs(self) -> tuple[Tensor | None, ...]:
-        """What the model takes."""
+    def inputs(self) -> dict[str, Tensor]:
+        """Return the keywords of the model's call."""
         ...
 
 
@@ -54,9 +54,9 @@ class Labels:
         ]
         return replace(self, label=torch.cat(dropped))
 
-    def inputs(self) -> tuple[Tensor | None, ...]:
-        """(label,)."""
-        return (self.label,)
+    def inputs(self) -> dict[str, Tensor]:
+        """Return {"label"}, nothing for an unconditional model."""
+        return {} if self.label is None else {"label": self.label}
 
 
 @dataclass(frozen=True)
@@ -83,9 +83,9 @@ class Captions:
             mask=torch.where(dropped.view(rows), self.empty_mask, self.mask),
         )
 
-    def inputs(self) -> tuple[Tensor | None, ...]:
-        """(text, mask)."""
-        return self.text, self.mask
+    def inputs(self) -> dict[str, Tensor]:
+        """Return {"text", "mask"}."""
+        return {"text": self.text, "mask": self.mask}
 
 
 @dataclass(frozen=True)

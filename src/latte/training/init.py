@@ -19,7 +19,7 @@ from torch import Tensor
 from latte.checkpoint.record import read_fingerprint
 from latte.checkpoint.run import Checkpoint, list_checkpoints, load_checkpoint, load_latest
 from latte.checks import InputError, require
-from latte.diffusion.process import DiffusionConfig, build_process
+from latte.diffusion.config import DiffusionConfig, build_process
 from latte.files import commit_file, reported
 from latte.interop.coverage import LABELS, Coverage, Understanding, build, compare, relabelled, some
 from latte.interop.dit import init_from_dit
@@ -27,8 +27,8 @@ from latte.interop.load import load_external
 from latte.interop.lora import LoraConfig, add_lora, lora_state
 from latte.interop.pixart import init_from_pixart
 from latte.interop.resolve import Source, resolve
-from latte.model.latte import ModelConfig
-from latte.model.text import LatteText, Network, TextConfig
+from latte.model.denoiser import Denoiser, DenoiserConfig
+from latte.model.text import config_class
 from latte.tensors import tensors_sha256
 
 LOG = logging.getLogger(__name__)
@@ -59,7 +59,7 @@ class Start(NamedTuple):
 
 
 def start_from(
-    model: Network, start: Start, run_dir: Path, facts: Mapping[str, Any], again: bool = False
+    model: Denoiser, start: Start, run_dir: Path, facts: Mapping[str, Any], again: bool = False
 ) -> None:
     """Fill ``model``; the report goes to the log and to ``run_dir``/init.txt.
 
@@ -77,7 +77,7 @@ def start_from(
             f"train.init: {start.source} has nothing for {some(random)}, which adapters would leave random; train the whole "
             "model first, then adapters on it"
         )
-    if again and isinstance(model, LatteText):
+    if again:
         rule = "adapters leave it as it is, and so frames would hardly know their order"
         require(
             model.opened == 1.0,
@@ -102,7 +102,7 @@ def look_at(start: Start) -> None:
             raise InputError(f"train.init: {error}") from None
 
 
-def fill(model: Network, start: Start, facts: Mapping[str, Any]) -> Coverage:
+def fill(model: Denoiser, start: Start, facts: Mapping[str, Any]) -> Coverage:
     """Weights of any kind -> ``model``; the report, which is logged, too. InputError that says train.init for weights that do not fit."""
     source = resolve(start.source, "train.init")
     try:
@@ -111,7 +111,7 @@ def fill(model: Network, start: Start, facts: Mapping[str, Any]) -> Coverage:
         raise InputError(f"train.init: {error}") from None
 
 
-def filled(model: Network, start: Start, source: Source, facts: Mapping[str, Any]) -> Coverage:
+def filled(model: Denoiser, start: Start, source: Source, facts: Mapping[str, Any]) -> Coverage:
     """``fill`` by kind."""
     if source.run is not None:
         tensors, config, said = of_run(source)
@@ -132,18 +132,18 @@ def filled(model: Network, start: Start, source: Source, facts: Mapping[str, Any
     return report
 
 
-def from_dit(model: Network, start: Start) -> Coverage:
+def from_dit(model: Denoiser, start: Start) -> Coverage:
     """A class model from a DiT."""
-    if isinstance(model, LatteText):
+    if model.config.reads_text:
         raise InputError(
             f"{start.source} is a DiT, which reads no captions; give a PixArt-alpha, or leave text.name out"
         )
     return init_from_dit(model, start.source, start.mapping)
 
 
-def from_pixart(model: Network, start: Start) -> Coverage:
+def from_pixart(model: Denoiser, start: Start) -> Coverage:
     """A text model from a PixArt-alpha; InputError for one without a gate, which would not start as PixArt."""
-    if not isinstance(model, LatteText):
+    if not model.config.reads_text:
         raise InputError(
             f"{start.source} is a PixArt-alpha, which reads captions; give a DiT, or set text.name"
         )
@@ -156,10 +156,10 @@ def from_pixart(model: Network, start: Start) -> Coverage:
     return init_from_pixart(model, start.source)
 
 
-IMAGE_MODELS: dict[str, Callable[[Network, Start], Coverage]] = {"DiT": from_dit, "PixArt-alpha": from_pixart}
+IMAGE_MODELS: dict[str, Callable[[Denoiser, Start], Coverage]] = {"DiT": from_dit, "PixArt-alpha": from_pixart}
 
 
-def of_run(source: Source) -> tuple[dict[str, Tensor], ModelConfig | TextConfig, dict[str, Any]]:
+def of_run(source: Source) -> tuple[dict[str, Tensor], DenoiserConfig, dict[str, Any]]:
     """The averaged weights of a run's newest checkpoint, or of this one, its model's configuration, and what it says of itself."""
     folder = source.run
     if source.kind == "checkpoint":
@@ -173,7 +173,7 @@ def of_run(source: Source) -> tuple[dict[str, Tensor], ModelConfig | TextConfig,
         raise InputError(
             f"{folder} is a run of adapters alone; fold them in first: latte convert {folder} NEW_FOLDER"
         )
-    kind = TextConfig if "caption_channels" in facts["model"] else ModelConfig
+    kind = config_class(facts["model"])
     said = {
         "diffusion": facts.get("diffusion"),
         "codec": facts.get("codec"),
@@ -194,15 +194,15 @@ def told(card: Mapping[str, Any]) -> dict[str, Any]:
     return {**said, "classes": [str(name) for name in card.get("classes") or ()]}
 
 
-def check_same(model: Network, config: ModelConfig | TextConfig, source: str) -> None:
+def check_same(model: Denoiser, config: DenoiserConfig, source: str) -> None:
     """InputError unless ``config`` means the same computation as the model's own, on clips of any size."""
     mine = model.config
-    kinds = {ModelConfig: "a model of classes or of nothing", TextConfig: "a model of captions"}
-    rule = f"the weights at {source} are {kinds[type(config)]}"
+    kinds = {False: "a class-conditional or unconditional model", True: "a text-to-video model"}
+    rule = f"the weights at {source} are {kinds[config.reads_text]}"
     require(
-        type(mine) is type(config),
+        mine.reads_text == config.reads_text,
         "the run's model",
-        kinds[type(mine)],
+        kinds[mine.reads_text],
         rule,
         "set text.name accordingly, or give others",
     )
@@ -226,7 +226,7 @@ def check_same(model: Network, config: ModelConfig | TextConfig, source: str) ->
                 f"the weights at {source} have {theirs}",
                 "make them the same",
             )
-    if isinstance(mine, TextConfig) and isinstance(config, TextConfig):
+    if mine.reads_text:
         side = config.table_grid[0]
         require(
             mine.spans == config.spans,
@@ -286,7 +286,7 @@ def in_order(
     return {**tensors, LABELS: relabelled(tensors[LABELS], theirs, ours)}
 
 
-def adapt(model: Network, lora: LoraConfig, seed: int) -> dict[str, Any]:
+def adapt(model: Denoiser, lora: LoraConfig, seed: int) -> dict[str, Any]:
     """Freeze ``model`` and put fresh adapters into it; what a run with them has to have in common with itself: their kind and the base."""
     base = tensors_sha256(model.state_dict())
     add_lora(model, lora, seed)
@@ -294,8 +294,8 @@ def adapt(model: Network, lora: LoraConfig, seed: int) -> dict[str, Any]:
 
 
 def rebuild(
-    config: ModelConfig | TextConfig, seed: int, start: Start, lora: LoraConfig, checkpoint: Checkpoint
-) -> Network:
+    config: DenoiserConfig, seed: int, start: Start, lora: LoraConfig, checkpoint: Checkpoint
+) -> Denoiser:
     """The model of a run of adapters, on the CPU: its base from where the run had it, its averaged adapters from ``checkpoint``.
 
     InputError when the weights are gone or altered.

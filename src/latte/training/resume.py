@@ -13,13 +13,13 @@ from latte.checks import InputError
 from latte.data.datasets import Dataset
 from latte.data.joint import JointDataset
 from latte.files import sweep_checkpoints
-from latte.model.text import Network
+from latte.model.denoiser import Denoiser
 from latte.training.distributed import Group
 from latte.training.optim import TrainState
 
 
 def run_facts(
-    model: Network, codec: Codec | None, dataset: Dataset | JointDataset, global_batch: int, seed: int
+    model: Denoiser, codec: Codec | None, dataset: Dataset | JointDataset, global_batch: int, seed: int
 ) -> dict[str, object]:
     """What makes a run this run, as plain data: model, the codec that made the latents, data, global batch, seed.
 

@@ -16,8 +16,8 @@ from latte.autoencoder.codec import Codec
 from latte.checks import InputError, require
 from latte.diffusion.loss import Loss, draw_timesteps
 from latte.diffusion.process import NoisePath
+from latte.model.denoiser import Denoiser
 from latte.model.latte import ModelConfig
-from latte.model.text import Network, TextConfig
 from latte.runtime import generator
 from latte.training.condition import Captions, Condition, Labels
 
@@ -30,7 +30,7 @@ class Task:
     matrix products, everything outside the model is float32; ``num_images`` stills ride behind every clip.
     """
 
-    model: Network
+    model: Denoiser
     forward: Callable[..., Tensor]
     process: NoisePath
     objective: Callable[..., Loss]
@@ -68,13 +68,11 @@ def part_loss(task: Task, step: int, positions: Sequence[int], video: Tensor, co
     streams = [generator(task.seed, "train", step, position) for position in positions]
     t = torch.cat([draw_timesteps(task.process, 1, stream) for stream in streams])
     eps = torch.stack([torch.randn(z0.shape[1:], generator=stream) for stream in streams])
-    told = [
-        None if given is None else place(given, task.device) for given in condition.drop(streams).inputs()
-    ]
+    inputs = {key: place(tensor, task.device) for key, tensor in condition.drop(streams).inputs().items()}
 
     def denoise(zt: Tensor, t: Tensor) -> Tensor:
         with torch.autocast(task.device.type, task.dtype, enabled=task.dtype != torch.float32):
-            output = task.forward(zt, t, *told, task.num_images)
+            output = task.forward(zt, t, **inputs, num_images=task.num_images)
         return output.float()
 
     return task.objective(denoise, task.process, z0, place(t, task.device), place(eps, task.device))
@@ -95,9 +93,9 @@ def encode(task: Task, step: int, positions: Sequence[int], video: Tensor) -> Te
     return torch.cat(clips).to(task.device, torch.float32)
 
 
-def condition_for(model: Network, told: Tensor | Captions | None) -> Condition:
+def condition_for(model: Denoiser, told: Tensor | Captions | None) -> Condition:
     """Labels or captions as ``model`` takes them: no labels for an unconditional one; InputError when it gets none or the wrong ones."""
-    if isinstance(model.config, TextConfig):
+    if model.config.reads_text:
         if not isinstance(told, Captions):
             raise InputError(
                 "text.name is set, but the data have no captions; give data.captions, or procedural clips"

@@ -28,7 +28,7 @@ from latte.diffusion.process import NoisePath
 from latte.files import reported
 from latte.interop.dit import MAPPINGS
 from latte.interop.lora import LoraConfig
-from latte.model.text import LatteText, Network
+from latte.model.denoiser import Denoiser
 from latte.runtime import DTYPES, resolve_dtype
 from latte.tensors import tensors_sha256
 from latte.training.callbacks import MetricsAccumulator, MetricsFile, Progress
@@ -165,7 +165,7 @@ class TrainConfig:
 
 
 def train(
-    model: Network,
+    model: Denoiser,
     process: NoisePath,
     objective: Callable[..., Loss],
     codec: Codec | None,
@@ -213,15 +213,7 @@ def train(
         adapters = {"lora": adapt(model, lora, seed)} if lora and lora.rank else {}
         learner = TrainState(model, config.lr, config.weight_decay, config.ema_decay, config.ema_warmup)
         common = {**run_facts(model, codec, clips, config.global_batch, seed), **(facts or {}), **adapters}
-        gated = (
-            []
-            if adapters
-            else [
-                each
-                for each in (model, learner.ema.model)
-                if isinstance(each, LatteText) and each.config.gated_time
-            ]
-        )
+        gated = [] if adapters else [each for each in (model, learner.ema.model) if each.config.gated_time]
         settings = {name: getattr(config, name) for name in (*SETTINGS, *(("gate_steps",) if gated else ()))}
         state, saved = restore(run_dir, learner, common, settings, group)
         step, opened = state.get("step", 0), gated[0].opened if gated else 1.0
@@ -308,7 +300,7 @@ def gate_share(step: int, opened: float, gate_steps: int) -> float:
 
 
 def check_parts(
-    model: Network, codec: Codec | None, dataset: Dataset, config: TrainConfig, group: Group
+    model: Denoiser, codec: Codec | None, dataset: Dataset, config: TrainConfig, group: Group
 ) -> None:
     """Refuse parts that cannot be trained together, before anything is written."""
     require(
