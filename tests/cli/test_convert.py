@@ -45,7 +45,7 @@ def test_released_file_to_our_folder_and_back_bit_for_bit(latte, released, tmp_p
     model = Latte.from_pretrained(tmp_path / "ours")
     assert torch.equal(model.final_linear.weight, released["final_layer.linear.weight"])
     card = json.loads((tmp_path / "ours" / "config.json").read_text())
-    assert card["codec"] == {"name": "kl", "path": None, "identity": None}
+    assert card["codec"] == {"name": "kl", "path": None, "fingerprint": None}
     assert card["diffusion"]["num_steps"] == 1000
 
 

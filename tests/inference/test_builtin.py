@@ -4,6 +4,7 @@
 import json
 
 from latte.autoencoder.builtin import WEIGHTS
+from latte.checkpoint.record import read_fingerprint
 from latte.data.procedural import DIRECTIONS, read_motion
 from latte.inference.pipeline import BUILTIN, load_trained
 
@@ -17,7 +18,7 @@ def test_it_is_small_and_has_a_card():
     config = json.loads((BUILTIN / "config.json").read_text(encoding="utf-8"))
     assert "latte train shapes" in card
     assert config["weights_sha256"][:16] in card
-    assert config["codec"]["identity"] in card
+    assert read_fingerprint(config["codec"]) in card
 
 
 def test_it_obeys_its_label():

@@ -118,7 +118,11 @@ def test_truncated_weights_are_noticed(tmp_path):
         (lambda card: card.update(width=20), "of shape"),
         (lambda card: card.update(depth=4), "lacks blocks"),
         (lambda card: card.update(depth="deep"), "depth"),
-        (lambda card: card["codec"].update(identity="0" * 16), "learned the latents of 0000"),
+        (lambda card: card["codec"].update(fingerprint="0" * 16), "learned the latents of 0000"),
+        (  # the key of version 0.1.0
+            lambda card: card.update(codec={"name": "builtin", "path": None, "identity": "0" * 16}),
+            "learned the latents of 0000",
+        ),
         (lambda card: card["codec"].update(name="pixel"), "codec.name"),
         (lambda card: card["diffusion"].update(beta=3), "beta"),
         (lambda card: card["sample"].update(sampler="magic"), "sample.sampler"),

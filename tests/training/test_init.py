@@ -240,7 +240,7 @@ def test_models_of_classes_and_of_captions_do_not_start_from_each_other(dit, tmp
 def test_another_codec_than_the_weights_learned_is_announced(tmp_path, capsys):
     save_trained(tiny_trained(), tmp_path / "weights")
     card = json.loads((tmp_path / "weights/config.json").read_text())
-    card["codec"]["identity"] = "0" * 16
+    card["codec"]["fingerprint"] = "0" * 16
     (tmp_path / "weights/config.json").write_text(json.dumps(card))
     job(tmp_path / "run", f"train.init={tmp_path / 'weights'}")
     assert "notice: the weights at" in capsys.readouterr().err

@@ -163,9 +163,9 @@ def from_run(folder: Path) -> "tuple[Model, Coverage, dict[str, Any]]":
         "diffusion": asdict(config.diffusion),
         "classes": known.get("classes", []),
         "sample": asdict(config.sample),
-        "codec": {"name": config.codec.name, "path": config.codec.path, "identity": known.get("codec")},
+        "codec": {"name": config.codec.name, "path": config.codec.path, "fingerprint": known.get("codec")},
         "about": about_run(config, checkpoint),
     }
     if config.text.name:
-        facts["text"] = {**asdict(config.text), "identity": known["text"]["encoder"]}
+        facts["text"] = {**asdict(config.text), "fingerprint": known["text"]["encoder"]}
     return model, report, facts

@@ -16,6 +16,7 @@ from typing import Any, Union, get_args, get_origin
 
 import yaml
 
+from latte.checkpoint.record import RENAMED_KEYS
 from latte.checks import InputError, nearest, require
 
 MOST_BYTES = 1 << 20  # a configuration is a page; anything larger is another kind of file
@@ -64,6 +65,7 @@ class Layer:
 
     def add(self, key: str, raw: Any, origin: str) -> None:
         """Take a setting, or note that there is none of this name."""
+        key = RENAMED_KEYS.get(key, key)
         if key in self.hints:
             self.entries[key] = Entry(raw, origin)
             return
@@ -105,6 +107,7 @@ def _walk(node: yaml.MappingNode, prefix: str, name: str, layer: Layer) -> None:
     """Add what stands under ``node``; sections are not nested, so this goes two levels deep at most."""
     for key_node, value in node.value:
         key = prefix + (key_node.value if isinstance(key_node, yaml.ScalarNode) else "?")
+        key = RENAMED_KEYS.get(key, key)
         origin = f"{name}:{key_node.start_mark.line + 1}"
         if key in layer.entries:
             layer.problems.append(
@@ -132,7 +135,7 @@ def _raw(node: yaml.Node) -> Any:
 def read_environment(environ: Mapping[str, str], hints: Mapping[str, Any]) -> Layer:
     """``LATTE_<SECTION>_<KEY>`` variables; other variables that begin with ``LATTE_`` are not settings."""
     layer = Layer(hints)
-    known = {"LATTE_" + key.replace(".", "_").upper(): key for key in hints if "." in key}
+    known = {"LATTE_" + key.replace(".", "_").upper(): key for key in [*hints, *RENAMED_KEYS] if "." in key}
     sections = tuple(f"LATTE_{section.upper()}_" for section in layer.sections)
     for name, value in environ.items():
         if name in known:

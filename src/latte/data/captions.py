@@ -20,6 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from latte.checkpoint.record import read_fingerprint
 from latte.checks import InputError, RunError, require
 from latte.data.shards import AGAIN, CAPTIONS, PLAN, SINGLE, check_sizes, save
 from latte.text.encoders import TextEncoder
@@ -116,7 +117,7 @@ class Part:
         try:
             self.file = safe_open(path, framework="pt")
             made = json.loads((self.file.metadata() or {})[PLAN])
-            self.path, self.fingerprint, self.encoder = path, str(made["identity"]), str(made["encoder"])
+            self.path, self.fingerprint, self.encoder = path, str(read_fingerprint(made)), str(made["encoder"])
         except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
             raise InputError(
                 f"{path} cannot be read ({error.__class__.__name__}: {error}); {AGAIN}"

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from latte.checkpoint.record import read_fingerprint
 from latte.checks import InputError, RunError, require
 from latte.data.clips import choose_frames
 from latte.data.datasets import Clip, DataConfig
@@ -53,9 +54,9 @@ class LatentDataset:
                 f"the latents in {root} are not finished; run the same latte data encode again, it goes on where it stopped"
             )
         codec = settings["codec"]
-        if codec_fingerprint not in (None, codec["identity"]):
+        if codec_fingerprint not in (None, read_fingerprint(codec)):
             raise InputError(
-                f"the latents in {root} were made with codec {codec['name']} {codec['identity']}, but this run's codec is "
+                f"the latents in {root} were made with codec {codec['name']} {read_fingerprint(codec)}, but this run's codec is "
                 f"{codec_fingerprint}; give the codec they were made with, or {AGAIN}"
             )
         require(
@@ -139,7 +140,7 @@ class LatentDataset:
 
     def describe(self) -> dict[str, Any]:
         """What the clips are: codec, videos and how clips are cut from them, without where they lie or when they were encoded."""
-        config, codec = self.config, self.settings["codec"]["identity"]
+        config, codec = self.config, read_fingerprint(self.settings["codec"])
         content = [self.settings, [{**asdict(record), "stamp": record.stamp[:1]} for record in self.videos]]
         digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()
         chosen = {

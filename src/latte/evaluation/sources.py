@@ -19,6 +19,7 @@ import numpy as np
 from safetensors import safe_open
 
 from latte.autoencoder.codec import Codec, CodecConfig, build_codec
+from latte.checkpoint.record import read_fingerprint
 from latte.checks import InputError, require
 from latte.data.clips import to_uint8
 from latte.data.frame_folder import IMAGE_SUFFIXES, frame_files
@@ -165,7 +166,7 @@ def _open_latents(root: Path, codec_path: str | None, device: str) -> LatentSide
         manifest["settings"]["codec"],
         CodecConfig(name=manifest["settings"]["codec"]["name"], path=codec_path),
     )
-    _codec(config, made["identity"], device)
+    _codec(config, read_fingerprint(made), device)
     sources, shards = [], {}
     for entry in manifest["videos"]:
         record = Record.of(entry)
@@ -175,7 +176,7 @@ def _open_latents(root: Path, codec_path: str | None, device: str) -> LatentSide
         content = hashlib.sha256(latent.numpy().tobytes()).hexdigest()
         sources.append(Source(record.key, record.frames, content, record.fps, f"latents of {made['name']}"))
     broken = tuple({"id": bad["path"], "reason": bad["reason"]} for bad in manifest["skipped"])
-    return LatentSide(str(root), tuple(sources), broken, shards, config, made["identity"], device)
+    return LatentSide(str(root), tuple(sources), broken, shards, config, read_fingerprint(made), device)
 
 
 @lru_cache(2)

@@ -37,10 +37,10 @@ def open_foreign(
     text = loaded.config.reads_text
     facts = {
         "diffusion": asdict(DiffusionConfig()),
-        "codec": {"name": codec, "path": place, "identity": None},
+        "codec": {"name": codec, "path": place, "fingerprint": None},
         "classes": [],
         "sample": asdict(RELEASED_T2V if text else SampleConfig()),
     }
     if text:
-        facts["text"] = {**asdict(TextEncoderConfig(name="t5", path=place)), "identity": None}
+        facts["text"] = {**asdict(TextEncoderConfig(name="t5", path=place)), "fingerprint": None}
     return loaded, {**facts, **{key: loaded.card[key] for key in (*facts, "about") if key in loaded.card}}

@@ -19,6 +19,7 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 
 from latte.autoencoder.codec import Codec, CodecConfig, build_codec, decoder_for, kind_at
+from latte.checkpoint.record import read_fingerprint
 from latte.checkpoint.run import Checkpoint, load_checkpoint, load_latest
 from latte.checks import InputError, choose, require
 from latte.config.run import RUN_FILE, load_run
@@ -271,11 +272,11 @@ def _from_folder(folder: Path, name: str, where: Places) -> Trained:
         shape = {field.name: card[field.name] for field in fields(kind)}
         text = card.get("text") or {"name": "t5"}  # what the released models read, whose files do not say
         text_keys, text_fingerprint = (
-            {key: value for key, value in text.items() if key != "identity"},
-            text.get("identity"),
+            {key: value for key, value in text.items() if key not in ("fingerprint", "identity")},
+            read_fingerprint(text),
         )
         fingerprint, wanted, classes = (
-            card["codec"]["identity"],
+            read_fingerprint(card["codec"]),
             card["weights_sha256"],
             [str(name) for name in card["classes"]],
         )
@@ -364,13 +365,13 @@ def save_trained(trained: Trained, folder: Path, half: bool = False) -> None:
         "codec": {
             "name": trained.codec.name,
             "path": trained.codec_config.path,
-            "identity": trained.codec.fingerprint,
+            "fingerprint": trained.codec.fingerprint,
         },
         "classes": trained.classes,
         "sample": asdict(trained.sample),
         "about": dict(trained.about),
         **(
-            {"text": {**asdict(trained.reader.config), "identity": trained.reader.fingerprint}}
+            {"text": {**asdict(trained.reader.config), "fingerprint": trained.reader.fingerprint}}
             if trained.reader
             else {}
         ),

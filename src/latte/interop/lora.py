@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from latte.checkpoint.record import read_fingerprint
 from latte.checks import InputError, choose, require
 from latte.files import commit_folder, reported
 from latte.interop.coverage import LABELS, build, relabelled
@@ -224,7 +225,7 @@ def save_lora(model: Any, folder: str | Path, facts: Mapping[str, Any] | None = 
         for name, tensor in lora_state(model).items()
     }
     told = {"classes": list(facts.get("classes") or ()), **{key: getattr(model.config, key) for key in CLIPS}}
-    told |= {part: (facts.get(part) or {}).get("identity") for part in ("codec", "text")}
+    told |= {part: read_fingerprint(facts.get(part) or {}) for part in ("codec", "text")}
     metadata = {"format": "pt", BASE: tensors_sha256(base_state(model)), TOLD: json.dumps(told)}
 
     def write(place: Path) -> None:

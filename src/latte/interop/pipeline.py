@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 
 from latte.autoencoder.codec import Codec, CodecConfig, build_codec
 from latte.autoencoder.kl import Posterior
+from latte.checkpoint.record import read_fingerprint
 from latte.checks import InputError, require
 from latte.diffusion.config import DiffusionConfig, build_process
 from latte.files import commit_folder, reported
@@ -189,7 +190,7 @@ def to_pipeline(model: Any, folder: Path, facts: Mapping[str, Any]) -> None:
         "give the folder or hub id of the one that the model was trained with",
     )
     autoencoder = build_codec(CodecConfig(codec.get("name", "kl"), codec["path"]))
-    fingerprint = codec.get("identity")
+    fingerprint = read_fingerprint(codec)
     require(
         fingerprint in (None, autoencoder.fingerprint),
         "--codec",
