@@ -51,7 +51,7 @@ TEMPLATES = {
         ),
         "walker": (
             "a person in {colour} walks to the {direction}",
-            "a figure in {colour} clothes walks {direction}",
+            "a child in {colour} clothes walks {direction}",
             "a person in {colour} clothes walks {direction} on {ground} ground",
         ),
         "star": (

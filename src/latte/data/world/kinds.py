@@ -41,12 +41,16 @@ SIGN = {"left": -1.0, "right": 1.0, "up": -1.0, "down": 1.0, "none": 0.0}
 
 @dataclass(frozen=True)
 class Kind:
-    """How a kind is painted, and which attributes it varies; ``("none",)`` means that it has no direction."""
+    """How a kind is painted, and which attributes it varies; ``("none",)`` means that it has no direction.
+
+    ``size`` is the index of the number that sets the subject's size, None where nothing has one.
+    """
 
     draw: Draw
     directions: tuple[str, ...] = ("left", "right")
     colours: tuple[str, ...] = tuple(COLOURS)
     backgrounds: tuple[str, ...] = tuple(BACKGROUNDS)
+    size: int | None = None
 
 
 def between(low: float, high: float, u: float) -> float:
@@ -265,7 +269,7 @@ def star(
 
 
 KINDS: dict[str, Kind] = {
-    "ball": Kind(ball),
+    "ball": Kind(ball, size=2),
     "clouds": Kind(
         clouds,
         colours=("orange", "blue", "purple", "pink", "green", "red"),
@@ -275,15 +279,17 @@ KINDS: dict[str, Kind] = {
         waves,
         colours=("blue", "green", "purple", "orange", "red", "pink"),
         backgrounds=("grey", "brown", "blue"),
+        size=2,
     ),
-    "pendulum": Kind(pendulum, directions=("none",)),
+    "pendulum": Kind(pendulum, directions=("none",), size=5),
     "snow": Kind(
         snow,
         colours=("red", "orange", "yellow", "green", "blue", "purple"),
         backgrounds=("grey", "blue", "green"),
+        size=1,
     ),
-    "cube": Kind(solid),
+    "cube": Kind(solid, size=0),
     "fireworks": Kind(fireworks, directions=("none",), backgrounds=("black", "brown", "green")),
-    "walker": Kind(walker, colours=("red", "orange", "yellow", "green", "blue", "purple", "pink")),
-    "star": Kind(star, directions=("left", "right", "up", "down")),
+    "walker": Kind(walker, colours=("red", "orange", "yellow", "green", "blue", "purple", "pink"), size=2),
+    "star": Kind(star, directions=("left", "right", "up", "down"), size=2),
 }
