@@ -13,11 +13,11 @@ from latte.interop.lora import (
     LoraConfig,
     add_lora,
     base_state,
-    folded,
+    merged,
     load_lora,
     lora_layers,
     lora_state,
-    plain_state,
+    merged_state,
     save_lora,
     target_names,
 )
@@ -97,9 +97,9 @@ def test_folded_and_adapted_models_are_one_and_the_base_is_left_alone(kind):
     with torch.enable_grad():
         model = adapted(kind, steps=5)
     base, expected = copied(base_state(model)), answer(model)
-    plain_one = folded(model)
+    plain_one = merged(model)
     torch.testing.assert_close(answer(plain_one), expected, rtol=1e-4, atol=1e-5)
-    assert same(dict(plain_one.state_dict()), plain_state(model))
+    assert same(dict(plain_one.state_dict()), merged_state(model))
     assert not lora_layers(plain_one)
     assert not torch.allclose(answer(plain(kind)), expected, rtol=1e-2)
     assert same(base_state(model), base)
@@ -108,7 +108,7 @@ def test_folded_and_adapted_models_are_one_and_the_base_is_left_alone(kind):
 
 def test_the_update_is_alpha_over_rank_b_a():
     model = adapted("class", steps=3, targets=("mlp",))
-    state, base = plain_state(model), base_state(model)
+    state, base = merged_state(model), base_state(model)
     for name in lora_layers(model):
         a, b = (
             model.get_submodule(name).get_submodule(f"lora_{side}.default").weight.double() for side in "AB"

@@ -29,7 +29,7 @@ from latte.inference.generate import SampleConfig, generate
 from latte.inference.prompts import PromptReader
 from latte.inference.run_folder import about_run, fill, run_model, trained_run
 from latte.interop.export import save_ours
-from latte.interop.lora import CLIPS, folded, load_lora
+from latte.interop.lora import CLIPS, load_lora, merged
 from latte.interop.readers import BUILTIN, fetch, read_tensors
 from latte.model.denoiser import Denoiser
 from latte.model.text import config_class
@@ -228,7 +228,7 @@ def with_lora(trained: Trained, folder: str | Path) -> Trained:
             f"the adapters of {folder} learned with {told.get(part)}",
             "give that one",
         )
-    model = folded(trained.model).to(next(trained.model.parameters()).device)
+    model = merged(trained.model).to(next(trained.model.parameters()).device)
     size = {
         key: tuple(told[key]) if isinstance(told[key], list) else told[key] for key in CLIPS if told.get(key)
     }
@@ -247,7 +247,7 @@ def _from_run(folder: Path, checkpoint: Checkpoint | None, where: Places) -> Tra
     model = run_model(config, checkpoint)
     weights = checkpoint.tensors["ema"]
     if config.lora.rank:
-        model = folded(model)
+        model = merged(model)
         weights = model.state_dict()
     model = model.to(where.home)
     codec = _open_codec(config.codec, facts.get("codec"), where)

@@ -3,7 +3,7 @@
 
 An adapted model is the same object with the same ``forward``; its targets hold ``base_layer``, ``lora_A`` and ``lora_B`` instead of a
 weight. B starts at zero, so nothing changes until training does. Adapters are saved by themselves, in peft's own layout, with the hash
-of the weights that they belong to; or folded into the weights (``plain_state``) for every exporter there is.
+of the weights that they belong to; or folded into the weights (``merged_state``) for every exporter there is.
 """
 
 import json
@@ -135,7 +135,7 @@ def add_lora(model: nn.Module, config: LoraConfig, seed: int = 0) -> None:
     assert config.rank is not None
     if lora_layers(model):
         raise InputError(
-            f"this {type(model).__name__} has adapters already; load the plain model, or fold them in with plain_state first"
+            f"this {type(model).__name__} has adapters already; load the plain model, or fold them in with merged_state first"
         )
     insert(model, config.rank, config.alpha, target_names(model, config.targets))
     draw = generator(seed, "lora")
@@ -182,7 +182,7 @@ def base_state(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def plain_state(model: nn.Module) -> dict[str, Tensor]:
+def merged_state(model: nn.Module) -> dict[str, Tensor]:
     """The tensors of a plain model that gives the same output: the adapters folded in, ``model`` left as it is."""
     state = base_state(model)
     for name, layer in lora_layers(model).items():
@@ -192,11 +192,11 @@ def plain_state(model: nn.Module) -> dict[str, Tensor]:
     return state
 
 
-def folded(model: Denoiser) -> Denoiser:
+def merged(model: Denoiser) -> Denoiser:
     """A plain model, for inference, with the adapters folded into its weights: what every exporter and ``load_trained`` want."""
     with torch.device("meta"):
         plain = build(model.config)
-    plain.load_state_dict(plain_state(model), assign=True)
+    plain.load_state_dict(merged_state(model), assign=True)
     return plain.requires_grad_(False).eval()
 
 
