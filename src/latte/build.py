@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """RunConfig -> live objects: a run to train.
 
-That the parts fit together in number is settled in ``latte.config.run``; here meet those that only the data and the weights can tell.
+That the parts fit together in number is settled in ``latte.config.run``; here meet those that only the data
+and the weights can tell.
 """
 
 import logging
@@ -27,11 +28,12 @@ from latte.data.captions import (
     stored_captions,
     warn_of_sides,
 )
-from latte.data.datasets import Dataset, FolderDataset, build_dataset, write_skipped
+from latte.data.datasets import Dataset, FolderDataset, build_dataset
 from latte.data.latents import LatentDataset
 from latte.data.loader import default_workers
 from latte.data.media import contact_sheet
 from latte.data.procedural import caption_of, split_combinations
+from latte.data.skipped import write_skipped
 from latte.diffusion.config import build_process
 from latte.diffusion.loss import OBJECTIVES
 from latte.files import reported
@@ -53,9 +55,11 @@ HELD = 8 << 30  # bytes of captions' features in memory, from which on training 
 
 @dataclass(frozen=True)
 class Job:
-    """A run, ready to train: the configuration and the objects made from it. ``codec`` is None when nothing needs one.
+    """A run, ready to train: the configuration and the objects made from it. ``codec`` is None when nothing
+    needs one.
 
-    ``captions`` are the features of the data's captions, and of those on the sample sheets; None for a model that reads no text.
+    ``captions`` are the features of the data's captions, and of those on the sample sheets; None for a model
+    that reads no text.
     """
 
     config: RunConfig
@@ -66,7 +70,8 @@ class Job:
     captions: CaptionFeatures | None = None
 
     def train(self, until: int | None = None) -> dict[str, Any]:
-        """Train or resume in ``run.dir``, to step ``until`` at most; what ``latte.training.train.train`` returns.
+        """Train or resume in ``run.dir``, to step ``until`` at most; what ``latte.training.train.train``
+        returns.
 
         Unusable files are noted in its skipped.jsonl.
         """
@@ -136,7 +141,9 @@ def build(config: RunConfig, device: str = "auto") -> Job:
 
 
 def open_data(config: RunConfig, device: torch.device) -> tuple[Dataset, Codec | None]:
-    """The data set and the codec. A run on latents has one only when its path is given, or when it will draw samples."""
+    """The data set and the codec. A run on latents has one only when its path is given, or when it will draw
+    samples.
+    """
     needed = config.data.kind != "latents" or config.train.sample_every > 0 or config.codec.path is not None
     codec = build_codec(config.codec, device) if needed else None
     dataset = build_dataset(config.data, codec_fingerprint=codec.fingerprint if codec else None)
@@ -177,9 +184,9 @@ def build_model(config: DenoiserConfig, seed: int) -> Denoiser:
 def read_captions(config: RunConfig, dataset: Dataset, device: torch.device) -> CaptionFeatures | None:
     """The features of all captions that training and its sample sheets need; None without ``text.name``.
 
-    Those of latents are taken from their folder if they are there, otherwise the encoder reads each caption once, and is gone again before
-    the denoiser is made. InputError for data without captions, for captions too long (before the encoder's weights are read), and for
-    features of another encoder.
+    Those of latents are taken from their folder if they are there, otherwise the encoder reads each caption
+    once, and is gone again before the denoiser is made. InputError for data without captions, for captions
+    too long (before the encoder's weights are read), and for features of another encoder.
     """
     if config.text.name is None:
         return None
@@ -203,7 +210,8 @@ def read_captions(config: RunConfig, dataset: Dataset, device: torch.device) -> 
     need = check_lengths(encoder, wanted, owners(dataset)) * encoder.channels * encoder.feature_bytes
     if need > HELD and rank() == 0:
         LOG.warning(
-            "the features of %d captions will take %.1f GiB of memory in every process; to read them from the disk instead, encode "
+            "the features of %d captions will take %.1f GiB of memory in every process; to read them from "
+            "the disk instead, encode "
             "once: latte data encode, then data.kind=latents",
             len(wanted),
             need / 2**30,
@@ -224,7 +232,9 @@ def owners(dataset: Dataset) -> dict[str, str]:
 def check_captions(
     stored: CaptionFeatures, config: RunConfig, root: Path, device: torch.device
 ) -> CaptionFeatures:
-    """``stored``; InputError unless the run's encoder made them, whose weights are asked only where ``text.path`` says where they are."""
+    """``stored``; InputError unless the run's encoder made them, whose weights are asked only where
+    ``text.path`` says where they are.
+    """
     way_out = "give the text encoder they were made with, or encode again"
     made = stored.features
     assert isinstance(made, StoredFeatures)
@@ -257,7 +267,9 @@ def check_captions(
 
 
 def sheet_prompts(config: RunConfig, dataset: Dataset) -> list[str]:
-    """Captions for a sample sheet, spread over those of the data; the second half of them held out from training, if any are."""
+    """Captions for a sample sheet, spread over those of the data; the second half of them held out from
+    training, if any are.
+    """
     held = sorted(caption_of(*combination) for combination in split_combinations(config.data.hold_out)[1])
     room = SHEET_PROMPTS // 2 if held else SHEET_PROMPTS
     return [*spread(dataset.captions, room), *spread(held, room)]
@@ -272,7 +284,9 @@ def spread(items: Sequence[str], count: int) -> list[str]:
 def sheets(
     config: RunConfig, codec: Codec, classes: list[str], device: torch.device, folder: Path
 ) -> Callable[[nn.Module, int], None]:
-    """What training calls now and then: the same few seeds and labels drawn into ``folder``/step-N.png, a row a clip."""
+    """What training calls now and then: the same few seeds and labels drawn into ``folder``/step-N.png, a row
+    a clip.
+    """
     process, dtype = build_process(config.diffusion), resolve_dtype(config.train.dtype, device)
     count = config.model.num_classes
     labels = (

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A folder becomes a data set: classes by name, broken files set aside with a reason, nothing decoded twice without need."""
+"""A folder becomes a data set: classes by name, broken files set aside with a reason, nothing decoded twice
+without need.
+"""
 
 import json
 import os
@@ -16,16 +18,15 @@ from latte.data import skipped as skipped_files
 from latte.data.clips import ClipRule
 from latte.data.datasets import (
     DATASETS,
+    ClipReadError,
     DataConfig,
     FolderDataset,
     ProceduralDataset,
     build_dataset,
-    scan,
-    write_skipped,
 )
 from latte.data.layouts import LAYOUTS
 from latte.data.loader import items_of_step, load_batch
-from latte.data.media import Unreadable
+from latte.data.skipped import scan, write_skipped
 from latte.runtime import generator
 from videos import encode, number_of, numbered
 
@@ -199,14 +200,14 @@ def test_a_set_with_a_tenth_of_bad_files_trains_in_the_same_order_after_a_restar
 def test_a_file_that_breaks_later_is_named(classed):
     data = FolderDataset(config(classed))
     (classed / "bend" / "c.mkv").write_bytes(b"gone")
-    with pytest.raises(Unreadable, match=r"c\.mkv cannot be used \(not-a-video"):
+    with pytest.raises(ClipReadError, match=r"c\.mkv can no longer be read \(not-a-video"):
         data.clip(0, generator(0))
     (classed / "jump" / "clip1" / "5.png").unlink()
     (classed / "jump" / "clip1" / "6.png").write_bytes(b"")
     last = next(
         seed for seed in range(99) if int(torch.randint(6, (), generator=generator(seed))) == 5
     )  # frames 5, 7, 9, 11 of 11
-    with pytest.raises(Unreadable, match="clip1"):
+    with pytest.raises(ClipReadError, match="clip1"):
         data.clip(1, generator(last))
 
 
@@ -365,7 +366,8 @@ def test_real_clips_of_several_rates_and_containers():
         assert clip.video.shape == (8, 3, 32, 48)
         assert clip.video.isfinite().all()
     print(
-        f"{len(data)} clips, {len(data.skipped)} refused: {sorted({bad['reason'].split(':')[0] for bad in data.skipped})}"
+        f"{len(data)} clips, {len(data.skipped)} refused: "
+        f"{sorted({bad['reason'].split(':')[0] for bad in data.skipped})}"
     )
     actions = FolderDataset(DataConfig(root=str(shared("data", "weizmann_actions")), resolution=64))
     assert (len(actions), actions.classes) == (36, ["bend", "jack", "wave1", "wave2"])

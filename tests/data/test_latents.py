@@ -13,8 +13,9 @@ from latte.autoencoder.codec import CodecConfig, build_codec
 from latte.checks import InputError, RunError
 from latte.data.datasets import FolderDataset, ProceduralDataset, build_dataset
 from latte.data.encode import encode_dataset
+from latte.data.fingerprint import changed_files
 from latte.data.latents import LatentDataset
-from latte.data.shards import MANIFEST, read_manifest
+from latte.data.shards import MANIFEST, read_manifest, tensor_offsets
 from latte.runtime import generator
 
 
@@ -28,7 +29,9 @@ def videos(tmp_path_factory) -> Path:
     [{}, {"interval": 1, "frames": 5}, {"rule": "linspace"}, {"rule": "time", "fps": 25.0}, {"flip": False}],
 )
 def test_clips_are_those_of_the_folder(videos, tmp_path, changes):
-    """With the fingerprint as codec and float32, the clip of every draw is the same to the last bit: start, mirror image, label, key."""
+    """With the fingerprint as codec and float32, the clip of every draw is the same to the last bit: start,
+    mirror image, label, key.
+    """
     config = folder_config(videos, **changes)
     encode_dataset(config, pixels(), tmp_path / "out", dtype="float32", cache_dir=tmp_path)
     source, latents = FolderDataset(config, tmp_path), LatentDataset(latents_of(config, tmp_path / "out"))
@@ -107,7 +110,7 @@ def truncate(out: Path) -> None:
         (
             lambda out: None,
             {"resolution": 24},
-            r"data.resolution is \[24, 24\], but the latents in .* are of frames \[16, 16\]",
+            r"data.resolution is \[24, 24\], but the latents in .* were made from frames of \[16, 16\]",
         ),
         (lambda out: None, {"flip": True}, "data.flip is True, but the latents in .* hold no mirror images"),
         (
@@ -171,3 +174,18 @@ def test_a_manifest_of_0_1_0_lists_its_skipped_videos_under_the_old_key(made):
     assert found["skipped"] == manifest["quarantined"]
     assert "quarantined" not in found
     assert len(LatentDataset(latents_of(SHAPES, made))) == len(manifest["videos"])
+
+
+def test_latents_replaced_in_place_are_noticed_and_named(made):
+    config = latents_of(SHAPES, made)
+    before = LatentDataset(config)
+    assert list(before.files) == [f"3/{index}" for index in range(6)]
+    shard = made / "shard-00000.safetensors"
+    content = bytearray(shard.read_bytes())
+    start, stop = tensor_offsets(shard)["source:3/2"]
+    assert stop - start == 4 * 3 * 16 * 16 * 2
+    content[start + 7] ^= 1
+    shard.write_bytes(content)
+    after = LatentDataset(config)
+    assert after.describe()["content"] == before.describe()["content"]
+    assert changed_files(before.files, after.files) == ["changed: 3/2"]

@@ -23,8 +23,9 @@ from encoded import pixels
 from latte.checks import InputError, RunError
 from latte.data import loader as loader_module
 from latte.data.datasets import Clip, DataConfig, FolderDataset
+from latte.data.encode import encode_dataset
 from latte.data.joint import JointDataset
-from latte.data.latents import LatentDataset, encode_dataset
+from latte.data.latents import LatentDataset
 from latte.data.loader import Loader, items_of_step, load_batch, permuted
 from latte.data.media import Unreadable
 from tiny_runs import FORKS

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """``latte data``: what is readable, what it looks like, encode it once, or draw a set.
 
-SOURCE is a folder of videos, or whatever ``latte train`` takes, with the same overrides: then the clips are those of the run.
+SOURCE is a folder of videos, or whatever ``latte train`` takes, with the same overrides: then the clips are
+those of the run.
 """
 
 from pathlib import Path
@@ -57,8 +58,7 @@ def scan_folder(
     Clips too short for a run are refused when SOURCE is one, or when data.frames or data.interval are given.
     """
     from latte.config.run import DEFAULT
-    from latte.data.datasets import scan, write_skipped
-    from latte.data.skipped import check_folder, require_clips
+    from latte.data.skipped import check_folder, require_clips, scan, write_skipped
 
     configure_logging()
     config, origins = load_source(source, overrides)
@@ -106,7 +106,9 @@ def inspect(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Write a contact sheet of random clips just as training sees them: cropped, resized, maybe mirrored; latents are decoded."""
+    """Write a contact sheet of random clips just as training sees them: cropped, resized, maybe mirrored;
+    latents are decoded.
+    """
     from latte.autoencoder.codec import build_codec
     from latte.data.clips import to_uint8
     from latte.data.datasets import build_dataset
@@ -147,12 +149,13 @@ def encode(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Pass a set through the autoencoder once; before that, its captions through the text encoder if the run has one.
+    """Pass a set through the autoencoder once; before that, its captions through the text encoder if the run
+    has one.
 
     Train on it with data.kind=latents data.root=OUT. Run again to go on after a stop.
     """
     from latte.autoencoder.codec import build_codec
-    from latte.data.latents import encode_dataset
+    from latte.data.encode import encode_dataset
     from latte.runtime import resolve_device
     from latte.text.encoders import build_text_encoder
 
@@ -174,11 +177,13 @@ def encode(
     refused = len(result["skipped"])
     result["quarantined"] = result["skipped"]  # the key of 0.1.0, for one version
     lines = [
-        f"{result['videos']} videos, {result['frames']} frames, {result['shards']} shards, {result['bytes']:,} bytes; {refused} refused"
+        f"{result['videos']} videos, {result['frames']} frames, {result['shards']} shards, "
+        f"{result['bytes']:,} bytes; {refused} refused"
     ]
     if text:
         lines.append(
-            f"{result['captions']} captions; {result['new_captions']} features are new (with that of the empty caption)"
+            f"{result['captions']} captions; {result['new_captions']} features are new (with that of the "
+            "empty caption)"
         )
     print_result(result, as_json, [*lines, f"train on it with: data.kind=latents data.root={folder}"])
 

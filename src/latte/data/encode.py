@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Encode a data set once: every frame of every video, and of its mirror image, into safetensors shards.
 
-Which videos make a shard is decided before anything is read, and each shard carries the digest of that decision: one that is there
-and matches is finished and never made again, so an interrupted encoding goes on where it stopped, and a changed source is noticed.
-Axes: n frames of a video, t source frames, c channels, h height, w width.
+Which videos make a shard is decided before anything is read, and each shard carries the digest of that
+decision: one that is there and matches is finished and never made again, so an interrupted encoding goes on
+where it stopped, and a changed source is noticed. Axes: n frames of a video, t source frames, c channels, h
+height, w width.
 """
 
 import hashlib
@@ -21,10 +22,10 @@ import torch
 from torch import Tensor
 
 from latte.checks import InputError, RunError, choose, require
+from latte.data.base import DataConfig
 from latte.data.caption_files import read_captions
 from latte.data.captions import PART, check_lengths, list_parts, store_captions, warn_of_sides
 from latte.data.clips import centre_crop_resize, flip_horizontal, to_float
-from latte.data.datasets import DataConfig
 from latte.data.media import Unreadable, read_frames
 from latte.data.procedural import DIRECTIONS, draw_scene, render
 from latte.data.shards import (
@@ -69,7 +70,9 @@ AnyCodec = FrameCodec | Callable[[], FrameCodec]
 
 @dataclass(frozen=True)
 class Video:
-    """A source video: its record, and ``read(frame numbers) -> uint8 (t h w c)``, ``piece`` frames of it at a time."""
+    """A source video: its record, and ``read(frame numbers) -> uint8 (t h w c)``, ``piece`` frames of it at a
+    time.
+    """
 
     record: Record
     read: Callable[[Sequence[int]], np.ndarray]
@@ -87,7 +90,9 @@ class Source:
 
 
 def _folder(config: DataConfig, cache_dir: str | os.PathLike | None) -> Source:
-    """Every readable video below ``config.root``, also those too short for the rule: another rule may fit them."""
+    """Every readable video below ``config.root``, also those too short for the rule: another rule may fit
+    them.
+    """
     found = scan(check_folder(config.root or ""), None, config.labels, cache_dir)
     require_clips(found)
     captions = read_captions(found, config.captions)
@@ -156,14 +161,16 @@ def encode_dataset(
     caption_part: int = PART,
     caption_progress: Progress = None,
 ) -> dict[str, Any]:
-    """Encode all frames of the data set of ``config`` at its resolution (mirrored too with ``config.flip``) into the folder ``out``.
+    """Encode all frames of the data set of ``config`` at its resolution (mirrored too with ``config.flip``)
+    into the folder ``out``.
 
-    Frames, interval and rule are left to the training that reads it. A stochastic codec stores one sample of the posterior per
-    frame, drawn from ``seed``. ``progress(done, of)`` counts videos. With a ``text`` encoder the features of every distinct caption are
-    stored first, ``caption_part`` to a file, and it is freed. A ``codec`` that is a function builds one; it is asked before the captions,
-    for the settings, and again after them, so that the two never share the memory.
-    Returns out, videos, frames, classes, captions, new_captions, shards, new_shards, bytes and skipped. Run it again after an
-    interruption. InputError when ``out`` holds latents of other settings or nothing can be encoded, for captions too long (before anything
+    Frames, interval and rule are left to the training that reads it. A stochastic codec stores one sample of
+    the posterior per frame, drawn from ``seed``. ``progress(done, of)`` counts videos. With a ``text``
+    encoder the features of every distinct caption are stored first, ``caption_part`` to a file, and it is
+    freed. A ``codec`` that is a function builds one; it is asked before the captions, for the settings, and
+    again after them, so that the two never share the memory. Returns out, videos, frames, classes, captions,
+    new_captions, shards, new_shards, bytes and skipped. Run it again after an interruption. InputError when
+    ``out`` holds latents of other settings or nothing can be encoded, for captions too long (before anything
     is encoded), and for a ``text`` encoder without captions; RunError when it cannot be written.
     """
     out, source = Path(out), choose("data.kind", config.kind, SOURCES)(config, cache_dir)
@@ -212,14 +219,17 @@ def made(codec: AnyCodec) -> FrameCodec:
 
 
 def captions_of(config: DataConfig, source: Source, text: TextEncoder | None) -> list[str]:
-    """The distinct captions of ``source``, none of them too long for ``text``; a line is logged for those that a mirror makes wrong."""
+    """The distinct captions of ``source``, none of them too long for ``text``; a line is logged for those
+    that a mirror makes wrong.
+    """
     whose = {
         video.record.caption: video.record.key for video in source.videos if video.record.caption is not None
     }
     if text:
         if not whose:
             raise InputError(
-                f"text.name is {text.name}, but the videos have no captions; give data.captions=auto, or text.name=null"
+                f"text.name is {text.name}, but the videos have no captions; give data.captions=auto, or "
+                "text.name=null"
             )
         check_lengths(text, whose, whose)
     if config.flip:
@@ -236,7 +246,9 @@ def write_shards(
     begin: Callable[[], None],
     progress: Progress,
 ) -> tuple[dict[str, Any], int]:
-    """Encode those ``parts`` of the videos that are not there yet -> the manifest's content, and how many shards are new."""
+    """Encode those ``parts`` of the videos that are not there yet -> the manifest's content, and how many
+    shards are new.
+    """
     manifest: dict[str, Any] = {
         "classes": source.classes,
         "shards": [],
@@ -301,7 +313,9 @@ class Encoder:
     def write(
         self, path: Path, plan: str, videos: Sequence[Video], tick: Callable[[int], None]
     ) -> list[dict[str, str]]:
-        """Encode ``videos`` into the shard ``path``, there in whole or not at all; {"path", "reason"} of those no longer readable."""
+        """Encode ``videos`` into the shard ``path``, there in whole or not at all; {"path", "reason"} of
+        those no longer readable.
+        """
         tensors: dict[str, Tensor] = {}
         refused = []
         for video in videos:
@@ -328,7 +342,8 @@ class Encoder:
         latents = {f"{name}:{record.key}": torch.cat(found) for name, found in pieces.items()}
         if not all(latent.isfinite().all() for latent in latents.values()):
             raise RunError(
-                f"latents of {record.key} do not fit into {self.dtype} or are not numbers; encode with dtype float32"
+                f"latents of {record.key} do not fit into {self.dtype} or are not numbers; encode with dtype "
+                "float32"
             )
         return latents
 
@@ -353,7 +368,8 @@ def require_videos(manifest: dict[str, Any], out: Path) -> None:
     if not manifest["videos"]:
         first = manifest["skipped"][0]
         raise InputError(
-            f"nothing was encoded into {str(out)!r}: no video can be read, first {first['path']} ({first['reason']})"
+            f"nothing was encoded into {str(out)!r}: no video can be read, first {first['path']} "
+            f"({first['reason']})"
         )
 
 
@@ -371,5 +387,6 @@ def refuse_other(out: Path, settings: dict[str, Any]) -> None:
     ]
     if other:
         raise InputError(
-            f"{str(out)!r} holds latents of other settings ({'; '.join(other)}); give another folder, or remove this one"
+            f"{str(out)!r} holds latents of other settings ({'; '.join(other)}); give another folder, or "
+            "remove this one"
         )

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Image-video joint training (Latte, Sec. 3.3.4): stills of the same set behind every clip.
 
-The stills are drawn independently of the clip and of each other, and bring their own labels. They ride on the frame axis; the model
-sends them through its spatial path alone.
-Axes: f clip frames, i stills, c channels, H height, W width.
+The stills are drawn independently of the clip and of each other, and bring their own labels. They ride on the
+frame axis; the model sends them through its spatial path alone. Axes: f clip frames, i stills, c channels, H
+height, W width.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from latte.checks import InputError, require
-from latte.data.datasets import Clip, Dataset
+from latte.data.base import Clip, Dataset
 
 
 def append_images(clip: Tensor, images: Tensor) -> Tensor:
@@ -28,7 +28,9 @@ def append_images(clip: Tensor, images: Tensor) -> Tensor:
 
 
 class JointDataset:
-    """``dataset`` with ``num_images`` stills behind each clip: video (f+i c H W), label and caption [clip's, stills' ...] or None."""
+    """``dataset`` with ``num_images`` stills behind each clip: video (f+i c H W), label and caption [clip's,
+    stills' ...] or None.
+    """
 
     def __init__(self, dataset: Dataset, num_images: int):
         require(

@@ -1,98 +1,105 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Clips straight from latents that were encoded once: a folder of safetensors shards and their manifest.
+"""Clips from latents that were encoded before: a folder of safetensors shards and their manifest.
 
-Every frame of every video is there, so any length, interval and rule can still be chosen at training; a clip is read by random
-access, without touching the rest of its shard. ``data.encoding`` writes such folders.
-Axes: n frames of a video, f frames of a clip, c channels, h height, w width.
+The shards hold every frame of every video, so training can still choose any length, interval and rule.
+Reading a clip does not touch the rest of its shard. ``latte.data.encode`` writes such folders. Axes: n frames
+of a video, f frames of a clip, c channels, h height, w width.
 """
 
 import hashlib
 import json
 from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from latte.checkpoint.record import read_fingerprint
-from latte.checks import InputError, RunError, require
+from latte.checks import InputError, check, printable
+from latte.data.base import Clip, ClipReadError, DataConfig
 from latte.data.clips import choose_frames
-from latte.data.datasets import Clip, DataConfig
-from latte.data.encode import encode_dataset
-from latte.data.shards import AGAIN, MIRROR, SOURCE, Record, check_sizes, read_manifest
+from latte.data.fingerprint import combined, fingerprints
+from latte.data.shards import AGAIN, MIRROR, SOURCE, Record, check_sizes, read_manifest, tensor_offsets
 from latte.data.skipped import check_folder
-
-__all__ = ["LatentDataset", "encode_dataset"]
 
 
 class LatentDataset:
     """The clips of the shards in ``config.root``: ``Clip.video`` is a latent (f c h w), float32.
 
-    A clip's start and mirror image are drawn from the generator exactly as FolderDataset draws them. Videos too short for the rule are
-    in ``skipped``. InputError when the folder is unfinished or incomplete, or made with another codec (``codec_fingerprint``; None:
-    not asked), size, or without the mirror images that ``config.flip`` wants.
+    A clip's start frame and flip are drawn from the generator exactly as FolderDataset draws them. Videos too
+    short for the rule are in ``skipped``. InputError when the folder is unfinished or damaged, or was made
+    with another codec (``codec_fingerprint``; None: any) or frame size, or without the mirror images that
+    ``config.flip`` needs.
     """
 
     latent = True
 
     def __init__(self, config: DataConfig, codec_fingerprint: str | None = None):
-        self.root, self.config = Path(check_folder(config.root or "")), config
+        self.root = Path(check_folder(config.root or ""))
+        self.config = config
         self.manifest = read_manifest(self.root)
         self.settings = self.manifest["settings"]
         self._check(codec_fingerprint)
         self.classes: list[str] = self.manifest["classes"] if config.labels else []
-        self.videos, self.shard_of, self.skipped = self._fitting()
+        self.videos: list[Record] = []
+        self.shard_of: list[str] = []
+        self.skipped: list[dict[str, str]] = []
+        self._select_videos()
         self.captions = sorted({record.caption for record in self.videos if record.caption is not None})
         self._files: dict[str, Any] = {}
 
     def _check(self, codec_fingerprint: str | None) -> None:
-        """InputError unless the shards are all there and are what is asked for."""
-        root, settings, size = str(self.root), self.settings, list(self.config.size)
-        if not self.manifest["complete"]:
-            raise InputError(
-                f"the latents in {root} are not finished; run the same latte data encode again, it goes on where it stopped"
-            )
-        codec = settings["codec"]
-        if codec_fingerprint not in (None, read_fingerprint(codec)):
-            raise InputError(
-                f"the latents in {root} were made with codec {codec['name']} {read_fingerprint(codec)}, but this run's codec is "
-                f"{codec_fingerprint}; give the codec they were made with, or {AGAIN}"
-            )
-        require(
-            size == settings["resolution"],
-            "data.resolution",
-            size,
-            f"the latents in {root} are of frames {settings['resolution']}",
-            AGAIN,
+        """InputError unless all shards are there and fit the configuration."""
+        root = printable(self.root)
+        check(
+            self.manifest["complete"],
+            f"the latents in {root} are not finished; run the same latte data encode again, it continues "
+            "where it stopped",
         )
-        require(
-            settings["flip"] or not self.config.flip,
-            "data.flip",
-            True,
-            f"the latents in {root} hold no mirror images",
-            f"leave it out, or {AGAIN} with data.flip=true",
+        codec = self.settings["codec"]
+        made_with = read_fingerprint(codec)
+        check(
+            codec_fingerprint in (None, made_with),
+            f"the latents in {root} were made with codec {codec['name']} {made_with}, but this run's codec "
+            "is "
+            f"{codec_fingerprint}; give the codec they were made with, or {AGAIN}",
+        )
+        size = list(self.config.size)
+        check(
+            size == self.settings["resolution"],
+            f"data.resolution is {size}, but the latents in {root} were made from frames of "
+            f"{self.settings['resolution']}; use that, or {AGAIN}",
+        )
+        check(
+            self.settings["flip"] or not self.config.flip,
+            f"data.flip is True, but the latents in {root} hold no mirror images; leave it out, or {AGAIN} "
+            "with data.flip=true",
         )
         check_sizes(self.root, self.manifest["shards"])
 
-    def _fitting(self) -> tuple[list[Record], list[str], list[dict[str, str]]]:
-        """Records of the videos that the rule fits, the shard of each, and the others with their reasons."""
-        videos, shard_of, skipped = [], [], []
+    def _select_videos(self) -> None:
+        """Sort the videos of the manifest into those that fit the rule and the skipped ones."""
         for entry in self.manifest["videos"]:
             record = Record.of(entry)
             reason = self.config.clip_rule.needs(record.frames, record.times)
             if reason:
-                skipped.append({"path": record.key, "reason": reason})
+                self.skipped.append({"path": record.key, "reason": reason})
             else:
-                videos.append(record)
-                shard_of.append(entry["shard"])
-        if not videos:
-            first = f", first: {skipped[0]['path']} ({skipped[0]['reason']})" if skipped else ""
-            raise InputError(
-                f"the latents in {self.root} hold no clip that fits: {len(skipped)} videos are there{first}; "
-                "take fewer frames or a smaller interval"
-            )
-        return videos, shard_of, skipped
+                self.videos.append(record)
+                self.shard_of.append(entry["shard"])
+        if self.videos:
+            return
+        first = ""
+        if self.skipped:
+            first = f", first: {printable(self.skipped[0]['path'])} ({self.skipped[0]['reason']})"
+        raise InputError(
+            f"the latents in {printable(self.root)} hold no clip that fits: {len(self.skipped)} videos are "
+            f"there{first}; "
+            "take fewer frames or a smaller interval"
+        )
 
     def __len__(self) -> int:
         return len(self.videos)
@@ -101,61 +108,67 @@ class LatentDataset:
         """Open files cannot be pickled; a worker process opens its own."""
         return {**self.__dict__, "_files": {}}
 
+    @property
+    def empty_classes(self) -> list[str]:
+        """The classes without a usable clip."""
+        used = {record.label for record in self.videos}
+        return [name for label, name in enumerate(self.classes) if label not in used]
+
+    @cached_property
+    def files(self) -> dict[str, str]:
+        """Key -> content fingerprint of each video's latents, whatever shard they are in."""
+        offsets = {shard: tensor_offsets(self.root / shard) for shard in set(self.shard_of)}
+        shards = dict(zip((record.key for record in self.videos), self.shard_of, strict=True))
+        paths = {key: self.root / shard for key, shard in shards.items()}
+        spans = {key: offsets[shard].get(f"{SOURCE}:{key}", (0, 0)) for key, shard in shards.items()}
+        return fingerprints(paths, spans)
+
     def clip(self, index: int, generator: torch.Generator) -> Clip:
-        """Clip ``index`` with its start, then its mirroring, drawn from ``generator``."""
-        record, config = self.videos[index], self.config
-        chosen = choose_frames(
-            record.frames, config.clip_rule, generator, record.times if config.rule == "time" else ()
-        )
-        mirrored = bool(torch.rand((), generator=generator) < 0.5)
-        name = f"{MIRROR if mirrored and config.flip else SOURCE}:{record.key}"
-        latent = self._read(self.shard_of[index], name, chosen)
-        return Clip(latent, record.label if config.labels else None, record.caption, record.key)
+        """Return clip ``index`` with its start frame, then its flip, drawn from ``generator``."""
+        record = self.videos[index]
+        times = record.times if self.config.rule == "time" else ()
+        frames = choose_frames(record.frames, self.config.clip_rule, generator, times)
+        return self._read(index, frames, generator)
 
     def still(self, index: int, generator: torch.Generator) -> Clip:
-        """One frame's latent (1 c h w) of video ``index``, then its mirroring, drawn from ``generator``."""
-        record, config = self.videos[index], self.config
-        frame = int(torch.randint(record.frames, (), generator=generator))
-        mirrored = bool(torch.rand((), generator=generator) < 0.5)
-        name = f"{MIRROR if mirrored and config.flip else SOURCE}:{record.key}"
-        return Clip(
-            self._read(self.shard_of[index], name, [frame]),
-            record.label if config.labels else None,
-            record.caption,
-            record.key,
-        )
+        """Return the latent of one frame of video ``index`` (1 c h w), then its flip, drawn from
+        ``generator``.
+        """
+        frame = int(torch.randint(self.videos[index].frames, (), generator=generator))
+        return self._read(index, [frame], generator)
 
-    def _read(self, shard: str, name: str, chosen: list[int]) -> torch.Tensor:
-        """Frames ``chosen`` of tensor ``name``, float32; reads from the first to the last of them."""
-        low, high = min(chosen), max(chosen) + 1
+    def _read(self, index: int, frames: list[int], generator: torch.Generator) -> Clip:
+        """Return the ``frames`` of video ``index`` or, at random, of its mirror image."""
+        record = self.videos[index]
+        flipped = bool(torch.rand((), generator=generator) < 0.5)
+        name = f"{MIRROR if flipped and self.config.flip else SOURCE}:{record.key}"
+        latent = self._read_tensor(self.shard_of[index], name, frames)
+        return Clip(latent, record.label if self.config.labels else None, record.caption, record.key)
+
+    def _read_tensor(self, shard: str, name: str, frames: list[int]) -> Tensor:
+        """Return ``frames`` of tensor ``name``, float32. Only the span from the first to the last of them is
+        read.
+        """
+        low = min(frames)
+        high = max(frames) + 1
         try:
             if shard not in self._files:
                 self._files[shard] = safe_open(self.root / shard, framework="pt")
             span = self._files[shard].get_slice(name)[low:high]
         except (OSError, SafetensorError) as error:
-            raise RunError(
-                f"{self.root / shard} can no longer be read ({error}); run latte data encode again"
-            ) from error
-        return span[[frame - low for frame in chosen]].float()
+            raise ClipReadError(str(self.root / shard), f"{error}; run latte data encode again") from error
+        return span[[frame - low for frame in frames]].float()
 
     def describe(self) -> dict[str, Any]:
-        """What the clips are: codec, videos and how clips are cut from them, without where they lie or when they were encoded."""
-        config, codec = self.config, read_fingerprint(self.settings["codec"])
-        content = [self.settings, [{**asdict(record), "stamp": record.stamp[:1]} for record in self.videos]]
-        digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()
-        chosen = {
-            "frames": config.frames,
-            "interval": config.interval,
-            "rule": config.rule,
-            "fps": config.fps,
-            "flip": config.flip,
-        }
+        """Return what the clips are, without where they are stored or when they were encoded."""
+        # Of a source file's stamp only the size counts: a copy has another time.
+        videos = [{**asdict(record), "stamp": record.stamp[:1]} for record in self.videos]
         return {
             "kind": "latents",
             "clips": len(self),
             "classes": self.classes,
-            "content": digest,
-            "codec": codec,
-            "resolution": list(config.size),
-            **chosen,
+            "content": hashlib.sha256(json.dumps([self.settings, videos]).encode()).hexdigest(),
+            "files": combined(self.files),
+            "codec": read_fingerprint(self.settings["codec"]),
+            **self.config.describe_clips(),
         }

@@ -14,7 +14,6 @@ import hashlib
 import math
 import multiprocessing
 import os
-import pickle
 import signal
 import sys
 import time
@@ -24,7 +23,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
-from multiprocessing import resource_tracker
+from multiprocessing import reduction
 from typing import Any
 
 import torch
@@ -171,7 +170,7 @@ def picklable(error: Exception) -> Exception:
     """
     error.add_note("while loading a batch:\n" + "".join(traceback.format_exception(error)))
     try:
-        pickle.loads(pickle.dumps(error))
+        reduction.ForkingPickler.loads(reduction.ForkingPickler.dumps(error))
     except Exception:
         return RunError(f"loading a batch failed with {error.__class__.__name__}: {error}")
     return error
@@ -280,7 +279,7 @@ def iterate(dataset: StepDataset, steps: range, workers: int, ahead: int) -> Ite
                 generator=torch.Generator(),  # without it, DataLoader would advance the global random state
             )
             return iter(loader)
-    except (pickle.PicklingError, AttributeError, TypeError) as error:
+    except (reduction.pickle.PicklingError, AttributeError, TypeError) as error:
         raise InputError(
             f"data.workers is {workers}, but this dataset cannot be pickled for worker processes ({error}); "
             "set data.workers=0, or make the dataset picklable"
@@ -310,6 +309,8 @@ def stop_signals_blocked() -> Iterator[None]:
     if not hasattr(signal, "pthread_sigmask"):  # Windows
         yield
         return
+    from multiprocessing import resource_tracker
+
     resource_tracker.ensure_running()  # its start would unblock SIGINT and SIGTERM again
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [getattr(signal, name) for name in STOP_SIGNALS])
     try:

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The folder format of encoded latents: safetensors shards and a manifest, each file there in whole or not at all.
+"""The folder format of encoded latents: safetensors shards and a manifest, each file there in whole or not at
+all.
 
-A shard carries the digest of the plan it was made by, so whether it is finished, and still the right one, is seen from itself.
+A shard carries the digest of the plan it was made by, so whether it is finished, and still the right one, is
+seen from itself.
 """
 
 import json
@@ -26,13 +28,16 @@ SINGLE = (
 )
 SOURCE, MIRROR = "source", "mirror"  # names of a video's two tensors are "source:<key>" and "mirror:<key>"
 SHARDS = "shard-?????.safetensors"
+MAX_HEADER = 100_000_000  # bytes, the limit of safetensors itself
 PLAN = "latte"  # key of a shard's metadata
 AGAIN = "encode again with: latte data encode"
 
 
 @dataclass(frozen=True)
 class Record:
-    """One video as the manifest lists it. ``stamp`` is size and time of its source file; the rest is as in media.MediaInfo."""
+    """One video as the manifest lists it. ``stamp`` is size and time of its source file; the rest is as in
+    media.MediaInfo.
+    """
 
     key: str
     label: int | None
@@ -65,7 +70,8 @@ def read_manifest(root: Path) -> dict[str, Any]:
     path = root / MANIFEST
     if not path.is_file():
         raise InputError(
-            f"data.root {str(root)!r} holds no {MANIFEST}, so it is no folder of latents; give one made by latte data encode"
+            f"data.root {str(root)!r} holds no {MANIFEST}, so it is no folder of latents; give one made by "
+            "latte data encode"
         )
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
@@ -102,13 +108,27 @@ def save(path: Path, tensors: dict[str, Tensor], told: dict[str, Any]) -> None:
 
 
 def finished(path: Path, plan: str) -> list[dict[str, str]] | None:
-    """What the shard ``path`` had to leave out, when it is there and was made by ``plan``; None when it is (or has) to be made."""
+    """What the shard ``path`` had to leave out, when it is there and was made by ``plan``; None when it is
+    (or has) to be made.
+    """
     try:
         with safe_open(path, framework="pt") as shard:
             written = json.loads((shard.metadata() or {}).get(PLAN, "{}"))
     except (OSError, SafetensorError):
         return None
     return written["refused"] if written.get("plan") == plan else None
+
+
+def tensor_offsets(path: Path) -> dict[str, tuple[int, int]]:
+    """Return name -> (first byte, end) of each tensor in a safetensors file; {} for a damaged one."""
+    try:
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(min(length, MAX_HEADER)))
+        spans = {name: entry["data_offsets"] for name, entry in header.items() if name != "__metadata__"}
+        return {name: (8 + length + start, 8 + length + stop) for name, (start, stop) in spans.items()}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
 
 
 def check_sizes(root: Path, files: Iterable[dict[str, Any]]) -> None:
@@ -121,7 +141,9 @@ def check_sizes(root: Path, files: Iterable[dict[str, Any]]) -> None:
 
 
 def commit(path: Path, write: Callable[[Path], Any]) -> None:
-    """Let ``write`` fill a temporary file and make it ``path`` once it is on the disk; RunError when that fails."""
+    """Let ``write`` fill a temporary file and make it ``path`` once it is on the disk; RunError when that
+    fails.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -136,7 +158,8 @@ def commit(path: Path, write: Callable[[Path], Any]) -> None:
             os.close(folder)
     except (OSError, SafetensorError) as error:
         raise RunError(
-            f"{path} cannot be written ({error}); what is finished stays, make room and run the same command again"
+            f"{path} cannot be written ({error}); what is finished stays, make room and run the same command "
+            "again"
         ) from error
     finally:
         temporary.unlink(missing_ok=True)

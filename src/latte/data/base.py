@@ -1,0 +1,175 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a dataset of clips is, and the configuration that chooses one.
+
+Axes: f frames, c channels, H height, W width.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from latte.checks import InputError, RunError, check, choose, printable
+from latte.data.clips import ClipRule
+from latte.data.layouts import LAYOUTS
+from latte.data.procedural import check_hold_out
+
+
+@dataclass(frozen=True)
+class Clip:
+    """One clip: ``video`` (f c H W) float in [-1, 1], or a latent (f c h w).
+
+    ``label`` is a class index or None, ``key`` names the source.
+    """
+
+    video: Tensor
+    label: int | None
+    caption: str | None
+    key: str
+
+
+class ClipReadError(RunError):
+    """A file that could be read when the dataset was opened no longer can; ``path`` and ``reason`` say which
+    and why.
+    """
+
+    def __init__(self, path: str, reason: str):
+        super().__init__(path, reason)  # the arguments, so that a worker process can send the error
+        self.path = path
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"{printable(self.path)} can no longer be read ({self.reason})"
+
+
+class Dataset(Protocol):
+    """What training and sampling need from a dataset.
+
+    ``classes`` are names, [] without labels. ``latent`` states whether ``Clip.video`` is a latent. A dataset
+    of files also has ``files``, see ``latte.data.fingerprint``, and ``empty_classes``, the classes without a
+    usable clip.
+    """
+
+    classes: list[str]
+    latent: bool
+
+    @property
+    def skipped(self) -> Sequence[dict[str, str]]:
+        """{"path", "reason"} of each candidate that cannot be used."""
+        ...
+
+    @property
+    def captions(self) -> Sequence[str]:
+        """The distinct captions of all clips in a fixed order, [] when clips have none."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def clip(self, index: int, generator: torch.Generator) -> Clip:
+        """Return clip ``index``; every random choice is drawn from ``generator``. ClipReadError for a broken
+        file.
+        """
+        ...
+
+    def still(self, index: int, generator: torch.Generator) -> Clip:
+        """Return a random frame of clip ``index``: video (1 c H W)."""
+        ...
+
+    def describe(self) -> dict[str, Any]:
+        """Return a JSON object that changes whenever the data do."""
+        ...
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which clips a run uses, and at which size. InputError on construction for a value out of range.
+
+    A key that the kind does not read must be left out (table UNREAD).
+    """
+
+    kind: str = "folder"  # folder, latents (made by latte data encode), procedural, or a set of layouts.py
+    root: str | None = None  # the folder of videos or of latents
+    resolution: int | tuple[int, int] = 256  # side, or (height, width), of the frames in pixels
+    frames: int = 16  # frames per clip
+    interval: int = 1  # distance of two frames of a clip, in source frames
+    rule: str = "strict"  # how frames are chosen, see clips.ClipRule
+    fps: float | None = None  # frame rate of a clip, for rule "time"
+    flip: bool = False  # mirror half of the clips at random
+    labels: bool = True  # classes from <root>/<class>/<clip>
+    seed: int = 0  # of procedural clips
+    num_clips: int | None = None  # number of procedural clips; null: unlimited
+    hold_out: int = 0  # of procedural captions, one in so many never appears; 0: all appear
+    captions: str | None = None  # where the captions of a folder are, see caption_files.py
+    workers: int | None = (
+        None  # processes that load clips; null: 0 on the CPU, otherwise 4; 0: the training process
+    )
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+
+    def __post_init__(self) -> None:
+        unread = choose("data.kind", self.kind, UNREAD)
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name in unread and value != field.default:
+                raise InputError(
+                    f"data.{field.name} is {value!r}, but data.kind={self.kind} does not read it; "
+                    f"leave it out ({unread[field.name]})"
+                )
+        check(
+            min(self.size) > 0,
+            f"data.resolution must be positive, got {self.resolution}; give e.g. 256 or [256, 320] (height, "
+            "width)",
+        )
+        check(
+            self.num_clips is None or self.num_clips > 0,
+            f"data.num_clips must be at least 1, or null for an unlimited number, got {self.num_clips}",
+        )
+        check(
+            self.workers is None or self.workers >= 0, f"data.workers must be at least 0, got {self.workers}"
+        )
+        check_hold_out(self.hold_out)
+        _ = self.clip_rule  # refuses impossible frames, interval, rule, fps
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width) of the frames in pixels."""
+        if isinstance(self.resolution, int):
+            return self.resolution, self.resolution
+        height, width = self.resolution
+        return height, width
+
+    @property
+    def clip_rule(self) -> ClipRule:
+        """How the frames of a clip are chosen."""
+        return ClipRule(self.frames, self.interval, self.rule, self.fps)
+
+    def describe_clips(self) -> dict[str, Any]:
+        """Return what decides how clips are cut from videos, as plain data."""
+        return {
+            "resolution": list(self.size),
+            "frames": self.frames,
+            "interval": self.interval,
+            "rule": self.rule,
+            "fps": self.fps,
+            "flip": self.flip,
+        }
+
+
+# Kind of dataset -> keys of DataConfig that it does not read, with the reason.
+_VIDEOS = dict.fromkeys(("seed", "num_clips", "hold_out"), "it belongs to procedural clips")
+_PROCEDURAL = {
+    "root": "procedural clips need no files",
+    "interval": "their speed does not depend on it",
+    "rule": "all frames are rendered",
+    "fps": "all frames are rendered",
+    "flip": "a mirror image would turn left into right",
+    "captions": "they are generated too",
+}
+_LATENTS = {**_VIDEOS, "captions": "they are in the manifest of the latents, if the encoded videos had any"}
+UNREAD = {
+    "folder": _VIDEOS,
+    **dict.fromkeys(LAYOUTS, _VIDEOS),
+    "procedural": _PROCEDURAL,
+    "latents": _LATENTS,
+}
