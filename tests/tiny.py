@@ -28,6 +28,7 @@ WORDS = [
     "data.frames=3",
     "data.resolution=16",
     "train.global_batch=4",
+    "train.decay_steps=0",
     "train.checkpoint_every=2",
     "train.sample_every=0",
     "train.dtype=fp32",

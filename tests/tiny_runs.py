@@ -13,11 +13,10 @@ import torch
 from support import wake
 
 from latte.data.datasets import Clip
-from latte.diffusion.config import DiffusionConfig, build_process
-from latte.diffusion.loss import OBJECTIVES
 from latte.model.latte import Latte, ModelConfig
 from latte.runtime import generator
-from latte.training.train import TrainConfig, train
+from latte.training.config import TrainConfig
+from latte.training.train import train
 
 TINY = ModelConfig(
     depth=2,
@@ -85,20 +84,12 @@ def tiny_model(config: ModelConfig = TINY) -> Latte:
 def run(run_dir: Path, config: TrainConfig = SHORT, **changes) -> dict:
     """Train the tiny model in ``run_dir``; ``changes`` are keyword arguments of train and replace its parts by name."""
     parts = {
-        "process": build_process(DiffusionConfig()),
-        "objective": OBJECTIVES["paper"],
-        "codec": None,
+        "model": changes.pop("model", None) or tiny_model(),
         "dataset": Latents(),
+        "config": config,
+        "run_dir": run_dir,
     }
-    return train(
-        **{
-            "model": changes.pop("model", None) or tiny_model(),
-            **parts,
-            "config": config,
-            "run_dir": run_dir,
-            **changes,
-        }
-    )
+    return train(**{**parts, **changes})
 
 
 def curve(run_dir: Path) -> list[dict]:

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""RunConfig -> live objects: a run to train.
+"""RunConfig -> a run that is ready to train: data, codec, model, caption features, sample sheets.
 
-That the parts fit together in number is settled in ``latte.config.run``; here meet those that only the data
-and the weights can tell.
+``latte.config.run`` has checked that the settings fit together. The checks here need the data or the weights.
 """
 
 import logging
@@ -11,13 +10,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
 from latte.autoencoder.codec import Codec, build_codec
 from latte.checkpoint.run import list_checkpoints
-from latte.checks import InputError, require
+from latte.checks import InputError, check
 from latte.config.run import RunConfig
 from latte.data.captions import (
     EMPTY,
@@ -30,138 +28,133 @@ from latte.data.captions import (
 )
 from latte.data.datasets import Dataset, FolderDataset, build_dataset
 from latte.data.latents import LatentDataset
-from latte.data.loader import default_workers
 from latte.data.media import contact_sheet
 from latte.data.procedural import caption_of, split_combinations
 from latte.data.skipped import write_skipped
 from latte.diffusion.config import build_process
-from latte.diffusion.loss import OBJECTIVES
+from latte.diffusion.guidance import guided
+from latte.diffusion.samplers import sample
 from latte.files import reported
 from latte.inference.generate import generate
 from latte.inference.prompts import Prompts
 from latte.interop.coverage import build as build_network
 from latte.model.denoiser import Denoiser, DenoiserConfig
-from latte.runtime import rank, resolve_device, resolve_dtype, world_size
+from latte.runtime import SampleNoise, rank, resolve_device, resolve_dtype
 from latte.text.encoders import TEXT_ENCODERS, build_text_encoder
+from latte.training.callbacks import Callback
 from latte.training.condition import CaptionReader
-from latte.training.init import look_at
+from latte.training.config import check_decay
+from latte.training.init import check_source
 from latte.training.train import train
 
 LOG = logging.getLogger(__name__)
 SHEET_CLIPS = 4
 SHEET_PROMPTS = 8
-HELD = 8 << 30  # bytes of captions' features in memory, from which on training says how to do without
+LARGE_FEATURES = (
+    8 << 30
+)  # bytes of caption features in memory from which on reading them from disk is suggested
+DEFAULT_DIR = "runs/unnamed"
 
 
 @dataclass(frozen=True)
 class Job:
-    """A run, ready to train: the configuration and the objects made from it. ``codec`` is None when nothing
-    needs one.
-
-    ``captions`` are the features of the data's captions, and of those on the sample sheets; None for a model
-    that reads no text.
-    """
+    """A run that is ready to train: its configuration and the objects made from it."""
 
     config: RunConfig
     model: Denoiser
     dataset: Dataset
-    codec: Codec | None
+    codec: Codec | None  # None when nothing needs one: latents, and no samples
     device: torch.device
-    captions: CaptionFeatures | None = None
+    captions: CaptionFeatures | None = None  # of the data and of the sample sheets; None for a class model
 
-    def train(self, until: int | None = None) -> dict[str, Any]:
-        """Train or resume in ``run.dir``, to step ``until`` at most; what ``latte.training.train.train``
-        returns.
+    def train(self, until: int | None = None, callbacks: Sequence[Callback] = ()) -> dict[str, Any]:
+        """Train or resume in ``run.dir``, to step ``until`` at most; return what ``latte.train`` returns.
 
-        Unusable files are noted in its skipped.jsonl.
+        Files that cannot be used are listed in the run's skipped.jsonl.
         """
-        config, dataset = self.config, self.dataset
-        folder = Path(config.run.dir or "runs/unnamed")
-        if dataset.skipped and rank() == 0:
-            write_skipped(folder / "skipped.jsonl", dataset.skipped)
-            LOG.info("%d files cannot be used, see %s", len(dataset.skipped), folder / "skipped.jsonl")
-        fingerprint = self.codec.fingerprint if self.codec else dataset.describe()["codec"]
-        text = (
-            {"text": {"encoder": self.captions.fingerprint, "dropout": config.text.dropout}}
-            if self.captions
-            else {}
-        )
+        config = self.config
+        folder = Path(config.run.dir or DEFAULT_DIR)
+        if self.dataset.skipped and rank() == 0:
+            write_skipped(folder / "skipped.jsonl", self.dataset.skipped)
+            LOG.info("%d files cannot be used, see %s", len(self.dataset.skipped), folder / "skipped.jsonl")
         return train(
-            self.model,
-            build_process(config.diffusion),
-            OBJECTIVES[config.diffusion.objective],
-            self.codec,
-            dataset,
-            config.train,
-            folder,
+            model=self.model,
+            dataset=self.dataset,
+            config=config.train,
+            run_dir=folder,
+            codec=self.codec,
+            diffusion=config.diffusion,
             seed=config.run.seed,
             device=self.device,
-            facts={
-                "diffusion": asdict(config.diffusion),
-                "classes": list(dataset.classes),
-                "codec": fingerprint,
-                **text,
-            },
-            record=asdict(config),
-            sample=self.sheets(self.codec, folder / "samples") if self.codec else None,
+            callbacks=callbacks,
             captions=CaptionReader(self.captions, config.text.dropout) if self.captions else None,
-            until=until,
             lora=config.lora,
-            workers=self.workers,
-        )
-
-    @property
-    def workers(self) -> int:
-        """Return the number of worker processes that load the data."""
-        if self.config.data.workers is not None:
-            return self.config.data.workers
-        return default_workers(self.device, world_size())
-
-    def sheets(self, codec: Codec, folder: Path) -> Callable[[nn.Module, int], None]:
-        """What training calls now and then to draw the same few clips."""
-        if self.captions is None:
-            return sheets(self.config, codec, self.dataset.classes, self.device, folder)
-        return text_sheets(
-            self.config, codec, self.captions, sheet_prompts(self.config, self.dataset), self.device, folder
+            sample=sample_sheets(self, self.codec, folder / "samples") if self.codec else None,
+            record=asdict(config),
+            until=until,
+            allow_data_change=getattr(config.run, "allow_data_change", False),
+            workers=config.data.workers,
         )
 
 
 def build(config: RunConfig, device: str = "auto") -> Job:
     """Make what ``config`` names; InputError for parts that do not fit together.
 
-    The fresh weights are a function of ``run.seed`` alone.
+    The initial weights are a function of ``run.seed`` alone. Cheap checks come before captions are encoded, which can
+    take hours.
     """
-    where = resolve_device(device)
-    dataset, codec = open_data(config, where)
+    resolved = resolve_device(device)
+    fresh = not list_checkpoints(Path(config.run.dir or DEFAULT_DIR))
+    if fresh:
+        check_decay(config.train)
+    if config.train.sample_every:
+        check_sampling(config)
+    dataset, codec = open_data(config, resolved)
     check_classes(config.model.num_classes, dataset.classes)
-    if config.train.start and not list_checkpoints(Path(config.run.dir or "runs/unnamed")):
-        look_at(config.train.start)
-    captions = read_captions(config, dataset, where)
-    return Job(config, build_model(config.network, config.run.seed), dataset, codec, where, captions)
+    if config.train.start and fresh:
+        check_source(config.train.start)
+    captions = read_captions(config, dataset, resolved)
+    return Job(config, build_model(config.network, config.run.seed), dataset, codec, resolved, captions)
+
+
+def check_sampling(config: RunConfig) -> None:
+    """InputError for sample settings that would fail at the first sample sheet: one clip of one pixel is sampled without a model."""
+    channels = 2 * config.network.latent_channels
+    unconditional = not config.network.reads_text and config.network.num_classes is None
+    condition = {} if unconditional else {"label": torch.zeros(1, dtype=torch.int64)}
+
+    def predict(z: torch.Tensor, t: torch.Tensor, **condition: torch.Tensor) -> torch.Tensor:
+        return z.new_zeros(len(z), z.shape[1], channels, *z.shape[3:])  # (b f 2c h w)
+
+    settings = config.sample
+    try:
+        denoise = guided(predict, condition, condition, settings.guidance)
+        shape = (1, config.network.latent_channels, 1, 1)
+        process = build_process(config.diffusion)
+        sample(settings.sampler, denoise, process, SampleNoise([0]), shape, settings.steps, settings.eta)
+    except InputError as error:
+        raise InputError(
+            f"train.sample_every is {config.train.sample_every}, but the settings of section sample cannot generate: {error}"
+        ) from None
 
 
 def open_data(config: RunConfig, device: torch.device) -> tuple[Dataset, Codec | None]:
-    """The data set and the codec. A run on latents has one only when its path is given, or when it will draw
-    samples.
-    """
+    """Return dataset and codec. A run on latents has a codec only when its path is given, or to decode samples."""
     needed = config.data.kind != "latents" or config.train.sample_every > 0 or config.codec.path is not None
     codec = build_codec(config.codec, device) if needed else None
     dataset = build_dataset(config.data, codec_fingerprint=codec.fingerprint if codec else None)
     if isinstance(dataset, LatentDataset):
         name = dataset.settings["codec"]["name"]
-        rule = f"the latents in {config.data.root} were made with codec {name!r}"
-        require(
+        check(
             config.codec.name == name,
-            "codec.name",
-            config.codec.name,
-            rule,
+            f"codec.name is {config.codec.name!r}, but the latents in {config.data.root} were made with codec {name!r}; "
             f"give codec.name={name}, or encode again",
         )
     return dataset, codec
 
 
 def check_classes(num_classes: int | None, classes: list[str]) -> None:
-    """InputError unless the model is unconditional or has exactly the data's classes."""
+    """InputError unless the model is unconditional or has exactly the classes of the data."""
     if num_classes is None or num_classes == len(classes):
         return
     if not classes:
@@ -177,16 +170,16 @@ def check_classes(num_classes: int | None, classes: list[str]) -> None:
 
 
 def build_model(config: DenoiserConfig, seed: int) -> Denoiser:
-    """A fresh model whose weights are a function of ``seed``, whatever was drawn before."""
+    """Return a new model whose weights are a function of ``seed``, whatever was drawn before."""
     return build_network(config, seed)
 
 
 def read_captions(config: RunConfig, dataset: Dataset, device: torch.device) -> CaptionFeatures | None:
-    """The features of all captions that training and its sample sheets need; None without ``text.name``.
+    """Return the features of all captions that training and its sample sheets need; None without ``text.name``.
 
-    Those of latents are taken from their folder if they are there, otherwise the encoder reads each caption
-    once, and is gone again before the denoiser is made. InputError for data without captions, for captions
-    too long (before the encoder's weights are read), and for features of another encoder.
+    Those of latents are read from their folder if they are there. Otherwise the encoder reads each caption once and is
+    freed before the denoiser is built. InputError for data without captions, for captions that are too long (before
+    the encoder's weights are read), and for features of another encoder.
     """
     if config.text.name is None:
         return None
@@ -198,140 +191,104 @@ def read_captions(config: RunConfig, dataset: Dataset, device: torch.device) -> 
     if config.data.flip and rank() == 0:
         warn_of_sides(dataset.captions)
     if isinstance(dataset, LatentDataset):
-        stored = stored_captions(
-            dataset.root, dataset.manifest.get("captions", {}), dataset.captions, config.text.tokens
-        )
+        written = dataset.manifest.get("captions", {})
+        stored = stored_captions(dataset.root, written, dataset.captions, config.text.tokens)
         if stored:
-            return check_captions(stored, config, dataset.root, device)
-    encoder, wanted = (
-        build_text_encoder(config.text, device),
-        list(dict.fromkeys([*dataset.captions, *sheet_prompts(config, dataset)])),
-    )
-    need = check_lengths(encoder, wanted, owners(dataset)) * encoder.channels * encoder.feature_bytes
-    if need > HELD and rank() == 0:
+            check_captions(stored, config, dataset.root, device)
+            return stored
+    encoder = build_text_encoder(config.text, device)
+    captions = list(dict.fromkeys([*dataset.captions, *sheet_prompts(config, dataset)]))
+    num_tokens = check_lengths(encoder, captions, caption_owners(dataset))
+    num_bytes = num_tokens * encoder.channels * encoder.feature_bytes
+    if num_bytes > LARGE_FEATURES and rank() == 0:
         LOG.warning(
-            "the features of %d captions will take %.1f GiB of memory in every process; to read them from "
-            "the disk instead, encode "
-            "once: latte data encode, then data.kind=latents",
-            len(wanted),
-            need / 2**30,
+            "the features of %d captions will take %.1f GiB of memory in every process; to read them from disk, "
+            "encode once: latte data encode, then data.kind=latents",
+            len(captions),
+            num_bytes / 2**30,
         )
-    features = encode_captions(encoder, wanted)
+    features = encode_captions(encoder, captions)
     encoder.free()
     return features
 
 
-def owners(dataset: Dataset) -> dict[str, str]:
-    """Caption -> a video that has it, where captions belong to videos."""
+def caption_owners(dataset: Dataset) -> dict[str, str]:
+    """Return caption -> one video that has it, where captions belong to videos."""
     if isinstance(dataset, FolderDataset):
         return {caption: key for key, caption in dataset.caption_of.items()}
     records = dataset.videos if isinstance(dataset, LatentDataset) else []
     return {record.caption: record.key for record in records if record.caption is not None}
 
 
-def check_captions(
-    stored: CaptionFeatures, config: RunConfig, root: Path, device: torch.device
-) -> CaptionFeatures:
-    """``stored``; InputError unless the run's encoder made them, whose weights are asked only where
-    ``text.path`` says where they are.
+def check_captions(stored: CaptionFeatures, config: RunConfig, root: Path, device: torch.device) -> None:
+    """InputError unless the run's encoder made ``stored``.
+
+    Its weights are compared only where ``text.path`` says where they are, or it has none.
     """
-    way_out = "give the text encoder they were made with, or encode again"
+    fix = "give the text encoder they were made with, or encode again"
     made = stored.features
     assert isinstance(made, StoredFeatures)
-    require(
+    check(
         config.text.name == made.encoder,
-        "text.name",
-        config.text.name,
-        f"the captions in {root} were read by {made.encoder!r}",
-        way_out,
+        f"text.name is {config.text.name!r}, but the captions in {root} were encoded by {made.encoder!r}; {fix}",
     )
     if config.text.path is not None or not TEXT_ENCODERS[made.encoder].has_weights:
         encoder = build_text_encoder(config.text, device)
-        require(
+        check(
             encoder.fingerprint == stored.fingerprint,
-            "the text encoder",
-            encoder.fingerprint,
-            f"the captions in {root} were read by {stored.fingerprint}",
-            way_out,
+            f"the text encoder is {encoder.fingerprint}, but the captions in {root} were encoded by "
+            f"{stored.fingerprint}; {fix}",
         )
         encoder.free()
     width = made[EMPTY].shape[1]
-    require(
+    check(
         width == config.text.channels,
-        "the text encoder",
-        f"{config.text.channels} channels",
-        f"the captions in {root} have {width}",
+        f"the text encoder has {config.text.channels} channels, but the captions in {root} have {width}; "
         "give text.path, the folder of the encoder they were made with",
     )
-    return stored
 
 
 def sheet_prompts(config: RunConfig, dataset: Dataset) -> list[str]:
-    """Captions for a sample sheet, spread over those of the data; the second half of them held out from
-    training, if any are.
-    """
-    held = sorted(caption_of(*combination) for combination in split_combinations(config.data.hold_out)[1])
-    room = SHEET_PROMPTS // 2 if held else SHEET_PROMPTS
-    return [*spread(dataset.captions, room), *spread(held, room)]
+    """Return captions for a sample sheet, spread over those of the data; the second half held out from training, if any are."""
+    held_out = sorted(caption_of(*combination) for combination in split_combinations(config.data.hold_out)[1])
+    room = SHEET_PROMPTS // 2 if held_out else SHEET_PROMPTS
+    return [*evenly_spaced(dataset.captions, room), *evenly_spaced(held_out, room)]
 
 
-def spread(items: Sequence[str], count: int) -> list[str]:
-    """At most ``count`` of the items, evenly spaced."""
+def evenly_spaced(items: Sequence[str], count: int) -> list[str]:
+    """Return at most ``count`` of the items, evenly spaced."""
     count = min(count, len(items))
     return [items[index * len(items) // count] for index in range(count)]
 
 
-def sheets(
-    config: RunConfig, codec: Codec, classes: list[str], device: torch.device, folder: Path
-) -> Callable[[nn.Module, int], None]:
-    """What training calls now and then: the same few seeds and labels drawn into ``folder``/step-N.png, a row
-    a clip.
+def sample_sheets(job: Job, codec: Codec, folder: Path) -> Callable[[nn.Module, int], list[Path]]:
+    """Return what training calls now and then: the same few clips, generated into ``folder``/step-N.png, one row per clip.
+
+    RunError when a sheet cannot be written.
     """
-    process, dtype = build_process(config.diffusion), resolve_dtype(config.train.dtype, device)
-    count = config.model.num_classes
-    labels = (
-        None
-        if count is None
-        else [index % count for index in range(max(SHEET_CLIPS, min(count, 2 * SHEET_CLIPS)))]
-    )
-    names = None if labels is None else [classes[label] for label in labels]
+    config = job.config
+    process = build_process(config.diffusion)
+    dtype = resolve_dtype(config.train.dtype, job.device)
+    labels, names, prompts = None, None, None
+    num_clips = SHEET_CLIPS
+    if job.captions is not None:
+        names = sheet_prompts(config, job.dataset)
+        prompts = Prompts(*job.captions(names), *job.captions([EMPTY] * len(names)))
+        num_clips = len(names)
+    elif (num_classes := config.model.num_classes) is not None:
+        num_clips = max(SHEET_CLIPS, min(num_classes, 2 * SHEET_CLIPS))
+        labels = [index % num_classes for index in range(num_clips)]
+        names = [job.dataset.classes[label] for label in labels]
 
-    def draw(model: nn.Module, step: int) -> None:
-        seeds = range(len(labels) if labels else SHEET_CLIPS)
-        clips = [
-            clip for _, clip in generate(model, process, codec, seeds, labels, config.sample, dtype=dtype)
-        ]
-        save_sheet(folder, step, clips, names)
+    def write_sheet(model: Any, step: int) -> list[Path]:
+        pairs = generate(
+            model, process, codec, range(num_clips), labels, config.sample, dtype=dtype, prompts=prompts
+        )
+        clips = [clip for _, clip in pairs]
+        path = folder / f"step-{step:07d}.png"
+        with reported("samples", folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            contact_sheet(clips, captions=names).save(path)
+        return [path]
 
-    return draw
-
-
-def text_sheets(
-    config: RunConfig,
-    codec: Codec,
-    captions: CaptionFeatures,
-    prompts: Sequence[str],
-    device: torch.device,
-    folder: Path,
-) -> Callable[[nn.Module, int], None]:
-    """As ``sheets``, with a prompt a row."""
-    process, dtype = build_process(config.diffusion), resolve_dtype(config.train.dtype, device)
-    told = Prompts(*captions(prompts), *captions([EMPTY] * len(prompts)))
-
-    def draw(model: nn.Module, step: int) -> None:
-        clips = [
-            clip
-            for _, clip in generate(
-                model, process, codec, range(len(prompts)), None, config.sample, dtype=dtype, prompts=told
-            )
-        ]
-        save_sheet(folder, step, clips, prompts)
-
-    return draw
-
-
-def save_sheet(folder: Path, step: int, clips: Sequence[np.ndarray], names: Sequence[str] | None) -> None:
-    """``folder``/step-N.png; RunError when it cannot be written."""
-    with reported("samples", folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        contact_sheet(clips, captions=names).save(folder / f"step-{step:07d}.png")
+    return write_sheet

@@ -36,6 +36,7 @@ SMALL = (
     "train.global_batch=16",
     "train.lr=2e-3",
     "train.ema_decay=0.98",
+    "train.decay_steps=0",  # how many steps there will be is only known after the first ones
 )
 PROBE_STEPS = 6  # the first of them is slower: caches, memory, threads
 WINDOW = 20  # steps that the drawn mean of the loss covers

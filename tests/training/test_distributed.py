@@ -38,7 +38,7 @@ def one_of_two(rank: int, ports: list[int], folder: str, stops: tuple[int, ...],
         "MASTER_ADDR": "127.0.0.1",
         "GLOO_SOCKET_IFNAME": "lo",
     }
-    distributed.TIMEOUT = timedelta(seconds=60)
+    distributed.STARTUP_TIMEOUT = timedelta(seconds=60)
     try:
         for attempt, steps in enumerate(stops):
             os.environ |= {"TORCHELASTIC_RESTART_COUNT": str(attempt), "MASTER_PORT": str(ports.pop())}

@@ -229,7 +229,9 @@ def test_adapters_bring_the_size_of_their_clips_and_refuse_another_codec(tmp_pat
         len(clip)
         for clip in clips(load_trained(tmp_path / "base", "cpu", lora=tmp_path / "adapters"), "shapes")
     ] == [5, 5]
-    export(model, tmp_path / "others", "lora", {**facts, "codec": {**facts["codec"], "fingerprint": "0" * 16}})
+    export(
+        model, tmp_path / "others", "lora", {**facts, "codec": {**facts["codec"], "fingerprint": "0" * 16}}
+    )
     with pytest.raises(
         InputError, match=r"the codec of .*base is '.*', but the adapters of .*others learned with 0000"
     ):

@@ -14,7 +14,7 @@ from latte.config.run import load_run
 from latte.inference.pipeline import load_trained, save_trained
 from latte.interop.diffusers import diffusers_state
 from latte.model.text import LatteText
-from latte.training.train import TrainConfig, gate_share
+from latte.training.config import TrainConfig, gate_opening
 from tiny import WORDS, tiny_text
 
 SIZES = {
@@ -93,7 +93,7 @@ def test_the_gate_opens_evenly_in_model_and_average(image, tmp_path):
     thirds = [float(torch.tensor(k / 3)) for k in (1, 2, 3, 3, 3)]
     assert gates(tmp_path) == [(gate, gate) for gate in thirds]
     assert thirds[2:] == [1.0] * 3
-    with pytest.raises(InputError, match=r"train.gate_steps is 0, but it counts something"):
+    with pytest.raises(InputError, match=r"train.gate_steps is 0, but it must be at least 1"):
         TrainConfig(gate_steps=0)
 
 
@@ -125,7 +125,7 @@ def test_other_gate_steps_are_announced_and_close_nothing(image, tmp_path, capsy
     assert "notice: train.gate_steps was 4 up to step 2 and is 8 from here on" in capsys.readouterr().err
     job(tmp_path, image[1], "train.gate_steps=5", "train.steps=6").train()
     assert [gate for gate, _ in gates(tmp_path)] == [0.25, 0.5, 0.5, 0.5, 0.625, 1.0]
-    assert (gate_share(1, 1.0, 1000), gate_share(10, 1.3, 5)) == (1.0, 1.0)
+    assert (gate_opening(1, 1.0, 1000), gate_opening(10, 1.3, 5)) == (1.0, 1.0)
 
 
 def test_a_run_that_starts_from_an_open_gate_keeps_it(image, tmp_path):

@@ -131,7 +131,7 @@ class OtherData(Latents):
 
 
 def test_a_run_of_another_configuration_is_refused_with_every_difference(tmp_path):
-    run(tmp_path, replace(SHORT, steps=2), facts={"diffusion": {"schedule": "linear"}})
+    run(tmp_path, replace(SHORT, steps=2), facts={"sharding": {"size": 4}})
     written = (tmp_path / "config.yaml").read_text()
     with pytest.raises(InputError) as caught:
         run(
@@ -148,7 +148,7 @@ def test_a_run_of_another_configuration_is_refused_with_every_difference(tmp_pat
         "  data.clips: the run has 10, you gave 11",
         "  train.global_batch: the run has 4, you gave 8",
         "  run.seed: the run has 0, you gave 1",
-        '  diffusion.schedule: the run has "linear", you gave nothing',
+        "  sharding.size: the run has 4, you gave nothing",
         "  data.flip: the run has nothing, you gave true",
     ]
     assert (tmp_path / "config.yaml").read_text() == written

@@ -4,6 +4,7 @@
 import json
 import os
 import resource
+import shutil
 import threading
 from dataclasses import replace
 from itertools import pairwise
@@ -18,8 +19,9 @@ from latte.checks import InputError, RunError
 from latte.data.datasets import DataConfig, build_dataset
 from latte.diffusion.loss import OBJECTIVES
 from latte.training import optim
+from latte.training.callbacks import Callback
+from latte.training.config import TrainConfig
 from latte.training.optim import FiniteGuard
-from latte.training.train import TrainConfig
 from tiny_runs import FORKS, SHORT, TINY, Latents, curve, run, tiny_model
 
 
@@ -233,7 +235,7 @@ def poison(place: str, bad: float) -> dict:
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("place", ["input", "loss", "gradient", "weight"])
 def test_a_number_that_is_none_ends_the_run_and_is_never_kept(tmp_path, place, bad):
-    with pytest.raises(RunError, match="of step 8 is not a finite number") as caught:
+    with pytest.raises(RunError, match="of step 8 is NaN or Inf") as caught:
         run(tmp_path, **poison(place, bad))
     assert "\n" not in str(caught.value)
     assert [path.name for path in list_checkpoints(tmp_path)] == ["step-3", "step-6"]
@@ -249,10 +251,10 @@ def test_where_looking_has_to_wait_a_bad_number_is_found_before_anything_is_kept
     tmp_path, monkeypatch, often
 ):
     """As on a GPU, where the guard does not look at every step: before a line, a sample and a checkpoint it does."""
-    monkeypatch.setattr(optim, "FiniteGuard", lambda device, at_once: FiniteGuard(device, at_once=False))
+    monkeypatch.setattr(optim, "FiniteGuard", lambda device, immediate: FiniteGuard(device, immediate=False))
     config = replace(SHORT, **{"log_every": 100, "sample_every": 100, "checkpoint_every": 100, often: 3})
     sampled = []
-    with pytest.raises(RunError, match="of step 8 is not a finite number"):
+    with pytest.raises(RunError, match="of step 8 is NaN or Inf"):
         run(tmp_path, config, dataset=Poisoned(float("nan")), sample=lambda model, step: sampled.append(step))
     kept = [path.name for path in list_checkpoints(tmp_path)]
     found = {
@@ -291,7 +293,7 @@ class MadeElsewhere(Latents):
 @pytest.mark.parametrize(
     ("parts", "message"),
     [
-        ({"dataset": Empty()}, "no clip to train on"),
+        ({"dataset": Empty()}, "the dataset is empty"),
         ({"dataset": Frames()}, "codec is missing, but the data are frames"),
         ({"dataset": Nameless()}, "model.num_classes is 3, but the data have 0 classes"),
         (
@@ -311,16 +313,202 @@ def test_parts_that_do_not_fit_are_refused_before_anything_is_trained(tmp_path, 
     assert list_checkpoints(tmp_path) == []
 
 
-def test_an_error_in_the_data_comes_out_and_what_was_committed_stays(tmp_path):
-    class Broken(Poisoned):
-        def clip(self, index, stream):
-            if self.drawn == 4 * 7:
-                raise InputError("clip 17.mp4 cannot be read any more")
-            return super().clip(index, stream)
+class Vanished(Latents):
+    """From step 8 on, one clip cannot be read; ``error`` is raised for it."""
 
-    with pytest.raises(InputError, match=r"17\.mp4"):
-        run(tmp_path, dataset=Broken(0.0))
-    assert [path.name for path in list_checkpoints(tmp_path)] == ["step-3", "step-6"]
+    def __init__(self, error: Exception):
+        self.error = error
+        self.count = 0
+
+    def clip(self, index, stream):
+        self.count += 1
+        if self.count == 4 * 7 + 2:
+            raise self.error
+        return super().clip(index, stream)
+
+
+@pytest.mark.parametrize(
+    "error", [InputError("clip 17.mp4 cannot be read"), OSError(5, "Input/output error", "17.mp4")]
+)
+def test_a_clip_that_breaks_during_training_saves_the_last_step_and_is_named(tmp_path, error):
+    data = Vanished(error)
+    with pytest.raises(RunError, match=r"clips of step 8 could not be loaded: .*17\.mp4") as caught:
+        run(tmp_path, dataset=data)
+    assert data.count >= 4 * 7 + 2
+    message = str(caught.value)
+    assert "\n" not in message
+    assert f"step 7 was saved in {tmp_path / 'checkpoints' / 'step-7'}" in message
+    assert "run.allow_data_change=true" in message
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step-6", "step-7"]
+    assert run(tmp_path)["weights_sha256"] == run(tmp_path / "clean")["weights_sha256"]
+
+
+def test_a_bug_in_a_dataset_saves_too_and_keeps_its_own_error(tmp_path):
+    with pytest.raises(ZeroDivisionError) as caught:
+        run(tmp_path, dataset=Vanished(ZeroDivisionError("in my augmentation")))
+    assert "step 7 was saved" in caught.value.__notes__[0]
+    assert list_checkpoints(tmp_path)[-1].name == "step-7"
+
+
+def test_a_first_clip_that_cannot_be_read_leaves_no_checkpoint(tmp_path):
+    data = Vanished(InputError("clip 17.mp4 cannot be read"))
+    data.count = 4 * 7
+    with pytest.raises(RunError, match="no step was completed"):
+        run(tmp_path, dataset=data)
+    assert list_checkpoints(tmp_path) == []
+
+
+class Grown(Latents):
+    """One clip more than Latents, under another content hash."""
+
+    def __len__(self):
+        return 11
+
+    def describe(self):
+        return {**super().describe(), "content": "other"}
+
+
+def test_changed_data_are_refused_unless_allowed(tmp_path, capsys):
+    run(tmp_path, replace(SHORT, steps=6))
+    with pytest.raises(InputError, match=r"data\.clips: the run has 10, you gave 11"):
+        run(tmp_path, dataset=Grown())
+    capsys.readouterr()
+    assert run(tmp_path, dataset=Grown(), allow_data_change=True)["step"] == 12
+    assert "notice: data.clips was 10 up to step 6 and is 11 from here on" in capsys.readouterr().err
+
+
+def test_other_classes_are_refused_even_where_changed_data_are_allowed(tmp_path):
+    class Renamed(Latents):
+        classes = ("up", "down", "right")
+
+    run(tmp_path, replace(SHORT, steps=6))
+    with pytest.raises(InputError, match="classes"):
+        run(tmp_path, dataset=Renamed(), allow_data_change=True)
+
+
+def overflow(state_group: str) -> dict:
+    """Arguments of a run whose loss stays finite while one tensor of ``state_group`` becomes Inf or NaN."""
+    from latte.training import train as loop
+
+    model = tiny_model()
+    real = loop.TrainState
+
+    class Spoiled(real):
+        def update(self, step, *arguments):
+            metrics = super().update(step, *arguments)
+            if step == 3:
+                tensors = self.tensors()[state_group]
+                tensors[sorted(tensors)[0]].view(-1)[0] = float("nan")
+            return metrics
+
+    return {"model": model, "state": Spoiled}
+
+
+@pytest.mark.parametrize("state_group", ["model", "ema", "optimizer"])
+def test_nan_in_any_part_of_the_state_is_found_before_a_checkpoint(tmp_path, monkeypatch, state_group):
+    from latte.training import train as loop
+
+    spoiled = overflow(state_group)
+    monkeypatch.setattr(loop, "TrainState", spoiled["state"])
+    with pytest.raises(RunError, match=r"are not finite after step 3: .* holds 1 non-finite of ") as caught:
+        run(tmp_path, replace(SHORT, steps=3), model=spoiled["model"])
+    assert {"model": "the model's", "ema": "the EMA", "optimizer": "the optimizer's"}[state_group] in str(
+        caught.value
+    )
+    assert list_checkpoints(tmp_path) == []
+
+
+def test_a_learning_rate_that_overflows_the_weights_commits_nothing(tmp_path):
+    with pytest.raises(RunError, match="are not finite after step 1"):
+        run(tmp_path, replace(SHORT, steps=1, lr=1e38, warmup_steps=0, weight_decay=1.0))
+    assert list_checkpoints(tmp_path) == []
+
+
+def test_a_checkpoint_that_does_not_fit_on_the_disk_is_refused_before_training(tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    with pytest.raises(RunError, match=r"GB free, but a checkpoint takes"):
+        run(tmp_path)
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_a_disk_that_holds_one_checkpoint_but_not_all_gives_a_notice(tmp_path, monkeypatch, capsys):
+    usage = shutil.disk_usage(tmp_path)
+    size = 4 * 4 * sum(parameter.numel() for parameter in tiny_model().parameters())
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=int(size * 1.5)))
+    run(tmp_path, replace(SHORT, steps=1))
+    assert "but 3 checkpoints (train.keep_last and the one being written) take" in capsys.readouterr().err
+
+
+def test_a_run_that_is_already_complete_says_so(tmp_path, capsys):
+    run(tmp_path, replace(SHORT, steps=4))
+    capsys.readouterr()
+    assert run(tmp_path, replace(SHORT, steps=2))["step"] == 4
+    assert "already trained to step 4" in capsys.readouterr().err
+
+
+class Recorder(Callback):
+    """Records the events of a run."""
+
+    def __init__(self):
+        self.events = []
+
+    def on_start(self, event):
+        self.events.append(("start", event.step))
+
+    def on_step(self, event):
+        self.events.append(("step", event.step, None if event.metrics is None else event.metrics["step"]))
+
+    def on_samples(self, event, paths):
+        self.events.append(("samples", event.step, list(paths)))
+
+    def on_checkpoint(self, event, path):
+        assert (path / "manifest.json").exists()
+        self.events.append(("checkpoint", event.step, path.name))
+
+    def on_end(self, event):
+        self.events.append(("end", event.step))
+
+
+def test_callbacks_see_the_events_of_a_run_in_order(tmp_path):
+    recorder = Recorder()
+    sheet = tmp_path / "sheet.png"
+    config = replace(SHORT, steps=4, sample_every=3)
+    run(tmp_path, config, callbacks=[recorder], sample=lambda model, step: [sheet])
+    assert recorder.events == [
+        ("start", 0),
+        ("step", 1, 1),
+        ("step", 2, 2),
+        ("step", 3, None),
+        ("checkpoint", 3, "step-3"),
+        ("samples", 3, [sheet]),
+        ("step", 4, 4),
+        ("checkpoint", 4, "step-4"),
+        ("samples", 4, [sheet]),
+        ("end", 4),
+    ]
+    again = Recorder()
+    run(tmp_path, replace(config, steps=5), callbacks=[again])
+    assert again.events[0] == ("start", 4)
+
+
+def test_callbacks_are_ended_when_the_run_fails_and_their_own_errors_come_out(tmp_path):
+    recorder = Recorder()
+    with pytest.raises(RunError):
+        run(tmp_path / "failed", callbacks=[recorder], **poison("loss", float("nan")))
+    assert recorder.events[-1] == ("end", 7)
+
+    class Failing(Callback):
+        def on_step(self, event):
+            raise KeyError("mine")
+
+    with pytest.raises(KeyError, match="mine"):
+        run(tmp_path / "mine", callbacks=[Failing()])
+
+
+def test_callbacks_change_no_bit(tmp_path):
+    watched = run(tmp_path / "watched", callbacks=[Recorder()])
+    assert watched["weights_sha256"] == run(tmp_path / "alone")["weights_sha256"]
 
 
 def test_samples_that_cannot_be_written_are_one_line(tmp_path):

@@ -36,7 +36,7 @@ from latte.interop.lora import LoraConfig
 from latte.model.latte import ModelConfig
 from latte.model.text import TextConfig
 from latte.text.encoders import TextEncoderConfig
-from latte.training.train import TrainConfig
+from latte.training.config import TrainConfig
 
 VERSION = 1
 RUN_FILE = "config.yaml"

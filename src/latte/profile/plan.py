@@ -20,7 +20,7 @@ from latte.profile.memory import Adapt, activations, fresh, states
 from latte.profile.sampling_memory import staging
 from latte.profile.step_time import step_seconds
 from latte.runtime import resolve_device, resolve_dtype, world_size
-from latte.training.train import TrainConfig
+from latte.training.config import TrainConfig
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from latte.training.condition import Captions
 from latte.training.distributed import Group
 from latte.training.optim import TrainState
 from latte.training.step import Task, backward
-from latte.training.train import TrainConfig
+from latte.training.config import TrainConfig
 
 MEASURED = 3
 

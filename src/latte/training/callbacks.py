@@ -1,191 +1,250 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a program and a person see of a training run: metrics.jsonl, and a bar or lines on stderr.
+"""What watches a training run: the callback interface, metrics.jsonl and the progress bar, which are built on it.
 
-The curve's numbers are means over the steps since the line before. Their running sums are part of every checkpoint, so that a
-resumed run writes the very lines it would have written without the stop.
+The values of a line of metrics are means over the steps since the previous line. Their running sums are part of every checkpoint, so
+that a resumed run writes exactly the lines that it would have written without the stop.
 """
 
 import json
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol, TextIO
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
-from torch import Tensor
+from torch import Tensor, nn
 
 from latte.files import commit_file, reported
 
-NUMBERS = ("loss", "mse", "vlb", "grad_norm")
+METRICS = ("loss", "mse", "vlb", "grad_norm")
 LINE_SECONDS = 10.0
 
 
 class MetricsAccumulator:
-    """Running sums of NUMBERS on the device, and wall and processor seconds over all the starts of the run."""
+    """Running sums of METRICS on the device, and wall and processor seconds over all starts of the run."""
 
     def __init__(self, device: torch.device, state: Mapping):
-        """``state`` is what ``state()`` gave for the checkpoint, or empty for a fresh run."""
-        self.sums = torch.tensor(state.get("sums", [0.0] * len(NUMBERS)), dtype=torch.float32, device=device)
-        self.steps, self.loss = state.get("steps", 0), state.get("loss")
+        """``state`` is what ``state()`` returned for the checkpoint, or empty for a fresh run."""
+        zeros = [0.0] * len(METRICS)
+        self.sums = torch.tensor(state.get("sums", zeros), dtype=torch.float32, device=device)  # (4)
+        self.steps = state.get("steps", 0)
+        self.loss = state.get("loss")
         self.wall_start = time.perf_counter() - state.get("seconds", 0.0)
         self.cpu_start = time.process_time() - state.get("cpu_seconds", 0.0)
-        self.speed: float | None = None
+        self.clips_per_second: float | None = None
         self.reset_clock()
 
     def reset_clock(self) -> None:
-        """Rates count from here."""
-        self.clips, self.waited, self.paused, self.since = 0, 0.0, 0.0, time.perf_counter()
+        """Measure speed from here on."""
+        self.clips = 0
+        self.waited = 0.0
+        self.paused = 0.0
+        self.since = time.perf_counter()
 
-    def add(self, numbers: Tensor, clips: int, waited: float) -> None:
-        """One step's NUMBERS (4,), its clips, and the seconds it waited for them."""
-        self.sums += numbers
+    def add(self, metrics: Tensor, clips: int, waited: float) -> None:
+        """Add one step: its METRICS (4,), its number of clips, and the seconds it waited for data."""
+        self.sums += metrics
         self.steps += 1
         self.clips += clips
         self.waited += waited
 
     def line(self) -> dict[str, float]:
-        """Means, rates since the last line, and times; the sums start over. On a GPU this waits for the device."""
+        """Return means and speed since the last line, and times; reset the sums. On a GPU this waits for the device."""
         means = (self.sums / self.steps).tolist()
         spent = self.spent()
-        self.loss, self.speed = means[0], self.clips / spent
-        rates = {"clips_per_second": round(self.speed, 3), "data_wait_share": round(self.waited / spent, 4)}
+        self.loss = means[0]
+        self.clips_per_second = self.clips / spent
+        speed = {
+            "clips_per_second": round(self.clips_per_second, 3),
+            "data_wait_share": round(self.waited / spent, 4),
+        }
         self.sums.zero_()
         self.steps = 0
         self.reset_clock()
-        return {**dict(zip(NUMBERS, means, strict=True)), **rates, **self.seconds()}
+        return {**dict(zip(METRICS, means, strict=True)), **speed, **self.seconds()}
 
     def spent(self) -> float:
-        """Seconds of training since rates began to count."""
+        """Return the seconds of training since the last line, without pauses."""
         return max(time.perf_counter() - self.since - self.paused, 1e-9)
 
-    def facts(self, loss: float | None) -> str:
-        """``loss`` and clips/s of the latest line (before the first one, since the start) for people to read."""
-        return f"loss {loss or 0:.4f}  {self.speed or self.clips / self.spent():.4g} clips/s"
+    def summary(self, loss: float | None) -> str:
+        """Return ``loss`` and the clips/s of the latest line (before the first line: since the start) as text."""
+        return f"loss {loss or 0:.4f}  {self.clips_per_second or self.clips / self.spent():.4g} clips/s"
 
     def seconds(self) -> dict[str, float]:
-        """Wall and processor time of the run so far."""
+        """Return wall and processor seconds of the run so far."""
         return {
             "seconds": round(time.perf_counter() - self.wall_start, 3),
             "cpu_seconds": round(time.process_time() - self.cpu_start, 3),
         }
 
     def latest_loss(self) -> float | None:
-        """Mean loss since the last line, or that line's when no step has followed it."""
+        """Return the mean loss since the last line, or that line's loss if no step has followed it."""
         return self.sums[0].item() / self.steps if self.steps else self.loss
 
     @contextmanager
     def pause(self) -> Iterator[None]:
-        """Time in here counts for the run but not for its rates."""
-        began = time.perf_counter()
+        """Count the time inside for the run but not for its speed."""
+        start = time.perf_counter()
         yield
-        self.paused += time.perf_counter() - began
+        self.paused += time.perf_counter() - start
 
     def state(self) -> dict[str, object]:
-        """For the checkpoint, as plain data; float32 sums survive JSON exactly."""
+        """Return plain data for the checkpoint; float32 sums survive JSON exactly."""
         return {"sums": self.sums.tolist(), "steps": self.steps, "loss": self.loss, **self.seconds()}
 
 
-class MetricsFile:
-    """metrics.jsonl, open for appending: one JSON object a line, steps ascending. RunError when it cannot be written.
+@dataclass
+class TrainEvent:
+    """What a callback sees of the run. ``metrics`` is None at steps without a line in metrics.jsonl."""
 
-    Lines after ``step``, which are going to be written again, are dropped on opening, and so is half a line of a killed process.
-    Nothing happens at all unless ``active`` (in the first process).
+    run_dir: Path
+    step: int  # steps done so far
+    total_steps: int
+    model: nn.Module
+    ema_model: nn.Module
+    accumulator: MetricsAccumulator
+    metrics: Mapping[str, object] | None = None
+
+
+class Callback(Protocol):
+    """What ``train`` calls in rank 0. Subclass it and override what you need; an error that you raise ends the run.
+
+    Callbacks must not change the models, and draw random numbers from generators of their own.
     """
 
-    def __init__(self, path: Path, step: int, active: bool = True):
-        self.path, self.file = path, None
-        if not active:
-            return
-        with reported("the metrics", path):
-            lines = (
-                path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
-                if path.exists()
-                else []
-            )
-            kept = [line for line in lines if step_of(line) <= step]
-            if kept != lines:
-                commit_file(path, "".join(kept))
-            self.file = open(path, "a", encoding="utf-8")
+    def on_start(self, event: TrainEvent) -> None:
+        """Before the first step; ``event.step`` is the step of the checkpoint that the run resumes from, or 0."""
 
-    def write(self, line: Mapping[str, object]) -> None:
-        """Append one line; a process killed right afterwards does not lose it."""
-        if self.file:
+    def on_step(self, event: TrainEvent) -> None:
+        """After each step."""
+
+    def on_validation(self, event: TrainEvent, metrics: Mapping[str, float]) -> None:
+        """After a validation; reserved, since ``train`` does not validate yet."""
+
+    def on_samples(self, event: TrainEvent, paths: Sequence[Path]) -> None:
+        """After samples of the EMA model were written to ``paths``."""
+
+    def on_checkpoint(self, event: TrainEvent, path: Path) -> None:
+        """After the checkpoint folder ``path`` was committed."""
+
+    def on_end(self, event: TrainEvent) -> None:
+        """After the last step, an interruption or an error."""
+
+
+class MetricsFile(Callback):
+    """Writes metrics.jsonl: one JSON object per line, steps ascending. RunError when it cannot be written.
+
+    Opening drops lines after the step that the run resumes from, which will be written again, and incomplete last lines.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.file: TextIO | None = None
+
+    def on_start(self, event: TrainEvent) -> None:
+        """Open the file for appending."""
+        with reported("the metrics", self.path):
+            lines: list[str] = []
+            if self.path.exists():
+                lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+            kept = [line for line in lines if step_of(line) <= event.step]
+            if kept != lines:
+                commit_file(self.path, "".join(kept))
+            self.file = open(self.path, "a", encoding="utf-8")
+
+    def on_step(self, event: TrainEvent) -> None:
+        """Append the step's metrics, if it has any; a process killed right afterwards does not lose them."""
+        if self.file and event.metrics is not None:
             with reported("the metrics", self.path):
-                self.file.write(json.dumps(line) + "\n")
+                self.file.write(json.dumps(event.metrics) + "\n")
                 self.file.flush()
 
     def sync(self) -> None:
-        """Bring the lines to the disk."""
+        """Flush the lines to the disk: before a checkpoint that counts on them."""
         if self.file:
             with reported("the metrics", self.path):
                 os.fsync(self.file.fileno())
 
-    def __enter__(self) -> "MetricsFile":
-        return self
-
-    def __exit__(self, *error: object) -> None:
+    def on_end(self, event: TrainEvent) -> None:
+        """Close the file."""
         if self.file:
             with suppress(
                 OSError
-            ):  # only a line that ``write`` has failed on, and reported, can be left to write
+            ):  # the only data left to write is a line whose failure was already reported
                 self.file.close()
 
 
 def step_of(line: str) -> float:
-    """The step of a line of metrics.jsonl; infinity for one that is not whole."""
+    """Return the step of a line of metrics.jsonl; infinity for an incomplete line."""
     try:
         return json.loads(line)["step"] if line.endswith("\n") else float("inf")
     except (ValueError, KeyError, TypeError):
         return float("inf")
 
 
-class Progress:
-    """A bar with loss, clips/s and the time left on a terminal; elsewhere a plain line every LINE_SECONDS and at the end.
+class ProgressBar(Callback):
+    """Shows loss, clips/s and the time left on stderr: a bar on a terminal, elsewhere a line every LINE_SECONDS and at the end.
 
-    Both on stderr, and nothing at all unless ``active`` (in the first process).
+    A terminal that was closed does not end the run.
     """
 
-    def __init__(self, start: int, total: int, active: bool = True, console: Console | None = None):
-        self.start, self.total, self.active = start, total, active
+    def __init__(self, console: Console | None = None):
         self.console = console or Console(file=sys.stderr, soft_wrap=True, highlight=False)
-        self.began = self.last = time.perf_counter()
+        self.bar: Bar | None = None
+
+    def on_start(self, event: TrainEvent) -> None:
+        """Show the bar, if this is a terminal."""
+        self.first_step = event.step
+        self.started = time.perf_counter()
+        self.last_line = self.started
+        if not self.console.is_terminal:
+            return
         columns = (
             TextColumn("train"),
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[facts]}"),
+            TextColumn("{task.fields[summary]}"),
             TimeRemainingColumn(),
         )
-        self.bar = Bar(*columns, console=self.console) if active and self.console.is_terminal else None
-
-    def __enter__(self) -> "Progress":
-        if self.bar:
-            self.task = self.bar.add_task("train", total=self.total, completed=self.start, facts="")
+        self.bar = Bar(*columns, console=self.console)
+        self.task = self.bar.add_task("train", total=event.total_steps, completed=event.step, summary="")
+        with suppress(OSError):
             self.bar.start()
-        return self
 
-    def __exit__(self, *error: object) -> None:
-        if self.bar:
-            self.bar.stop()
+    def on_step(self, event: TrainEvent) -> None:
+        """Update the bar, whose loss is that of the latest line of metrics, because it must not wait for a GPU."""
+        with suppress(OSError):
+            if self.bar:
+                summary = event.accumulator.summary(event.accumulator.loss)
+                self.bar.update(self.task, completed=event.step, summary=summary)
+            elif time.perf_counter() - self.last_line >= LINE_SECONDS or event.step == event.total_steps:
+                self.print_line(event)
 
-    def update(self, step: int, tally: MetricsAccumulator) -> None:
-        """Show ``step`` with loss and rate. The bar shows the loss of the latest line of metrics, because it must not wait for a GPU."""
+    def print_line(self, event: TrainEvent) -> None:
+        """Print a plain line with the step, the loss, the speed and the time left."""
+        self.last_line = time.perf_counter()
+        per_step = (self.last_line - self.started) / (event.step - self.first_step)
+        left = duration(per_step * (event.total_steps - event.step))
+        summary = event.accumulator.summary(event.accumulator.latest_loss())
+        self.console.print(f"step {event.step}/{event.total_steps}  {summary}  {left} left", markup=False)
+
+    def on_end(self, event: TrainEvent) -> None:
+        """Leave the terminal as it was."""
         if self.bar:
-            self.bar.update(self.task, completed=step, facts=tally.facts(tally.loss))
-        elif self.active and (time.perf_counter() - self.last >= LINE_SECONDS or step == self.total):
-            self.last = time.perf_counter()
-            left = (self.last - self.began) / (step - self.start) * (self.total - step)
-            facts = tally.facts(tally.latest_loss())
-            self.console.print(f"step {step}/{self.total}  {facts}  {duration(left)} left", markup=False)
+            with suppress(OSError):
+                self.bar.stop()
 
 
 def duration(seconds: float) -> str:
-    """'45 s', '3 min 05 s', '2 h 07 min', '3 d 04 h'."""
+    """Return '45 s', '3 min 05 s', '2 h 07 min' or '3 d 04 h'."""
     for unit, name, smaller, part in ((86400, "d", 3600, "h"), (3600, "h", 60, "min"), (60, "min", 1, "s")):
         if seconds >= unit:
             return f"{int(seconds // unit)} {name} {int(seconds % unit // smaller):02d} {part}"

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a model is told about each clip in training: a class, or the features of a caption; and what it is told when that is dropped.
+"""The condition of each clip in training, a class or the features of a caption, and its replacement by the null condition.
 
-Guidance needs a model that can also do without: a share of the clips, drawn from each clip's own stream, get the null class or the empty
-caption. A clip's stills are dropped with it, all or none.
-Axes: b clips, i stills, g captions of a clip (1+i), l tokens of a caption, k its channels.
+Classifier-free guidance needs a model that also predicts without condition (Ho and Salimans 2022): for some clips, drawn from each
+clip's own random stream, the condition becomes the null class or the empty caption. The images behind a clip follow the clip.
+Axes: b clips, i images, g captions of a clip (1+i), l tokens of a caption, k its channels.
 """
 
 from collections.abc import Sequence
@@ -21,38 +21,36 @@ class Condition(Protocol):
     """The condition in a call of the model."""
 
     def part(self, clips: slice) -> Self:
-        """That of some of the clips."""
+        """Return the condition of some of the clips."""
         ...
 
     def drop(self, streams: Sequence[torch.Generator]) -> Self:
-        """With the conditions of a share of the clips taken away, one draw from each clip's stream."""
+        """Return the condition with some clips' replaced by the null condition: one draw from each clip's stream."""
         ...
 
     def inputs(self) -> dict[str, Tensor]:
-        """Return the keywords of the model's call."""
+        """Return the keyword arguments of the model's call."""
         ...
 
 
 @dataclass(frozen=True)
 class Labels:
-    """Classes (b,) or (b 1+i) int64, None for an unconditional model; dropped ones become -1."""
+    """Classes (b,) or (b 1+i) int64, None for an unconditional model; a dropped label is -1."""
 
     label: Tensor | None
     dropout: float
 
     def part(self, clips: slice) -> Self:
-        """That of some of the clips."""
+        """See Condition."""
         return self if self.label is None else replace(self, label=self.label[clips])
 
     def drop(self, streams: Sequence[torch.Generator]) -> Self:
         """See Condition."""
         if self.label is None:
             return self
-        dropped = [
-            drop_labels(one, self.dropout, stream)
-            for one, stream in zip(self.label.split(1), streams, strict=True)
-        ]
-        return replace(self, label=torch.cat(dropped))
+        rows = zip(self.label.split(1), streams, strict=True)
+        kept = [drop_labels(row, self.dropout, stream) for row, stream in rows]
+        return replace(self, label=torch.cat(kept))  # (b) or (b 1+i)
 
     def inputs(self) -> dict[str, Tensor]:
         """Return {"label"}, nothing for an unconditional model."""
@@ -70,18 +68,17 @@ class Captions:
     dropout: float
 
     def part(self, clips: slice) -> Self:
-        """That of some of the clips."""
+        """See Condition."""
         return replace(self, text=self.text[clips], mask=self.mask[clips])
 
     def drop(self, streams: Sequence[torch.Generator]) -> Self:
         """See Condition."""
-        dropped = torch.tensor([bool(torch.rand((), generator=stream) < self.dropout) for stream in streams])
-        rows = [-1, *[1] * (self.mask.ndim - 1)]
-        return replace(
-            self,
-            text=torch.where(dropped.view(*rows, 1), self.empty_text, self.text),
-            mask=torch.where(dropped.view(rows), self.empty_mask, self.mask),
-        )
+        draws = [bool(torch.rand((), generator=stream) < self.dropout) for stream in streams]
+        ones = [1] * (self.mask.ndim - 1)
+        dropped = torch.tensor(draws).view(-1, *ones)  # (b 1) or (b 1 1)
+        text = torch.where(dropped[..., None], self.empty_text, self.text)  # (b l k) or (b g l k)
+        mask = torch.where(dropped, self.empty_mask, self.mask)  # (b l) or (b g l)
+        return replace(self, text=text, mask=mask)
 
     def inputs(self) -> dict[str, Tensor]:
         """Return {"text", "mask"}."""
@@ -90,7 +87,7 @@ class Captions:
 
 @dataclass(frozen=True)
 class CaptionReader:
-    """Captions of a batch, or a list of them with the stills' -> Captions. A share ``dropout`` of the clips is to lose them."""
+    """Turns the captions of a batch into ``Captions``; with images, a clip's captions are a list. ``dropout`` is in [0, 1]."""
 
     features: CaptionFeatures
     dropout: float

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Several processes train as one: each takes its share of the global batch, and gradients are added up once per step.
+"""Data parallel training in several processes: each takes its share of the global batch, gradients are summed once per step.
 
-Plain torch.distributed, started by torchrun. What is decided (when to stop) or done once (reading, writing) goes through a group on
-the CPU, so that no process waits for its GPU to agree.
+Plain torch.distributed, started by torchrun. Decisions (when to stop) and work that is done once (reading, writing) use gloo groups
+on the CPU, so that no process waits for its GPU to agree.
 """
 
 import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,71 +23,146 @@ from latte.checks import InputError, RunError
 from latte.runtime import rank, world_size
 
 T = TypeVar("T")
-TIMEOUT = timedelta(minutes=30)  # a checkpoint of a large model is written while the others wait
+DEFAULT_TIMEOUT = 300.0  # seconds
+STARTUP_TIMEOUT = timedelta(minutes=30)  # until all processes have read their data and meet
+RANK0_TIMEOUT = timedelta(
+    hours=2
+)  # for checkpoints, samples and pretrained weights, which rank 0 handles while others wait
+NCCL_GRACE = timedelta(
+    seconds=60
+)  # gloo times out first: NCCL's watchdog would end the process without naming the rank
+REPORT_SECONDS = 5.0  # after a timeout, how long to wait for the other ranks to say that they are alive
 
 
 @dataclass(frozen=True)
 class Group:
-    """The processes of this run; alone, every method is a plain call."""
+    """The processes of this run. With one process, every method is a plain call."""
 
     rank: int = 0
     size: int = 1
-    control: Any = None
+    timeout: float = DEFAULT_TIMEOUT
+    control: Any = None  # gloo group for decisions
+    rank0_work: Any = None  # gloo group with RANK0_TIMEOUT
+    store: Any = None
 
     def all_reduce(self, tensors: Sequence[Tensor]) -> None:
         """Replace each tensor by its sum over the processes."""
         if self.size > 1:
-            for work in [dist.all_reduce(tensor, async_op=True) for tensor in tensors]:
-                work.wait()  # pyright: ignore[reportOptionalMemberAccess]
+            with self.collective():
+                for work in [dist.all_reduce(tensor, async_op=True) for tensor in tensors]:
+                    work.wait()  # pyright: ignore[reportOptionalMemberAccess]
 
     @torch.no_grad()
     def broadcast(self, tensors: Sequence[Tensor]) -> None:
-        """Give every process the first one's values."""
+        """Copy rank 0's values into every process."""
         if self.size > 1:
-            for tensor in tensors:
-                dist.broadcast(tensor.detach(), 0)
+            with self.collective():
+                for tensor in tensors:
+                    dist.broadcast(tensor.detach(), 0)
 
     def max(self, number: int) -> int:
-        """The largest of the processes' numbers."""
+        """Return the largest of the processes' numbers."""
         if self.size == 1:
             return number
         shared = torch.tensor(number)
-        dist.all_reduce(shared, dist.ReduceOp.MAX, group=self.control)
+        with self.collective():
+            dist.all_reduce(shared, dist.ReduceOp.MAX, group=self.control)
         return int(shared)
 
-    def run_on_rank0(self, act: Callable[..., T], *arguments: Any) -> T:
-        """``act(*arguments)`` in the first process only; its result, or its error, is everyone's."""
+    def run_on_rank0(self, function: Callable[..., T], *arguments: Any) -> T:
+        """Call ``function(*arguments)`` in rank 0 only; every process returns its result or raises its error."""
         if self.size == 1:
-            return act(*arguments)
+            return function(*arguments)
         outcome: list[Any] = [None]
+        error: Exception | None = None
         if self.rank == 0:
             try:
-                outcome = [act(*arguments)]
-            except (InputError, RunError) as error:
-                outcome = [error]
-        dist.broadcast_object_list(outcome, 0, group=self.control)
+                outcome = [function(*arguments)]
+            except (InputError, RunError) as expected:
+                outcome = [expected]
+            except Exception as unexpected:  # the others must not wait for a result that never comes
+                error = unexpected
+                outcome = [RunError(f"rank 0 failed: {unexpected!r}; see its traceback")]
+        with self.collective():
+            dist.broadcast_object_list(outcome, 0, group=self.rank0_work)
+        if error is not None:
+            raise error
         if isinstance(outcome[0], Exception):
             raise outcome[0]
         return outcome[0]
 
+    @contextmanager
+    def collective(self) -> Iterator[None]:
+        """Turn a failed collective operation into a RunError that names the ranks that did not answer."""
+        try:
+            yield
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0]
+            raise RunError(self.failure(self.silent_ranks(), reason)) from error
+
+    def silent_ranks(self) -> list[int]:
+        """Return the ranks that do not report within REPORT_SECONDS that the operation failed for them as well."""
+        reported: set[int] = set()
+        try:
+            self.store.set_timeout(timedelta(seconds=REPORT_SECONDS))
+            self.store.set(f"failed/{self.rank}", "1")
+            deadline = time.monotonic() + REPORT_SECONDS
+            while len(reported) < self.size and time.monotonic() < deadline:
+                reported = {number for number in range(self.size) if self.store.check([f"failed/{number}"])}
+                time.sleep(0.1)
+        except RuntimeError:  # rank 0 may host the store
+            return [0]
+        return [number for number in range(self.size) if number not in reported]
+
+    def failure(self, silent: Sequence[int], reason: str) -> str:
+        """Return the message about a failed collective operation."""
+        retry = "then run the same command again to resume from the last checkpoint"
+        if not silent:
+            return f"the processes lost their connection ({reason}); check the network, {retry}"
+        names = ", ".join(map(str, silent))
+        return (
+            f"rank {names} of {self.size} did not answer within train.timeout={self.timeout:g} s: it has stopped, died or is far "
+            f"behind; check its log and its machine, raise train.timeout if it was only slow, {retry}"
+        )
+
 
 @contextmanager
-def process_group(device: torch.device) -> Iterator[Group]:
-    """The group of all processes that torchrun started, or of this one alone.
+def process_group(device: torch.device, timeout: float = DEFAULT_TIMEOUT) -> Iterator[Group]:
+    """The group of all processes that torchrun started, or of this one alone; ``timeout`` is in seconds.
 
-    A store prefix per restart keeps a restarted run from meeting the addresses of the processes that died.
+    A store prefix per restart keeps a restarted run from connecting to the addresses of processes that died.
+    RunError for processes that do not start within STARTUP_TIMEOUT.
     """
     if world_size() == 1:
         yield Group()
         return
-    store, number, size = next(rendezvous("env://", timeout=TIMEOUT))
+    store, number, size = next(rendezvous("env://", timeout=STARTUP_TIMEOUT))
     store = PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    wait_for_all(store, number, size)
+    limit = timedelta(seconds=timeout)
     backend = "gloo"
     if device.type == "cuda":
         torch.cuda.set_device(device)
         backend = "nccl"
-    dist.init_process_group(backend, store=store, rank=number, world_size=size, timeout=TIMEOUT)
+    backend_limit = limit + NCCL_GRACE if backend == "nccl" else limit
+    dist.init_process_group(backend, store=store, rank=number, world_size=size, timeout=backend_limit)
+    control = dist.new_group(backend="gloo", timeout=limit)
+    rank0_work = dist.new_group(backend="gloo", timeout=RANK0_TIMEOUT)
     try:
-        yield Group(rank(), size, dist.new_group(backend="gloo", timeout=TIMEOUT))
+        yield Group(rank(), size, timeout, control, rank0_work, store)
     finally:
         dist.destroy_process_group()
+
+
+def wait_for_all(store: dist.Store, number: int, size: int) -> None:
+    """Return when all ranks are here, so that what follows can have a short timeout. RunError naming those that are missing."""
+    store.set(f"ready/{number}", "1")
+    keys = {f"ready/{other}": other for other in range(size)}
+    try:
+        store.wait(list(keys), STARTUP_TIMEOUT)
+    except RuntimeError as error:
+        missing = [str(other) for key, other in keys.items() if not store.check([key])]
+        minutes = STARTUP_TIMEOUT.total_seconds() / 60
+        raise RunError(
+            f"rank {', '.join(missing)} of {size} did not start within {minutes:g} minutes; check its log, then start again"
+        ) from error

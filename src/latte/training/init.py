@@ -92,7 +92,7 @@ def start_from(
         commit_file(run_dir / REPORT, f"{report}\n{used}\n")
 
 
-def look_at(start: Start) -> None:
+def check_source(start: Start) -> None:
     """InputError unless there is something known at ``start``: for before the hours that captions can take."""
     source = resolve(start.source, "train.init")
     if source.run is None:
@@ -156,7 +156,10 @@ def from_pixart(model: Denoiser, start: Start) -> Coverage:
     return init_from_pixart(model, start.source)
 
 
-IMAGE_MODELS: dict[str, Callable[[Denoiser, Start], Coverage]] = {"DiT": from_dit, "PixArt-alpha": from_pixart}
+IMAGE_MODELS: dict[str, Callable[[Denoiser, Start], Coverage]] = {
+    "DiT": from_dit,
+    "PixArt-alpha": from_pixart,
+}
 
 
 def of_run(source: Source) -> tuple[dict[str, Tensor], DenoiserConfig, dict[str, Any]]:

@@ -1,186 +1,245 @@
 # SPDX-License-Identifier: Apache-2.0
-"""AdamW, its learning rate, gradient clipping, and the guard against numbers that are none.
+"""Optimizers, gradient clipping, EMA of the weights, and the checks that keep NaN/Inf out of checkpoints.
 
-The paper's setting is AdamW at a constant 1e-4 without weight decay (Latte, Sec. 4.1), gradients clipped at norm 0.1 after a start
-step before which the norm is only measured (the released code).
+The paper trains with AdamW at a constant learning rate of 1e-4 without weight decay and samples from EMA weights (Latte, Sec. 4.1).
+The released code clips gradients to norm 0.1 after a start step; before it, the norm is only measured.
 """
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
-from latte.checks import InputError, RunError
+from latte.checks import InputError, RunError, choose
+from latte.tensors import find_nonfinite
 from latte.training.distributed import Group
 
 FUSED_DEVICES = ("cpu", "cuda", "mps")
+FLOAT32 = 4  # bytes
+STEP_BYTES = FLOAT32  # the step counter that torch's optimizers keep for each parameter
+TENSOR_GROUPS = {
+    "model": "the model's weights",
+    "ema": "the EMA weights",
+    "optimizer": "the optimizer's state",
+}
 
 
-def build_optimizer(model: nn.Module, lr: float, weight_decay: float) -> torch.optim.AdamW:
-    """AdamW over the trainable parameters of ``model``, in one fused kernel where the device has one."""
+class OptimizerKind(NamedTuple):
+    """An entry of ``OPTIMIZERS``: how to build it, and the bytes of state that it keeps for a parameter of a shape."""
+
+    build: Callable[[list[nn.Parameter], float, float], Optimizer]  # (parameters, lr, weight_decay)
+    state_bytes: Callable[[torch.Size], int]
+
+
+def build_adamw(parameters: list[nn.Parameter], lr: float, weight_decay: float) -> Optimizer:
+    """AdamW (Loshchilov and Hutter 2019), as one fused kernel where the device has one."""
+    fused = parameters[0].device.type in FUSED_DEVICES
+    return torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay, fused=fused)
+
+
+def adamw_bytes(shape: torch.Size) -> int:
+    """Two float32 moments per weight."""
+    return 2 * FLOAT32 * shape.numel() + STEP_BYTES
+
+
+def build_adafactor(parameters: list[nn.Parameter], lr: float, weight_decay: float) -> Optimizer:
+    """Adafactor (Shazeer and Stern 2018): steps relative to the size of the weights, factored second moment, no first."""
+    return torch.optim.Adafactor(parameters, lr=lr, weight_decay=weight_decay)
+
+
+def adafactor_bytes(shape: torch.Size) -> int:
+    """A row and a column of float32 per matrix; vectors keep a full second moment."""
+    if len(shape) < 2:
+        return FLOAT32 * shape.numel() + STEP_BYTES
+    rows_and_columns = shape.numel() // shape[-1] + shape.numel() // shape[-2]
+    return FLOAT32 * rows_and_columns + STEP_BYTES
+
+
+OPTIMIZERS: dict[str, OptimizerKind] = {
+    "adamw": OptimizerKind(build_adamw, adamw_bytes),
+    "adafactor": OptimizerKind(build_adafactor, adafactor_bytes),
+}
+
+
+def build_optimizer(model: nn.Module, lr: float, weight_decay: float, name: str = "adamw") -> Optimizer:
+    """Build optimizer ``name`` over the trainable parameters of ``model``; InputError for a name not in ``OPTIMIZERS``."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return torch.optim.AdamW(
-        parameters, lr=lr, weight_decay=weight_decay, fused=parameters[0].device.type in FUSED_DEVICES
-    )
-
-
-def learning_rate(step: int, lr: float, warmup_steps: int, decay_steps: int = 0, steps: int = 0) -> float:
-    """The rate of step 1, 2, ... of ``steps``: linear up to ``lr`` over ``warmup_steps``, constant, down over the last ``decay_steps``.
-
-    The last step's is lr / (decay_steps + 1), the next would be 0 (the "trapezoid" of Haegele et al. 2024). 0 decay steps: the paper's.
-    """
-    rise = step / max(warmup_steps, 1)
-    fall = (steps + 1 - step) / (decay_steps + 1) if decay_steps else 1.0
-    return lr * min(1.0, rise, fall)
+    return choose("train.optimizer", name, OPTIMIZERS).build(parameters, lr, weight_decay)
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float | None) -> Tensor:
-    """Scale the gradients down to a total norm of ``max_norm`` (None: leave them); the norm () that they had before, on the device."""
+    """Scale gradients in place to a total norm of at most ``max_norm`` (None: no limit); return the norm () before scaling."""
     parameters = list(parameters)
-    norm = torch.nn.utils.get_total_norm(
-        [parameter.grad for parameter in parameters if parameter.grad is not None]
-    )
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    norm = torch.nn.utils.get_total_norm(gradients)
     if max_norm is not None:
         torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
     return norm
 
 
-def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimiser's state as 'parameter name:what' -> tensor, for a checkpoint."""
+def optimizer_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
+    """Return the optimizer's state as 'parameter name:state name' -> tensor, for a checkpoint."""
     return {
-        f"{name}:{what}": value
+        f"{name}:{key}": value
         for name, parameter in model.named_parameters()
-        for what, value in optimizer.state.get(parameter, {}).items()
+        for key, value in optimizer.state.get(parameter, {}).items()
     }
 
 
-def load_optimizer_tensors(
-    model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]
-) -> None:
-    """Undo ``optimizer_tensors``; learning rate and decay stay those of ``optimizer``. InputError for tensors of another model.
+def load_optimizer_tensors(model: nn.Module, optimizer: Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    """Load what ``optimizer_tensors`` returned; learning rate and weight decay stay those of ``optimizer``.
 
-    What is said of a buffer is left out: a text model's gate was a parameter once.
+    Entries of buffers are ignored, because old checkpoints of text models have the time gate as a parameter.
+    InputError for the state of another model or optimizer.
     """
     buffers = {name for name, _ in model.named_buffers()}
     trainable = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    index_of = {name: index for index, (name, _) in enumerate(trainable)}
     state: dict[int, dict[str, Tensor]] = {}
-    places = {name: index for index, (name, _) in enumerate(trainable)}
     for key, tensor in tensors.items():
-        name, what = key.rsplit(":", 1)
+        name, state_name = key.rsplit(":", 1)
         if name in buffers:
             continue
-        if name not in places or (what != "step" and tensor.shape != trainable[places[name]][1].shape):
+        if name not in index_of or not could_belong(tensor, trainable[index_of[name]][1]):
             raise InputError(
-                f"the optimiser's state holds {key} {tuple(tensor.shape)}, which this model does not have; "
-                "give the configuration that the run was started with"
+                f"the optimizer state has {key} {tuple(tensor.shape)}, which does not fit this model; "
+                "use the configuration that the run was started with"
             )
-        state.setdefault(places[name], {})[what] = tensor
+        state.setdefault(index_of[name], {})[state_name] = tensor
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
-class EMA:
-    """A second model, ``.model``, whose weights follow those of ``model``: ema <- decay * ema + (1 - decay) * weight.
+def could_belong(state: Tensor, parameter: Tensor) -> bool:
+    """Is ``state`` a number, or of the parameter's shape with some axes reduced to 1 (Adafactor's rows and columns)?"""
+    if state.ndim == 0:
+        return True
+    reduced = zip(state.shape, parameter.shape, strict=False)
+    return state.ndim == parameter.ndim and all(size in (1, full) for size, full in reduced)
 
-    It starts as a copy, of which decay^n is left after n steps: with 0.999 still 37 % after 1000. ``warmup`` lets go of it sooner: step
-    n = 1, 2, ... takes the lesser of ``decay`` and (1 + n) / (10 + n), an average over the last ninth of the run so far. Only what is
-    trained moves; frozen parameters are those of ``model`` itself, not copies, and buffers stay as they were copied: who changes one (the
-    loop a text model's gate) does so in both. Its state is that of ``.model``, under the same names as the model's own.
+
+class EMA:
+    """The exponential moving average of a model's weights: ema <- decay * ema + (1 - decay) * weight after each step.
+
+    ``.model`` is a second model with the EMA weights, under the same names. It starts as a copy, of which decay^n remains
+    after n steps: with 0.999 still 37 % after 1000 steps. With ``warmup``, step n = 1, 2, ... uses min(decay,
+    (1 + n) / (10 + n)) instead, so that the initial weights are forgotten sooner. Frozen parameters are shared with the
+    original model. Buffers stay as they were copied; the training loop changes the time gate of text models in both.
     """
 
     def __init__(self, model: nn.Module, decay: float, warmup: bool = False):
-        self.decay, self.warmup = decay, warmup
+        self.decay = decay
+        self.warmup = warmup
         shared = {id(parameter): parameter for parameter in model.parameters() if not parameter.requires_grad}
         self.model = copy.deepcopy(model, shared).eval().requires_grad_(False)
-        pairs = [
-            (mine, theirs)
-            for mine, theirs in zip(self.model.parameters(), model.parameters(), strict=True)
-            if theirs.requires_grad
-        ]
-        self.averages, self.weights = [mine for mine, _ in pairs], [theirs for _, theirs in pairs]
+        pairs = zip(self.model.parameters(), model.parameters(), strict=True)
+        trained = [(average, weight) for average, weight in pairs if weight.requires_grad]
+        self.averages = [average for average, _ in trained]
+        self.weights = [weight for _, weight in trained]
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Take in the model's weights as they are after step 1, 2, ..."""
+        """Update the EMA weights after step 1, 2, ..."""
         decay = min(self.decay, (1 + step) / (10 + step)) if self.warmup else self.decay
         torch._foreach_lerp_(self.averages, self.weights, 1 - decay)  # pyright: ignore
 
 
 class TrainState:
-    """What changes while training, and so what a checkpoint holds: the model, its average, and the optimiser of both."""
+    """Everything that changes during training and that a checkpoint holds: model, EMA weights, optimizer."""
 
     def __init__(
-        self, model: nn.Module, lr: float, weight_decay: float, ema_decay: float, ema_warmup: bool = False
+        self,
+        model: nn.Module,
+        lr: float,
+        weight_decay: float,
+        ema_decay: float,
+        ema_warmup: bool = False,
+        optimizer: str = "adamw",
     ):
-        self.model, self.ema = model, EMA(model, ema_decay, ema_warmup)
-        self.optimizer = build_optimizer(model, lr, weight_decay)
+        self.model = model
+        self.ema = EMA(model, ema_decay, ema_warmup)
+        self.optimizer_name = optimizer
+        self.optimizer = build_optimizer(model, lr, weight_decay, optimizer)
         self.parameters = self.optimizer.param_groups[0]["params"]
         self.frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
-        if self.frozen:  # under adapters buffers stay as they are, too
+        if self.frozen:  # with LoRA adapters, buffers do not change either
             self.frozen |= {name for name, _ in model.named_buffers()}
         device = self.parameters[0].device
-        self.guard = FiniteGuard(device, at_once=device.type == "cpu")
+        self.guard = FiniteGuard(device, immediate=device.type == "cpu")
 
     def update(self, step: int, losses: Tensor, lr: float, max_norm: float | None, group: Group) -> Tensor:
-        """Step ``step`` from the gradients of this process's share and its (loss, mse, vlb), (3,).
+        """Apply one optimizer step to the gradients of this process's share of the batch and its (loss, mse, vlb) (3,).
 
-        Gradients and losses are added up over ``group``, clipped to ``max_norm`` unless None, looked at, and applied.
-        Returns (loss, mse, vlb, norm of the gradient before clipping), (4,), on the device.
+        Sums gradients and losses over ``group``, clips to ``max_norm`` unless it is None, and checks for NaN/Inf.
+        Returns (loss, mse, vlb, gradient norm before clipping) (4,) on the device.
         """
-        group.all_reduce(
-            [losses, *(parameter.grad for parameter in self.parameters if parameter.grad is not None)]
-        )
-        numbers = torch.cat([losses, clip_gradients(self.parameters, max_norm)[None]])
-        self.guard.watch(step, numbers)
+        gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+        group.all_reduce([losses, *gradients])
+        metrics = torch.cat([losses, clip_gradients(self.parameters, max_norm)[None]])  # (4)
+        self.guard.watch(step, metrics)
         for settings in self.optimizer.param_groups:
             settings["lr"] = lr
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.ema.update(step)
-        return numbers
+        return metrics
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """Everything that is not frozen, as the groups of a checkpoint: model, ema, optimizer."""
+        """Return all tensors that are not frozen, by the groups of a checkpoint: model, ema, optimizer."""
         return {
-            "model": self.moving(self.model),
-            "ema": self.moving(self.ema.model),
+            "model": self.trained(self.model),
+            "ema": self.trained(self.ema.model),
             "optimizer": optimizer_tensors(self.model, self.optimizer),
         }
 
     def load(self, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Take everything back, bit for bit; what is frozen stays as it is."""
+        """Load what ``tensors`` returned, bit for bit; frozen tensors keep their values."""
         for model, group in ((self.model, "model"), (self.ema.model, "ema")):
-            still = {name: tensor for name, tensor in model.state_dict().items() if name in self.frozen}
-            model.load_state_dict({**still, **tensors[group]})
+            frozen = {name: tensor for name, tensor in model.state_dict().items() if name in self.frozen}
+            model.load_state_dict({**frozen, **tensors[group]})
         load_optimizer_tensors(self.model, self.optimizer, tensors["optimizer"])
 
-    def moving(self, model: nn.Module) -> dict[str, Tensor]:
-        """The tensors of ``model`` (or of the average) without the frozen ones."""
+    def trained(self, model: nn.Module) -> dict[str, Tensor]:
+        """Return the tensors of ``model``, or of the EMA model, that are not frozen."""
         return {name: tensor for name, tensor in model.state_dict().items() if name not in self.frozen}
+
+    def check_finite(self, step: int) -> None:
+        """RunError naming the first tensor of model, EMA or optimizer that holds NaN or Inf after ``step``."""
+        for group, tensors in self.tensors().items():
+            found = find_nonfinite(tensors)
+            if found is not None:
+                raise RunError(
+                    f"{TENSOR_GROUPS[group]} are not finite after step {step}: {found} (NaN or Inf); no checkpoint was "
+                    "written; lower train.lr or clip earlier (train.clip_norm, train.clip_start), then run the same "
+                    "command again to resume from the last checkpoint"
+                )
 
 
 class FiniteGuard:
-    """Remembers the first step at which a number was not finite, on the device, so that looking at it can wait.
+    """Remembers, on the device, the first step with a NaN/Inf loss or gradient.
 
-    With ``at_once`` (for the CPU, where looking costs nothing) ``watch`` looks too, so that no weight is ever touched. Otherwise
-    ``check`` is for where the host waits for the device anyway, and for before anything is kept.
+    With ``immediate`` (for the CPU, where reading is free) ``watch`` raises before any weight changes. Otherwise ``check``
+    raises, which the loop calls where it waits for the device anyway and before it writes anything.
     """
 
-    def __init__(self, device: torch.device, at_once: bool):
-        self.first, self.at_once = torch.zeros((), dtype=torch.int64, device=device), at_once
+    def __init__(self, device: torch.device, immediate: bool):
+        self.first_bad_step = torch.zeros((), dtype=torch.int64, device=device)  # 0: none
+        self.immediate = immediate
 
-    def watch(self, step: int, numbers: Tensor) -> None:
-        """Note whether ``numbers`` of ``step`` are all finite."""
-        bad = ~torch.isfinite(numbers).all()
-        self.first = torch.where(bad & (self.first == 0), step, self.first)
-        if self.at_once:
+    def watch(self, step: int, metrics: Tensor) -> None:
+        """Record whether all ``metrics`` of ``step`` are finite."""
+        bad = ~torch.isfinite(metrics).all()
+        self.first_bad_step = torch.where(bad & (self.first_bad_step == 0), step, self.first_bad_step)
+        if self.immediate:
             self.check()
 
     def check(self) -> None:
-        """RunError naming the first step that went wrong, if there was one."""
-        if step := int(self.first):
+        """RunError naming the first step with a NaN/Inf loss or gradient, if there was one."""
+        if step := int(self.first_bad_step):
             raise RunError(
-                f"loss or gradient of step {step} is not a finite number, and nothing of that step was kept; "
-                "lower train.lr, clip earlier (train.clip_norm, train.clip_start), give train.dtype=fp32, or look at the clips "
-                "of that step, then run the same command again to go on from the last checkpoint"
+                f"loss or gradient of step {step} is NaN or Inf, and nothing of that step was saved; lower train.lr, "
+                "clip earlier (train.clip_norm, train.clip_start), set train.dtype=fp32, or check the clips of that step, "
+                "then run the same command again to resume from the last checkpoint"
             )

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Going on with a run: what a checkpoint and a new start must have in common, and what may change with a notice."""
+"""Resuming a run: what its checkpoint and the new start must have in common, and what may change with a notice."""
 
 import json
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from latte.autoencoder.codec import Codec
 from latte.checkpoint.run import latest_checkpoint, load_checkpoint
@@ -14,44 +15,55 @@ from latte.data.datasets import Dataset
 from latte.data.joint import JointDataset
 from latte.files import sweep_checkpoints
 from latte.model.denoiser import Denoiser
+from latte.training.config import TrainConfig
 from latte.training.distributed import Group
 from latte.training.optim import TrainState
 
+LATER_FACTS = ("diffusion", "classes")  # runs made from Python by 0.1.0 do not record them
+DATA_CONTENT = ("data.clips", "data.content")  # what changes when files are added, removed or replaced
+
 
 def run_facts(
-    model: Denoiser, codec: Codec | None, dataset: Dataset | JointDataset, global_batch: int, seed: int
-) -> dict[str, object]:
-    """What makes a run this run, as plain data: model, the codec that made the latents, data, global batch, seed.
+    model: Denoiser, codec: Codec | None, dataset: Dataset | JointDataset, config: TrainConfig, seed: int
+) -> dict[str, Any]:
+    """Return plain data that every start of a run must have in common: model, codec of the latents, data, batch, seed.
 
     InputError when ``codec`` is not the one that made a dataset of latents.
     """
     data = dataset.describe()
-    made_with = data.get("codec") if dataset.latent else codec and codec.fingerprint
+    made_with = codec.fingerprint if codec else None
+    if dataset.latent:
+        made_with = data.get("codec")
     if codec and made_with not in (None, codec.fingerprint):
         raise InputError(
             f"codec is {codec.name} {codec.fingerprint}, but the latents were made with {made_with}; "
             "give that codec, or encode again"
         )
+    train: dict[str, Any] = {"global_batch": config.global_batch}
+    if config.optimizer != TrainConfig.optimizer:  # the default is not recorded: 0.1.0 had no other
+        train["optimizer"] = config.optimizer
     return {
         "model": asdict(model.config),
         "codec": made_with,
         "data": data,
-        "train": {"global_batch": global_batch},
+        "train": train,
         "run": {"seed": seed},
     }
 
 
 def restore(
     run_dir: Path,
-    learner: TrainState,
-    facts: Mapping[str, object],
+    state: TrainState,
+    facts: Mapping[str, Any],
     settings: Mapping[str, object],
     group: Group,
-) -> tuple[dict, Path | None]:
-    """Put the newest good checkpoint of ``run_dir`` into ``learner``; its state and path, or {} and None when there is none.
+    allow_data_change: bool = False,
+) -> tuple[dict[str, Any], Path | None]:
+    """Load the newest good checkpoint of ``run_dir`` into ``state``; return what it records and its path, or {} and None.
 
-    Leftovers of killed saves are removed, and a damaged newest checkpoint is passed over with a warning. InputError, with every
-    difference, when the run was made with other ``facts``; a change of ``settings`` is announced.
+    Leftovers of killed processes are removed, and a damaged newest checkpoint is skipped with a warning. InputError, with every
+    difference, when the run has other ``facts``; a change of ``settings``, or with ``allow_data_change`` of the data, gives a
+    notice.
     """
 
     def find() -> Path | None:
@@ -61,34 +73,49 @@ def restore(
     path = group.run_on_rank0(find)
     if path is None:
         return {}, None
-    found = load_checkpoint(path)
-    lines = [
-        f"  {key}: the run has {before}, you gave {now}"
-        for key, before, now in differences(found.state["facts"], facts)
-    ]
-    if lines:
-        raise InputError(
-            "\n".join(
-                [
-                    f"run.dir {run_dir} holds a run of another configuration; give its own, or another run.dir:",
-                    *lines,
-                ]
-            )
-        )
+    checkpoint = load_checkpoint(path)
+    changed = check_facts(run_dir, checkpoint.state["facts"], facts, allow_data_change)
     if group.rank == 0:
-        for key, before, now in differences(found.state["settings"], settings):
+        for key, before, now in changed:
             print(
-                f"notice: train.{key} was {before} up to step {found.step} and is {now} from here on",
+                f"notice: {key} was {before} up to step {checkpoint.step} and is {now} from here on",
                 file=sys.stderr,
             )
-        print(f"going on from {path}", file=sys.stderr)
-    learner.load(found.tensors)
-    return found.state, path
+        for key, before, now in differences(checkpoint.state["settings"], settings):
+            notice = (
+                f"notice: train.{key} was {before} up to step {checkpoint.step} and is {now} from here on"
+            )
+            print(notice, file=sys.stderr)
+        print(f"resuming from {path}", file=sys.stderr)
+    state.load(checkpoint.tensors)
+    return checkpoint.state, path
+
+
+def check_facts(
+    run_dir: Path, before: Mapping[str, Any], now: Mapping[str, Any], allow_data_change: bool
+) -> list[tuple[str, str, str]]:
+    """InputError with every difference between the facts of a checkpoint and those of a new start.
+
+    With ``allow_data_change``, differences of the data are returned instead (key, before, now), unless they change the classes.
+    """
+    comparable = {key: value for key, value in now.items() if key in before or key not in LATER_FACTS}
+    found = differences(before, comparable)
+    allowed = [item for item in found if allow_data_change and item[0] in DATA_CONTENT]
+    refused = [
+        f"  {key}: the run has {old}, you gave {new}"
+        for key, old, new in found
+        if (key, old, new) not in allowed
+    ]
+    if refused:
+        header = f"run.dir {run_dir} holds a run of another configuration; use its own, or another run.dir:"
+        raise InputError("\n".join([header, *refused]))
+    return allowed
 
 
 def differences(before: Mapping[str, object], now: Mapping[str, object]) -> list[tuple[str, str, str]]:
-    """(dotted key, before, now), as JSON, of every value that differs."""
-    old, new = flatten(before), flatten(now)
+    """Return (dotted key, before, now), values as JSON, for every value that differs."""
+    old = flatten(before)
+    new = flatten(now)
     return [
         (key, old.get(key, "nothing"), new.get(key, "nothing"))
         for key in {**old, **new}
@@ -97,7 +124,7 @@ def differences(before: Mapping[str, object], now: Mapping[str, object]) -> list
 
 
 def flatten(values: object, prefix: str = "") -> dict[str, str]:
-    """Nested mappings -> dotted key -> JSON of the value (a tuple and a list are the same)."""
+    """Return nested mappings as dotted key -> JSON of the value (a tuple equals a list)."""
     if not isinstance(values, Mapping):
         return {prefix: json.dumps(values)}
     parts = [flatten(value, f"{prefix}.{key}" if prefix else str(key)) for key, value in values.items()]

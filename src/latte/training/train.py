@@ -1,16 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The training loop: AdamW on the objective, an average of the weights, checkpoints, and an exact way back into a stopped run.
+"""The training loop: one optimizer step per global batch, EMA weights, checkpoints, exact resume.
 
-Nothing random outlives a step: clips, crops, timesteps, noise and dropped labels are functions of (seed, step, position), so a
-checkpoint holds no random state. Weights, average, optimiser and the running sums of the curve are all there is; on the CPU a resumed
-run is bit for bit the run that was never stopped (same machine, versions and number of threads).
+No random state outlives a step: clips, crops, timesteps, noise and dropped conditions are functions of (seed, step, position in the
+batch). A checkpoint holds the weights, the EMA weights, the optimizer state and the running sums of the metrics, and nothing else is
+needed: on the CPU a resumed run is bit for bit the run that was never stopped (same machine, versions and number of threads).
 """
 
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,315 +20,342 @@ from torch import nn
 from latte.autoencoder.codec import Codec
 from latte.checkpoint.lock import run_lock
 from latte.checkpoint.record import describe_run
-from latte.checkpoint.run import save_checkpoint
-from latte.checks import InputError, choose, require
+from latte.checkpoint.run import list_checkpoints, save_checkpoint
+from latte.checks import InputError, RunError, check
 from latte.data.datasets import Dataset
 from latte.data.joint import JointDataset
-from latte.data.loader import Loader
-from latte.diffusion.loss import Loss
-from latte.diffusion.process import NoisePath
+from latte.data.loader import Batch, Loader, default_workers
+from latte.diffusion.config import DiffusionConfig, build_process
+from latte.diffusion.loss import OBJECTIVES, Loss
 from latte.files import reported
-from latte.interop.dit import MAPPINGS
 from latte.interop.lora import LoraConfig
 from latte.model.denoiser import Denoiser
-from latte.runtime import DTYPES, resolve_dtype
+from latte.runtime import resolve_device, resolve_dtype
 from latte.tensors import tensors_sha256
-from latte.training.callbacks import MetricsAccumulator, MetricsFile, Progress
+from latte.training.callbacks import Callback, MetricsAccumulator, MetricsFile, ProgressBar, TrainEvent
 from latte.training.condition import CaptionReader
+from latte.training.config import CHANGEABLE, TrainConfig, check_schedule, gate_opening, learning_rate
+from latte.training.custom import CustomDataset, as_dataset, check_first_clip, run_record
 from latte.training.distributed import Group, process_group
-from latte.training.init import Start, adapt, start_from
-from latte.training.optim import TrainState, learning_rate
+from latte.training.init import adapt, start_from
+from latte.training.optim import OPTIMIZERS, TrainState
 from latte.training.resume import restore, run_facts
 from latte.training.signals import StopRequest
 from latte.training.step import Task, backward
 
-TRAINING_DTYPES = {
-    name: DTYPES.get(name) for name in ("auto", "fp32", "bf16")
-}  # fp16 gradients underflow without loss scaling
+DATA_FAILED = 1  # in the place of a signal's exit code: a process could not load its clips
+Sample = Callable[[nn.Module, int], Sequence[Path] | None]
 
-# What may change in a run, with a notice.
-SETTINGS = (
-    "lr",
-    "weight_decay",
-    "warmup_steps",
-    "decay_steps",
-    "ema_decay",
-    "ema_warmup",
-    "clip_norm",
-    "clip_start",
-)
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """How a model is trained. ``global_batch`` is the setting; ``micro_batch``, devices and processes only divide it.
-
-    Of a run that goes on, ``global_batch`` may not change, the optimiser's settings (lr to clip_start) and ``gate_steps`` may, with a
-    notice, and everything else is free. InputError on construction for a value out of range.
-    """
-
-    __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
-
-    steps: int = 150_000  # where the paper's curves end
-    global_batch: int = 8  # clips per step, over all processes
-    micro_batch: int | None = None  # clips at once in one process; null: all of its share
-    lr: float = 1e-4
-    weight_decay: float = 0.0
-    warmup_steps: int = 0
-    decay_steps: int = 0  # the last steps, in which the rate falls to 0; the paper's is constant
-    ema_decay: float = 0.9999
-    ema_warmup: bool = False  # a short average first, so that early samples are not those of fresh weights
-    clip_norm: float | None = 0.1  # null: the norm is measured only
-    clip_start: int = 0  # steps before clipping begins
-    gate_steps: int = (
-        1000  # of a model with text.gated_time: the step from which on its temporal table is whole
-    )
-    num_images: int = 0  # stills behind every clip (joint training, Sec. 3.3.4)
-    dtype: str = "auto"
-    compile: bool = False
-    gradient_checkpointing: bool = (
-        False  # keep only what goes into each block, compute the rest again for backward
-    )
-    init: str | None = None  # weights (file, folder, hub id, run or builtin) that a fresh run starts from
-    init_mapping: str = "all"  # of a DiT: where its blocks go
-    init_gaps: tuple[str, ...] = ()  # patterns of our names that may be missing there, or of another shape
-    checkpoint_every: int = 10_000
-    keep_last: int = 3
-    sample_every: int = 0  # 0: no samples while training
-    log_every: int = 50
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "global_batch", "gate_steps", "checkpoint_every", "keep_last", "log_every"):
-            require(
-                getattr(self, name) >= 1,
-                f"train.{name}",
-                getattr(self, name),
-                "it counts something",
-                "give 1 or more",
-            )
-        for name in (
-            "weight_decay",
-            "warmup_steps",
-            "decay_steps",
-            "clip_start",
-            "num_images",
-            "sample_every",
-        ):
-            require(
-                getattr(self, name) >= 0,
-                f"train.{name}",
-                getattr(self, name),
-                "it cannot be negative",
-                "give 0 or more",
-            )
-        require(
-            self.micro_batch is None or self.micro_batch >= 1,
-            "train.micro_batch",
-            self.micro_batch,
-            "it counts clips",
-            "give 1 or more, or null for all at once",
-        )
-        require(
-            0 < self.lr < float("inf"),
-            "train.lr",
-            self.lr,
-            "it is a step size",
-            "give a number above 0, such as 1e-4",
-        )
-        require(
-            0 <= self.ema_decay < 1,
-            "train.ema_decay",
-            self.ema_decay,
-            "it is a share",
-            "give 0 to below 1, such as 0.9999",
-        )
-        require(
-            self.clip_norm is None or self.clip_norm > 0,
-            "train.clip_norm",
-            self.clip_norm,
-            "it is a norm",
-            "give a number above 0, or null to clip nothing",
-        )
-        choose("train.dtype", self.dtype, TRAINING_DTYPES)
-        choose("train.init_mapping", self.init_mapping, MAPPINGS)
-        require(
-            self.init != "",
-            "train.init",
-            self.init,
-            "it names weights",
-            "give a file, a folder or a hub id, or null for random ones",
-        )
-        object.__setattr__(self, "init_gaps", tuple(self.init_gaps))  # JSON and YAML have lists
-
-    @property
-    def start(self) -> Start | None:
-        """What a fresh run starts from, if not from random weights."""
-        return None if self.init is None else Start(self.init, self.init_mapping, self.init_gaps)
+__all__ = ["TrainConfig", "train"]
 
 
 def train(
-    model: Denoiser,
-    process: NoisePath,
-    objective: Callable[..., Loss],
-    codec: Codec | None,
-    dataset: Dataset,
-    config: TrainConfig,
-    run_dir: str | Path,
     *,
+    model: Denoiser,
+    dataset: Dataset | torch.utils.data.Dataset,
+    config: TrainConfig | None = None,
+    run_dir: str | Path = "runs/unnamed",
+    codec: Codec | None = None,
+    diffusion: DiffusionConfig | None = None,
     seed: int = 0,
-    device: str | torch.device = "cpu",
-    facts: Mapping[str, object] | None = None,
-    record: Mapping[str, object] | None = None,
-    sample: Callable[[nn.Module, int], None] | None = None,
+    device: str | torch.device = "auto",
+    callbacks: Sequence[Callback] = (),
     captions: CaptionReader | None = None,
-    until: int | None = None,
     lora: LoraConfig | None = None,
-    workers: int = 0,
+    sample: Sample | None = None,
+    objective: Callable[..., Loss] | None = None,
+    facts: Mapping[str, Any] | None = None,
+    record: Mapping[str, Any] | None = None,
+    until: int | None = None,
+    allow_data_change: bool = False,
+    workers: int | None = None,
 ) -> dict[str, Any]:
-    """Train ``model`` in place to ``config.steps``, going on from the newest good checkpoint in ``run_dir`` if there is one.
+    """Train ``model`` in place to ``config.steps``, resuming from the newest good checkpoint in ``run_dir`` if there is one.
 
-    With ``config.init`` a run without checkpoints starts from those weights, with the report in ``run_dir``/init.txt. With a ``lora`` that
-    has a rank they are frozen and adapters trained in their stead: checkpoints hold the adapters alone, and going on needs the weights.
-    ``captions`` turns a batch's captions into what a text model reads; a class model is told the labels. The gate of a text model that
-    has one is opened step by step (``gate_share``), in the average, too; under adapters it is frozen like all the rest.
-    ``codec`` may be None for a dataset of latents. ``facts`` (plain data) adds to what a resumed run must have in common with the
-    run it goes on with; ``record`` is written to config.yaml. ``sample(ema_model, step)`` is called every ``sample_every`` steps and
-    after the last, in the first process. ``workers`` processes load batches in advance (0: this process loads them). SIGINT and SIGTERM save at the end of the step and leave; so does step ``until``, for callers
-    that look at a run on its way.
+    Args:
+        model: a Latte or LatteText. With ``config.init``, a fresh run loads those weights first (report in init.txt).
+        dataset: one of ``latte.data.datasets``, or any map-style dataset of clips (``latte.training.custom.CustomDataset``).
+        codec: encodes frames (f 3 H W) in [-1, 1]; None for a dataset of latents.
+        callbacks: called in rank 0 at the events of the run (``latte.training.callbacks.Callback``).
+        captions: turns the captions of a batch into the input of a text model; a class model gets the labels.
+        lora: with a rank, the weights are frozen and adapters are trained; checkpoints hold the adapters only.
+        sample: called as sample(ema_model, step) in rank 0 every ``config.sample_every`` steps and after the last one.
+        objective: a loss in the place of the one that ``diffusion.objective`` names.
+        facts: plain data that a resumed run must have in common with its start, beside model, data, diffusion and seed.
+        record: the content of config.yaml; by default what ``latte sample`` needs to load the run.
+        until: stop at this step (for callers that look at a run between its steps).
+        allow_data_change: resume although the data have changed, with a notice of what changed.
+        workers: number of processes that load batches in advance (None: 0 on the CPU, else 4; 0: this process loads them).
 
-    Returns run, step, loss, checkpoint, weights_sha256 (of the average) and interrupted: 0, or the exit code 130 or 143.
-    Raises InputError for parts that do not fit each other or the run, RunError for a full disk or a loss that is not finite.
+    SIGINT, SIGTERM, SIGHUP and SIGUSR1 save at the end of the step and stop. A clip that cannot be read saves, too.
+    Returns run, step, loss, checkpoint, weights_sha256 (of the EMA weights) and interrupted: 0, or 128 + the signal's number.
+    Raises InputError for parts that do not fit each other or the run, RunError for NaN/Inf, a full disk, a broken clip, or a
+    process that does not answer.
     """
-    device, run_dir, code = torch.device(device), Path(run_dir), 0
-    end = config.steps if until is None else min(until, config.steps)
+    config = config or TrainConfig()
+    diffusion = diffusion or DiffusionConfig()
+    run_dir = Path(run_dir)
+    device = resolve_device("auto") if device == "auto" else torch.device(device)
+    dataset = as_dataset(dataset, model, codec)
     clips = JointDataset(dataset, config.num_images) if config.num_images else dataset
-    dtype = resolve_dtype(config.dtype, device)
-    with process_group(device) as group, run_lock(run_dir) if group.rank == 0 else nullcontext():
+    end = config.steps if until is None else min(until, config.steps)
+
+    with (
+        process_group(device, config.timeout) as group,
+        run_lock(run_dir) if group.rank == 0 else nullcontext(),
+    ):
+        # Check the parts before anything is written.
         check_parts(model, codec, dataset, config, group)
+        adapters = lora if lora and lora.rank else None
+        gated = model.config.gated_time and not adapters
+        fresh = not list_checkpoints(run_dir)
+        notices = check_schedule(config, gated) if fresh else []
+        run = {
+            **run_facts(model, codec, clips, config, seed),
+            "diffusion": asdict(diffusion),
+            "classes": list(dataset.classes),
+            **text_facts(captions),
+            **(facts or {}),
+        }
+
+        # Model: pretrained weights, the same values in every process, adapters.
         if config.start:
-            group.run_on_rank0(
-                start_from, model, config.start, run_dir, facts or {}, bool(lora and lora.rank)
-            )
+            group.run_on_rank0(start_from, model, config.start, run_dir, run, adapters is not None)
         model.to(device).train()
         model.gradient_checkpointing = config.gradient_checkpointing
         group.broadcast([*model.parameters(), *model.buffers()])
-        adapters = {"lora": adapt(model, lora, seed)} if lora and lora.rank else {}
-        learner = TrainState(model, config.lr, config.weight_decay, config.ema_decay, config.ema_warmup)
-        common = {**run_facts(model, codec, clips, config.global_batch, seed), **(facts or {}), **adapters}
-        gated = [] if adapters else [each for each in (model, learner.ema.model) if each.config.gated_time]
-        settings = {name: getattr(config, name) for name in (*SETTINGS, *(("gate_steps",) if gated else ()))}
-        state, saved = restore(run_dir, learner, common, settings, group)
-        step, opened = state.get("step", 0), gated[0].opened if gated else 1.0
-        if group.rank == 0:
-            describe_run(
-                run_dir,
-                record or {"model": asdict(model.config), "train": asdict(config), "run": {"seed": seed}},
-                device,
-            )
-        task = Task(
+        if adapters:
+            run["lora"] = adapt(model, adapters, seed)
+        state = TrainState(
             model,
-            torch.compile(model) if config.compile else model,
-            process,
-            objective,
-            None if dataset.latent else codec,
-            seed,
-            config.global_batch,
-            config.micro_batch,
-            device,
-            dtype,
-            config.num_images,
+            lr=config.lr,
+            weight_decay=config.weight_decay,
+            ema_decay=config.ema_decay,
+            ema_warmup=config.ema_warmup,
+            optimizer=config.optimizer,
+        )
+        group.run_on_rank0(check_disk, run_dir, state, config.keep_last)
+
+        # Resume.
+        settings = {name: getattr(config, name) for name in CHANGEABLE}
+        if gated:
+            settings["gate_steps"] = config.gate_steps
+        saved, checkpoint = restore(run_dir, state, run, settings, group, allow_data_change)
+        step = saved_step = first_step = saved.get("step", 0)
+        gates: list[Any] = [model, state.ema.model] if gated else []
+        initial_opening = gates[0].opened if gates else 1.0
+        if group.rank == 0:
+            record = record or run_record(model, codec, diffusion, config, lora, seed)
+            describe_run(run_dir, record, device)
+            for notice in [*notices, *finished(run_dir, step, config.steps)]:
+                print(f"notice: {notice}", file=sys.stderr)
+
+        # Loop state.
+        task = Task(
+            model=model,
+            forward=torch.compile(model) if config.compile else model,
+            process=build_process(diffusion),
+            objective=objective or OBJECTIVES[diffusion.objective],
+            codec=None if dataset.latent else codec,
+            seed=seed,
+            global_batch=config.global_batch,
+            micro_batch=config.micro_batch,
+            device=device,
+            dtype=resolve_dtype(config.dtype, device),
+            num_images=config.num_images,
         )
         share = config.global_batch // group.size
         positions = range(group.rank * share, (group.rank + 1) * share)
-        tally = MetricsAccumulator(device, state.get("tally", {}))
+        accumulator = MetricsAccumulator(device, saved.get("tally", {}))
+        event = TrainEvent(run_dir, step, config.steps, model, state.ema.model, accumulator)
+        metrics_file = MetricsFile(run_dir / "metrics.jsonl")
+        watching = [metrics_file, ProgressBar(), *callbacks] if group.rank == 0 else []
+
         with (
             StopRequest() as stop,
-            Loader(clips, seed, config.global_batch, step, end, group.rank, group.size, workers) as loader,
-            MetricsFile(run_dir / "metrics.jsonl", step, group.rank == 0) as metrics,
-            Progress(step, config.steps, group.rank == 0) as progress,
+            Loader(
+                clips,
+                seed=seed,
+                global_batch=config.global_batch,
+                start=step,
+                stop=end,
+                rank=group.rank,
+                world=group.size,
+                workers=default_workers(device, group.size) if workers is None else workers,
+            ) as loader,
+            notified(watching, event),
         ):
-            while step < end and not code:
-                waited, batch, step = loader.waited, next(loader), step + 1
-                numbers = backward(
-                    task, step, positions, batch.video, captions(batch.captions) if captions else batch.label
-                )
-                rate = learning_rate(step, config.lr, config.warmup_steps, config.decay_steps, config.steps)
-                numbers = learner.update(
-                    step, numbers, rate, config.clip_norm if step > config.clip_start else None, group
-                )
-                for each in gated:
-                    each.open_gate(gate_share(step, opened, config.gate_steps))
-                tally.add(numbers, config.global_batch, loader.waited - waited)
-                code = group.max(stop.code)
+            while True:
+                # Load the next batch. All processes stop together when one has a signal or a clip that it cannot read.
+                batch: Batch | None = None
+                data_error: Exception | None = None
+                waited = loader.waited
+                if step < end and not stop.code:
+                    batch, data_error = load_next(loader)
+                stop_code = group.max(DATA_FAILED if data_error else stop.code) if step < end else 0
+                done = step >= end or stop_code != 0
+
+                # Save a checkpoint: of finite tensors only, with all earlier lines of metrics on the disk.
+                if step > saved_step and (done or step % config.checkpoint_every == 0):
+                    state.guard.check()
+                    with accumulator.pause():
+                        metrics_file.sync()
+                        about = {"facts": run, "settings": settings, "tally": accumulator.state()}
+                        checkpoint = group.run_on_rank0(save, run_dir, step, state, about, config.keep_last)
+                        saved_step = step
+                        for callback in watching:
+                            callback.on_checkpoint(event, checkpoint)
+
+                # Generate samples with the EMA model.
+                due = config.sample_every and (step % config.sample_every == 0 or step == config.steps)
+                if sample and due and step > first_step:
+                    state.guard.check()
+                    with accumulator.pause(), reported("samples", run_dir):
+                        paths = group.run_on_rank0(sample, state.ema.model, step)
+                        for callback in watching:
+                            callback.on_samples(event, paths or [])
+
+                if done or batch is None:
+                    break
+
+                # One optimizer step.
+                step += 1
+                condition = captions(batch.captions) if captions else batch.label
+                losses = backward(task, step, positions, batch.video, condition)
+                lr = learning_rate(step, config.lr, config.warmup_steps, config.decay_steps, config.steps)
+                max_norm = config.clip_norm if step > config.clip_start else None
+                metrics = state.update(step, losses, lr, max_norm, group)
+                for network in gates:
+                    network.open_gate(gate_opening(step, initial_opening, config.gate_steps))
+
+                # Report.
+                accumulator.add(metrics, config.global_batch, loader.waited - waited)
+                event.step = step
+                event.metrics = None
                 if step == 1 or step % config.log_every == 0:
-                    learner.guard.check()
-                    metrics.write(
-                        {"step": step, "lr": rate, "clips": step * config.global_batch, **tally.line()}
-                    )
-                progress.update(step, tally)
-                if step % config.checkpoint_every == 0 or step == end or code:
-                    learner.guard.check()
-                    with tally.pause():
-                        metrics.sync()
-                        state = {"facts": common, "settings": settings, "tally": tally.state()}
-                        saved = group.run_on_rank0(
-                            save_checkpoint, run_dir, step, learner.tensors(), state, config.keep_last
-                        )
-                if (
-                    sample
-                    and group.rank == 0
-                    and config.sample_every
-                    and (step % config.sample_every == 0 or step == config.steps)
-                ):
-                    learner.guard.check()
-                    with tally.pause(), reported("samples", run_dir):
-                        sample(learner.ema.model, step)
+                    state.guard.check()
+                    seen = step * config.global_batch
+                    event.metrics = {"step": step, "lr": lr, "clips": seen, **accumulator.line()}
+                for callback in watching:
+                    callback.on_step(event)
+
+        if stop_code == DATA_FAILED:
+            raise data_failure(data_error, step, checkpoint) from data_error
         return {
             "run": str(run_dir),
             "step": step,
-            "loss": tally.latest_loss(),
-            "checkpoint": str(saved) if saved else None,
-            "weights_sha256": tensors_sha256(learner.tensors()["ema"]),
-            "interrupted": code if step < end else 0,
+            "loss": accumulator.latest_loss(),
+            "checkpoint": str(checkpoint) if checkpoint else None,
+            "weights_sha256": tensors_sha256(state.tensors()["ema"]),
+            "interrupted": stop_code,
         }
-
-
-def gate_share(step: int, opened: float, gate_steps: int) -> float:
-    """How far the gate is open after step 1, 2, ...: evenly up to 1 at step ``gate_steps``, and never less than it was, ``opened``.
-
-    So weights whose gate is open keep it, whatever the run that starts from them or goes on says.
-    """
-    return min(1.0, max(opened, step / gate_steps))
 
 
 def check_parts(
     model: Denoiser, codec: Codec | None, dataset: Dataset, config: TrainConfig, group: Group
 ) -> None:
-    """Refuse parts that cannot be trained together, before anything is written."""
-    require(
-        len(dataset) > 0,
-        "data",
-        "empty",
-        "there is no clip to train on",
-        "give data.root a folder with readable videos",
+    """InputError for parts that cannot be trained together."""
+    check(len(dataset) > 0, "the dataset is empty; give data.root a folder with readable videos")
+    check(
+        codec is not None or dataset.latent,
+        "codec is missing, but the data are frames; give codec.name, or a folder of encoded latents",
     )
-    if codec is None and not dataset.latent:
-        raise InputError(
-            "codec is missing, but the data are frames; give codec.name, or a folder of encoded latents"
-        )
-    require(
+    check(
         config.global_batch % group.size == 0,
-        "train.global_batch",
-        config.global_batch,
-        f"{group.size} processes share it evenly",
+        f"train.global_batch is {config.global_batch}, but {group.size} processes must share it evenly; "
         f"give a multiple of {group.size}",
     )
-    num_classes, found = model.config.num_classes, len(dataset.classes)
-    if num_classes is not None:
-        require(
-            0 < found <= num_classes,
-            "model.num_classes",
-            num_classes,
-            f"the data have {found} classes",
-            f"give {found or 'null'}, or other data",
+    num_classes = model.config.num_classes
+    found = len(dataset.classes)
+    check(
+        num_classes is None or 0 < found <= num_classes,
+        f"model.num_classes is {num_classes}, but the data have {found} classes; give {found or 'null'}, or other data",
+    )
+    if isinstance(dataset, CustomDataset):
+        check_first_clip(dataset, model, codec)
+
+
+def check_disk(run_dir: Path, state: TrainState, keep_last: int) -> None:
+    """RunError unless a checkpoint fits on the disk of ``run_dir``; a notice if not all that will be kept do."""
+    size_of = OPTIMIZERS[state.optimizer_name].state_bytes
+    tensors = state.tensors()
+    size = sum(tensor.nbytes for group in ("model", "ema") for tensor in tensors[group].values())
+    size += sum(size_of(parameter.shape) for parameter in state.parameters)
+    try:
+        free = shutil.disk_usage(run_dir).free
+    except OSError:  # a file system that does not say
+        return
+    if free < size:
+        raise RunError(
+            f"the disk of {run_dir} has {free / 1e9:.2f} GB free, but a checkpoint takes {size / 1e9:.2f} GB; "
+            "make room, or give another run.dir"
         )
+    most = (keep_last + 1) * size  # the oldest one is removed after the newest has been written
+    existing = sum(file.stat().st_size for path in list_checkpoints(run_dir) for file in path.iterdir())
+    if free + existing < most:
+        print(
+            f"notice: the disk of {run_dir} has {free / 1e9:.2f} GB free, but {keep_last + 1} checkpoints (train.keep_last "
+            f"and the one being written) take {most / 1e9:.2f} GB",
+            file=sys.stderr,
+        )
+
+
+def finished(run_dir: Path, step: int, steps: int) -> list[str]:
+    """Return a notice when there is nothing left to train."""
+    if step < steps or step == 0:
+        return []
+    return [f"{run_dir} is already trained to step {step}; to train longer, raise train.steps (now {steps})"]
+
+
+def text_facts(captions: CaptionReader | None) -> dict[str, Any]:
+    """Return what identifies the text encoder of a run, as plain data; {} for a class model."""
+    if captions is None:
+        return {}
+    return {"text": {"encoder": captions.features.fingerprint, "dropout": captions.dropout}}
+
+
+def load_next(loader: Loader) -> tuple[Batch | None, Exception | None]:
+    """Return the next batch, or the error that loading it raised."""
+    try:
+        return next(loader), None
+    except Exception as error:
+        return None, error
+
+
+def save(run_dir: Path, step: int, state: TrainState, about: Mapping[str, object], keep_last: int) -> Path:
+    """Commit a checkpoint and return its folder; RunError, with nothing written, for tensors with NaN/Inf."""
+    state.check_finite(step)
+    return save_checkpoint(run_dir, step, state.tensors(), about, keep_last)
+
+
+def data_failure(error: Exception | None, step: int, checkpoint: Path | None) -> Exception:
+    """Return the error about clips that could not be loaded for the step after ``step``, with what was saved before.
+
+    Errors that are not about the data (a bug in a custom dataset) are returned as they are.
+    """
+    saved = f"step {step} was saved in {checkpoint}" if checkpoint else "no step was completed"
+    if error is None:
+        return RunError(
+            f"another process could not load its clips of step {step + 1}; {saved}; see its message"
+        )
+    if isinstance(error, InputError | RunError | OSError):
+        return RunError(
+            f"the clips of step {step + 1} could not be loaded: {error}; {saved}; restore the files and run the same command "
+            "again, or, to resume with the data as they are now, add run.allow_data_change=true"
+        )
+    error.add_note(f"raised while loading the clips of step {step + 1}; {saved}")
+    return error
+
+
+@contextmanager
+def notified(callbacks: Sequence[Callback], event: TrainEvent) -> Iterator[None]:
+    """Call on_start of ``callbacks``, and on_end of those that were started however the block ends."""
+    started: list[Callback] = []
+    try:
+        for callback in callbacks:
+            callback.on_start(event)
+            started.append(callback)
+        yield
+    finally:
+        for callback in reversed(started):
+            callback.on_end(event)

@@ -1,0 +1,188 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How a model is trained: the settings, and what follows from them at each step (learning rate, time gate)."""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from latte.checks import InputError, check, choose
+from latte.interop.dit import MAPPINGS
+from latte.runtime import DTYPES
+from latte.training.distributed import DEFAULT_TIMEOUT
+from latte.training.init import Start
+from latte.training.optim import OPTIMIZERS
+
+# fp16 gradients underflow without loss scaling, so fp16 is not among them.
+TRAINING_DTYPES = {name: DTYPES.get(name) for name in ("auto", "fp32", "bf16")}
+
+# Settings that may change when a run is resumed, with a notice.
+CHANGEABLE = (
+    "lr",
+    "weight_decay",
+    "warmup_steps",
+    "decay_steps",
+    "ema_decay",
+    "ema_warmup",
+    "clip_norm",
+    "clip_start",
+)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How a model is trained; InputError on construction for a value out of range.
+
+    A resumed run must keep ``global_batch`` and ``optimizer``. The settings in CHANGEABLE and ``gate_steps`` may change, with a
+    notice; everything else is free.
+    """
+
+    __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
+
+    steps: int = 150_000  # where the paper's curves end
+    global_batch: int = 8  # clips per step, over all processes
+    micro_batch: int | None = (
+        None  # clips per forward pass in one process; null: its whole share of the batch
+    )
+    optimizer: str = "adamw"  # a name in latte.training.optim.OPTIMIZERS
+    lr: float = 1e-4
+    weight_decay: float = 0.0
+    warmup_steps: int = 0
+    decay_steps: int = 0  # the last steps, over which the learning rate falls to 0; the paper's is constant
+    ema_decay: float = 0.9999
+    ema_warmup: bool = False  # a smaller decay first, so that early samples do not come from initial weights
+    clip_norm: float | None = 0.1  # null: the gradient norm is only measured
+    clip_start: int = 0  # steps before clipping begins
+    gate_steps: int = (
+        1000  # with text.gated_time: the step at which the temporal position table has full effect
+    )
+    num_images: int = 0  # images behind every clip (joint training, Sec. 3.3.4)
+    dtype: str = "auto"
+    compile: bool = False
+    gradient_checkpointing: bool = False  # keep only the inputs of blocks, recompute the rest in backward
+    init: str | None = None  # pretrained weights (file, folder, hub id, run or builtin) of a fresh run
+    init_mapping: str = "all"  # for a DiT: which of our blocks its blocks initialise
+    init_gaps: tuple[str, ...] = ()  # patterns of our names that may be missing in init or have another shape
+    checkpoint_every: int = 10_000
+    keep_last: int = 3
+    sample_every: int = 0  # 0: no samples during training
+    log_every: int = 50
+    timeout: float = DEFAULT_TIMEOUT  # seconds to wait for another process, checkpoints and samples excluded
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "global_batch", "gate_steps", "checkpoint_every", "keep_last", "log_every"):
+            value = getattr(self, name)
+            check(value >= 1, f"train.{name} is {value}, but it must be at least 1")
+        for name in (
+            "weight_decay",
+            "warmup_steps",
+            "decay_steps",
+            "clip_start",
+            "num_images",
+            "sample_every",
+        ):
+            value = getattr(self, name)
+            check(value >= 0, f"train.{name} is {value}, but it must be at least 0")
+        micro_batch = self.micro_batch
+        check(
+            micro_batch is None or micro_batch >= 1,
+            f"train.micro_batch is {micro_batch}, but it must be at least 1, or null for the whole batch at once",
+        )
+        check(
+            0 < self.lr < float("inf"),
+            f"train.lr is {self.lr}, but it must be positive and finite; give a learning rate such as 1e-4",
+        )
+        check(
+            0 <= self.ema_decay < 1,
+            f"train.ema_decay is {self.ema_decay}, but it must be in [0, 1); give a decay such as 0.9999",
+        )
+        check(
+            self.clip_norm is None or self.clip_norm > 0,
+            f"train.clip_norm is {self.clip_norm}, but it must be positive, or null for no clipping",
+        )
+        check(
+            0 < self.timeout < float("inf"),
+            f"train.timeout is {self.timeout}, but it must be a positive number of seconds, such as 300",
+        )
+        check(
+            self.init != "",
+            "train.init is '', but it must name weights: a file, a folder or a hub id, or null",
+        )
+        choose("train.optimizer", self.optimizer, OPTIMIZERS)
+        choose("train.dtype", self.dtype, TRAINING_DTYPES)
+        choose("train.init_mapping", self.init_mapping, MAPPINGS)
+        object.__setattr__(self, "init_gaps", tuple(self.init_gaps))  # JSON and YAML have lists
+
+    @property
+    def start(self) -> Start | None:
+        """The pretrained weights that a fresh run starts from; None for random weights."""
+        return None if self.init is None else Start(self.init, self.init_mapping, self.init_gaps)
+
+
+def learning_rate(step: int, lr: float, warmup_steps: int, decay_steps: int = 0, steps: int = 0) -> float:
+    """Return the learning rate of step 1, 2, ... of ``steps``: linear warm-up to ``lr``, constant, linear decay.
+
+    The last step has lr / (decay_steps + 1), the one after it would have 0 (the trapezoid of Haegele et al. 2024).
+    The paper uses neither warm-up nor decay.
+    """
+    warmup = step / max(warmup_steps, 1)
+    decay = (steps + 1 - step) / (decay_steps + 1) if decay_steps else 1.0
+    return lr * min(1.0, warmup, decay)
+
+
+def gate_opening(step: int, initial: float, gate_steps: int) -> float:
+    """Return how far a text model's time gate is open after step 1, 2, ...: linear to 1 at ``gate_steps``.
+
+    Never less than ``initial``: weights whose gate is open keep it open, whatever the settings of the new run.
+    """
+    return min(1.0, max(initial, step / gate_steps))
+
+
+def check_schedule(config: TrainConfig, gated: bool) -> list[str]:
+    """Check a fresh run's settings against its number of steps; return notices about those without full effect.
+
+    A decay of the learning rate that does not fit is refused (InputError with the largest value that does): it
+    starts below ``train.lr``, and unlike the others it depends on ``train.steps``, so that training longer later
+    does not repair it. The others give a notice; the paper's own recipes have one (clipping starts after the last
+    step). ``gated``: the model has a time gate.
+    """
+    check_decay(config)
+    steps = config.steps
+    notices = []
+    if config.warmup_steps > steps:
+        notices.append(
+            f"train.warmup_steps is {config.warmup_steps}, but train.steps is {steps}: the learning rate ends at "
+            f"{steps / config.warmup_steps:.0%} of train.lr; set train.warmup_steps={steps} or less to reach it"
+        )
+    if config.clip_norm is not None and config.clip_start >= steps:
+        notices.append(
+            f"train.clip_start is {config.clip_start}, but train.steps is {steps}: gradients are never clipped"
+        )
+    if gated and config.gate_steps > steps:
+        notices.append(
+            f"train.gate_steps is {config.gate_steps}, but train.steps is {steps}: the time gate ends "
+            f"{steps / config.gate_steps:.0%} open; set train.gate_steps={steps} or less to open it fully"
+        )
+    if config.checkpoint_every > steps:
+        notices.append(
+            f"train.checkpoint_every is {config.checkpoint_every}, but train.steps is {steps}: "
+            "the only checkpoint is that of the last step"
+        )
+    initial_share = 0.0 if config.ema_warmup else config.ema_decay**steps
+    if initial_share > 0.5:
+        notices.append(
+            f"train.ema_decay is {config.ema_decay}: after {steps} steps the EMA weights, which samples use, are still "
+            f"{initial_share:.0%} initial weights; set train.ema_warmup=true, or train longer"
+        )
+    return notices
+
+
+def check_decay(config: TrainConfig) -> None:
+    """InputError, with a value that fits, for a decay that begins before the run or before the end of warm-up."""
+    steps, warmup, decay = config.steps, config.warmup_steps, config.decay_steps
+    if decay == 0 or warmup + decay <= steps:
+        return
+    peak = max(learning_rate(step, 1.0, warmup, decay, steps) for step in range(1, steps + 1))
+    raise InputError(
+        f"train.decay_steps is {decay}, but train.steps is {steps} and train.warmup_steps is {warmup}: the learning "
+        f"rate would reach only {peak:.0%} of train.lr={config.lr:g}; "
+        f"give train.decay_steps={max(steps - warmup, 0)} or less, or more train.steps"
+    )
