@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A training run small enough to be stopped, killed and repeated many times: what the tests of training/ share.
+"""A training run small enough to be stopped, killed and repeated many times: what the tests of training/
+share.
 
-Child processes come from a fork server that has imported torch already, so a run that is to be killed costs no import.
+Child processes come from a fork server that has imported torch already, so a run that is to be killed costs
+no import.
 """
 
 import json
@@ -50,7 +52,9 @@ FORKS.set_forkserver_preload(
 
 
 class Latents:
-    """Random latents (3 4 4 4) in three classes, moved a little by the item's own generator (as a crop or a flip would)."""
+    """Random latents (3 4 4 4) in three classes, moved a little by the item's own generator (as a crop or a
+    flip would).
+    """
 
     latent = True
     classes = ("up", "down", "left")
@@ -82,7 +86,9 @@ def tiny_model(config: ModelConfig = TINY) -> Latte:
 
 
 def run(run_dir: Path, config: TrainConfig = SHORT, **changes) -> dict:
-    """Train the tiny model in ``run_dir``; ``changes`` are keyword arguments of train and replace its parts by name."""
+    """Train the tiny model in ``run_dir``; ``changes`` are keyword arguments of train and replace its parts
+    by name.
+    """
     parts = {
         "model": changes.pop("model", None) or tiny_model(),
         "dataset": Latents(),

@@ -100,8 +100,8 @@ class Job:
 def build(config: RunConfig, device: str = "auto") -> Job:
     """Make what ``config`` names; InputError for parts that do not fit together.
 
-    The initial weights are a function of ``run.seed`` alone. Cheap checks come before captions are encoded, which can
-    take hours.
+    The initial weights are a function of ``run.seed`` alone. Cheap checks come before captions are encoded,
+    which can take hours.
     """
     resolved = resolve_device(device)
     fresh = not list_checkpoints(Path(config.run.dir or DEFAULT_DIR))
@@ -118,7 +118,9 @@ def build(config: RunConfig, device: str = "auto") -> Job:
 
 
 def check_sampling(config: RunConfig) -> None:
-    """InputError for sample settings that would fail at the first sample sheet: one clip of one pixel is sampled without a model."""
+    """InputError for sample settings that would fail at the first sample sheet: one clip of one pixel is
+    sampled without a model.
+    """
     channels = 2 * config.network.latent_channels
     unconditional = not config.network.reads_text and config.network.num_classes is None
     condition = {} if unconditional else {"label": torch.zeros(1, dtype=torch.int64)}
@@ -139,7 +141,9 @@ def check_sampling(config: RunConfig) -> None:
 
 
 def open_data(config: RunConfig, device: torch.device) -> tuple[Dataset, Codec | None]:
-    """Return dataset and codec. A run on latents has a codec only when its path is given, or to decode samples."""
+    """Return dataset and codec. A run on latents has a codec only when its path is given, or to decode
+    samples.
+    """
     needed = config.data.kind != "latents" or config.train.sample_every > 0 or config.codec.path is not None
     codec = build_codec(config.codec, device) if needed else None
     dataset = build_dataset(config.data, codec_fingerprint=codec.fingerprint if codec else None)
@@ -175,11 +179,12 @@ def build_model(config: DenoiserConfig, seed: int) -> Denoiser:
 
 
 def read_captions(config: RunConfig, dataset: Dataset, device: torch.device) -> CaptionFeatures | None:
-    """Return the features of all captions that training and its sample sheets need; None without ``text.name``.
+    """Return the features of all captions that training and its sample sheets need; None without
+    ``text.name``.
 
-    Those of latents are read from their folder if they are there. Otherwise the encoder reads each caption once and is
-    freed before the denoiser is built. InputError for data without captions, for captions that are too long (before
-    the encoder's weights are read), and for features of another encoder.
+    Those of latents are read from their folder if they are there. Otherwise the encoder reads each caption
+    once and is freed before the denoiser is built. InputError for data without captions, for captions that
+    are too long (before the encoder's weights are read), and for features of another encoder.
     """
     if config.text.name is None:
         return None
@@ -249,7 +254,9 @@ def check_captions(stored: CaptionFeatures, config: RunConfig, root: Path, devic
 
 
 def sheet_prompts(config: RunConfig, dataset: Dataset) -> list[str]:
-    """Return captions for a sample sheet, spread over those of the data; the second half held out from training, if any are."""
+    """Return captions for a sample sheet, spread over those of the data; the second half held out from
+    training, if any are.
+    """
     held_out = sorted(caption_of(*combination) for combination in split_combinations(config.data.hold_out)[1])
     room = SHEET_PROMPTS // 2 if held_out else SHEET_PROMPTS
     return [*evenly_spaced(dataset.captions, room), *evenly_spaced(held_out, room)]
@@ -262,7 +269,8 @@ def evenly_spaced(items: Sequence[str], count: int) -> list[str]:
 
 
 def sample_sheets(job: Job, codec: Codec, folder: Path) -> Callable[[nn.Module, int], list[Path]]:
-    """Return what training calls now and then: the same few clips, generated into ``folder``/step-N.png, one row per clip.
+    """Return what training calls now and then: the same few clips, generated into ``folder``/step-N.png,
+    one row per clip.
 
     RunError when a sheet cannot be written.
     """

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A text model trains as a class model does: the same step however it is split, captions dropped by each clip's own stream."""
+"""A text model trains as a class model does: the same step however it is split, captions dropped by each
+clip's own stream.
+"""
 
 import pytest
 import torch

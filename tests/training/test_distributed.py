@@ -26,9 +26,11 @@ TWO = replace(
 
 
 def one_of_two(rank: int, ports: list[int], folder: str, stops: tuple[int, ...], pipe) -> None:
-    """What torchrun would start: a process of two. Its last run is stopped by a signal that the other process alone hears.
+    """What torchrun would start: a process of two. Its last run is stopped by a signal that the other
+    process alone hears.
 
-    Every group has a port of its own: the process that is ahead must not meet the one behind at the store of the group before.
+    Every group has a port of its own: the process that is ahead must not meet the one behind at the store
+    of the group before.
     """
     torch.set_num_threads(1)
     os.environ |= {
@@ -55,7 +57,9 @@ def one_of_two(rank: int, ports: list[int], folder: str, stops: tuple[int, ...],
 
 
 def stop_once_heard() -> None:
-    """SIGTERM to this process, a little after training has begun to listen for it: before, it would be the end of it."""
+    """SIGTERM to this process, a little after training has begun to listen for it: before, it would be the
+    end of it.
+    """
     while signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
         time.sleep(0.01)
     time.sleep(0.3)

@@ -77,7 +77,9 @@ def test_going_on_from_its_state_is_bit_for_bit_never_stopping():
 
 @pytest.mark.parametrize("decay", [0.9999, 0.5])
 def test_a_warm_up_lets_go_of_the_fresh_weights(decay):
-    """The decay of step n is (1 + n) / (10 + n) until that reaches ``decay``: 2/11 at the first step, 0.5 from the eighth on."""
+    """The decay of step n is (1 + n) / (10 + n) until that reaches ``decay``: 2/11 at the first step, 0.5
+    from the eighth on.
+    """
     model = layer()
     ema = EMA(model, decay, warmup=True)
     expected = model.weight.detach().double()

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A fresh run that starts from given weights: a DiT, or a model like its own; its report, and what does not fit."""
+"""A fresh run that starts from given weights: a DiT, or a model like its own; its report, and what does not
+fit.
+"""
 
 import json
 import logging
@@ -32,7 +34,9 @@ def dit(tmp_path):
 
 
 def start(folder, path, **changes):
-    """One step, too small to move a weight, of a run that starts from ``path``; its last checkpoint's tensors."""
+    """One step, too small to move a weight, of a run that starts from ``path``; its last checkpoint's
+    tensors.
+    """
     config = replace(SHORT, **{"steps": 1, "lr": 1e-12, "init": str(path), **changes})
     run(folder, config, model=Latte(TINY))
     return load_checkpoint(latest_checkpoint(folder)).tensors
@@ -267,7 +271,9 @@ def test_a_start_that_is_not_there_is_told_before_captions_are_read(tmp_path, mo
 
 
 def test_classes_start_as_those_of_their_name(tmp_path, capsys):
-    """The rows follow the names: a folder's classes come in the order of the alphabet, the weights' in another."""
+    """The rows follow the names: a folder's classes come in the order of the alphabet, the weights' in
+    another.
+    """
     trained = tiny_trained()
     save_trained(replace(trained, classes=["left", "up", "right", "down"]), tmp_path / "weights")
     found = job(tmp_path / "run", f"train.init={tmp_path / 'weights'}")["label_embedding.table.weight"]

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A run of adapters from configuration to clips: what it keeps, how it goes on, and that its exports draw its clips."""
+"""A run of adapters from configuration to clips: what it keeps, how it goes on, and that its exports draw
+its clips.
+"""
 
 import json
 import shutil
@@ -198,7 +200,9 @@ def test_fresh_adapters_on_a_base_of_half_precision(tmp_path):
 
 
 def test_adapters_bring_the_order_of_their_classes_along(tmp_path):
-    """Trained where the same classes come in another order, they fit the base none the less, and words mean what they meant."""
+    """Trained where the same classes come in another order, they fit the base none the less, and words mean
+    what they meant.
+    """
     save_trained(replace(tiny_trained(), classes=["left", "up", "right", "down"]), tmp_path / "base")
     train("shapes", tmp_path)
     trained = load_trained(tmp_path / "run", "cpu")

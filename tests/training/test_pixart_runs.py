@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A run that starts from PixArt-alpha: PixArt frame by frame before its first step, a gate that opens evenly, and an exact way back in."""
+"""A run that starts from PixArt-alpha: PixArt frame by frame before its first step, a gate that opens
+evenly, and an exact way back in.
+"""
 
 from dataclasses import replace
 

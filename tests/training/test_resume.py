@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A run that was stopped, killed or damaged on the way ends bit for bit where one that was never stopped ends."""
+"""A run that was stopped, killed or damaged on the way ends bit for bit where one that was never stopped
+ends.
+"""
 
 import json
 import os
@@ -182,9 +184,11 @@ def train_and_acknowledge(folder: Path, pipe: int) -> None:
 
 
 def kill_again_and_again(folder: str, kills: int, results) -> None:
-    """Fork a run, let it commit, kill it, and so on; every second time just when a commit is seen to be under way.
+    """Fork a run, let it commit, kill it, and so on; every second time just when a commit is seen to be
+    under way.
 
-    For each: the last acknowledged step, whether it was killed, whether an unfinished commit was left, and what is found afterwards.
+    For each: the last acknowledged step, whether it was killed, whether an unfinished commit was left, and
+    what is found afterwards.
     """
     torch.set_num_threads(1)
     source_commit()  # asks git, once

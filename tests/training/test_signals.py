@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A stop signal: a checkpoint at the end of the step and its exit code; a second signal ends the process at once."""
+"""A stop signal: a checkpoint at the end of the step and its exit code; a second signal ends the process at
+once.
+"""
 
 import json
 import os
@@ -119,7 +121,9 @@ def test_nohup_keeps_its_effect():
 
 
 def test_a_terminal_that_is_closed_saves_a_checkpoint(tmp_path):
-    """The whole command on a terminal of its own: closing it sends SIGHUP, and every later write to it fails."""
+    """The whole command on a terminal of its own: closing it sends SIGHUP, and every later write to it
+    fails.
+    """
     command = [
         sys.executable,
         "-m",

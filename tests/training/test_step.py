@@ -39,7 +39,9 @@ def gradient(task: Task, positions=range(6), step: int = 5) -> tuple[torch.Tenso
 
 
 def test_it_is_the_mean_over_clips_taken_one_by_one_with_the_draws_of_their_places():
-    """L_simple written out: eps of sqrt(a) z + sqrt(1 - a) eps, a the cumulated product of 1 - beta, a label dropped with p."""
+    """L_simple written out: eps of sqrt(a) z + sqrt(1 - a) eps, a the cumulated product of 1 - beta, a
+    label dropped with p.
+    """
     model, other = (tiny_model(replace(TINY, learn_sigma=False)) for _ in range(2))
     losses, found = gradient(task(model))
     alphas_cumprod = (1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)).cumprod(0)

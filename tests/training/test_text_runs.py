@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A run of a text model from configuration to clips: exact resume, stills, latents with stored features, PixArt, T5, and its plan."""
+"""A run of a text model from configuration to clips: exact resume, stills, latents with stored features,
+PixArt, T5, and its plan.
+"""
 
 import json
 import shutil
@@ -61,7 +63,9 @@ def test_a_step_does_not_depend_on_the_micro_batch(tmp_path, stills):
 
 
 def test_captions_matter_and_so_does_their_dropout(tmp_path):
-    """From the third step on: of a fresh model the first two steps move the last layer, then what looks at the caption."""
+    """From the third step on: of a fresh model the first two steps move the last layer, then what looks at
+    the caption.
+    """
     hashes = {train(tmp_path / f"{p}", "train.steps=3", f"text.dropout={p}") for p in (0.0, 0.9)}
     assert len(hashes) == 2
 

@@ -102,7 +102,9 @@ def test_training_lowers_the_loss_and_the_average_follows(tmp_path):
 
 
 def test_clipping_begins_after_its_start_step(tmp_path):
-    """The first Adam step does not depend on the gradient's scale, so look at the moments after a single step."""
+    """The first Adam step does not depend on the gradient's scale, so look at the moments after a single
+    step.
+    """
     moments = {}
     for name, change in {
         "never": {"clip_norm": None},
@@ -250,7 +252,9 @@ def test_a_number_that_is_none_ends_the_run_and_is_never_kept(tmp_path, place, b
 def test_where_looking_has_to_wait_a_bad_number_is_found_before_anything_is_kept(
     tmp_path, monkeypatch, often
 ):
-    """As on a GPU, where the guard does not look at every step: before a line, a sample and a checkpoint it does."""
+    """As on a GPU, where the guard does not look at every step: before a line, a sample and a checkpoint it
+    does.
+    """
     monkeypatch.setattr(optim, "FiniteGuard", lambda device, immediate: FiniteGuard(device, immediate=False))
     config = replace(SHORT, **{"log_every": 100, "sample_every": 100, "checkpoint_every": 100, often: 3})
     sampled = []
@@ -531,7 +535,9 @@ def train_on_a_small_disk(folder: str, limit: int, results) -> None:
 
 @pytest.mark.parametrize("what", ["the checkpoint of step 9", "the metrics"])
 def test_a_disk_that_fills_up_ends_in_one_line_and_the_run_goes_on_later(tmp_path, what):
-    """The limit is on the size of one file: 20,000 bytes hold no weights; a metrics file that may not grow takes no further line."""
+    """The limit is on the size of one file: 20,000 bytes hold no weights; a metrics file that may not grow
+    takes no further line.
+    """
     run(tmp_path, replace(SHORT, steps=6))
     limit = 20_000 if "checkpoint" in what else (tmp_path / "metrics.jsonl").stat().st_size + 20
     results = FORKS.SimpleQueue()

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What watches a training run: the callback interface, metrics.jsonl and the progress bar, which are built on it.
+"""What watches a training run: the callback interface, metrics.jsonl and the progress bar, which are built
+on it.
 
-The values of a line of metrics are means over the steps since the previous line. Their running sums are part of every checkpoint, so
-that a resumed run writes exactly the lines that it would have written without the stop.
+The values of a line of metrics are means over the steps since the previous line. Their running sums are
+part of every checkpoint, so that a resumed run writes exactly the lines that it would have written without
+the stop.
 """
 
 import json
@@ -56,7 +58,9 @@ class MetricsAccumulator:
         self.waited += waited
 
     def line(self) -> dict[str, float]:
-        """Return means and speed since the last line, and times; reset the sums. On a GPU this waits for the device."""
+        """Return means and speed since the last line, and times; reset the sums. On a GPU this waits for
+        the device.
+        """
         means = (self.sums / self.steps).tolist()
         spent = self.spent()
         self.loss = means[0]
@@ -75,7 +79,9 @@ class MetricsAccumulator:
         return max(time.perf_counter() - self.since - self.paused, 1e-9)
 
     def summary(self, loss: float | None) -> str:
-        """Return ``loss`` and the clips/s of the latest line (before the first line: since the start) as text."""
+        """Return ``loss`` and the clips/s of the latest line (before the first line: since the start) as
+        text.
+        """
         return f"loss {loss or 0:.4f}  {self.clips_per_second or self.clips / self.spent():.4g} clips/s"
 
     def seconds(self) -> dict[str, float]:
@@ -115,13 +121,16 @@ class TrainEvent:
 
 
 class Callback(Protocol):
-    """What ``train`` calls in rank 0. Subclass it and override what you need; an error that you raise ends the run.
+    """What ``train`` calls in rank 0. Subclass it and override what you need; an error that you raise ends
+    the run.
 
     Callbacks must not change the models, and draw random numbers from generators of their own.
     """
 
     def on_start(self, event: TrainEvent) -> None:
-        """Before the first step; ``event.step`` is the step of the checkpoint that the run resumes from, or 0."""
+        """Before the first step; ``event.step`` is the step of the checkpoint that the run resumes from, or
+        0.
+        """
 
     def on_step(self, event: TrainEvent) -> None:
         """After each step."""
@@ -142,7 +151,8 @@ class Callback(Protocol):
 class MetricsFile(Callback):
     """Writes metrics.jsonl: one JSON object per line, steps ascending. RunError when it cannot be written.
 
-    Opening drops lines after the step that the run resumes from, which will be written again, and incomplete last lines.
+    Opening drops lines after the step that the run resumes from, which will be written again, and
+    incomplete last lines.
     """
 
     def __init__(self, path: Path):
@@ -191,7 +201,8 @@ def step_of(line: str) -> float:
 
 
 class ProgressBar(Callback):
-    """Shows loss, clips/s and the time left on stderr: a bar on a terminal, elsewhere a line every LINE_SECONDS and at the end.
+    """Shows loss, clips/s and the time left on stderr: a bar on a terminal, elsewhere a line every
+    LINE_SECONDS and at the end.
 
     A terminal that was closed does not end the run.
     """
@@ -220,7 +231,9 @@ class ProgressBar(Callback):
             self.bar.start()
 
     def on_step(self, event: TrainEvent) -> None:
-        """Update the bar, whose loss is that of the latest line of metrics, because it must not wait for a GPU."""
+        """Update the bar, whose loss is that of the latest line of metrics, because it must not wait for a
+        GPU.
+        """
         with suppress(OSError):
             if self.bar:
                 summary = event.accumulator.summary(event.accumulator.loss)

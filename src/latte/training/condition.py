@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The condition of each clip in training, a class or the features of a caption, and its replacement by the null condition.
+"""The condition of each clip in training, a class or the features of a caption, and its replacement by the
+null condition.
 
-Classifier-free guidance needs a model that also predicts without condition (Ho and Salimans 2022): for some clips, drawn from each
-clip's own random stream, the condition becomes the null class or the empty caption. The images behind a clip follow the clip.
+Classifier-free guidance needs a model that also predicts without condition (Ho and Salimans 2022): for some
+clips, drawn from each clip's own random stream, the condition becomes the null class or the empty caption.
+The images behind a clip follow the clip.
 Axes: b clips, i images, g captions of a clip (1+i), l tokens of a caption, k its channels.
 """
 
@@ -25,7 +27,9 @@ class Condition(Protocol):
         ...
 
     def drop(self, streams: Sequence[torch.Generator]) -> Self:
-        """Return the condition with some clips' replaced by the null condition: one draw from each clip's stream."""
+        """Return the condition with some clips' replaced by the null condition: one draw from each clip's
+        stream.
+        """
         ...
 
     def inputs(self) -> dict[str, Tensor]:
@@ -59,7 +63,9 @@ class Labels:
 
 @dataclass(frozen=True)
 class Captions:
-    """Features (b l k) or (b g l k) and mask (b l) or (b g l), and those of the empty caption, (l k) and (l)."""
+    """Features (b l k) or (b g l k) and mask (b l) or (b g l), and those of the empty caption, (l k) and
+    (l).
+    """
 
     text: Tensor
     mask: Tensor
@@ -87,7 +93,9 @@ class Captions:
 
 @dataclass(frozen=True)
 class CaptionReader:
-    """Turns the captions of a batch into ``Captions``; with images, a clip's captions are a list. ``dropout`` is in [0, 1]."""
+    """Turns the captions of a batch into ``Captions``; with images, a clip's captions are a list.
+    ``dropout`` is in [0, 1].
+    """
 
     features: CaptionFeatures
     dropout: float

@@ -31,8 +31,8 @@ CHANGEABLE = (
 class TrainConfig:
     """How a model is trained; InputError on construction for a value out of range.
 
-    A resumed run must keep ``global_batch`` and ``optimizer``. The settings in CHANGEABLE and ``gate_steps`` may change, with a
-    notice; everything else is free.
+    A resumed run must keep ``global_batch`` and ``optimizer``. The settings in CHANGEABLE and
+    ``gate_steps`` may change, with a notice; everything else is free.
     """
 
     __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
@@ -118,10 +118,11 @@ class TrainConfig:
 
 
 def learning_rate(step: int, lr: float, warmup_steps: int, decay_steps: int = 0, steps: int = 0) -> float:
-    """Return the learning rate of step 1, 2, ... of ``steps``: linear warm-up to ``lr``, constant, linear decay.
+    """Return the learning rate of step 1, 2, ... of ``steps``: linear warm-up to ``lr``, constant, linear
+    decay.
 
-    The last step has lr / (decay_steps + 1), the one after it would have 0 (the trapezoid of Haegele et al. 2024).
-    The paper uses neither warm-up nor decay.
+    The last step has lr / (decay_steps + 1), the one after it would have 0 (the trapezoid of Haegele et al.
+    2024). The paper uses neither warm-up nor decay.
     """
     warmup = step / max(warmup_steps, 1)
     decay = (steps + 1 - step) / (decay_steps + 1) if decay_steps else 1.0
@@ -131,18 +132,20 @@ def learning_rate(step: int, lr: float, warmup_steps: int, decay_steps: int = 0,
 def gate_opening(step: int, initial: float, gate_steps: int) -> float:
     """Return how far a text model's time gate is open after step 1, 2, ...: linear to 1 at ``gate_steps``.
 
-    Never less than ``initial``: weights whose gate is open keep it open, whatever the settings of the new run.
+    Never less than ``initial``: weights whose gate is open keep it open, whatever the settings of the new
+    run.
     """
     return min(1.0, max(initial, step / gate_steps))
 
 
 def check_schedule(config: TrainConfig, gated: bool) -> list[str]:
-    """Check a fresh run's settings against its number of steps; return notices about those without full effect.
+    """Check a fresh run's settings against its number of steps; return notices about those without full
+    effect.
 
-    A decay of the learning rate that does not fit is refused (InputError with the largest value that does): it
-    starts below ``train.lr``, and unlike the others it depends on ``train.steps``, so that training longer later
-    does not repair it. The others give a notice; the paper's own recipes have one (clipping starts after the last
-    step). ``gated``: the model has a time gate.
+    A decay of the learning rate that does not fit is refused (InputError with the largest value that does):
+    it starts below ``train.lr``, and unlike the others it depends on ``train.steps``, so that training
+    longer later does not repair it. The others give a notice; the paper's own recipes have one (clipping
+    starts after the last step). ``gated``: the model has a time gate.
     """
     check_decay(config)
     steps = config.steps
@@ -176,7 +179,9 @@ def check_schedule(config: TrainConfig, gated: bool) -> list[str]:
 
 
 def check_decay(config: TrainConfig) -> None:
-    """InputError, with a value that fits, for a decay that begins before the run or before the end of warm-up."""
+    """InputError, with a value that fits, for a decay that begins before the run or before the end of warm-
+    up.
+    """
     steps, warmup, decay = config.steps, config.warmup_steps, config.decay_steps
     if decay == 0 or warmup + decay <= steps:
         return

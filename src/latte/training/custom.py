@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training on any map-style dataset from Python: the items as clips, and a run folder that can be sampled from and resumed.
+"""Training on any map-style dataset from Python: the items as clips, and a run folder that can be sampled
+from and resumed.
 
 Axes: f frames, c channels, h height, w width; H W in pixels.
 """
@@ -27,10 +28,11 @@ KIND = "custom"  # data.kind in config.yaml
 class CustomDataset:
     """A map-style dataset (``len`` and indexing, such as torch.utils.data.Dataset) as a dataset of clips.
 
-    An item is a video, (video, label), (video, label, caption), or a mapping with the keys video, label and caption. A video is
-    uint8 (f H W 3), float (f 3 H W) in [-1, 1], or with ``latent`` a latent (f c h w). Class names are ``dataset.classes`` if it
-    has them, otherwise the numbers from 0 on. Each item is read with torch's global generator seeded from the clip's own
-    random stream, so that random augmentation that uses it is reproducible. InputError for other datasets and items.
+    An item is a video, (video, label), (video, label, caption), or a mapping with the keys video, label and
+    caption. A video is uint8 (f H W 3), float (f 3 H W) in [-1, 1], or with ``latent`` a latent (f c h w).
+    Class names are ``dataset.classes`` if it has them, otherwise the numbers from 0 on. Each item is read
+    with torch's global generator seeded from the clip's own random stream, so that random augmentation that
+    uses it is reproducible. InputError for other datasets and items.
     """
 
     def __init__(self, dataset: Any, num_classes: int | None, latent: bool):
@@ -65,13 +67,17 @@ class CustomDataset:
         return replace(clip, video=clip.video[frame : frame + 1])
 
     def describe(self) -> dict[str, Any]:
-        """Return ``dataset.describe()`` if it has that; otherwise only length and classes, since reading all items takes long."""
+        """Return ``dataset.describe()`` if it has that; otherwise only length and classes, since reading
+        all items takes long.
+        """
         described = self.dataset.describe() if hasattr(self.dataset, "describe") else {}
         return {"kind": KIND, "clips": len(self), "classes": self.classes, **described}
 
 
 def class_names(dataset: Any, num_classes: int | None) -> list[str]:
-    """Return the names of the dataset's classes; the numbers from 0 on where it has none, [] without classes."""
+    """Return the names of the dataset's classes; the numbers from 0 on where it has none, [] without
+    classes.
+    """
     names = getattr(dataset, "classes", None)
     if names is None:
         names = range(num_classes or 0)
@@ -109,7 +115,9 @@ def as_clip(video: Any, latent: bool, name: str) -> Tensor:
 
 
 def as_dataset(dataset: Any, model: Denoiser, codec: Codec | None) -> Dataset:
-    """Return one of our datasets as it is, and any other as a CustomDataset; without a codec its items are latents."""
+    """Return one of our datasets as it is, and any other as a CustomDataset; without a codec its items are
+    latents.
+    """
     if hasattr(dataset, "clip") and hasattr(dataset, "describe"):
         return dataset
     latent = getattr(dataset, "latent", codec is None)
@@ -117,7 +125,9 @@ def as_dataset(dataset: Any, model: Denoiser, codec: Codec | None) -> Dataset:
 
 
 def check_first_clip(dataset: Dataset, model: Denoiser, codec: Codec | None) -> None:
-    """InputError unless the first clip has the frames and the size that ``model`` takes and lies in the expected range."""
+    """InputError unless the first clip has the frames and the size that ``model`` takes and lies in the
+    expected range.
+    """
     clip = dataset.clip(0, torch.Generator().manual_seed(0)).video
     config = model.config
     expected = (config.num_frames, config.latent_channels, *config.grid_size)
@@ -144,7 +154,8 @@ def run_record(
     lora: LoraConfig | None,
     seed: int,
 ) -> dict[str, Any]:
-    """Return the sections of config.yaml for a run made from Python, from which ``latte sample`` builds model and codec.
+    """Return the sections of config.yaml for a run made from Python, from which ``latte sample`` builds
+    model and codec.
 
     Text models get only the sections that are known here: their text encoder is built by the caller.
     """

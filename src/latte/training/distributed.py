@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Data parallel training in several processes: each takes its share of the global batch, gradients are summed once per step.
+"""Data parallel training in several processes: each takes its share of the global batch, gradients are
+summed once per step.
 
-Plain torch.distributed, started by torchrun. Decisions (when to stop) and work that is done once (reading, writing) use gloo groups
-on the CPU, so that no process waits for its GPU to agree.
+Plain torch.distributed, started by torchrun. Decisions (when to stop) and work that is done once (reading,
+writing) use gloo groups on the CPU, so that no process waits for its GPU to agree.
 """
 
 import os
@@ -70,7 +71,9 @@ class Group:
         return int(shared)
 
     def run_on_rank0(self, function: Callable[..., T], *arguments: Any) -> T:
-        """Call ``function(*arguments)`` in rank 0 only; every process returns its result or raises its error."""
+        """Call ``function(*arguments)`` in rank 0 only; every process returns its result or raises its
+        error.
+        """
         if self.size == 1:
             return function(*arguments)
         outcome: list[Any] = [None]
@@ -101,7 +104,9 @@ class Group:
             raise RunError(self.failure(self.silent_ranks(), reason)) from error
 
     def silent_ranks(self) -> list[int]:
-        """Return the ranks that do not report within REPORT_SECONDS that the operation failed for them as well."""
+        """Return the ranks that do not report within REPORT_SECONDS that the operation failed for them as
+        well.
+        """
         reported: set[int] = set()
         try:
             self.store.set_timeout(timedelta(seconds=REPORT_SECONDS))
@@ -155,7 +160,9 @@ def process_group(device: torch.device, timeout: float = DEFAULT_TIMEOUT) -> Ite
 
 
 def wait_for_all(store: dist.Store, number: int, size: int) -> None:
-    """Return when all ranks are here, so that what follows can have a short timeout. RunError naming those that are missing."""
+    """Return when all ranks are here, so that what follows can have a short timeout. RunError naming those
+    that are missing.
+    """
     store.set(f"ready/{number}", "1")
     keys = {f"ready/{other}": other for other in range(size)}
     try:

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a fresh run starts: from random weights or from given ones, with a report of what became of every tensor.
+"""How a fresh run starts: from random weights or from given ones, with a report of what became of every
+tensor.
 
-From an image model: a class model from a DiT (Latte, Sec. 3.3.5), a text model from PixArt-alpha (Sec. 4.4). Or from a model like the
-run's own, to train it further on other data: a weights folder, another run, or anybody's Latte that the one door knows. With adapters
-(LoRA) the given weights are frozen, and are needed again whenever the run goes on or is sampled.
+From an image model: a class model from a DiT (Latte, Sec. 3.3.5), a text model from PixArt-alpha (Sec.
+4.4). Or from a model like the run's own, to train it further on other data: a weights folder, another run,
+or anybody's Latte that the one door knows. With adapters (LoRA) the given weights are frozen, and are
+needed again whenever the run goes on or is sampled.
 """
 
 import logging
@@ -63,10 +65,11 @@ def start_from(
 ) -> None:
     """Fill ``model``; the report goes to the log and to ``run_dir``/init.txt.
 
-    Nothing happens, and the weights are not needed, when the run has checkpoints: it goes on from them, unless ``again`` says that they do
-    not hold everything. ``facts`` of the run (diffusion, codec, text) are compared with what the weights say of themselves. InputError for
-    weights that do not fit, before anything is written, and for adapters (``again``) on weights whose gate is not open: they would leave
-    it so.
+    Nothing happens, and the weights are not needed, when the run has checkpoints: it goes on from them,
+    unless ``again`` says that they do not hold everything. ``facts`` of the run (diffusion, codec, text)
+    are compared with what the weights say of themselves. InputError for weights that do not fit, before
+    anything is written, and for adapters (``again``) on weights whose gate is not open: they would leave it
+    so.
     """
     if list_checkpoints(run_dir) and not again:
         return
@@ -103,7 +106,9 @@ def check_source(start: Start) -> None:
 
 
 def fill(model: Denoiser, start: Start, facts: Mapping[str, Any]) -> Coverage:
-    """Weights of any kind -> ``model``; the report, which is logged, too. InputError that says train.init for weights that do not fit."""
+    """Weights of any kind -> ``model``; the report, which is logged, too. InputError that says train.init
+    for weights that do not fit.
+    """
     source = resolve(start.source, "train.init")
     try:
         return filled(model, start, source, facts)
@@ -163,7 +168,9 @@ IMAGE_MODELS: dict[str, Callable[[Denoiser, Start], Coverage]] = {
 
 
 def of_run(source: Source) -> tuple[dict[str, Tensor], DenoiserConfig, dict[str, Any]]:
-    """The averaged weights of a run's newest checkpoint, or of this one, its model's configuration, and what it says of itself."""
+    """The averaged weights of a run's newest checkpoint, or of this one, its model's configuration, and
+    what it says of itself.
+    """
     folder = source.run
     if source.kind == "checkpoint":
         checkpoint = load_checkpoint(source.path, only={"ema"})
@@ -241,7 +248,9 @@ def check_same(model: Denoiser, config: DenoiserConfig, source: str) -> None:
 
 
 def check_told(said: Mapping[str, Any], facts: Mapping[str, Any], source: str) -> None:
-    """InputError for another diffusion process than the weights learned; a notice for another codec or text encoder."""
+    """InputError for another diffusion process than the weights learned; a notice for another codec or text
+    encoder.
+    """
     if said.get("diffusion") and facts.get("diffusion"):
         before, now = DiffusionConfig(**said["diffusion"]), DiffusionConfig(**facts["diffusion"])
         rows = [
@@ -275,7 +284,8 @@ def in_order(
 ) -> dict[str, Tensor]:
     """``tensors`` with the rows of the label table in the order of this run's classes, by name.
 
-    Where the names differ the rows stay as they are, which a notice says: a class then starts as the one with its number.
+    Where the names differ the rows stay as they are, which a notice says: a class then starts as the one
+    with its number.
     """
     if LABELS not in tensors or not theirs or not ours:
         return tensors
@@ -290,7 +300,9 @@ def in_order(
 
 
 def adapt(model: Denoiser, lora: LoraConfig, seed: int) -> dict[str, Any]:
-    """Freeze ``model`` and put fresh adapters into it; what a run with them has to have in common with itself: their kind and the base."""
+    """Freeze ``model`` and put fresh adapters into it; what a run with them has to have in common with
+    itself: their kind and the base.
+    """
     base = tensors_sha256(model.state_dict())
     add_lora(model, lora, seed)
     return {**asdict(lora), "base": base}
@@ -299,7 +311,8 @@ def adapt(model: Denoiser, lora: LoraConfig, seed: int) -> dict[str, Any]:
 def rebuild(
     config: DenoiserConfig, seed: int, start: Start, lora: LoraConfig, checkpoint: Checkpoint
 ) -> Denoiser:
-    """The model of a run of adapters, on the CPU: its base from where the run had it, its averaged adapters from ``checkpoint``.
+    """The model of a run of adapters, on the CPU: its base from where the run had it, its averaged adapters
+    from ``checkpoint``.
 
     InputError when the weights are gone or altered.
     """

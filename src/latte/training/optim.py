@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Optimizers, gradient clipping, EMA of the weights, and the checks that keep NaN/Inf out of checkpoints.
 
-The paper trains with AdamW at a constant learning rate of 1e-4 without weight decay and samples from EMA weights (Latte, Sec. 4.1).
-The released code clips gradients to norm 0.1 after a start step; before it, the norm is only measured.
+The paper trains with AdamW at a constant learning rate of 1e-4 without weight decay and samples from EMA
+weights (Latte, Sec. 4.1). The released code clips gradients to norm 0.1 after a start step; before it, the
+norm is only measured.
 """
 
 import copy
@@ -28,7 +29,9 @@ TENSOR_GROUPS = {
 
 
 class OptimizerKind(NamedTuple):
-    """An entry of ``OPTIMIZERS``: how to build it, and the bytes of state that it keeps for a parameter of a shape."""
+    """An entry of ``OPTIMIZERS``: how to build it, and the bytes of state that it keeps for a parameter of
+    a shape.
+    """
 
     build: Callable[[list[nn.Parameter], float, float], Optimizer]  # (parameters, lr, weight_decay)
     state_bytes: Callable[[torch.Size], int]
@@ -46,7 +49,9 @@ def adamw_bytes(shape: torch.Size) -> int:
 
 
 def build_adafactor(parameters: list[nn.Parameter], lr: float, weight_decay: float) -> Optimizer:
-    """Adafactor (Shazeer and Stern 2018): steps relative to the size of the weights, factored second moment, no first."""
+    """Adafactor (Shazeer and Stern 2018): steps relative to the size of the weights, factored second
+    moment, no first.
+    """
     return torch.optim.Adafactor(parameters, lr=lr, weight_decay=weight_decay)
 
 
@@ -65,13 +70,17 @@ OPTIMIZERS: dict[str, OptimizerKind] = {
 
 
 def build_optimizer(model: nn.Module, lr: float, weight_decay: float, name: str = "adamw") -> Optimizer:
-    """Build optimizer ``name`` over the trainable parameters of ``model``; InputError for a name not in ``OPTIMIZERS``."""
+    """Build optimizer ``name`` over the trainable parameters of ``model``; InputError for a name not in
+    ``OPTIMIZERS``.
+    """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return choose("train.optimizer", name, OPTIMIZERS).build(parameters, lr, weight_decay)
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float | None) -> Tensor:
-    """Scale gradients in place to a total norm of at most ``max_norm`` (None: no limit); return the norm () before scaling."""
+    """Scale gradients in place to a total norm of at most ``max_norm`` (None: no limit); return the norm ()
+    before scaling.
+    """
     parameters = list(parameters)
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients)
@@ -113,7 +122,9 @@ def load_optimizer_tensors(model: nn.Module, optimizer: Optimizer, tensors: Mapp
 
 
 def could_belong(state: Tensor, parameter: Tensor) -> bool:
-    """Is ``state`` a number, or of the parameter's shape with some axes reduced to 1 (Adafactor's rows and columns)?"""
+    """Is ``state`` a number, or of the parameter's shape with some axes reduced to 1 (Adafactor's rows and
+    columns)?
+    """
     if state.ndim == 0:
         return True
     reduced = zip(state.shape, parameter.shape, strict=False)
@@ -121,12 +132,14 @@ def could_belong(state: Tensor, parameter: Tensor) -> bool:
 
 
 class EMA:
-    """The exponential moving average of a model's weights: ema <- decay * ema + (1 - decay) * weight after each step.
+    """The exponential moving average of a model's weights: ema <- decay * ema + (1 - decay) * weight after
+    each step.
 
-    ``.model`` is a second model with the EMA weights, under the same names. It starts as a copy, of which decay^n remains
-    after n steps: with 0.999 still 37 % after 1000 steps. With ``warmup``, step n = 1, 2, ... uses min(decay,
-    (1 + n) / (10 + n)) instead, so that the initial weights are forgotten sooner. Frozen parameters are shared with the
-    original model. Buffers stay as they were copied; the training loop changes the time gate of text models in both.
+    ``.model`` is a second model with the EMA weights, under the same names. It starts as a copy, of which
+    decay^n remains after n steps: with 0.999 still 37 % after 1000 steps. With ``warmup``, step n = 1, 2,
+    ... uses min(decay, (1 + n) / (10 + n)) instead, so that the initial weights are forgotten sooner.
+    Frozen parameters are shared with the original model. Buffers stay as they were copied; the training
+    loop changes the time gate of text models in both.
     """
 
     def __init__(self, model: nn.Module, decay: float, warmup: bool = False):
@@ -170,9 +183,11 @@ class TrainState:
         self.guard = FiniteGuard(device, immediate=device.type == "cpu")
 
     def update(self, step: int, losses: Tensor, lr: float, max_norm: float | None, group: Group) -> Tensor:
-        """Apply one optimizer step to the gradients of this process's share of the batch and its (loss, mse, vlb) (3,).
+        """Apply one optimizer step to the gradients of this process's share of the batch and its (loss,
+        mse, vlb) (3,).
 
-        Sums gradients and losses over ``group``, clips to ``max_norm`` unless it is None, and checks for NaN/Inf.
+        Sums gradients and losses over ``group``, clips to ``max_norm`` unless it is None, and checks for
+        NaN/Inf.
         Returns (loss, mse, vlb, gradient norm before clipping) (4,) on the device.
         """
         gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
@@ -220,8 +235,9 @@ class TrainState:
 class FiniteGuard:
     """Remembers, on the device, the first step with a NaN/Inf loss or gradient.
 
-    With ``immediate`` (for the CPU, where reading is free) ``watch`` raises before any weight changes. Otherwise ``check``
-    raises, which the loop calls where it waits for the device anyway and before it writes anything.
+    With ``immediate`` (for the CPU, where reading is free) ``watch`` raises before any weight changes.
+    Otherwise ``check`` raises, which the loop calls where it waits for the device anyway and before it
+    writes anything.
     """
 
     def __init__(self, device: torch.device, immediate: bool):

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Resuming a run: what its checkpoint and the new start must have in common, and what may change with a notice."""
+"""Resuming a run: what its checkpoint and the new start must have in common, and what may change with a
+notice.
+"""
 
 import json
 import sys
@@ -26,7 +28,8 @@ DATA_CONTENT = ("data.clips", "data.content")  # what changes when files are add
 def run_facts(
     model: Denoiser, codec: Codec | None, dataset: Dataset | JointDataset, config: TrainConfig, seed: int
 ) -> dict[str, Any]:
-    """Return plain data that every start of a run must have in common: model, codec of the latents, data, batch, seed.
+    """Return plain data that every start of a run must have in common: model, codec of the latents, data,
+    batch, seed.
 
     InputError when ``codec`` is not the one that made a dataset of latents.
     """
@@ -59,11 +62,12 @@ def restore(
     group: Group,
     allow_data_change: bool = False,
 ) -> tuple[dict[str, Any], Path | None]:
-    """Load the newest good checkpoint of ``run_dir`` into ``state``; return what it records and its path, or {} and None.
+    """Load the newest good checkpoint of ``run_dir`` into ``state``; return what it records and its path,
+    or {} and None.
 
-    Leftovers of killed processes are removed, and a damaged newest checkpoint is skipped with a warning. InputError, with every
-    difference, when the run has other ``facts``; a change of ``settings``, or with ``allow_data_change`` of the data, gives a
-    notice.
+    Leftovers of killed processes are removed, and a damaged newest checkpoint is skipped with a warning.
+    InputError, with every difference, when the run has other ``facts``; a change of ``settings``, or with
+    ``allow_data_change`` of the data, gives a notice.
     """
 
     def find() -> Path | None:
@@ -96,7 +100,8 @@ def check_facts(
 ) -> list[tuple[str, str, str]]:
     """InputError with every difference between the facts of a checkpoint and those of a new start.
 
-    With ``allow_data_change``, differences of the data are returned instead (key, before, now), unless they change the classes.
+    With ``allow_data_change``, differences of the data are returned instead (key, before, now), unless they
+    change the classes.
     """
     comparable = {key: value for key, value in now.items() if key in before or key not in LATER_FACTS}
     found = differences(before, comparable)

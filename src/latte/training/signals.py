@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Signals that stop a training run: the first one asks the loop to save and stop, the second one ends the process at once."""
+"""Signals that stop a training run: the first one asks the loop to save and stop, the second one ends the
+process at once.
+"""
 
 import os
 import signal
@@ -16,9 +18,9 @@ STOP_SIGNALS = tuple(
 class StopRequest:
     """``with StopRequest() as stop``: ``stop.code`` is 0 until a signal arrives, then 128 + its number.
 
-    That is the exit code: 130 (SIGINT), 143 (SIGTERM), 129 (SIGHUP), 138 (SIGUSR1). SIGHUP stays ignored where
-    nohup ignores it. The previous handlers are restored on exit. Outside the main thread, where Python allows no handlers,
-    ``stop.code`` stays 0.
+    That is the exit code: 130 (SIGINT), 143 (SIGTERM), 129 (SIGHUP), 138 (SIGUSR1). SIGHUP stays ignored
+    where nohup ignores it. The previous handlers are restored on exit. Outside the main thread, where
+    Python allows no handlers, ``stop.code`` stays 0.
     """
 
     def __init__(self) -> None:
@@ -44,5 +46,7 @@ class StopRequest:
 
 
 def ignored_by_nohup(number: int) -> bool:
-    """Is ``number`` SIGHUP, ignored by the command that started this process, so that closing the terminal does not stop it?"""
+    """Is ``number`` SIGHUP, ignored by the command that started this process, so that closing the terminal
+    does not stop it?
+    """
     return number == getattr(signal, "SIGHUP", None) and signal.getsignal(number) is signal.SIG_IGN

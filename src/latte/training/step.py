@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What one training step computes: noised clips, their loss and its gradient, for any division of the global batch.
+"""What one training step computes: noised clips, their loss and its gradient, for any division of the
+global batch.
 
-Every draw is keyed by (seed, step, position in the global batch), and the loss is a sum over clips divided by the global batch: so a
-step is the same, to rounding, for every micro batch and number of processes.
+Every draw is keyed by (seed, step, position in the global batch), and the loss is a sum over clips divided
+by the global batch: so a step is the same, to rounding, for every micro batch and number of processes.
 Axes: b batch, f frames, i images, c channels, h height, w width.
 """
 
@@ -42,10 +43,11 @@ class Task:
 def backward(
     task: Task, step: int, positions: Sequence[int], video: Tensor, given: Tensor | Captions | None
 ) -> Tensor:
-    """Add the gradient of some clips of step ``step`` to the model's; return their share of (loss, mse, vlb), (3,) on the device.
+    """Add the gradient of some clips of step ``step`` to the model's; return their share of (loss, mse,
+    vlb), (3,) on the device.
 
-    video (b f+i c H W), the condition ``given`` (label (b,) or (b 1+i) int64, None, or captions) and ``positions`` in the global
-    batch belong together. InputError for labels that the model does not have.
+    video (b f+i c H W), the condition ``given`` (label (b,) or (b 1+i) int64, None, or captions) and
+    ``positions`` in the global batch belong together. InputError for labels that the model does not have.
     """
     size = task.micro_batch or len(positions)
     condition = condition_for(task.model, given)
@@ -79,13 +81,17 @@ def micro_batch_loss(
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """Copy a CPU tensor to ``device``; through pinned memory, so that the host does not wait for earlier work of the GPU."""
+    """Copy a CPU tensor to ``device``; through pinned memory, so that the host does not wait for earlier
+    work of the GPU.
+    """
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 @torch.no_grad()
 def encode(task: Task, step: int, positions: Sequence[int], video: Tensor) -> Tensor:
-    """Return latents (b f c h w) float32 of clips (b f 3 H W), one by one: no clip's latent depends on the rest of the batch."""
+    """Return latents (b f c h w) float32 of clips (b f 3 H W), one by one: no clip's latent depends on the
+    rest of the batch.
+    """
     if task.codec is None:
         return video.float()
     streams = [generator(task.seed, "encode", step, position) for position in positions]
@@ -94,7 +100,9 @@ def encode(task: Task, step: int, positions: Sequence[int], video: Tensor) -> Te
 
 
 def condition_for(model: Denoiser, given: Tensor | Captions | None) -> Condition:
-    """Return labels or captions in the form that ``model`` takes; InputError when they are missing or wrong."""
+    """Return labels or captions in the form that ``model`` takes; InputError when they are missing or
+    wrong.
+    """
     if model.config.reads_text:
         if not isinstance(given, Captions):
             raise InputError(
@@ -106,7 +114,9 @@ def condition_for(model: Denoiser, given: Tensor | Captions | None) -> Condition
 
 
 def label_for(config: ModelConfig, label: Tensor | None) -> Tensor | None:
-    """Return the labels that a class model takes, None for an unconditional one; InputError when they are missing or wrong."""
+    """Return the labels that a class model takes, None for an unconditional one; InputError when they are
+    missing or wrong.
+    """
     num_classes = config.num_classes
     if num_classes is None:
         return None

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The training loop: one optimizer step per global batch, EMA weights, checkpoints, exact resume.
 
-No random state outlives a step: clips, crops, timesteps, noise and dropped conditions are functions of (seed, step, position in the
-batch). A checkpoint holds the weights, the EMA weights, the optimizer state and the running sums of the metrics, and nothing else is
-needed: on the CPU a resumed run is bit for bit the run that was never stopped (same machine, versions and number of threads).
+No random state outlives a step: clips, crops, timesteps, noise and dropped conditions are functions of
+(seed, step, position in the batch). A checkpoint holds the weights, the EMA weights, the optimizer state
+and the running sums of the metrics, and nothing else is needed: on the CPU a resumed run is bit for bit the
+run that was never stopped (same machine, versions and number of threads).
 """
 
 import shutil
@@ -70,27 +71,37 @@ def train(
     allow_data_change: bool = False,
     workers: int | None = None,
 ) -> dict[str, Any]:
-    """Train ``model`` in place to ``config.steps``, resuming from the newest good checkpoint in ``run_dir`` if there is one.
+    """Train ``model`` in place to ``config.steps``, resuming from the newest good checkpoint in ``run_dir``
+    if there is one.
 
     Args:
-        model: a Latte or LatteText. With ``config.init``, a fresh run loads those weights first (report in init.txt).
-        dataset: one of ``latte.data.datasets``, or any map-style dataset of clips (``latte.training.custom.CustomDataset``).
+        model: a Latte or LatteText. With ``config.init``, a fresh run loads those weights first (report in
+            init.txt).
+        dataset: one of ``latte.data.datasets``, or any map-style dataset of clips
+            (``latte.training.custom.CustomDataset``).
         codec: encodes frames (f 3 H W) in [-1, 1]; None for a dataset of latents.
         callbacks: called in rank 0 at the events of the run (``latte.training.callbacks.Callback``).
-        captions: turns the captions of a batch into the input of a text model; a class model gets the labels.
-        lora: with a rank, the weights are frozen and adapters are trained; checkpoints hold the adapters only.
-        sample: called as sample(ema_model, step) in rank 0 every ``config.sample_every`` steps and after the last one.
+        captions: turns the captions of a batch into the input of a text model; a class model gets the
+            labels.
+        lora: with a rank, the weights are frozen and adapters are trained; checkpoints hold the adapters
+            only.
+        sample: called as sample(ema_model, step) in rank 0 every ``config.sample_every`` steps and after
+            the last one.
         objective: a loss in the place of the one that ``diffusion.objective`` names.
-        facts: plain data that a resumed run must have in common with its start, beside model, data, diffusion and seed.
+        facts: plain data that a resumed run must have in common with its start, beside model, data,
+            diffusion and seed.
         record: the content of config.yaml; by default what ``latte sample`` needs to load the run.
         until: stop at this step (for callers that look at a run between its steps).
         allow_data_change: resume although the data have changed, with a notice of what changed.
-        workers: number of processes that load batches in advance (None: 0 on the CPU, else 4; 0: this process loads them).
+        workers: number of processes that load batches in advance (None: 0 on the CPU, else 4; 0: this
+            process loads them).
 
-    SIGINT, SIGTERM, SIGHUP and SIGUSR1 save at the end of the step and stop. A clip that cannot be read saves, too.
-    Returns run, step, loss, checkpoint, weights_sha256 (of the EMA weights) and interrupted: 0, or 128 + the signal's number.
-    Raises InputError for parts that do not fit each other or the run, RunError for NaN/Inf, a full disk, a broken clip, or a
-    process that does not answer.
+    SIGINT, SIGTERM, SIGHUP and SIGUSR1 save at the end of the step and stop. A clip that cannot be read
+    saves, too.
+    Returns run, step, loss, checkpoint, weights_sha256 (of the EMA weights) and interrupted: 0, or 128 +
+    the signal's number.
+    Raises InputError for parts that do not fit each other or the run, RunError for NaN/Inf, a full disk, a
+    broken clip, or a process that does not answer.
     """
     config = config or TrainConfig()
     diffusion = diffusion or DiffusionConfig()
@@ -186,7 +197,8 @@ def train(
             notified(watching, event),
         ):
             while True:
-                # Load the next batch. All processes stop together when one has a signal or a clip that it cannot read.
+                # Load the next batch. All processes stop together when one has a signal or a clip that it
+                # cannot read.
                 batch: Batch | None = None
                 data_error: Exception | None = None
                 waited = loader.waited
@@ -276,7 +288,9 @@ def check_parts(
 
 
 def check_disk(run_dir: Path, state: TrainState, keep_last: int) -> None:
-    """RunError unless a checkpoint fits on the disk of ``run_dir``; a notice if not all that will be kept do."""
+    """RunError unless a checkpoint fits on the disk of ``run_dir``; a notice if not all that will be kept
+    do.
+    """
     size_of = OPTIMIZERS[state.optimizer_name].state_bytes
     tensors = state.tensors()
     size = sum(tensor.nbytes for group in ("model", "ema") for tensor in tensors[group].values())
@@ -329,7 +343,8 @@ def save(run_dir: Path, step: int, state: TrainState, about: Mapping[str, object
 
 
 def data_failure(error: Exception | None, step: int, checkpoint: Path | None) -> Exception:
-    """Return the error about clips that could not be loaded for the step after ``step``, with what was saved before.
+    """Return the error about clips that could not be loaded for the step after ``step``, with what was
+    saved before.
 
     Errors that are not about the data (a bug in a custom dataset) are returned as they are.
     """
