@@ -7,10 +7,9 @@ from safetensors.torch import save_file
 from support import noise
 from torch import Tensor, nn
 
-from latte.autoencoder.base import Codec
+from latte.autoencoder.base import Codec, PixelCodec
 from latte.autoencoder.builtin import BuiltinAutoencoder, BuiltinCodec
 from latte.autoencoder.codec import CODECS, CodecConfig, build_codec
-from latte.autoencoder.pixels import PixelCodec
 from latte.autoencoder.taef2 import Taef2Codec, build_decoder, build_encoder
 from latte.checks import InputError
 from latte.runtime import generator
@@ -146,21 +145,20 @@ def test_identity_knows_name_and_scale():
 @pytest.mark.parametrize("size", [(20, 24), (16, 12), (0, 8)])
 def test_sizes_that_do_not_divide_are_refused(size):
     with pytest.raises(
-        InputError,
-        match=r"frame (height|width) is \d+, but codec 'builtin' shrinks 8 times; give a multiple of 8",
+        InputError, match=r"frame (height|width) is \d+, but codec 'builtin' needs a multiple of 8"
     ):
         made("builtin").encode(torch.zeros(1, 1, 3, *size))
 
 
 @pytest.mark.parametrize("shape", [(1, 3, 16, 16), (1, 2, 4, 16, 16), (1, 2, 16, 16, 3)])
 def test_wrong_frames_are_refused(shape):
-    with pytest.raises(InputError, match="shape of frames"):
+    with pytest.raises(InputError, match="frames have shape"):
         made("pixels").encode(torch.zeros(shape))
 
 
 def test_wrong_latents_are_refused():
     with pytest.raises(
-        InputError, match=r"shape of latent is \(1, 2, 3, 8, 8\), but codec 'builtin' decodes .*4"
+        InputError, match=r"latent has shape \(1, 2, 3, 8, 8\), but codec 'builtin' decodes .*4"
     ):
         made("builtin").decode(torch.zeros(1, 2, 3, 8, 8))
 
@@ -180,7 +178,7 @@ def test_the_table_holds_what_is_documented():
     ("given", "message"),
     [
         ({"name": "buitlin"}, "codec.name is 'buitlin'.*did you mean 'builtin'"),
-        ({"name": "pixels", "chunk": 0}, "codec.chunk is 0"),
+        ({"name": "pixels", "chunk": 0}, "codec.chunk must be .* got 0"),
     ],
 )
 def test_a_wrong_configuration_is_refused(given, message):
@@ -192,9 +190,9 @@ def test_a_wrong_configuration_is_refused(given, message):
     ("config", "message"),
     [
         (CodecConfig("pixels", "somewhere"), "codec.path is 'somewhere', but codec 'pixels' has no weights"),
-        (CodecConfig("taef2"), "codec.path is None, but codec 'taef2' needs"),
+        (CodecConfig("taef2"), "codec.path is missing: codec 'taef2' needs"),
         (CodecConfig("kl"), "codec.path is missing, but codec 'kl' needs"),
-        (CodecConfig("builtin", "nowhere.safetensors"), "nowhere.safetensors, which does not exist"),
+        (CodecConfig("builtin", "nowhere.safetensors"), "nowhere.safetensors .* does not exist"),
     ],
 )
 def test_a_missing_or_needless_path_is_refused(config, message):
@@ -208,10 +206,14 @@ def damaged(kind: str, tmp_path) -> str:
     path = tmp_path / "weights.safetensors"
     if kind == "lacks":
         del tensors["decoder.0.bias"]
-    elif kind == "too many":
+    elif kind == "unknown tensor":
         tensors["extra"] = torch.zeros(1)
     elif kind == "of shape":
         tensors["decoder.0.bias"] = torch.zeros(5)
+    elif kind == "non-finite":
+        tensors["decoder.0.bias"][3] = torch.nan
+    elif kind == "quantized":
+        tensors["decoder.0.bias"] = tensors["decoder.0.bias"].to(torch.int8)
     save_file(tensors, path)
     if kind == "truncated":
         path.write_bytes(path.read_bytes()[:5000])
@@ -224,9 +226,49 @@ def damaged(kind: str, tmp_path) -> str:
     return str(path)
 
 
-@pytest.mark.parametrize("kind", ["lacks", "too many", "of shape", "truncated", "pickle", "other than named"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "lacks",
+        "unknown tensor",
+        "of shape",
+        "non-finite",
+        "quantized",
+        "truncated",
+        "pickle",
+        "other than named",
+    ],
+)
 def test_damaged_weights_are_refused_in_one_line(kind, tmp_path):
     with pytest.raises(InputError, match="truncated or holds" if kind == "pickle" else kind) as caught:
         BuiltinCodec.load(damaged(kind, tmp_path), 16, "cpu")
     assert "\n" not in str(caught.value)
     assert "codec.path" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "path"),
+    [
+        ("kl", "vae"),
+        ("kl", "weights/vae"),
+        ("kl_temporal", "weights/vae"),
+        ("taef2", "taef2"),
+        ("builtin", "b.safetensors"),
+    ],
+)
+def test_a_relative_path_that_does_not_exist_is_refused_with_the_place_that_was_looked_at(
+    name, path, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError) as caught:
+        build_codec(CodecConfig(name, path))
+    assert str(tmp_path / path) in str(caught.value)
+    assert "codec.path" in str(caught.value)
+
+
+def test_a_codec_registered_at_run_time_is_configured_and_built(monkeypatch):
+    monkeypatch.setitem(CODECS, "noisy", Noisy)
+    codec = build_codec(CodecConfig("noisy", chunk=3))
+    assert type(codec) is Noisy
+    assert codec.decode(codec.encode(frames())).shape == (2, 3, 3, 16, 24)

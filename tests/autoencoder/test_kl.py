@@ -155,13 +155,13 @@ def test_every_fault_is_one_line(pipeline, fault):
 
 
 def test_a_path_that_is_nothing_is_refused(tmp_path):
-    with pytest.raises(InputError, match="no folder here and no hub id"):
+    with pytest.raises(InputError, match="is no folder, and not a hub id"):
         load(tmp_path / "missing")
 
 
 def test_a_hub_id_that_cannot_be_had_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(InputError, match=r"nobody-here/no-such-vae has no config\.json.*\(.+\)") as caught:
+    with pytest.raises(InputError, match=r"nobody-here/no-such-vae is no folder here .* the hub id has no config\.json.*\(.+\)") as caught:
         load("nobody-here/no-such-vae")
     assert "\n" not in str(caught.value)
 

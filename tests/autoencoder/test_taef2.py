@@ -86,13 +86,13 @@ def test_safetensors_and_pth_are_the_same_codec(folder, tmp_path_factory):
 
 def test_a_missing_half_is_named(folder):
     (folder / "taef2_decoder.safetensors").unlink()
-    with pytest.raises(InputError, match=r"taef2_decoder\.safetensors, which does not exist"):
+    with pytest.raises(InputError, match=r"taef2_decoder\.safetensors does not exist"):
         Taef2Codec.load(str(folder), 16, "cpu")
 
 
 def test_swapped_halves_are_refused(folder):
     save_file(nn.Sequential(*build_encoder()).state_dict(), folder / "taef2_decoder.safetensors")
-    with pytest.raises(InputError, match="it has another layout"):
+    with pytest.raises(InputError, match="belongs to another autoencoder"):
         Taef2Codec.load(str(folder), 16, "cpu")
 
 

@@ -7,7 +7,7 @@ from diffusers import AutoencoderKLTemporalDecoder, LattePipeline
 from support import noise
 
 from latte.autoencoder.codec import CodecConfig, build_codec
-from latte.autoencoder.temporal import TemporalCodec
+from latte.autoencoder.kl import TemporalCodec
 from latte.checks import InputError
 from latte.runtime import generator
 from tiny_pipeline import tiny_vae
@@ -75,7 +75,7 @@ def test_the_release_s_size():
 
 def test_other_autoencoders_and_empty_folders_are_refused(pipeline, tmp_path):
     with pytest.raises(
-        InputError, match=r"layout in .*AutoencoderKLTemporalDecoder.*codec 'kl' is an AutoencoderKL"
+        InputError, match=r"layout in .*AutoencoderKLTemporalDecoder.*but codec 'kl' is an AutoencoderKL"
     ):
         build_codec(CodecConfig("kl", str(pipeline / "vae_temporal_decoder")))
     with pytest.raises(
@@ -85,5 +85,5 @@ def test_other_autoencoders_and_empty_folders_are_refused(pipeline, tmp_path):
         load(tmp_path)
     with pytest.raises(InputError, match="codec 'kl_temporal' needs AutoencoderKLTemporalDecoder weights"):
         build_codec(CodecConfig("kl_temporal"))
-    with pytest.raises(InputError, match="shape of latent"):
+    with pytest.raises(InputError, match="latent has shape"):
         load(pipeline).decode(noise(2, 3, 5, 2, 2))

@@ -208,7 +208,10 @@ def test_with_offload_one_part_at_a_time_visits_the_device(monkeypatch):
         monkeypatch.setattr(
             kind,
             method,
-            lambda *words, plain=plain, method=method: (log.append((method, None)), plain(*words))[1],
+            lambda *words, plain=plain, method=method, **named: (
+                log.append((method, None)),
+                plain(*words, **named),
+            )[1],
         )
     seeds, prompts = [1, 2, 3], ["red", "a blue circle", "up"]
     plain = [clip for _, clip in trained.generate(seeds, prompts=prompts)]

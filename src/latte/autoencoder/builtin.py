@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The built-in autoencoder: a plain convolutional pair, 8x smaller each way, trained by this project on procedural clips.
+"""The built-in autoencoder: plain convolutions, 8x smaller each way, trained by this project on procedural
+clips.
 
 Without norms or attention a pixel depends on its neighbourhood alone, so any frame size divisible by 8 works.
-``python -m tools.train_autoencoder OUT.safetensors`` makes the weights, which lie beside this file.
+The packaged weights are made by ``python -m tools.train_autoencoder OUT.safetensors``.
 Axes: n frames, c channels, h height, w width.
 """
 
@@ -19,7 +20,7 @@ WEIGHTS = Path(__file__).with_name("builtin.safetensors")
 
 
 class Residual(nn.Module):
-    """x + conv(relu(conv(relu(x)))), (n c h w) -> the same; the fingerprint at the start of training."""
+    """x + conv(relu(conv(relu(x)))), (n c h w) -> (n c h w); the identity at the start of training."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -33,9 +34,10 @@ class Residual(nn.Module):
 
 
 class Normaliser(nn.Module):
-    """(n c h w) -> mean 0 and variance 1 per channel: by the batch's moments in training, by the stored ones afterwards.
+    """(n c h w) -> mean 0 and variance 1 per channel: by the batch's moments in training, by the stored ones
+    afterwards.
 
-    So the noise that training adds to the latents has a fixed size beside them.
+    The noise that training adds to latents so has a fixed size relative to them.
     """
 
     mean: Tensor
@@ -47,12 +49,15 @@ class Normaliser(nn.Module):
         self.register_buffer("var", torch.ones(channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        var, mean = torch.var_mean(x, (0, 2, 3), correction=0) if self.training else (self.var, self.mean)
+        var, mean = self.var, self.mean
+        if self.training:
+            var, mean = torch.var_mean(x, (0, 2, 3), correction=0)
         return (x - mean[:, None, None]) / (var[:, None, None] + 1e-6).sqrt()
 
 
 class BuiltinAutoencoder(nn.Module):
-    """Frames (n 3 h w) in [-1, 1] <-> latents (n 4 h/8 w/8) of mean 0 and variance 1 per channel over procedural frames."""
+    """Frames (n 3 h w) in [-1, 1] <-> latents (n 4 h/8 w/8) of mean 0 and variance 1 per channel over "
+    "procedural frames."""
 
     def __init__(self, channels: int = 4):
         super().__init__()
@@ -82,22 +87,27 @@ class BuiltinAutoencoder(nn.Module):
         )
 
     def encode(self, frames: Tensor) -> Tensor:
-        """(n 3 h w) in [-1, 1] -> (n 4 h/8 w/8)."""
+        """Return latents (n 4 h/8 w/8) of frames (n 3 h w) in [-1, 1]."""
         return self.normaliser(self.encoder(frames))
 
     def decode(self, latent: Tensor) -> Tensor:
-        """(n 4 h w) -> (n 3 8h 8w), about [-1, 1], not clamped."""
+        """Return frames (n 3 8h 8w), about [-1, 1], not clamped, of latents (n 4 h w)."""
         return self.decoder(latent)
 
 
 class BuiltinCodec(Codec):
     """The built-in autoencoder as a codec: deterministic, 4 channels, 8x smaller."""
 
-    name, channels, downscale = "builtin", 4, 8
+    name = "builtin"
+    channels = 4
+    downscale = 8
 
     @classmethod
     def load(cls, path: str | None, chunk: int, device: str | torch.device) -> Self:
-        """``path``: a file that ``tools.train_autoencoder`` wrote, None for the one in the package."""
+        """Return the codec.
+
+        ``path`` is a file that ``tools.train_autoencoder`` wrote, None for the packaged weights.
+        """
         return cls(load_network(BuiltinAutoencoder(), path or WEIGHTS, "codec.path"), chunk, device)
 
     @classmethod

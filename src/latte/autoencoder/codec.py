@@ -1,73 +1,84 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which codec: frames <-> latents by name.
+"""The table of codecs, and codecs from a configuration.
 
-A model is tied to the codec whose latents it learned; ``Codec.fingerprint`` is written into checkpoints and latent shards, and
-checked when they are used again.
+A model is tied to the codec whose latents it learned; ``Codec.fingerprint`` is written into checkpoints and
+latent shards, and checked when they are used again. To add a codec: a subclass of ``base.Codec``, and one
+entry in CODECS.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
-from latte.autoencoder.base import Codec
+from latte.autoencoder.base import Codec, PixelCodec
 from latte.autoencoder.builtin import BuiltinCodec
-from latte.autoencoder.kl import KLCodec, Posterior, layout_at
-from latte.autoencoder.pixels import PixelCodec
+from latte.autoencoder.kl import KLCodec, TemporalCodec, layout_at
 from latte.autoencoder.taef2 import Taef2Codec
-from latte.autoencoder.temporal import TemporalCodec
-from latte.checks import choose, require
+from latte.checks import check, choose
 
 __all__ = ["CODECS", "Codec", "CodecConfig", "build_codec", "decoder_for", "kind_at"]
 TEMPORAL_CHUNK = 14  # frames that the released pipeline decodes at once
+MAX_CHUNK = 10_000
+
+CODECS: dict[str, type[Codec]] = {
+    "kl": KLCodec,
+    "kl_temporal": TemporalCodec,
+    "taef2": Taef2Codec,
+    "pixels": PixelCodec,
+    "builtin": BuiltinCodec,
+}
 
 
 @dataclass(frozen=True)
 class CodecConfig:
-    """``path`` is a folder, a file or a hub id, as the codec wants it; ``chunk`` is how many frames go through at a time."""
+    """Which codec, and where its weights are."""
 
-    name: str = "kl"
-    path: str | None = None
-    chunk: int = 16
+    name: str = "kl"  # key of CODECS
+    path: str | None = (
+        None  # folder, file or hub id, as the codec needs it; null: the packaged weights or none
+    )
+    chunk: int = 16  # frames in memory at a time
 
-    __pydantic_config__: ClassVar = {"extra": "forbid"}
+    __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         choose("codec.name", self.name, CODECS)
-        require(
-            self.chunk >= 1,
-            "codec.chunk",
-            self.chunk,
-            "at least one frame must go through at a time",
-            "give 1 or more",
+        check(
+            type(self.chunk) is int and 1 <= self.chunk <= MAX_CHUNK,
+            f"codec.chunk must be an integer from 1 to {MAX_CHUNK} frames, got {self.chunk!r}",
         )
 
 
-def kind_at(path: str) -> type[Posterior]:
-    """Which of Stable Diffusion's codecs is in the folder, pipeline or hub id ``path``, by its config.json; without one the plain one."""
-    kinds = {kind.layout: kind for kind in CODECS.values() if issubclass(kind, Posterior)}
-    return kinds.get(layout_at(path) or "", KLCodec)
+def kind_at(path: str) -> type[Codec]:
+    """Return the codec class of the folder, pipeline or hub id ``path``, by its config.json.
+
+    KLCodec without one.
+    """
+    kinds = {kind.layout: kind for kind in CODECS.values() if kind.layout is not None}
+    return kinds.get(layout_at(path), KLCodec)
 
 
 def decoder_for(codec: Codec, path: str) -> Codec:
-    """The KL autoencoder at ``path`` as a decoder of ``codec``'s latents; InputError for one whose latents have another form or scale."""
+    """Return the KL autoencoder at ``path`` as a decoder of ``codec``'s latents.
+
+    InputError for one with other latents.
+    """
     found = build_codec(CodecConfig(kind_at(path).name, path, TEMPORAL_CHUNK), codec.device)
-    ours, theirs = ((one.channels, one.downscale, one.scale) for one in (codec, found))
-    require(
-        ours == theirs,
-        "--decoder",
-        path,
-        f"its latents (channels, times, scale) are {theirs}, the model's are {ours}",
+    expected = (codec.channels, codec.downscale, codec.scale)
+    latents = (found.channels, found.downscale, found.scale)
+    check(
+        latents == expected,
+        f"--decoder {path}: its latents (channels, downscale, scale) are {latents}, but the model's are "
+        f"{expected}; "
         "give another decoder of the same autoencoder",
     )
     return found
 
 
 def build_codec(config: CodecConfig, device: str | torch.device = "cpu") -> Codec:
-    """The codec of ``config`` with its weights on ``device``; InputError when they are missing, broken or of another layout."""
+    """Return the codec of ``config`` with its weights on ``device``.
+
+    InputError for missing or wrong weights.
+    """
     return CODECS[config.name].load(config.path, config.chunk, device)
-
-
-CODECS: dict[str, type[Codec]] = {
-    codec.name: codec for codec in (KLCodec, TemporalCodec, Taef2Codec, PixelCodec, BuiltinCodec)
-}

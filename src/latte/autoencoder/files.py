@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weight files of the small autoencoders into their networks, strictly, each fault in one line."""
+"""Weight files of autoencoders into their networks, strictly: every tensor, of its shape, finite.
+
+Each fault is one line.
+"""
 
 from pathlib import Path
 from typing import TypeVar
@@ -9,26 +12,35 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from latte.checks import InputError
+from latte.tensors import find_nonfinite
 
 Network = TypeVar("Network", bound=nn.Module)
 
 
+def located(path: str | Path) -> str:
+    """Return ``path`` for an error message; a relative one with the absolute path that was looked at."""
+    path = Path(path)
+    return str(path) if path.is_absolute() else f"{path} ({path.absolute()})"
+
+
 def read_tensors(path: str | Path, field: str) -> dict[str, Tensor]:
-    """Tensors of a .safetensors or .pth file by name, as stored; InputError naming ``field`` when it is missing or broken.
+    """Return the tensors of a .safetensors or .pth file by name, as stored; InputError naming ``field`` for a
+    bad file.
 
     A .pth is read with ``weights_only=True``: it can hold nothing but tensors.
     """
     path = Path(path)
     if not path.is_file():
         raise InputError(
-            f"{field} needs the file {path}, which does not exist; give the place where the weights are"
+            f"{field}: the weight file {located(path)} does not exist; give its absolute path, or start "
+            "latte where the "
+            "relative one is valid"
         )
     try:
-        stored = (
-            load_file(path)
-            if path.suffix == ".safetensors"
-            else torch.load(path, map_location="cpu", weights_only=True)
-        )
+        if path.suffix == ".safetensors":
+            stored = load_file(path)
+        else:
+            stored = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a broken archive raises almost anything
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(
@@ -40,23 +52,43 @@ def read_tensors(path: str | Path, field: str) -> dict[str, Tensor]:
 
 
 def load_network(network: Network, path: str | Path, field: str) -> Network:
-    """``network`` filled from the file at ``path``."""
+    """Return ``network`` filled from the file at ``path``."""
     return fill_network(network, read_tensors(path, field), path, field)
 
 
 def fill_network(network: Network, stored: dict[str, Tensor], path: str | Path, field: str) -> Network:
-    """Fill ``network``: every tensor there, none too many, each of its shape; else an InputError with the first fault in ``path``."""
-    wanted = network.state_dict()
-    fault = [f"lacks {name}" for name in sorted(wanted.keys() - stored.keys())]
-    fault += [f"has {name} too many" for name in sorted(stored.keys() - wanted.keys())]
-    for name in sorted(wanted.keys() & stored.keys()):
-        if wanted[name].shape != stored[name].shape:
-            fault.append(
-                f"has {name} of shape {tuple(stored[name].shape)} instead of {tuple(wanted[name].shape)}"
-            )
-    if fault:
+    """Return ``network`` filled with ``stored``: every tensor, no other, each of its shape, floating point
+    and finite.
+
+    Anything else is an InputError with the first fault in ``path``.
+    """
+    expected = network.state_dict()
+    faults = [f"lacks {name}" for name in sorted(expected.keys() - stored.keys())]
+    faults += [f"has the unknown tensor {name}" for name in sorted(stored.keys() - expected.keys())]
+    for name in sorted(expected.keys() & stored.keys()):
+        shape = tuple(stored[name].shape)
+        if expected[name].shape != shape:
+            faults.append(f"has {name} of shape {shape} instead of {tuple(expected[name].shape)}")
+        elif expected[name].is_floating_point() and not is_plain_float(stored[name]):
+            faults.append(f"has {name} quantized as {stored[name].dtype}")
+    if faults:
         raise InputError(
-            f"{field}: {path} {fault[0]} (and {len(fault) - 1} more faults); it has another layout, give this codec's"
+            f"{field}: {path} {faults[0]} ({len(faults)} faults in all); it belongs to another autoencoder, "
+            "use this codec's "
+            "weights"
+        )
+    nonfinite = find_nonfinite(stored)
+    if nonfinite:
+        raise InputError(
+            f"{field}: {path}: tensor {nonfinite} (NaN or Inf); fetch it again, or use earlier weights"
         )
     network.load_state_dict(stored)
     return network
+
+
+def is_plain_float(tensor: Tensor) -> bool:
+    """Return whether a tensor is float16, bfloat16, float32 or float64.
+
+    Not int8 or float8, which need scales.
+    """
+    return tensor.is_floating_point() and tensor.element_size() >= 2

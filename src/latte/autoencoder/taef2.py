@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""taef2: a small real image autoencoder (madebyollin/taesd, MIT), 8x smaller each way, 32 latent channels, deterministic.
+"""taef2: a small real image autoencoder (madebyollin/taesd, MIT), 8x smaller each way, 32 latent channels,
+deterministic.
 
-Written from the names and shapes of its two weight files, ``taef2_encoder`` and ``taef2_decoder`` (.safetensors or .pth).
-Its images are in [0, 1]; its raw latents have a standard deviation of 0.83 over real video, hence the scale.
+Written from the names and shapes of its two weight files, ``taef2_encoder`` and ``taef2_decoder``
+(.safetensors or .pth). Its images are in [0, 1]; its raw latents have a standard deviation of 0.83 over real
+video, hence the scale.
 Axes: n frames, c channels, h height, w width.
 """
 
@@ -13,18 +15,22 @@ import torch
 from torch import Tensor, nn
 
 from latte.autoencoder.base import Codec
-from latte.autoencoder.files import load_network
+from latte.autoencoder.files import load_network, located
 from latte.checks import InputError
 
 WIDTH = 64
 
 
 def conv(inputs: int, outputs: int, stride: int = 1, bias: bool = True) -> nn.Conv2d:
+    """Return a 3 x 3 convolution that keeps the size at stride 1."""
     return nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, bias=bias)
 
 
 class Block(nn.Module):
-    """relu(x + three convolutions of x), (n 64 h w) -> the same; at the lowest resolution a wide 1x1 branch is added to x first."""
+    """relu(x + three convolutions of x), (n 64 h w) -> (n 64 h w).
+
+    With ``pool`` a wide 1x1 branch is added to x first.
+    """
 
     def __init__(self, pool: bool = False):
         super().__init__()
@@ -47,14 +53,14 @@ class Block(nn.Module):
 
 
 class SoftClamp(nn.Module):
-    """3 tanh(x / 3): a wild latent cannot blow the decoder up."""
+    """3 tanh(x / 3): bounds extreme latents."""
 
     def forward(self, x: Tensor) -> Tensor:
         return 3 * (x / 3).tanh()
 
 
 def build_encoder() -> nn.Sequential:
-    """(n 3 8h 8w) in [0, 1] -> (n 32 h w)."""
+    """Return the network (n 3 8h 8w) in [0, 1] -> (n 32 h w)."""
     layers: list[nn.Module] = [conv(3, WIDTH), Block()]
     for pool in (False, False, True):
         layers += [conv(WIDTH, WIDTH, stride=2, bias=False), Block(pool), Block(pool), Block(pool)]
@@ -62,7 +68,7 @@ def build_encoder() -> nn.Sequential:
 
 
 def build_decoder() -> nn.Sequential:
-    """(n 32 h w) -> (n 3 8h 8w), about [0, 1]."""
+    """Return the network (n 32 h w) -> (n 3 8h 8w), about [0, 1]."""
     layers: list[nn.Module] = [SoftClamp(), conv(32, WIDTH), nn.ReLU(), Block(True), Block(True), Block(True)]
     for blocks in (3, 3, 1):
         layers += [
@@ -76,14 +82,21 @@ def build_decoder() -> nn.Sequential:
 class Taef2Codec(Codec):
     """taef2 as a codec: latents scaled by 1.2 to about unit variance."""
 
-    name, channels, downscale, scale = "taef2", 32, 8, 1.2
+    name = "taef2"
+    channels = 32
+    downscale = 8
+    scale = 1.2
 
     @classmethod
     def load(cls, path: str | None, chunk: int, device: str | torch.device) -> Self:
-        """``path``: the folder with taef2_encoder and taef2_decoder; .safetensors is preferred to .pth."""
+        """Return the codec.
+
+        ``path`` is the folder of taef2_encoder and taef2_decoder, .safetensors preferred to .pth.
+        """
         if path is None or not Path(path).is_dir():
+            place = "missing" if path is None else f"{located(path)}, which is no folder"
             raise InputError(
-                f"codec.path is {path!r}, but codec 'taef2' needs taef2_encoder and taef2_decoder; give their folder"
+                f"codec.path is {place}: codec 'taef2' needs the folder of taef2_encoder and taef2_decoder"
             )
         parts = {"encoder": build_encoder(), "decoder": build_decoder()}
         for part, network in parts.items():

@@ -16,7 +16,10 @@ MAX_STEPS = 1_000_000  # tables of a process hold that many float64 numbers each
 
 @dataclass(frozen=True)
 class DiffusionConfig:
-    """How data are noised and what the model learns to predict; InputError on construction for an impossible process."""
+    """How data are noised and what the model learns to predict.
+
+    InputError on construction for an impossible process.
+    """
 
     schedule: str = "linear"  # key of SCHEDULES; rectified_flow has its own straight path and takes no other
     num_steps: int = 1000  # timesteps in training
@@ -29,19 +32,24 @@ class DiffusionConfig:
 
 
 def build_process(config: DiffusionConfig) -> Process | Flow:
-    """Return the Process of ``config``, or the Flow for rectified flow; InputError for an impossible combination."""
+    """Return the Process of ``config``, or the Flow for rectified flow.
+
+    InputError for an impossible combination.
+    """
     schedule = choose("diffusion.schedule", config.schedule, SCHEDULES)
     objective = choose("diffusion.objective", config.objective, OBJECTIVES)
     num_steps = config.num_steps
     check(
         type(num_steps) is int and 1 <= num_steps <= MAX_STEPS,
-        f"diffusion.num_steps must be an integer from 1 to {MAX_STEPS}, got {num_steps!r}; the paper uses 1000",
+        f"diffusion.num_steps must be an integer from 1 to {MAX_STEPS}, got {num_steps!r}; the paper uses "
+        "1000",
     )
     if not objective.straight_path:
         return Process(schedule(num_steps), prediction=objective.prediction)
     check(
         config.schedule == "linear",
-        f"diffusion.schedule is {config.schedule}, but diffusion.objective={config.objective} has its own straight path; "
+        f"diffusion.schedule is {config.schedule}, but diffusion.objective={config.objective} has its own "
+        "straight path; "
         "leave diffusion.schedule at linear",
     )
     return Flow(torch.arange(1, num_steps + 1, dtype=torch.float64) / num_steps)

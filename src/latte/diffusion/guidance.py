@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Classifier-free guidance as a wrapper around a model that is itself a denoise function: no sampler knows about it.
+"""Classifier-free guidance as a wrapper around a model that is itself a denoise function: no sampler knows
+about it.
 
-A condition is the model's own keywords, such as {"label": (b,)} or {"text": (b l k), "mask": (b l)}; it passes through here
-without being looked at (Ho & Salimans 2022, eq. 6; Latte, Sec. 4.1).
+A condition is the model's own keywords, such as {"label": (b,)} or {"text": (b l k), "mask": (b l)}; it
+passes through here without being looked at (Ho & Salimans 2022, eq. 6; Latte, Sec. 4.1).
 Axes: b batch, f frames, c channels, h height, w width.
 """
 
@@ -16,7 +17,10 @@ from latte.checks import InputError, check
 from latte.diffusion.process import DenoiseFunction
 
 Model = Callable[..., Tensor]
-"""(z (b f c h w), original timesteps (b,), **condition) -> (b f c|2c h w): a ``latte.model.denoiser.Denoiser``."""
+"""(z (b f c h w), original timesteps (b,), **condition) -> (b f c|2c h w).
+
+A ``latte.model.denoiser.Denoiser``.
+"""
 Condition = Mapping[str, Tensor]
 """Keyword of the model -> tensor (b ...). Empty for an unconditional model."""
 
@@ -34,12 +38,13 @@ def guided(
 ) -> DenoiseFunction:
     """Return the denoise function u + scale (c - u): c is the model under ``condition``, u under ``null``.
 
-    Both hold the same keywords with tensors of the same shapes: a caption and its negative prompt are padded to one length,
-    with a mask. One call of the model on 2b clips, the conditional half first, combined in the precision of z. Only the
-    prediction's channels are guided; variance channels are those of the conditional half. Scale 1 is the conditional model
-    without guidance: one pass of b clips. ``window`` (first, last) guides only the original timesteps inside it, both ends
-    included (Kynkaanniemi et al. 2024). InputError for a scale outside 0..MAX_GUIDANCE, a reversed window, an empty condition
-    at any scale but 1, and conditions that do not match.
+    Both hold the same keywords with tensors of the same shapes: a caption and its negative prompt are padded
+    to one length, with a mask. One call of the model on 2b clips, the conditional half first, combined in the
+    precision of z. Only the prediction's channels are guided; variance channels are those of the conditional
+    half. Scale 1 is the conditional model without guidance: one pass of b clips. ``window`` (first, last)
+    guides only the original timesteps inside it, both ends included (Kynkaanniemi et al. 2024). InputError
+    for a scale outside 0..MAX_GUIDANCE, a reversed window, an empty condition at any scale but 1, and
+    conditions that do not match.
     """
     check_guidance(scale, window)
     plain = conditional(model, condition)
@@ -47,7 +52,8 @@ def guided(
         return plain
     if not condition:
         raise InputError(
-            f"guidance is {scale}, but an unconditional model has no condition to be guided by; use guidance 1, or give labels"
+            f"guidance is {scale}, but an unconditional model has no condition to be guided by; use guidance "
+            "1, or give labels"
         )
     check_same_shapes(condition, null)
     joint = {key: torch.cat([condition[key], null[key]]) for key in condition}  # (2b ...)
@@ -76,12 +82,14 @@ def check_guidance(scale: float, window: tuple[int, int] | None = None, field: s
     """Raise InputError for a scale outside 0..MAX_GUIDANCE and for a reversed window."""
     check(
         math.isfinite(scale) and 0 <= scale <= MAX_GUIDANCE,
-        f"{field} must be between 0 and {MAX_GUIDANCE:g}, got {scale}; 1 samples without guidance, 4 is strong",
+        f"{field} must be between 0 and {MAX_GUIDANCE:g}, got {scale}; 1 samples without guidance, 4 is "
+        "strong",
     )
     if window is not None:
         check(
             window[0] <= window[1],
-            f"guidance window is {window}, but must be (first, last) guided timestep with first <= last; swap them",
+            f"guidance window is {window}, but must be (first, last) guided timestep with first <= last; "
+            "swap them",
         )
 
 
@@ -91,5 +99,6 @@ def check_same_shapes(condition: Condition, null: Condition) -> None:
     null_shapes = {key: tuple(tensor.shape) for key, tensor in null.items()}
     check(
         shapes == null_shapes,
-        f"the null condition has shapes {null_shapes}, but the condition has {shapes}; pad both to one length",
+        f"the null condition has shapes {null_shapes}, but the condition has {shapes}; pad both to one "
+        "length",
     )

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Clips longer than the model's own: overlapping windows of its own length, and the methods that make one clip of them.
+"""Clips longer than the model's own: overlapping windows of its own length, and the methods that make one
+clip of them.
 
-A method is a function (sample, denoise, noise, frames, mask, window, overlap, progress) -> z_0 (b f c h w), where ``frames``
-(1|b f c h w) holds the conditioning frames and ``mask``, bool (f,), their positions. A clip that fits into one window is the
-ordinary sample, whatever the method. To add a method: one function and one entry in LONG_VIDEO_METHODS.
+A method is a function (sample, denoise, noise, frames, mask, window, overlap, progress) -> z_0 (b f c h w),
+where ``frames`` (1|b f c h w) holds the conditioning frames and ``mask``, bool (f,), their positions. A clip
+that fits into one window is the ordinary sample, whatever the method. To add a method: one function and one
+entry in LONG_VIDEO_METHODS.
 Axes: b batch, f frames, c channels, h height, w width.
 """
 
@@ -17,11 +19,12 @@ from latte.diffusion.process import DenoiseFunction
 from latte.diffusion.samplers import Noise, Progress
 
 SampleFunction = Callable[[DenoiseFunction, Noise, Tensor, Tensor, float, Progress | None], Tensor]
-"""(denoise, noise, frames, mask, strength_scale, progress) -> a sample (b f c h w) that equals the conditioning frames bit for
-bit; ``strength_scale`` multiplies the strength of frame guidance."""
+"""(denoise, noise, frames, mask, strength_scale, progress) -> a sample (b f c h w) that equals the
+conditioning frames bit for bit; ``strength_scale`` multiplies the strength of frame guidance."""
 CHAIN_STRENGTH = 0.25
-"""Scale of the frame guidance in a chain, where half a window is given. Chains of skies, half a window shared, strength 2: the
-contrast of the second 16 frames over that of the first is 0.99 at 0.25, 1.17 at 0.5 and 1.33 at 1 (docs/LOG.md)."""
+"""Scale of the frame guidance in a chain, where half a window is given. Chains of skies, half a window
+shared, strength 2: the contrast of the second 16 frames over that of the first is 0.99 at 0.25, 1.17 at 0.5
+and 1.33 at 1 (docs/LOG.md)."""
 
 
 def freenoise(
@@ -34,7 +37,8 @@ def freenoise(
     overlap: int | None,
     progress: Progress | None,
 ) -> Tensor:
-    """Denoise all windows side by side (``in_windows``) from shuffled copies of one window's noise (``shuffled_noise``).
+    """Denoise all windows side by side (``in_windows``) from shuffled copies of one window's noise
+    (``shuffled_noise``).
 
     The scene stays the same, and motion nearly repeats: all windows start from the same frames of noise.
     """
@@ -55,8 +59,9 @@ def chained(
 ) -> Tensor:
     """Generate one window after the other, each conditioned on the frames it shares with those before.
 
-    The scene stays and moves on, as long as it resembles the training data. A finished window is never changed by a later
-    one. Memory is that of one window with its gradient, time two to three times that of ``freenoise``.
+    The scene stays and moves on, as long as it resembles the training data. A finished window is never
+    changed by a later one. Memory is that of one window with its gradient, time two to three times that of
+    ``freenoise``.
     """
     starts = window_starts(mask.shape[0], window, window // 2 if overlap is None else overlap)
     z = frames
@@ -94,13 +99,15 @@ def window_starts(frames: int, length: int, overlap: int) -> list[int]:
 
 
 def in_windows(denoise: DenoiseFunction, length: int, overlap: int | None = None) -> DenoiseFunction:
-    """Return ``denoise`` for clips of any length: it sees ``length`` frames at a time; ``overlap`` None is half of them.
+    """Return ``denoise`` for clips of any length: it sees ``length`` frames at a time; ``overlap`` None is
+    half of them.
 
-    Frames in several windows get the weighted mean of their predictions, so that all windows advance as one clip
-    (MultiDiffusion, Bar-Tal et al. 2023, arXiv 2302.08113, eq. 5, over space; Gen-L-Video, Wang et al. 2023, arXiv 2305.18264,
-    over time). A frame counts less towards a window's edge, where the model sees its context on one side only (Mixture of
-    Diffusers, Jimenez 2023, arXiv 2302.02412). Windows agree through their overlap alone. Memory is that of one window.
-    Frame conditioning wraps this one, condition_on_frames(in_windows(...), ...); its gradient then holds all windows.
+    Frames in several windows get the weighted mean of their predictions, so that all windows advance as one
+    clip (MultiDiffusion, Bar-Tal et al. 2023, arXiv 2302.08113, eq. 5, over space; Gen-L-Video, Wang et al.
+    2023, arXiv 2305.18264, over time). A frame counts less towards a window's edge, where the model sees its
+    context on one side only (Mixture of Diffusers, Jimenez 2023, arXiv 2302.02412). Windows agree through
+    their overlap alone. Memory is that of one window. Frame conditioning wraps this one,
+    condition_on_frames(in_windows(...), ...); its gradient then holds all windows.
     """
     overlap = length // 2 if overlap is None else overlap
     window_starts(length, length, overlap)  # refuse a wrong overlap now
@@ -133,10 +140,11 @@ def edge_weights(length: int) -> Tensor:
 
 
 def shuffled_noise(noise: Noise, window: int, stride: int) -> Noise:
-    """Return noise whose first ``window`` frames are ``noise``'s, and every further ``stride`` a shuffled copy of earlier ones.
+    """Return noise whose first ``window`` frames are ``noise``'s, and every further ``stride`` a shuffled
+    copy of earlier ones.
 
-    All windows start from the same frames of noise in different orders, so their content is alike (FreeNoise, Qiu et al. 2023,
-    arXiv 2310.15169, Sec. 3.2). The order, too, is drawn from each sample's own generator.
+    All windows start from the same frames of noise in different orders, so their content is alike (FreeNoise,
+    Qiu et al. 2023, arXiv 2310.15169, Sec. 3.2). The order, too, is drawn from each sample's own generator.
     """
 
     def extended(shape: Sequence[int]) -> Tensor:

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The training objective: the error of the prediction, and the variational bound that trains the variance channels.
+"""The training objective: the error of the prediction, and the variational bound that trains the variance
+channels.
 
-An objective is two choices: what the output means, and how much each timestep counts. The bound (L_hybrid of Nichol & Dhariwal
-2021, as in the released code of Latte) gets a detached mean, so that it trains the variance channels alone. Everything runs in
-the precision of z_0: float32 in training, float64 when a test asks for it.
+An objective is two choices: what the output means, and how much each timestep counts. The bound (L_hybrid of
+Nichol & Dhariwal 2021, as in the released code of Latte) gets a detached mean, so that it trains the variance
+channels alone. Everything runs in the precision of z_0: float32 in training, float64 when a test asks for it.
 To add an objective: one entry in OBJECTIVES.
 Axes: b batch, f frames, c channels, h height, w width.
 """
@@ -20,7 +21,10 @@ from latte.diffusion.process import PREDICTIONS, DenoiseFunction, NoisePath, Pro
 
 
 class Loss(NamedTuple):
-    """Per clip, each (b,), averaged over f c h w: ``total`` is minimised (its batch mean), ``vlb`` is in bits per element."""
+    """Per clip, each (b,), averaged over f c h w.
+
+    ``total`` is minimised (its batch mean), ``vlb`` is in bits per element.
+    """
 
     total: Tensor
     mse: Tensor
@@ -45,9 +49,11 @@ def _normal_cdf(x: Tensor) -> Tensor:
 
 
 def discretised_log_likelihood(z: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:
-    """Return the log probability of the bin z +- 1/255 under N(mean, exp log_variance), per element, in nats (DDPM eq. 13).
+    """Return the log probability of the bin z +- 1/255 under N(mean, exp log_variance), per element, in nats
+    (DDPM eq. 13).
 
-    The outer bins (beyond +-0.999) extend to infinity, as for 8-bit pixels; the released code applies this to latents as is.
+    The outer bins (beyond +-0.999) extend to infinity, as for 8-bit pixels; the released code applies this to
+    latents as is.
     """
     precision = torch.exp(-0.5 * log_variance)
     above = _normal_cdf(precision * (z - mean + 1 / 255))
@@ -59,8 +65,8 @@ def discretised_log_likelihood(z: Tensor, mean: Tensor, log_variance: Tensor) ->
 def bound(process: Process, output: Tensor, z0: Tensor, zt: Tensor, t: Tensor) -> Tensor:
     """Return the variational bound's term at t (b,), in bits per element: (b,).
 
-    KL(q(z_t-1 | z_t, z_0) || p(z_t-1 | z_t)), and at t = 0 the negative log-likelihood of z_0. Detach the prediction in
-    ``output`` beforehand to train the variance alone.
+    KL(q(z_t-1 | z_t, z_0) || p(z_t-1 | z_t)), and at t = 0 the negative log-likelihood of z_0. Detach the
+    prediction in ``output`` beforehand to train the variance alone.
     """
     true = process.posterior(z0, zt, t)
     model = process.reverse_step(output, zt, t)
@@ -75,7 +81,10 @@ def uniform(process: NoisePath, t: Tensor, z0: Tensor) -> Tensor:
 
 
 def min_snr(process: NoisePath, t: Tensor, z0: Tensor) -> Tensor:
-    """Return min(SNR, 5) / SNR (b,): timesteps with little noise count less (Hang et al. 2023, eps prediction, gamma = 5)."""
+    """Return min(SNR, 5) / SNR (b,): timesteps with little noise count less (Hang et al.
+
+    2023, eps prediction, gamma = 5).
+    """
     snr = (process.at("signal", t, z0) / process.at("noise", t, z0)).flatten() ** 2  # (b)
     return snr.clamp(max=5.0) / snr
 

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The forward process z_t = signal z_0 + noise eps, the posterior q(z_t-1 | z_t, z_0), and what a model's output means.
+"""The forward process z_t = signal z_0 + noise eps, the posterior q(z_t-1 | z_t, z_0), and what a model's
+output means.
 
-All tables are float64 on the CPU. They meet a model's tensors in one place, ``NoisePath.at``, which casts them to float32.
-Two kinds of index: ``t`` counts the steps of this process (respaced or not); the *original* timestep is the model's input.
-Ho et al. 2020 (DDPM), Nichol & Dhariwal 2021 (learned variance), Liu et al. 2023 (rectified flow).
+All tables are float64 on the CPU. They meet a model's tensors in one place, ``NoisePath.at``, which casts
+them to float32. Two kinds of index: ``t`` counts the steps of this process (respaced or not); the *original*
+timestep is the model's input. Ho et al. 2020 (DDPM), Nichol & Dhariwal 2021 (learned variance), Liu et al.
+2023 (rectified flow).
 Axes: b batch, f frames, c channels, h height, w width.
 """
 
@@ -21,7 +23,8 @@ DenoiseFunction = Callable[[Tensor, Tensor], Tensor]
 
 
 class Prediction(Protocol):
-    """What a model's output means, given the coefficients ``signal`` and ``noise`` of z_t = signal z_0 + noise eps."""
+    """What a model's output means, given the coefficients ``signal`` and ``noise`` of z_t = signal z_0 + "
+    "noise eps."""
 
     straight_path: ClassVar[bool]
     """Whether it belongs to the straight path of rectified flow, which has no schedule and no variance."""
@@ -61,7 +64,8 @@ class EpsilonPrediction:
 
 
 class VelocityPrediction:
-    """The output is v = signal eps - noise z_0, with signal^2 + noise^2 = 1 (Salimans & Ho 2022, appendix D)."""
+    """The output is v = signal eps - noise z_0, with signal^2 + noise^2 = 1 (Salimans & Ho 2022, appendix "
+    "D)."""
 
     straight_path = False
 
@@ -79,7 +83,10 @@ class VelocityPrediction:
 
 
 class FlowPrediction:
-    """The output is dz/ds = eps - z_0, the velocity of the straight path with signal + noise = 1 (Liu et al. 2023, eq. 1)."""
+    """The output is dz/ds = eps - z_0, the velocity of the straight path with signal + noise = 1 (Liu et al.
+
+    2023, eq. 1).
+    """
 
     straight_path = True
 
@@ -104,9 +111,11 @@ PREDICTIONS: dict[str, type[Prediction]] = {
 
 
 class NoisePath:
-    """z_t = signal z_0 + noise eps over ``num_steps`` indices. Abstract: Process and Flow define signal and noise.
+    """z_t = signal z_0 + noise eps over ``num_steps`` indices. Abstract: Process and Flow define signal and
+    noise.
 
-    signal, noise: float64 (num_steps,). timestep_map: int64 (num_steps,), the original timestep of each index.
+    signal, noise: float64 (num_steps,). timestep_map: int64 (num_steps,), the original timestep of each
+    index.
     prediction: key of PREDICTIONS, what the model's output means.
     """
 
@@ -133,21 +142,26 @@ class NoisePath:
         return self._placed[key]
 
     def at(self, name: str, t: Tensor, like: Tensor) -> Tensor:
-        """Return entries t (b,) of the float64 table ``name`` as (b 1 1 1 1), on the device of ``like`` and in float32.
+        """Return entries t (b,) of the float64 table ``name`` as (b 1 1 1 1), on the device of ``like`` and
+        in float32.
 
-        The only change of precision here. A float64 ``like`` keeps float64; a half-precision one gets float32, so that
-        everything computed from it is float32 again.
+        The only change of precision here. A float64 ``like`` keeps float64; a half-precision one gets
+        float32, so that everything computed from it is float32 again.
         """
         dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
         entries = self._table(name, like.device, dtype)[t.to(like.device)]  # (b)
         return entries.view(-1, *[1] * (like.ndim - 1))  # (b 1 1 1 1)
 
     def original(self, t: Tensor) -> Tensor:
-        """Return the original timesteps (b,) of indices t (b,) int64, on the device of ``t``: the model's input."""
+        """Return the original timesteps (b,) of indices t (b,) int64, on the device of ``t``.
+
+        The model's input.
+        """
         return self._table("timestep_map", t.device, torch.int64)[t]
 
     def add_noise(self, z0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-        """Return a sample of q(z_t | z_0) (b f c h w) from z0 and standard normal eps (b f c h w), t (b,) (DDPM eq. 4)."""
+        """Return a sample of q(z_t | z_0) (b f c h w) from z0 and standard normal eps (b f c h w), t (b,) "
+        "(DDPM eq. 4)."""
         return self.at("signal", t, z0) * z0 + self.at("noise", t, z0) * eps
 
     def target(self, z0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
@@ -155,7 +169,8 @@ class NoisePath:
         return PREDICTIONS[self.prediction].target(self.at("signal", t, z0), self.at("noise", t, z0), z0, eps)
 
     def split(self, output: Tensor, zt: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Split output (b f c|2c h w) into the prediction (b f c h w) and the variance channels (b f c h w) or None.
+        """Split output (b f c|2c h w) into the prediction (b f c h w) and the variance channels (b f c h w)
+        or None.
 
         Both are float32, or float64 if zt is. InputError for an output of another shape.
         """
@@ -163,15 +178,20 @@ class NoisePath:
         same_grid = output.shape[:2] == zt.shape[:2] and output.shape[3:] == zt.shape[3:]
         check(
             same_grid and output.shape[2] in (channels, 2 * channels),
-            f"the model output has shape {tuple(output.shape)}, but the latent {tuple(zt.shape)} needs {channels} "
-            f"channels, or {2 * channels} with a learned variance; check model.latent_channels and model.learn_sigma",
+            f"the model output has shape {tuple(output.shape)}, but the latent {tuple(zt.shape)} needs "
+            f"{channels} "
+            f"channels, or {2 * channels} with a learned variance; check model.latent_channels and "
+            "model.learn_sigma",
         )
         output = output.to(torch.float64 if zt.dtype == torch.float64 else torch.float32)
         variance = output[:, :, channels:] if output.shape[2] > channels else None  # (b f c h w)
         return output[:, :, :channels], variance
 
     def estimate(self, prediction: Tensor, zt: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the z_0 and eps that a prediction implies at zt (both (b f c h w)) and t (b,); z_0 is not clipped."""
+        """Return the z_0 and eps that a prediction implies at zt (both (b f c h w)) and t (b,).
+
+        Z_0 is not clipped.
+        """
         kind = PREDICTIONS[self.prediction]
         signal = self.at("signal", t, zt)
         noise = self.at("noise", t, zt)
@@ -196,7 +216,10 @@ class ReverseStep(NamedTuple):
 
 
 class Process(NoisePath):
-    """The Gaussian diffusion of ``betas``: signal^2 + noise^2 = 1. Every attribute is a float64 table (num_steps,)."""
+    """The Gaussian diffusion of ``betas``: signal^2 + noise^2 = 1.
+
+    Every attribute is a float64 table (num_steps,).
+    """
 
     has_posterior = True
 
@@ -219,8 +242,8 @@ class Process(NoisePath):
         self.posterior_z0 = betas * self.alphas_cumprod_prev.sqrt() / (1 - self.alphas_cumprod)
         self.posterior_zt = (1 - self.alphas_cumprod_prev) * (1 - betas).sqrt() / (1 - self.alphas_cumprod)
         self.posterior_variance = betas * (1 - self.alphas_cumprod_prev) / (1 - self.alphas_cumprod)
-        # The variance at index 0 is 0, so its logarithm is that of index 1 (of beta when there is only one step,
-        # whose random term is not used).
+        # The variance at index 0 is 0, so its logarithm is that of index 1 (of beta when there is only one
+        # step, whose random term is not used).
         first = self.posterior_variance[1:2] if len(betas) > 1 else betas
         self.posterior_log_variance = torch.cat([first, self.posterior_variance[1:]]).log()
         self.log_betas = betas.log()
@@ -234,9 +257,9 @@ class Process(NoisePath):
     def reverse_step(self, output: Tensor, zt: Tensor, t: Tensor) -> ReverseStep:
         """Return p(z_t-1 | z_t) of a model's output (b f c|2c h w) at zt (b f c h w) and t (b,).
 
-        Variance channels v in [-1, 1] interpolate in log space between the posterior's variance and beta: log variance =
-        w log beta + (1 - w) log posterior variance, w = (v + 1) / 2 (Nichol & Dhariwal, eq. 15). A model without variance
-        channels gets the posterior's variance ("fixed small").
+        Variance channels v in [-1, 1] interpolate in log space between the posterior's variance and beta: log
+        variance = w log beta + (1 - w) log posterior variance, w = (v + 1) / 2 (Nichol & Dhariwal, eq. 15). A
+        model without variance channels gets the posterior's variance ("fixed small").
         """
         prediction, v = self.split(output, zt)
         z0, eps = self.estimate(prediction, zt, t)
@@ -247,19 +270,28 @@ class Process(NoisePath):
         return ReverseStep(z0, eps, mean, w * self.at("log_betas", t, zt) + (1 - w) * smallest)
 
     def keep(self, indices: Sequence[int]) -> "Process":
-        """Return the process over ``indices`` (ascending) alone: the same marginals, with betas recomputed between them."""
+        """Return the process over ``indices`` (ascending) alone.
+
+        The same marginals, with betas recomputed between them.
+        """
         kept = list(indices)
         alphas_cumprod = self.alphas_cumprod[kept]
         previous = torch.cat([torch.ones(1, dtype=torch.float64), alphas_cumprod[:-1]])
         return Process(1 - alphas_cumprod / previous, self.timestep_map[kept], self.prediction)
 
     def respaced(self, sections: str) -> "Process":
-        """Return the process over ``spaced_timesteps(num_steps, sections)``: "250", "10,15,20" or "ddim50"."""
+        """Return the process over ``spaced_timesteps(num_steps, sections)``.
+
+        "250", "10,15,20" or "ddim50".
+        """
         return self.keep(spaced_timesteps(self.num_steps, sections))
 
 
 class Flow(NoisePath):
-    """The straight path of rectified flow: z_s = (1 - s) z_0 + s eps, s from 1 / num_steps to 1 (pure noise)."""
+    """The straight path of rectified flow.
+
+    Z_s = (1 - s) z_0 + s eps, s from 1 / num_steps to 1 (pure noise).
+    """
 
     def __init__(self, times: Tensor, timestep_map: Sequence[int] | Tensor | None = None):
         """times: s of each index, float64 (num_steps,), ascending in (0, 1]."""

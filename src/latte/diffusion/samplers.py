@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From noise to a sample, one small function per sampler; each visits every timestep of a process that is respaced for it.
+"""From noise to a sample, one small function per sampler; each visits every timestep of a process that is
+respaced for it.
 
-DDPM and DDIM are our own, with the released code's respacing. DPM-Solver++, UniPC, Euler and Heun are diffusers' schedulers,
-built from explicit values and fed z_0, so that what a model's output means stays in ``process.py``. Rectified flow has its own
-Euler steps. Start noise and later noise come from one generator per sample, and no step mixes samples: a sample does not depend
-on its batch. To add a sampler: a function and one entry in SAMPLERS.
+DDPM and DDIM are our own, with the released code's respacing. DPM-Solver++, UniPC, Euler and Heun are
+diffusers' schedulers, built from explicit values and fed z_0, so that what a model's output means stays in
+``process.py``. Rectified flow has its own Euler steps. Start noise and later noise come from one generator
+per sample, and no step mixes samples: a sample does not depend on its batch. To add a sampler: a function and
+one entry in SAMPLERS.
 Axes: b batch, f frames, c channels, h height, w width.
 """
 
@@ -45,7 +47,10 @@ def ddpm(
     eta: float,
     progress: Progress | None,
 ) -> Tensor:
-    """Ancestral sampling (DDPM, algorithm 2) with the model's own variance; the last step also draws noise, and drops it."""
+    """Ancestral sampling (DDPM, algorithm 2) with the model's own variance.
+
+    The last step also draws noise, and drops it.
+    """
     for i in _with_progress(range(process.num_steps - 1, -1, -1), progress):
         t = torch.full((len(z),), i, device=z.device)
         step = process.reverse_step(denoise(z, process.original(t)), z, t)
@@ -62,7 +67,10 @@ def ddim(
     eta: float,
     progress: Progress | None,
 ) -> Tensor:
-    """DDIM (Song et al. 2021, eq. 12 and 16): eta 0 is deterministic, eta 1 is DDPM with the posterior's variance."""
+    """DDIM (Song et al. 2021, eq. 12 and 16).
+
+    Eta 0 is deterministic, eta 1 is DDPM with the posterior's variance.
+    """
     for i in _with_progress(range(process.num_steps - 1, -1, -1), progress):
         t = torch.full((len(z),), i, device=z.device)
         step = process.reverse_step(denoise(z, process.original(t)), z, t)
@@ -83,7 +91,10 @@ def flow(
     eta: float,
     progress: Progress | None,
 ) -> Tensor:
-    """Euler steps along the learned velocity dz/ds = eps - z_0 from s = 1 (noise) to s = 0 (Liu et al. 2023, eq. 1)."""
+    """Euler steps along the learned velocity dz/ds = eps - z_0 from s = 1 (noise) to s = 0 (Liu et al.
+
+    2023, eq. 1).
+    """
     times = process.times.tolist()
     for i in _with_progress(range(process.num_steps - 1, -1, -1), progress):
         t = torch.full((len(z),), i, device=z.device)
@@ -95,12 +106,14 @@ def flow(
 
 
 def _scheduler(scheduler_class: str, settings: dict[str, Any], process: Process) -> Any:
-    """Return the diffusers scheduler over all steps of ``process``, with every value that matters given here."""
+    """Return the diffusers scheduler over all steps of ``process``, with every value that matters given "
+    "here."""
     try:
         import diffusers
     except ImportError as error:
         raise InputError(
-            f"{scheduler_class} is part of diffusers, which is not installed; pip install diffusers, or use sampler ddpm or ddim"
+            f"{scheduler_class} is part of diffusers, which is not installed; pip install diffusers, or use "
+            "sampler ddpm or ddim"
         ) from error
     scheduler = getattr(diffusers, scheduler_class)(
         num_train_timesteps=process.num_steps,
@@ -124,7 +137,10 @@ def solver(
     eta: float,
     progress: Progress | None,
 ) -> Tensor:
-    """A deterministic solver of diffusers over the indices of ``process``; Heun calls the model 2 steps - 1 times."""
+    """A deterministic solver of diffusers over the indices of ``process``.
+
+    Heun calls the model 2 steps - 1 times.
+    """
     scheduler = _scheduler(scheduler_class, settings, process)
     z = z * scheduler.init_noise_sigma
     for step in _with_progress(scheduler.timesteps, progress):
@@ -149,18 +165,18 @@ class Sampler(NamedTuple):
     """Whether it has DDIM's eta."""
 
 
-# The scheduler sees a process that is respaced already, and must visit each of its N indices: that is "trailing" for the first
-# two classes and "leading" for the others, which also starts those from the noise itself rather than from it scaled by
-# sqrt(1 - alphas_cumprod).
+# The scheduler sees a process that is respaced already, and must visit each of its N indices: that is
+# "trailing" for the first two classes and "leading" for the others, which also starts those from the noise
+# itself rather than from it scaled by sqrt(1 - alphas_cumprod).
 MULTISTEP = {"solver_order": 2, "final_sigmas_type": "zero", "timestep_spacing": "trailing"}
 DPMPP = {"algorithm_type": "dpmsolver++", "solver_type": "midpoint", **MULTISTEP}
 UNIPC = {"predict_x0": True, "solver_type": "bh2", **MULTISTEP}
 EULER = {"interpolation_type": "linear", "final_sigmas_type": "zero", "timestep_spacing": "leading"}
 HEUN = {"clip_sample": False, "timestep_spacing": "leading"}
 
-# Solvers step from the last index straight to the data, so indices that include 0 waste a step: on Gaussian data of standard
-# deviation 1, dpmpp at 10 steps gives 0.95 on trailing timesteps and 1.33 on the released ones. Heun needs 50 steps on
-# squared_cosine.
+# Solvers step from the last index straight to the data, so indices that include 0 waste a step: on Gaussian
+# data of standard deviation 1, dpmpp at 10 steps gives 0.95 on trailing timesteps and 1.33 on the released
+# ones. Heun needs 50 steps on squared_cosine.
 SAMPLERS = {
     "ddpm": Sampler(ddpm),
     "ddim": Sampler(ddim, has_eta=True),
@@ -173,9 +189,11 @@ SAMPLERS = {
 
 
 def indices(sampler: Sampler, num_steps: int, steps: int | str) -> list[int]:
-    """Return the indices that ``sampler`` visits, ascending: ``steps`` of ``num_steps``; InputError for more than there are.
+    """Return the indices that ``sampler`` visits, ascending: ``steps`` of ``num_steps``; InputError for more
+    than there are.
 
-    A single step starts from pure noise and so is the last index, where the released code's list has the first.
+    A single step starts from pure noise and so is the last index, where the released code's list has the
+    first.
     """
     if isinstance(steps, int):
         check(
@@ -196,7 +214,8 @@ def check_finite(denoise: DenoiseFunction) -> DenoiseFunction:
         for name, tensor in (("latent", z), ("model output", output)):
             if not bool(tensor.isfinite().all()):
                 raise RunError(
-                    f"sampling: the {name} holds NaN or Inf at step {num_calls} (timestep {int(t.flatten()[0])}); "
+                    f"sampling: the {name} holds NaN or Inf at step {num_calls} (timestep "
+                    f"{int(t.flatten()[0])}); "
                     "check the weights, use a lower guidance, or --dtype fp32"
                 )
         return output
@@ -216,13 +235,17 @@ def sample(
     device: str | torch.device = "cpu",
     progress: Progress | None = None,
 ) -> Tensor:
-    """Sample z_0 (b f c h w) with the sampler ``name`` of SAMPLERS; b is that of ``noise``, such as ``runtime.SampleNoise(seeds)``.
+    """Sample z_0 (b f c h w) with the sampler ``name`` of SAMPLERS; b is that of ``noise``, such as
+    ``runtime.SampleNoise(seeds)``.
 
-    denoise: (z, original timesteps (b,)) -> model output, guidance included. process: the one of training, not respaced.
-    noise(shape): the next standard normal (b, *shape); its precision, float32, is that of the sample. shape: (f c h w).
-    steps: a count, or for ddpm and ddim a respacing such as "ddim50". eta: 0 (deterministic) to 1, for ddim alone.
-    progress(i, n): called after each of the n steps. InputError for any other combination, RunError that names the step when
-    the latent or the model's output holds NaN or Inf.
+    denoise: (z, original timesteps (b,)) -> model output, guidance included. process: the one of training,
+    not respaced.
+    noise(shape): the next standard normal (b, *shape); its precision, float32, is that of the sample. shape:
+    (f c h w).
+    steps: a count, or for ddpm and ddim a respacing such as "ddim50". eta: 0 (deterministic) to 1, for ddim
+    alone.
+    progress(i, n): called after each of the n steps. InputError for any other combination, RunError that
+    names the step when the latent or the model's output holds NaN or Inf.
     """
     sampler = choose("sampler", name, SAMPLERS)
     fitting = ", ".join(other for other, entry in SAMPLERS.items() if process.prediction in entry.predictions)
@@ -243,6 +266,7 @@ def sample(
     z = sampler.run(check_finite(denoise), respaced, next_noise(), next_noise, eta, progress)
     if not bool(z.isfinite().all()):
         raise RunError(
-            "sampling: the latent holds NaN or Inf after the last step; check the weights, use a lower guidance, or --dtype fp32"
+            "sampling: the latent holds NaN or Inf after the last step; check the weights, use a lower "
+            "guidance, or --dtype fp32"
         )
     return z

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Noise schedules (betas), and which of their timesteps a sampler visits. Plain numbers: no model and no latents here.
+"""Noise schedules (betas), and which of their timesteps a sampler visits. Plain numbers: no model and no
+latents here.
 
 To add a schedule: a function num_steps -> betas, and one entry in SCHEDULES.
 """
@@ -14,10 +15,14 @@ from latte.checks import InputError, check
 
 
 def linear(num_steps: int) -> Tensor:
-    """Return betas (num_steps,) float64 from 1e-4 to 0.02, both ends scaled by 1000 / num_steps (DDPM; Latte, Sec. 4.1)."""
+    """Return betas (num_steps,) float64 from 1e-4 to 0.02, both ends scaled by 1000 / num_steps (DDPM.
+
+    Latte, Sec. 4.1).
+    """
     check(
         num_steps > 20,
-        f"diffusion.num_steps is {num_steps}, but the linear schedule ends at beta = 20 / num_steps, which must stay "
+        f"diffusion.num_steps is {num_steps}, but the linear schedule ends at beta = 20 / num_steps, which "
+        "must stay "
         "below 1; use 21 or more, or diffusion.schedule=squared_cosine",
     )
     scale = 1000 / num_steps
@@ -25,7 +30,8 @@ def linear(num_steps: int) -> Tensor:
 
 
 def squared_cosine(num_steps: int) -> Tensor:
-    """Return betas (num_steps,) float64, at most 0.999, whose alphas_cumprod follow cos^2 (Nichol & Dhariwal, eq. 17)."""
+    """Return betas (num_steps,) float64, at most 0.999, whose alphas_cumprod follow cos^2 (Nichol & "
+    "Dhariwal, eq. 17)."""
     u = torch.linspace(0, 1, num_steps + 1, dtype=torch.float64)
     alphas_cumprod = torch.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
     return (1 - alphas_cumprod[1:] / alphas_cumprod[:-1]).clamp(max=0.999)
@@ -35,18 +41,20 @@ SCHEDULES: dict[str, Callable[[int], Tensor]] = {"linear": linear, "squared_cosi
 
 
 def spaced_timesteps(num_steps: int, sections: str) -> list[int]:
-    """Return the timesteps of 0..num_steps-1 that a respacing keeps, ascending, exactly as the released code picks them.
+    """Return the timesteps of 0..num_steps-1 that a respacing keeps, ascending, exactly as the released code
+    picks them.
 
-    "250" or "10,15,20": equal sections (the first ones take the remainder), each with its count at a fractional stride,
-    rounded half to even. "ddim50": the smallest integer stride that gives 50. InputError for any other string, and for
-    more timesteps than there are.
+    "250" or "10,15,20": equal sections (the first ones take the remainder), each with its count at a
+    fractional stride, rounded half to even. "ddim50": the smallest integer stride that gives 50. InputError
+    for any other string, and for more timesteps than there are.
     """
     integer_stride = sections.startswith("ddim")
     digits = sections.removeprefix("ddim").split(",")
     valid = all(part.isdecimal() and len(part) < 10 and int(part) > 0 for part in digits)
     check(
         valid and not (integer_stride and len(digits) > 1),
-        f"steps is {sections!r}, but a respacing must be a positive integer ('250'), comma-separated integers, one per "
+        f"steps is {sections!r}, but a respacing must be a positive integer ('250'), comma-separated "
+        "integers, one per "
         "section ('10,15,20'), or an integer stride ('ddim50')",
     )
     counts = [int(part) for part in digits]
@@ -64,7 +72,8 @@ def spaced_timesteps(num_steps: int, sections: str) -> list[int]:
         size = num_steps // len(counts) + (index < num_steps % len(counts))
         check(
             count <= size,
-            f"steps is {sections!r}, but section {index + 1} of {len(counts)} has only {size} of the {num_steps} "
+            f"steps is {sections!r}, but section {index + 1} of {len(counts)} has only {size} of the "
+            f"{num_steps} "
             f"timesteps the model was trained with; use at most {size} there",
         )
         kept += [start + offset for offset in _fractional_stride(size, count)]
@@ -73,7 +82,10 @@ def spaced_timesteps(num_steps: int, sections: str) -> list[int]:
 
 
 def _fractional_stride(size: int, count: int) -> list[int]:
-    """Return ``count`` of 0..size-1, both ends included; positions are summed as floats, as in the released code."""
+    """Return ``count`` of 0..size-1, both ends included.
+
+    Positions are summed as floats, as in the released code.
+    """
     stride = (size - 1) / max(count - 1, 1)
     offsets = []
     position = 0.0
@@ -84,10 +96,14 @@ def _fractional_stride(size: int, count: int) -> list[int]:
 
 
 def trailing_timesteps(num_steps: int, count: str) -> list[int]:
-    """Return ``count`` evenly spaced timesteps, ascending, that end with the last: "4" of 1000 -> 249, 499, 749, 999."""
+    """Return ``count`` evenly spaced timesteps, ascending, that end with the last.
+
+    "4" of 1000 -> 249, 499, 749, 999.
+    """
     check(
         count.isdecimal() and len(count) < 10 and 1 <= int(count) <= num_steps,
-        f"steps is {count!r}, but this sampler needs an integer from 1 to {num_steps}; only ddpm and ddim take respacing "
+        f"steps is {count!r}, but this sampler needs an integer from 1 to {num_steps}; only ddpm and ddim "
+        "take respacing "
         "strings such as 'ddim50'",
     )
     return [round(num_steps * k / int(count)) - 1 for k in range(1, int(count) + 1)]

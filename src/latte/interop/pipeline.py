@@ -15,7 +15,6 @@ from typing import Any
 from safetensors.torch import save_file
 
 from latte.autoencoder.codec import Codec, CodecConfig, build_codec
-from latte.autoencoder.kl import Posterior
 from latte.checkpoint.record import read_fingerprint
 from latte.checks import InputError, require
 from latte.diffusion.config import DiffusionConfig, build_process
@@ -120,7 +119,7 @@ def save_pipeline(
 
 def check_parts(model: LatteText, codec: Codec, text_encoder: Any, tokenizer: Any) -> None:
     """InputError unless diffusers has a class for each part and they fit each other."""
-    if not isinstance(codec, Posterior):
+    if codec.layout is None:
         raise InputError(
             f"the codec is {codec.name!r}, but a LattePipeline decodes with an autoencoder of Stable Diffusion's layout; "
             "keep this model in our own folder (--to latte)"

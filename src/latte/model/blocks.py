@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """A block is a list of residual branches: attention over space, attention over time, an MLP.
 
-The variant chooses the branches, the conditioning decides how a branch is modulated, and neither knows the other. A branch states
-which (shift, scale, gate) of the block's modulation it uses, whether it mixes time, and its cost by Table 3's rule; so a new kind of
-branch is one class. Images pass through the same blocks without attention over time (Latte, Sec. 3.3.4).
+The variant chooses the branches, the conditioning decides how a branch is modulated, and neither knows the
+other. A branch states which (shift, scale, gate) of the block's modulation it uses, whether it mixes time,
+and its cost by Table 3's rule; so a new kind of branch is one class. Images pass through the same blocks
+without attention over time (Latte, Sec. 3.3.4).
 Axes: b batch, f frames (or images), n tokens of a frame, d width, h heads, k head width, l sequence.
 """
 
@@ -21,7 +22,8 @@ MLP_SLOT = 1
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Return softmax(q k' / sqrt(k)) v, (b h l k), of queries, keys and values (b h l k): the one attention function.
+    """Return softmax(q k' / sqrt(k)) v, (b h l k), of queries, keys and values (b h l k): the one attention
+    function.
 
     ``mask`` is bool, True where a key may be attended to, and broadcasts to (b h l l).
     """
@@ -29,27 +31,40 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tenso
 
 
 class Branch(nn.Module):
-    """One residual branch of a block, (b f n d) -> (b f n d). Abstract: override ``forward`` and whatever differs from the defaults."""
+    """One residual branch of a block, (b f n d) -> (b f n d). Abstract.
+
+    Override ``forward`` and whatever differs from the defaults.
+    """
 
     modulation_slot: ClassVar[int] = ATTENTION_SLOT
-    """Which (shift, scale, gate) of the block's modulation it uses; a block has as many as its branches ask for."""
+    """Which (shift, scale, gate) of the block's modulation it uses.
+
+    A block has as many as its branches ask for.
+    """
     mixes_time: ClassVar[bool] = False
     """Whether frames of a clip influence each other in it."""
 
     @property
     def skips_images(self) -> bool:
-        """Whether images leave it out; one that mixes time but accepts ``images=True`` overrides this with False."""
+        """Whether images leave it out.
+
+        One that mixes time but accepts ``images=True`` overrides this with False.
+        """
         return self.mixes_time
 
     def table3_rows(self, frames: int, positions: int) -> int:
-        """Return how often Table 3 counts the block's modulation for this branch: once per sequence that it attends over.
+        """Return how often Table 3 counts the block's modulation for this branch: once per sequence that it
+        attends over.
 
         ``frames`` and ``positions`` are those of a clip's tokens; a branch without attention counts 0.
         """
         return 0
 
     def forward(self, x: Tensor, images: bool = False) -> Tensor:
-        """Return (b f n d) from modulated tokens (b f n d); with ``images`` every frame must be treated by itself."""
+        """Return (b f n d) from modulated tokens (b f n d).
+
+        With ``images`` every frame must be treated by itself.
+        """
         raise NotImplementedError
 
 
@@ -104,7 +119,10 @@ class TimeAttention(Attention):
 
 
 class SpaceAndTimeAttention(Branch):
-    """Variant 4's pair: both attentions read the same normed tokens, each with half of the heads, and their results are added."""
+    """Variant 4's pair.
+
+    Both attentions read the same normed tokens, each with half of the heads, and their results are added.
+    """
 
     mixes_time = True
 
@@ -128,7 +146,10 @@ class SpaceAndTimeAttention(Branch):
 
 
 class JointAttention(Attention):
-    """Attention among all tokens of a clip: the costly baseline that the four variants factorise. An image attends to itself."""
+    """Attention among all tokens of a clip: the costly baseline that the four variants factorise.
+
+    An image attends to itself.
+    """
 
     mixes_time = True
 
@@ -176,7 +197,8 @@ class MLP(Branch):
 class Block(nn.Module):
     """x + gate * branch(norm(x) * (1 + scale) + shift), branch after branch.
 
-    Images skip the branches that say so, and with ``video_only`` the whole block (the temporal blocks of variants 1 and 2).
+    Images skip the branches that say so, and with ``video_only`` the whole block (the temporal blocks of
+    variants 1 and 2).
     """
 
     def __init__(

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Timestep and label embeddings, and how they reach the blocks (Latte, Sec. 3.3.2).
 
-The condition is computed once per clip, as (b 1 d), and broadcast; only images with labels of their own have a row each, (b i d).
-Scalable adaptive layer norm (S-AdaLN) modulates every residual branch; all-tokens puts the condition beside the tokens, once.
+The condition is computed once per clip, as (b 1 d), and broadcast; only images with labels of their own have
+a row each, (b i d). Scalable adaptive layer norm (S-AdaLN) modulates every residual branch; all-tokens puts
+the condition beside the tokens, once.
 Axes: b batch, f frames (or images), i images, n tokens of a frame, d width.
 """
 
@@ -46,7 +47,8 @@ class LabelEmbedding(nn.Module):
         self.table = nn.Embedding(num_classes + 1, width)
 
     def forward(self, label: Tensor) -> Tensor:
-        """Return (..., d) for labels (b,) or (b 1+i) int64 in -1...num_classes; InputError outside that range.
+        """Return (..., d) for labels (b,) or (b 1+i) int64 in -1...num_classes; InputError outside that
+        range.
 
         The range is checked on the CPU only: on a GPU it would wait for the device.
         """
@@ -61,13 +63,17 @@ class LabelEmbedding(nn.Module):
 
 
 def drop_labels(label: Tensor, p: float, generator: torch.Generator) -> Tensor:
-    """Return labels (b,) or (b 1+i) where each clip, with its images, becomes the null class with probability ``p``."""
+    """Return labels (b,) or (b 1+i) where each clip, with its images, becomes the null class with "
+    "probability ``p``."""
     drop = torch.rand(label.shape[0], generator=generator) < p
     return label.masked_fill(drop.to(label.device).view(-1, *[1] * (label.ndim - 1)), NULL_LABEL)
 
 
 class Modulation(nn.Module):
-    """c -> ``num_chunks`` vectors that shift, scale and gate: SiLU and one zero-initialised linear layer (adaLN-Zero)."""
+    """c -> ``num_chunks`` vectors that shift, scale and gate.
+
+    SiLU and one zero-initialised linear layer (adaLN-Zero).
+    """
 
     def __init__(self, width: int, num_chunks: int):
         super().__init__()
@@ -119,13 +125,17 @@ class Conditioning(Protocol):
 
 
 class SAdaLN:
-    """gamma and beta for every norm and alpha before every residual sum, regressed from the condition, zero at the start."""
+    """gamma and beta for every norm and alpha before every residual sum, regressed from the condition, zero "
+    "at the start."""
 
     affine_norm = False
 
     @staticmethod
     def block_modulation(width: int, num_slots: int) -> nn.Module:
-        """Return a zero-initialised layer of 3 chunks per slot: the attentions share one slot, the MLP has the other."""
+        """Return a zero-initialised layer of 3 chunks per slot.
+
+        The attentions share one slot, the MLP has the other.
+        """
         return Modulation(width, 3 * num_slots)
 
     @staticmethod
@@ -145,7 +155,10 @@ class SAdaLN:
 
 
 class AllTokens:
-    """The condition is one more token of every frame, at the input only; blocks are plain pre-norm transformer blocks."""
+    """The condition is one more token of every frame, at the input only.
+
+    Blocks are plain pre-norm transformer blocks.
+    """
 
     affine_norm = True
 

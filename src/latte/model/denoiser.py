@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What all denoisers share: the checks of their configuration, their initialisation, and one interface.
 
-A denoiser is called as ``model(z, t, **condition, num_images=i)``: noisy latents, timesteps and its own condition in, prediction
-out. Training, guidance, sampling and profiling pass the condition through as a dictionary and never ask for the class.
+A denoiser is called as ``model(z, t, **condition, num_images=i)``: noisy latents, timesteps and its own
+condition in, prediction out. Training, guidance, sampling and profiling pass the condition through as a
+dictionary and never ask for the class.
 Axes: b batch, f clip frames, i images, c channels, h w latent size.
 """
 
@@ -44,7 +45,10 @@ MAX_TABLE = 2**29  # numbers in a position table
 
 
 class DenoiserConfig:
-    """What the configurations of all denoisers share. Abstract: each subclass is a frozen dataclass that lists all its fields."""
+    """What the configurations of all denoisers share. Abstract.
+
+    Each subclass is a frozen dataclass that lists all its fields.
+    """
 
     reads_text: ClassVar[bool] = False
     """Whether the condition is a caption, {"text", "mask"}, rather than a class, {"label"}, or nothing."""
@@ -120,7 +124,8 @@ class DenoiserConfig:
         parameters = depth * block_matrices * width**2
         check(
             parameters <= MAX_PARAMETERS,
-            f"model.depth = {depth} and model.width = {width} give a model of {parameters / 1e9:.0f} billion parameters; "
+            f"model.depth = {depth} and model.width = {width} give a model of {parameters / 1e9:.0f} billion "
+            "parameters; "
             f"the limit is {MAX_PARAMETERS / 1e9:.0f} billion",
         )
         check(
@@ -132,7 +137,8 @@ class DenoiserConfig:
         rows, columns = (side // self.patch_size for side in self.grid_size)
         check(
             max(rows * columns, self.num_frames) * width <= MAX_TABLE,
-            f"model.latent_size {self.grid_size} gives {rows * columns} tokens per frame, and model.num_frames is "
+            f"model.latent_size {self.grid_size} gives {rows * columns} tokens per frame, and "
+            "model.num_frames is "
             f"{self.num_frames}: too many for position tables of width {width}",
         )
 
@@ -157,8 +163,9 @@ def nearest_multiple(value: int, factor: int) -> int:
 class Denoiser(nn.Module, SavedModel):
     """A model that predicts noise (or velocity) from noisy latents. Abstract: Latte and LatteText.
 
-    Call it as ``model(z, t, **condition, num_images=i)`` -> (b f+i o h w), with noisy latents z (b f+i c h w), timesteps t (b,) in
-    0...999 and o = 2c with a learned variance, else c. The last ``num_images`` frames are images: each is denoised by itself.
+    Call it as ``model(z, t, **condition, num_images=i)`` -> (b f+i o h w), with noisy latents z (b f+i c h
+    w), timesteps t (b,) in 0...999 and o = 2c with a learned variance, else c. The last ``num_images`` frames
+    are images: each is denoised by itself.
     """
 
     patch: Any
@@ -171,7 +178,8 @@ class Denoiser(nn.Module, SavedModel):
         self.gradient_checkpointing = False
 
     def example_condition(self, clips: int, num_images: int = 0, tokens: int = 1) -> dict[str, Tensor]:
-        """Return a condition of the right shapes on torch's default device, for measuring: its values mean nothing.
+        """Return a condition of the right shapes on torch's default device, for measuring: its values mean
+        nothing.
 
         ``tokens`` are those of a caption, with its padding.
         """
@@ -179,11 +187,17 @@ class Denoiser(nn.Module, SavedModel):
 
     @property
     def opened(self) -> float:
-        """How much of the temporal position table is added, 0 to 1: all of it in a model without ``gated_time``."""
+        """How much of the temporal position table is added, 0 to 1.
+
+        All of it in a model without ``gated_time``.
+        """
         return 1.0
 
     def initialise(self) -> None:
-        """Initialise all weights: every adaLN-Zero block is the identity, and a fresh model predicts exactly 0 (Latte, Sec. 3.3.2)."""
+        """Initialise all weights.
+
+        Every adaLN-Zero block is the identity, and a fresh model predicts exactly 0 (Latte, Sec. 3.3.2).
+        """
         if (
             self.final_linear.weight.is_meta
         ):  # nothing to fill; random numbers on meta import torch's compiler (seconds)
@@ -211,13 +225,17 @@ class Denoiser(nn.Module, SavedModel):
         yield self.final_linear.weight
 
     def run_block(self, block: nn.Module, *inputs: Any) -> Tensor:
-        """Return ``block(*inputs)``; with ``gradient_checkpointing`` it is recomputed in the backward pass."""
+        """Return ``block(*inputs)``.
+
+        With ``gradient_checkpointing`` it is recomputed in the backward pass.
+        """
         if self.gradient_checkpointing and torch.is_grad_enabled():
             return checkpoint(block, *inputs, use_reentrant=False)
         return block(*inputs)
 
     def check_latent(self, z: Tensor, t: Tensor, num_images: int) -> None:
-        """Raise InputError for shapes of z, t and a number of images that do not fit each other or the model."""
+        """Raise InputError for shapes of z, t and a number of images that do not fit each other or the "
+        "model."""
         config = self.config
         check(
             z.ndim == 5, f"z has shape {tuple(z.shape)}, but must be (clips, frames, channels, height, width)"
@@ -225,7 +243,8 @@ class Denoiser(nn.Module, SavedModel):
         b, frames, channels, *size = z.shape
         check(
             channels == config.latent_channels,
-            f"z has {channels} channels, but the model takes {config.latent_channels}; use the autoencoder it was trained with",
+            f"z has {channels} channels, but the model takes {config.latent_channels}; use the autoencoder "
+            "it was trained with",
         )
         check(
             0 <= num_images < frames,

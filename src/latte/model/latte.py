@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Latte: patchify -> transformer blocks -> unpatchify (arXiv 2401.03048, Sec. 3).
 
-A latent clip becomes tokens, transformer blocks attend over space and over time, and every token returns its patch of predicted
-noise and of the variance's interpolation. One class serves every variant, clips alone and clips with images: images follow the
-clip on the frame axis, and pass through the spatial half of the same backbone by themselves (Sec. 3.3.4).
-Axes: b batch, f clip frames, i images, c channels, h w latent size, n tokens of a frame, d width, o output channels.
+A latent clip becomes tokens, transformer blocks attend over space and over time, and every token returns its
+patch of predicted noise and of the variance's interpolation. One class serves every variant, clips alone and
+clips with images: images follow the clip on the frame axis, and pass through the spatial half of the same
+backbone by themselves (Sec. 3.3.4).
+Axes: b batch, f clip frames, i images, c channels, h w latent size, n tokens of a frame, d width, o output
+channels.
 """
 
 import warnings
@@ -66,7 +68,8 @@ class ModelConfig(DenoiserConfig):
         tube = self.frames_per_token
         check(
             self.num_frames % tube == 0,
-            f"model.num_frames is {self.num_frames}, but compression patches need a multiple of model.tube = {tube}; "
+            f"model.num_frames is {self.num_frames}, but compression patches need a multiple of model.tube = "
+            f"{tube}; "
             f"the nearest is {nearest_multiple(self.num_frames, tube)}",
         )
 
@@ -129,10 +132,12 @@ class Latte(Denoiser):
         return {"label": torch.zeros(shape, dtype=torch.long)}
 
     def forward(self, z: Tensor, t: Tensor, label: Tensor | None = None, num_images: int = 0) -> Tensor:
-        """Return (b f+i o h w) for noisy latents z (b f+i c h w) and timesteps t (b,); o = 2c with learned sigma, else c.
+        """Return (b f+i o h w) for noisy latents z (b f+i c h w) and timesteps t (b,); o = 2c with learned
+        sigma, else c.
 
-        The last ``num_images`` frames are images. ``label`` is (b,), or (b 1+i) with a label per image; None is the null
-        class. InputError for wrong channels, sizes that the patches do not divide, and labels that do not fit.
+        The last ``num_images`` frames are images. ``label`` is (b,), or (b 1+i) with a label per image; None
+        is the null class. InputError for wrong channels, sizes that the patches do not divide, and labels
+        that do not fit.
         """
         self.check_latent(z, t, num_images)
         self.warn_about_size(z, num_images)
@@ -146,12 +151,16 @@ class Latte(Denoiser):
         return torch.cat([clip, self.denoise(images, image_c, images=True)], dim=1)  # (b f+i o h w)
 
     def embed_condition(self, t: Tensor, label: Tensor | None, num_images: int) -> Tensor:
-        """Return c (b 1 d) of timesteps (b,) and labels (b,); (b 1+i d) when every image has a label of its own."""
+        """Return c (b 1 d) of timesteps (b,) and labels (b,).
+
+        (b 1+i d) when every image has a label of its own.
+        """
         c = self.time_embedding(t)[:, None]  # (b 1 d)
         if self.label_embedding is None:
             if label is not None:
                 raise InputError(
-                    "label was given, but this model is unconditional (num_classes is null); leave the label out"
+                    "label was given, but this model is unconditional (num_classes is null); leave the label "
+                    "out"
                 )
             return c
         b = len(t)
@@ -165,7 +174,10 @@ class Latte(Denoiser):
         return c + self.label_embedding(label if label.ndim == 2 else label[:, None])  # (b 1|1+i d)
 
     def denoise(self, z: Tensor, c: Tensor, images: bool = False) -> Tensor:
-        """Return (b f o h w) for latents (b f c h w) under the condition (b f|1 d); ``images``: every frame by itself."""
+        """Return (b f o h w) for latents (b f c h w) under the condition (b f|1 d); ``images``.
+
+        Every frame by itself.
+        """
         grid = z.shape[-2] // self.config.patch_size, z.shape[-1] // self.config.patch_size
         x = self.patch.embed(z, images)  # (b f n d)
         x = x + spatial_table(*grid, x.shape[-1]).to(x)

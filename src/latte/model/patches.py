@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Latent frames to tokens and back (Latte, Sec. 3.3.1).
 
-Uniform patches cut every frame by itself; compression patches cut tubes of s frames, and a 3-D transposed convolution brings the
-frames back. To add a patch embedding: one class with the members of ``Patch``, and one entry in PATCHES.
-Axes: b batch, f frames (or images), i images, c channels, h w latent size, n tokens of a frame, d width, p patch side, s tube,
-o output channels.
+Uniform patches cut every frame by itself; compression patches cut tubes of s frames, and a 3-D transposed
+convolution brings the frames back. To add a patch embedding: one class with the members of ``Patch``, and one
+entry in PATCHES.
+Axes: b batch, f frames (or images), i images, c channels, h w latent size, n tokens of a frame, d width, p
+patch side, s tube, o output channels.
 """
 
 from typing import Protocol
@@ -82,7 +83,8 @@ class UniformPatch(nn.Module):
 
 
 class CompressionPatch(nn.Module):
-    """One token per tube of s frames x p x p; a transposed convolution of (s, 1, 1) brings the output back to f frames.
+    """One token per tube of s frames x p x p; a transposed convolution of (s, 1, 1) brings the output back to
+    f frames.
 
     An image counts as a tube of s equal frames, and its output is the mean over the tube.
     """
@@ -104,7 +106,10 @@ class CompressionPatch(nn.Module):
         return config.tube
 
     def initialise(self) -> None:
-        """Initialise the convolution as a linear layer on flattened tubes; the transposed one repeats every frame of the tube."""
+        """Initialise the convolution as a linear layer on flattened tubes.
+
+        The transposed one repeats every frame of the tube.
+        """
         nn.init.xavier_uniform_(self.proj.weight.view(self.proj.out_channels, -1))
         nn.init.zeros_(self.proj.bias)
         nn.init.zeros_(self.expand.weight)
@@ -119,7 +124,8 @@ class CompressionPatch(nn.Module):
         frames = z.shape[1]
         check(
             frames % self.tube == 0,
-            f"the clip has {frames} latent frames, but compression patches need a multiple of model.tube = {self.tube}; "
+            f"the clip has {frames} latent frames, but compression patches need a multiple of model.tube = "
+            f"{self.tube}; "
             f"the nearest is {max(round(frames / self.tube), 1) * self.tube}",
         )
         x = self.proj(z.transpose(1, 2))  # (b d f/s h/p w/p)

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Position tables, and the two temporal encodings (Latte, Sec. 3.3.3).
 
-Tables are functions of the requested size, computed in float64 and never stored, so any frame count and any latent size work at
-call time. As in the released layout, the spatial table has columns first, and every half is [sin, cos].
+Tables are functions of the requested size, computed in float64 and never stored, so any frame count and any
+latent size work at call time. As in the released layout, the spatial table has columns first, and every half
+is [sin, cos].
 Axes: b batch, f frames, n tokens of a frame, d width, h heads, k head width.
 """
 
@@ -26,7 +27,10 @@ def sincos(positions: Tensor, width: int) -> Tensor:
 
 @lru_cache(maxsize=32)
 def spatial_table(rows: int, columns: int, width: int) -> Tensor:
-    """Return (rows columns, width) float32, row by row: half the width encodes the column, the other half the row."""
+    """Return (rows columns, width) float32, row by row.
+
+    Half the width encodes the column, the other half the row.
+    """
     y, x = torch.meshgrid(
         torch.arange(rows, device="cpu"), torch.arange(columns, device="cpu"), indexing="ij"
     )
@@ -40,7 +44,10 @@ def temporal_table(frames: int, width: int) -> Tensor:
 
 
 class TemporalPosition(Protocol):
-    """How a model knows the order of frames; a class of TEMPORAL_POSITIONS is made from the width of one head."""
+    """How a model knows the order of frames.
+
+    A class of TEMPORAL_POSITIONS is made from the width of one head.
+    """
 
     free_length: bool
     """Whether more frames than in training need no warning."""
@@ -72,9 +79,11 @@ class AbsoluteTime(nn.Module):
 
 
 class RotaryTime(nn.Module):
-    """Rotary embedding (RoPE, arXiv 2104.09864) of temporal queries and keys: base 10000, over the whole head width.
+    """Rotary embedding (RoPE, arXiv 2104.09864) of temporal queries and keys: base 10000, over the whole head
+    width.
 
-    Channel j is paired with channel j + k/2. Attention depends on differences of frame indices only, so any length works.
+    Channel j is paired with channel j + k/2. Attention depends on differences of frame indices only, so any
+    length works.
     """
 
     free_length = True
@@ -83,7 +92,8 @@ class RotaryTime(nn.Module):
         super().__init__()
         check(
             head_width % 2 == 0,
-            f"the head width (model.width / model.heads) is {head_width}, but rotary positions need an even one; "
+            f"the head width (model.width / model.heads) is {head_width}, but rotary positions need an even "
+            "one; "
             f"change model.heads, e.g. for a head width of {head_width + 1}",
         )
 

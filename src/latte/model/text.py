@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""LatteText: captions to video (Latte, Sec. 4.4): PixArt's image transformer with a temporal block after each spatial block.
+"""LatteText: captions to video (Latte, Sec. 4.4): PixArt's image transformer with a temporal block after each
+spatial block.
 
-The mathematics are those of the released LatteT2V. Three things differ from it: padding is never attended to, so a prompt's clip
-does not depend on the prompts beside it; captions are not repeated per frame; images follow the clip and pass through the spatial
-blocks alone.
-Axes: b batch, f clip frames, i images, c channels, h w latent size, n tokens of a frame, d width, l tokens of a caption, k its
-channels, g captions of a clip (1, or one for it and each image), o output channels.
+The mathematics are those of the released LatteT2V. Three things differ from it: padding is never attended to,
+so a prompt's clip does not depend on the prompts beside it; captions are not repeated per frame; images
+follow the clip and pass through the spatial blocks alone.
+Axes: b batch, f clip frames, i images, c channels, h w latent size, n tokens of a frame, d width, l tokens of
+a caption, k its channels, g captions of a clip (1, or one for it and each image), o output channels.
 """
 
 from collections.abc import Container, Iterable
@@ -60,19 +61,28 @@ class TextConfig(DenoiserConfig):
 
     @property
     def table_grid(self) -> tuple[int, int]:
-        """(h, w) of the latent that positions are scaled to; a model keeps that of the weights it started from."""
+        """(h, w) of the latent that positions are scaled to.
+
+        A model keeps that of the weights it started from.
+        """
         return self.grid_size if self.table_size is None else (self.table_size, self.table_size)
 
     @property
     def spans(self) -> tuple[float, float]:
-        """Range of row and column positions at any latent size: tokens of the table's grid, in smaller steps from 128 latents on."""
+        """Range of row and column positions at any latent size.
+
+        Tokens of the table's grid, in smaller steps from 128 latents on.
+        """
         down, across = (side // self.patch_size / max(side // COARSE, 1) for side in self.table_grid)
         return down, across
 
 
 @lru_cache(maxsize=32)
 def scaled_table(rows: int, columns: int, spans: tuple[float, float], width: int) -> Tensor:
-    """Return (rows columns, width) float32, row by row: column, then row, at positions spread over ``spans``."""
+    """Return (rows columns, width) float32, row by row.
+
+    Column, then row, at positions spread over ``spans``.
+    """
     down = torch.arange(rows, dtype=torch.float64) * (spans[0] / rows)
     across = torch.arange(columns, dtype=torch.float64) * (spans[1] / columns)
     y, x = torch.meshgrid(down, across, indexing="ij")
@@ -80,7 +90,10 @@ def scaled_table(rows: int, columns: int, spans: tuple[float, float], width: int
 
 
 class LatteText(Denoiser):
-    """The denoiser of a caption: ``LatteText(config)(z, t, text, mask=None, num_images=0, temporal=True)``."""
+    """The denoiser of a caption.
+
+    ``LatteText(config)(z, t, text, mask=None, num_images=0, temporal=True)``.
+    """
 
     config_class = TextConfig
 
@@ -129,8 +142,8 @@ class LatteText(Denoiser):
     def zero_time_blocks(self) -> None:
         """Make the temporal blocks the identity: the output of each of their branches becomes 0.
 
-        With ``gated_time`` the model then treats every frame as an image of its own; without, only the temporal table tells
-        frames apart.
+        With ``gated_time`` the model then treats every frame as an image of its own; without, only the
+        temporal table tells frames apart.
         """
         for block in self.time_blocks:
             for linear in (block.attention.proj, block.mlp.fc2):
@@ -146,9 +159,11 @@ class LatteText(Denoiser):
 
     @torch.no_grad()
     def open_gate(self, opened: float) -> None:
-        """Add the temporal table times ``opened`` from here on, in place, so that a compiled model is not compiled again.
+        """Add the temporal table times ``opened`` from here on, in place, so that a compiled model is not
+        compiled again.
 
-        At 1 the model is one without a gate. InputError outside 0...1, and for a model without ``gated_time``.
+        At 1 the model is one without a gate. InputError outside 0...1, and for a model without
+        ``gated_time``.
         """
         check(0 <= opened <= 1, f"the temporal gate must be between 0 and 1, got {opened}")
         if self.time_gate is None:
@@ -164,12 +179,14 @@ class LatteText(Denoiser):
         num_images: int = 0,
         temporal: bool = True,
     ) -> Tensor:
-        """Return (b f+i o h w) for noisy latents z (b f+i c h w), timesteps t (b,) and caption features; o = 2c with learned sigma.
+        """Return (b f+i o h w) for noisy latents z (b f+i c h w), timesteps t (b,) and caption features; o =
+        2c with learned sigma.
 
-        ``text`` is (b l k), or (b 1+i l k) with a caption per image; ``mask`` (b l) or (b 1+i l) is True where it is not
-        padding, None when there is no padding. The last ``num_images`` frames are images. ``temporal=False`` leaves the temporal
-        blocks out: every frame is an image. So is the only frame of a clip, for which the temporal blocks run without a position.
-        InputError for channels and sizes that do not fit, and on the CPU for a caption that is nothing but padding.
+        ``text`` is (b l k), or (b 1+i l k) with a caption per image; ``mask`` (b l) or (b 1+i l) is True
+        where it is not padding, None when there is no padding. The last ``num_images`` frames are images.
+        ``temporal=False`` leaves the temporal blocks out: every frame is an image. So is the only frame of a
+        clip, for which the temporal blocks run without a position. InputError for channels and sizes that do
+        not fit, and on the CPU for a caption that is nothing but padding.
         """
         self.check_latent(z, t, num_images)
         text, mask = self.check_text(text, mask, len(z), num_images)
@@ -189,7 +206,8 @@ class LatteText(Denoiser):
         return torch.cat([clip, images], dim=1)  # (b f+i o h w)
 
     def denoise(self, z: Tensor, c: Tensor, text: Tensor, mask: Tensor | None, temporal: bool) -> Tensor:
-        """Return (b f o h w) for latents (b f c h w), timestep features (b 1 d) and captions (b g l k) with g 1 or f."""
+        """Return (b f o h w) for latents (b f c h w), timestep features (b 1 d) and captions (b g l k) with "
+        "g 1 or f."""
         grid = z.shape[-2] // self.config.patch_size, z.shape[-1] // self.config.patch_size
         x = self.patch.embed(z)  # (b f n d)
         x = x + scaled_table(*grid, self.config.spans, x.shape[-1]).to(x)
@@ -221,7 +239,8 @@ class LatteText(Denoiser):
             mask = None if mask is None else mask[:, None]  # (b 1 l)
         check(
             text.ndim == 4 and text.shape[0] == b and text.shape[1] in (1, 1 + num_images),
-            f"text has shape {given_shape}, but {b} clips with {num_images} images each need (b l k) or (b 1+i l k)",
+            f"text has shape {given_shape}, but {b} clips with {num_images} images each need (b l k) or (b "
+            "1+i l k)",
         )
         channels = text.shape[3]
         check(
@@ -233,7 +252,8 @@ class LatteText(Denoiser):
             return text, None
         check(
             mask.shape == text.shape[:3],
-            f"mask has shape {tuple(mask.shape)}, but text has {tuple(text.shape[:3])} in front of its channels",
+            f"mask has shape {tuple(mask.shape)}, but text has {tuple(text.shape[:3])} in front of its "
+            "channels",
         )
         mask = mask.bool()
         if mask.device.type == "cpu" and not bool(mask.any(-1).all()):

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The blocks of the text-to-video model (Latte, Sec. 4.4): PixArt's spatial block with cross-attention, and the temporal one.
+"""The blocks of the text-to-video model (Latte, Sec. 4.4): PixArt's spatial block with cross-attention, and
+the temporal one.
 
-All blocks share one modulation of the timestep; each adds a small table of its own to it (adaLN-single, PixArt-alpha,
-arXiv 2310.00426, Sec. 2.3).
-Axes: b batch, f frames (or images), n tokens of a frame, d width, s l sequences, k channels of the text encoder's features,
-g captions of a clip.
+All blocks share one modulation of the timestep; each adds a small table of its own to it (adaLN-single,
+PixArt-alpha, arXiv 2310.00426, Sec. 2.3).
+Axes: b batch, f frames (or images), n tokens of a frame, d width, s l sequences, k channels of the text
+encoder's features, g captions of a clip.
 """
 
 import torch
@@ -15,7 +16,8 @@ from latte.model.blocks import MLP, attend, modulate
 
 
 class SplitAttention(nn.Module):
-    """Attention whose queries, keys, values and output have a matrix each, as in PixArt, so that an adapter can address one."""
+    """Attention whose queries, keys, values and output have a matrix each, as in PixArt, so that an adapter "
+    "can address one."""
 
     def __init__(self, width: int, heads: int):
         super().__init__()
@@ -26,7 +28,10 @@ class SplitAttention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor, source: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-        """Return (b s d): tokens x (b s d) attend to ``source`` (b l d), or to themselves; ``mask`` (b l) is True at valid keys."""
+        """Return (b s d): tokens x (b s d) attend to ``source`` (b l d), or to themselves.
+
+        ``mask`` (b l) is True at valid keys.
+        """
         source = x if source is None else source
         q = self.split_heads(self.q(x))  # (b h s d/h)
         k = self.split_heads(self.k(source))  # (b h l d/h)
@@ -40,7 +45,10 @@ class SplitAttention(nn.Module):
 
 
 class ModulatedBlock(nn.Module):
-    """What both blocks have: attention, MLP, a norm without weights, and a table (6 d) added to the shared modulation. Abstract."""
+    """What both blocks have.
+
+    Attention, MLP, a norm without weights, and a table (6 d) added to the shared modulation. Abstract.
+    """
 
     def __init__(self, width: int, heads: int):
         super().__init__()
@@ -66,7 +74,8 @@ class SpaceBlock(ModulatedBlock):
         self.cross = SplitAttention(width, heads)
 
     def forward(self, x: Tensor, shared: tuple[Tensor, ...], text: Tensor, mask: Tensor | None) -> Tensor:
-        """Return tokens (b f n d) from tokens (b f n d), captions (b g l d) and their mask (b g l), True at valid tokens."""
+        """Return tokens (b f n d) from tokens (b f n d), captions (b g l d) and their mask (b g l), True at "
+        "valid tokens."""
         shift, scale, gate, *mlp_chunks = self.chunks(shared)
         y = modulate(self.norm(x), shift, scale).flatten(0, 1)  # (bf n d)
         x = torch.addcmul(x, gate, self.attention(y).view(x.shape))

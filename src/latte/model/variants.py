@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The order of the blocks: the four variants of the paper (Latte, Sec. 3.2 and Fig. 2), and the joint attention they factorise.
+"""The order of the blocks: the four variants of the paper (Latte, Sec. 3.2 and Fig. 2), and the joint
+attention they factorise.
 
-A variant is a list of blocks and the index of the block before which absolute time is added. To add one: a function that returns the
-blocks (with new kinds of branches beside it, see ``blocks.Branch``), and one entry in VARIANTS.
+A variant is a list of blocks and the index of the block before which absolute time is added. To add one: a
+function that returns the blocks (with new kinds of branches beside it, see ``blocks.Branch``), and one entry
+in VARIANTS.
 Axes: b batch, f clip frames, n tokens of a frame, d width.
 """
 
@@ -60,7 +62,10 @@ class Variant:
     heads_multiple: int = 1  # heads must be divisible by it: attentions that share the heads
 
     def depth(self, budget: int) -> int:
-        """Return the depth with the parameters of ``budget`` standard blocks: Table 3 compares equal budgets (28 -> 23)."""
+        """Return the depth with the parameters of ``budget`` standard blocks.
+
+        Table 3 compares equal budgets (28 -> 23).
+        """
         return round(budget * STANDARD_BLOCK / self.weight)
 
     def check(self, depth: int, heads: int) -> None:
@@ -68,13 +73,15 @@ class Variant:
         multiple = self.depth_multiple
         check(
             depth % multiple == 0,
-            f"model.depth is {depth}, but variant {self.name!r} needs a multiple of {multiple}; the nearest is "
+            f"model.depth is {depth}, but variant {self.name!r} needs a multiple of {multiple}; the nearest "
+            "is "
             f"{max(round(depth / multiple), 1) * multiple}",
         )
         multiple = self.heads_multiple
         check(
             heads % multiple == 0,
-            f"model.heads is {heads}, but variant {self.name!r} splits the heads between space and time; the nearest "
+            f"model.heads is {heads}, but variant {self.name!r} splits the heads between space and time; the "
+            "nearest "
             f"valid number is {max(round(heads / multiple), 1) * multiple}",
         )
 

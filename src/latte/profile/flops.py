@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Parameters and operations of a model: exactly, and a class model's by the counting rule of the paper's Table 3.
+"""Parameters and operations of a model: exactly, and a class model's by the counting rule of the paper's
+Table 3.
 
-Nothing is computed: the model runs on the meta device. The paper counted with ``thop`` on three clips: multiply-accumulates of
-linear and convolution layers, two operations per element of every layer norm, and no biases, attention products or
-activations. Position tables are not parameters, and the condition is evaluated once per frame and once per position.
+Nothing is computed: the model runs on the meta device. The paper counted with ``thop`` on three clips:
+multiply-accumulates of linear and convolution layers, two operations per element of every layer norm, and no
+biases, attention products or activations. Position tables are not parameters, and the condition is evaluated
+once per frame and once per position.
 """
 
 from collections.abc import Callable
@@ -38,7 +40,8 @@ class Table3:
 
 
 def count(config: DenoiserConfig, tokens: int = 1) -> Cost:
-    """Return the exact cost. Convolutions, linear layers and attention products count; norms and activations do not.
+    """Return the exact cost. Convolutions, linear layers and attention products count; norms and activations
+    do not.
 
     ``tokens`` are those of a text model's caption, with its padding.
     """
@@ -82,7 +85,10 @@ def table3(config: ModelConfig) -> Table3:
 
 
 def multiply_adds(module: Any, x: Tensor, output: Tensor) -> int:
-    """Return the multiply-adds of a linear or convolution layer: one weight row per output, per input if transposed."""
+    """Return the multiply-adds of a linear or convolution layer.
+
+    One weight row per output, per input if transposed.
+    """
     values = x if isinstance(module, nn.ConvTranspose3d) else output
     return values.numel() * module.weight[0].numel()
 
@@ -95,7 +101,8 @@ def norm_operations(module: Any, x: Tensor, output: Tensor) -> int:
 def modulation_operations(model: Any) -> int:
     """Return what Table 3 counts of modulations beyond the single evaluation per clip that our code does.
 
-    The paper evaluates a block's modulation once per sequence its branches attend over, the final one once per frame.
+    The paper evaluates a block's modulation once per sequence its branches attend over, the final one once
+    per frame.
     """
     config: ModelConfig = model.config
     frames = config.num_frames // config.frames_per_token

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Memory that a model needs: nothing is computed, and nothing of that size is allocated.
 
-Training: weights, gradients, AdamW's two moments and the average are float32, known by counting. What a forward pass keeps for the
-backward pass is asked of autograd, on the meta device: every saved tensor, each storage once. Two things that devices do and meta does
-not are done by hand: attention in one fused kernel, which keeps no map, and the reduced precision of ``torch.autocast`` (CUDA's rules).
-Inference keeps nothing: there ``LiveBytes`` counts what lives at the same time, on any device.
+Training: weights, gradients, AdamW's two moments and the average are float32, known by counting. What a
+forward pass keeps for the backward pass is asked of autograd, on the meta device: every saved tensor, each
+storage once. Two things that devices do and meta does not are done by hand: attention in one fused kernel,
+which keeps no map, and the reduced precision of ``torch.autocast`` (CUDA's rules). Inference keeps nothing:
+there ``LiveBytes`` counts what lives at the same time, on any device.
 Axes: b batch, f clip frames, i stills, h heads, l sequence, k head width.
 """
 
@@ -38,7 +39,10 @@ Adapt = Callable[[Denoiser], None]
 
 @dataclass(frozen=True)
 class States:
-    """Bytes of the float32 tensors that live as long as training does; frozen weights are in memory once and in no checkpoint."""
+    """Bytes of the float32 tensors that live as long as training does.
+
+    Frozen weights are in memory once and in no checkpoint.
+    """
 
     weights: int
     gradients: int
@@ -58,7 +62,10 @@ class States:
 
 @dataclass(frozen=True)
 class Activations:
-    """Bytes kept for backward without checkpointing (``plain``); with it: ``kept``, and one block ``recomputed`` at a time."""
+    """Bytes kept for backward without checkpointing (``plain``); with it.
+
+    ``kept``, and one block ``recomputed`` at a time.
+    """
 
     plain: int
     kept: int
@@ -81,7 +88,8 @@ def fresh(config: DenoiserConfig, adapt: Adapt | None) -> Denoiser:
 def states(config: DenoiserConfig, adapt: Adapt | None = None) -> States:
     """What AdamW and the average hold beside the weights: two moments each, and a step counter per tensor.
 
-    ``adapt`` is what a run does to the fresh model before it trains it, such as to freeze it and to add adapters.
+    ``adapt`` is what a run does to the fresh model before it trains it, such as to freeze it and to add
+    adapters.
     """
     with torch.device("meta"):
         parameters = list(fresh(config, adapt).parameters())
@@ -98,10 +106,11 @@ def activations(
     tokens: int = 1,
     adapt: Adapt | None = None,
 ) -> Activations:
-    """What one forward pass of ``clips`` clips with ``num_images`` stills each keeps, with matrix products in ``dtype``.
+    """What one forward pass of ``clips`` clips with ``num_images`` stills each keeps, with matrix products in
+    ``dtype``.
 
-    The weights are not counted, their lowered copies are. The objective's own tensors, of the latents' size, are not among it. ``tokens``
-    are those of a text model's caption; ``adapt`` is as for ``states``.
+    The weights are not counted, their lowered copies are. The objective's own tensors, of the latents' size,
+    are not among it. ``tokens`` are those of a text model's caption; ``adapt`` is as for ``states``.
     """
     with torch.device("meta"):
         model = fresh(config, adapt)
@@ -121,7 +130,8 @@ def activations(
 
 
 def saved_bytes(model: Denoiser, forward: Callable[[], Any]) -> tuple[int, list[int]]:
-    """Bytes that ``forward()`` saves for backward, beside the weights, and how many of them each call of a block adds."""
+    """Bytes that ``forward()`` saves for backward, beside the weights, and how many of them each call of a "
+    "block adds."""
     own = {id(parameter.untyped_storage()) for parameter in model.parameters()}
     held = [
         parameter.untyped_storage() for parameter in model.parameters()
@@ -156,7 +166,11 @@ def saved_bytes(model: Denoiser, forward: Callable[[], Any]) -> tuple[int, list[
 
 
 class LiveBytes(TorchDispatchMode):
-    """Inside it: ``now``, the bytes of all tensors made since and still alive, and ``peak``, the most that there were at a time."""
+    """Inside it.
+
+    ``now``, the bytes of all tensors made since and still alive, and ``peak``, the most that there were at a
+    time.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -207,14 +221,20 @@ class OnDevice(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
     def cast(self, value: Any, dtype: torch.dtype) -> Any:
-        """``value`` in ``dtype`` if it is a tensor; a weight that is trained is copied once, as autocast does."""
+        """``value`` in ``dtype`` if it is a tensor.
+
+        A weight that is trained is copied once, as autocast does.
+        """
         if not (isinstance(value, nn.Parameter) and value.requires_grad):
             return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
         return self.copies.setdefault(id(value), value.to(dtype)) if value.dtype != dtype else value
 
 
 class Fused(torch.autograd.Function):
-    """Flash attention as autograd sees it: the output lies as (b l h k), and a float32 logarithm per row stands for the map."""
+    """Flash attention as autograd sees it.
+
+    The output lies as (b l h k), and a float32 logarithm per row stands for the map.
+    """
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
