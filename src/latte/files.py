@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Atomic writes: a file or folder is complete on the disk or absent, whenever the process or the machine stops.
+"""Atomic writes: a file or folder is complete on the disk or absent, whenever the process or the machine
+stops.
 
-A folder is written under a unique hidden name beside its destination, every file in it is flushed to the disk, and a
-rename makes it visible. A writer removes only its own temporary files. What a killed writer leaves behind is removed
-by ``sweep_checkpoints``, and only in the ``checkpoints`` folder of a run.
+A folder is written under a unique hidden name beside its destination, every file in it is flushed to the
+disk, and a rename makes it visible. A writer removes only its own temporary files. What a killed writer
+leaves behind is removed by ``sweep_checkpoints``, and only in the ``checkpoints`` folder of a run.
 """
 
 import os
@@ -26,7 +27,9 @@ LEFTOVER = re.compile(r"\.(?:tmp|old)-(?:pruned-)?(?P<name>step-\d+)(?:-\d+-[0-9
 
 @contextmanager
 def reported(what: str, path: Path, needed: int | None = None, kept: str = "") -> Iterator[None]:
-    """Turn a failed write into one RunError with the path, the number of bytes needed and what is still good."""
+    """Turn a failed write into one RunError with the path, the number of bytes needed and what is still
+    good.
+    """
     try:
         yield
     except (OSError, SafetensorError) as error:
@@ -57,9 +60,9 @@ def unique_name(path: Path, prefix: str) -> Path:
 def commit_folder(path: Path, write: Callable[[Path], None]) -> None:
     """Make the folder ``path`` hold exactly what ``write(folder)`` puts into an empty folder.
 
-    An earlier folder of that name is replaced. Otherwise nothing changes and the error of ``write`` or the system is
-    raised. Files and folders get the permissions of the umask, whatever their writer chose. Raises InputError when
-    ``path`` is not a folder.
+    An earlier folder of that name is replaced. Otherwise nothing changes and the error of ``write`` or the
+    system is raised. Files and folders get the permissions of the umask, whatever their writer chose.
+    Raises InputError when ``path`` is not a folder.
     """
     path = Path(os.path.realpath(path))
     if os.path.lexists(path) and not path.is_dir():
@@ -92,8 +95,8 @@ def commit_folder(path: Path, write: Callable[[Path], None]) -> None:
 def commit_file(path: Path, content: str | Callable[[Path], None]) -> None:
     """Write a file atomically: readers see the old content or the new one.
 
-    ``content`` is the text, or a function that writes the file whose name it gets. The file gets the permissions of
-    the umask. Raises InputError when ``path`` exists and is not a regular file.
+    ``content`` is the text, or a function that writes the file whose name it gets. The file gets the
+    permissions of the umask. Raises InputError when ``path`` exists and is not a regular file.
     """
     path = Path(os.path.realpath(path))
     if os.path.lexists(path) and not path.is_file():
@@ -127,7 +130,9 @@ def kind_of(path: Path) -> str:
 
 
 def check_replaceable(folder: Path, names: Collection[str]) -> None:
-    """Raise InputError unless ``folder`` is absent or holds nothing but files and folders called ``names``."""
+    """Raise InputError unless ``folder`` is absent or holds nothing but files and folders called
+    ``names``.
+    """
     if os.path.lexists(folder) and not folder.is_dir():
         raise InputError(f"{folder} exists and is {kind_of(folder)}, not a folder; choose a new folder")
     others = sorted(item.name for item in folder.glob("*") if item.name not in names)
@@ -138,8 +143,8 @@ def check_replaceable(folder: Path, names: Collection[str]) -> None:
 def sweep_checkpoints(run_dir: Path) -> None:
     """Remove what killed writers left in the checkpoints folder of a run.
 
-    A checkpoint that was set aside for a successor gets its name back when the successor is missing. Everything else
-    in that folder is left alone. Call it with the lock of the run held.
+    A checkpoint that was set aside for a successor gets its name back when the successor is missing.
+    Everything else in that folder is left alone. Call it with the lock of the run held.
     """
     for leftover in sorted((Path(run_dir) / "checkpoints").glob(".*")):
         match = LEFTOVER.fullmatch(leftover.name)

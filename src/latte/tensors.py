@@ -11,7 +11,9 @@ from latte.checks import InputError, RunError
 
 
 def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
-    """Return the SHA-256 of names, dtypes, shapes and bits of ``tensors``, independent of order and device."""
+    """Return the SHA-256 of names, dtypes, shapes and bits of ``tensors``, independent of order and
+    device.
+    """
     digest = hashlib.sha256()
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
@@ -21,7 +23,9 @@ def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
 
 
 def find_nonfinite(tensors: Mapping[str, Tensor]) -> str | None:
-    """Describe the first tensor that holds NaN or Inf: its name and how many values; None when all are finite."""
+    """Describe the first tensor that holds NaN or Inf: its name and how many values; None when all are
+    finite.
+    """
     for name, tensor in tensors.items():
         if not (tensor.is_floating_point() or tensor.is_complex()):
             continue

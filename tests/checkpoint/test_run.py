@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Laws of a checkpoint: it is all there or not there, comes back bit for bit, and no altered byte of it is ever used."""
+"""Laws of a checkpoint: it is all there or not there, comes back bit for bit, and no altered byte of it is
+ever used.
+"""
 
 import json
 import os
@@ -14,19 +16,19 @@ import torch
 import yaml
 from support import noise
 
-from latte import files as atomic
 from latte.checkpoint.lock import run_lock
 from latte.checkpoint.record import describe_run
 from latte.checkpoint.run import (
+    has_listed_sizes,
     latest_checkpoint,
     list_checkpoints,
     load_checkpoint,
     load_latest,
-    looks_whole,
     save_checkpoint,
     verify,
 )
 from latte.checks import InputError, RunError
+from latte.files import sweep_checkpoints
 from latte.tensors import tensors_sha256
 from tiny_runs import FORKS
 
@@ -60,7 +62,7 @@ def alter(file: Path, offset: int, value: int) -> None:
 
 
 def test_what_is_saved_comes_back_bit_for_bit(tmp_path):
-    odd = torch.tensor([float("nan"), -0.0, float("inf"), 1e-45])
+    odd = torch.tensor([-0.0, 1e-45, 3.4e38])
     groups = {
         "model": {
             "odd": odd,
@@ -125,19 +127,19 @@ def test_a_damaged_newest_checkpoint_is_passed_over_with_a_warning_but_refused_b
     newest = save(tmp_path, 30)
     alter(newest / "ema.safetensors", 90, 1)
     said = []
-    assert load_latest(tmp_path, say=said.append).step == 20
-    assert latest_checkpoint(tmp_path, say=said.append) == tmp_path / "checkpoints" / "step-20"
+    assert load_latest(tmp_path, warn=said.append).step == 20
+    assert latest_checkpoint(tmp_path, warn=said.append) == tmp_path / "checkpoints" / "step-20"
     assert "ema.safetensors has sha256" in said[0]
-    assert "going on from the earlier checkpoint" in said[1]
+    assert "resuming from the earlier checkpoint" in said[1]
     assert (
-        latest_checkpoint(tmp_path, only=["optimizer"], say=said.append) == newest
+        latest_checkpoint(tmp_path, only=["optimizer"], warn=said.append) == newest
     )  # the damage is in the other file
     with pytest.raises(InputError, match="is damaged"):
         load_checkpoint(newest)
     for path in list_checkpoints(tmp_path):
         (path / "manifest.json").unlink()
-    with pytest.raises(InputError, match=r"every checkpoint .* \(3 of 3\)"):
-        latest_checkpoint(tmp_path, say=said.append)
+    with pytest.raises(InputError, match=r"no checkpoint .* can be read \(3 of 3 are damaged"):
+        latest_checkpoint(tmp_path, warn=said.append)
     assert latest_checkpoint(tmp_path / "elsewhere") is None
 
 
@@ -198,8 +200,9 @@ def atomic_fingerprint(file: Path) -> dict:
 
 
 def test_retention_never_removes_the_only_good_checkpoint(tmp_path, monkeypatch):
-    """Random histories of saves, damage and resumes: the newest is good after every save, and no more than ``keep`` stay beside
-    what was passed over as damaged."""
+    """Random histories of saves, damage and resumes: the newest is good after every save, and no more than
+    ``keep`` stay beside what was passed over as damaged.
+    """
     monkeypatch.setattr(os, "fsync", lambda handle: None)
     dice, pruned, fallbacks = random.Random(0), 0, 0
     for history in range(100):
@@ -235,13 +238,15 @@ def test_a_cut_checkpoint_does_not_count_among_those_kept(tmp_path):
     for step in (1, 2, 3):
         save(tmp_path, step, keep=3)
     os.truncate(tmp_path / "checkpoints/step-3/ema.safetensors", 3)
-    assert not looks_whole(tmp_path / "checkpoints/step-3")
+    assert not has_listed_sizes(tmp_path / "checkpoints/step-3")
     save(tmp_path, 4, keep=3)
     assert [path.name for path in list_checkpoints(tmp_path)] == ["step-1", "step-2", "step-4"]
 
 
 class Crash:
-    """In a child process: die at once, without any clean-up, at the ``point``-th change this process makes in ``folder``."""
+    """In a child process: die at once, without any clean-up, at the ``point``-th change this process makes
+    in ``folder``.
+    """
 
     def __init__(self, folder: Path, point: int):
         self.folder, self.point, self.seen = str(folder), point, 0
@@ -266,7 +271,9 @@ class Crash:
 
 
 def crash_everywhere(folder: str, results) -> None:
-    """Crash at every point of a commit that prunes, and of one that replaces a good folder; tell how each state recovered."""
+    """Crash at every point of a commit that prunes, and of one that replaces a good folder; tell how each
+    state recovered.
+    """
     torch.set_num_threads(1)
     os.fsync = lambda handle: None  # a process that dies takes nothing with it that the system has been given
     for case in ("prune", "replace"):
@@ -282,9 +289,9 @@ def crash_everywhere(folder: str, results) -> None:
                 os._exit(0)
             crashed = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 77
             inside = bool(list(run_dir.glob("checkpoints/.*")))
-            atomic.sweep_checkpoints(run_dir)
+            sweep_checkpoints(run_dir)
             said = []
-            latest = latest_checkpoint(run_dir, say=said.append)
+            latest = latest_checkpoint(run_dir, warn=said.append)
             step = int(latest.name[5:])
             fine = step in ((2, 3) if case == "prune" else (3,)) and is_that_of(latest, step)
             fine = fine and not said and not list(run_dir.glob("checkpoints/.*"))
@@ -344,7 +351,7 @@ def test_a_full_disk_is_one_line_and_the_checkpoint_before_is_as_it_was(tmp_path
         assert left == 0
         assert message.startswith("RunError: could not write the checkpoint of step 2 to ")
         assert "File too large" in message
-        assert "step-1 is as it was" in message
+        assert "step-1 is unchanged" in message
         assert "47,0" in message  # 44,000 bytes of weights and 3,0.. of text are needed
         assert "\n" not in message
     assert is_that_of(tmp_path / "checkpoints/step-1", 1)
@@ -378,7 +385,7 @@ def test_a_second_trainer_is_refused_with_the_first_ones_pid_and_a_dead_one_is_f
     assert here.poll(60)
     pid = here.recv()
     assert pid == child.pid
-    with pytest.raises(InputError, match=f"process {pid} on .* is training in"), run_lock(tmp_path):
+    with pytest.raises(InputError, match=f"process {pid} on .* is training"), run_lock(tmp_path):
         pass
     child.kill()
     child.join(20)
@@ -419,3 +426,138 @@ def test_the_hash_of_tensors_knows_names_types_shapes_and_bits_but_no_order():
     assert len(seen) == 4
     assert tensors_sha256({"b": b, "a": a}) == tensors_sha256({"a": a, "b": b})
     assert tensors_sha256({"a": torch.tensor(0.0)}) != tensors_sha256({"a": torch.tensor(-0.0)})
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("group", ["ema", "optimizer"])
+def test_nonfinite_tensors_are_named_and_not_committed(group, value, tmp_path):
+    save(tmp_path, 1)
+    groups = tensors(2)
+    name = {"ema": "w", "optimizer": "m"}[group]
+    groups[group][name].view(-1)[2] = value
+    with pytest.raises(
+        RunError, match=rf"step 2 was not written: {group} tensor '{name}' holds 1 non-finite"
+    ) as error:
+        save_checkpoint(tmp_path, 2, groups, {})
+    assert "step-1 is unchanged" in str(error.value)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-1"]
+
+
+def test_a_nonfinite_checkpoint_of_an_earlier_version_is_refused_by_name(tmp_path, monkeypatch):
+    save(tmp_path, 1)
+    groups = tensors(2)
+    groups["ema"]["w"][0, 0] = float("nan")
+    with monkeypatch.context() as before:
+        before.setattr("latte.checkpoint.run.find_nonfinite", lambda tensors: None)
+        path = save_checkpoint(tmp_path, 2, groups, {})
+    with pytest.raises(InputError, match="ema tensor 'w' holds 1 non-finite of 12 values"):
+        load_checkpoint(path)
+    assert load_checkpoint(path, only=["optimizer"]).step == 2
+    warnings = []
+    assert load_latest(tmp_path, warn=warnings.append).step == 1
+    assert "'w' holds 1 non-finite" in warnings[0]
+
+
+def rotate(folder: str, pipe) -> None:
+    """Save one checkpoint after the other, each removing the one before, until the pipe is closed."""
+    torch.set_num_threads(1)
+    os.fsync = lambda handle: None
+    step = 1
+    while not pipe.poll():
+        save(Path(folder), step, keep=1)
+        step += 1
+    pipe.send(step)
+
+
+def test_readers_never_see_damage_while_a_trainer_rotates(tmp_path):
+    save(tmp_path, 0)
+    here, there = FORKS.Pipe()
+    child = FORKS.Process(target=rotate, args=(str(tmp_path), there), daemon=True)
+    child.start()
+    warnings, steps = [], set()
+    for trial in range(1500):
+        if trial % 2:
+            found = load_latest(tmp_path, warn=warnings.append)
+            steps.add(found.step)
+        else:
+            assert latest_checkpoint(tmp_path, warn=warnings.append) is not None
+    here.send("stop")
+    assert here.poll(60)
+    saved = here.recv()
+    child.join(20)
+    print(f"{saved} checkpoints saved during 1500 reads of {len(steps)} different ones")
+    assert saved > 100
+    assert len(steps) > 20
+    assert warnings == []
+
+
+def test_a_checkpoint_that_vanishes_or_cannot_be_read_falls_back(tmp_path, monkeypatch):
+    save(tmp_path, 1), save(tmp_path, 2)
+    warnings = []
+
+    def refuse(file, *words, **rest):
+        if "step-2" in str(file) and str(file).endswith(".safetensors"):
+            raise OSError(5, "Input/output error")
+        return open(file, *words, **rest)
+
+    monkeypatch.setattr("latte.checkpoint.run.open", refuse, raising=False)
+    assert load_latest(tmp_path, warn=warnings.append).step == 1
+    assert "cannot be read (Input/output error)" in warnings[0]
+    assert not any("delete" in warning for warning in warnings)
+    shutil.rmtree(tmp_path / "checkpoints/step-1")
+    with pytest.raises(InputError, match="restore one from a backup") as error:
+        load_latest(tmp_path, warn=warnings.append)
+    assert "delete" not in str(error.value)
+
+
+def test_a_vanished_checkpoint_is_looked_for_again(tmp_path):
+    """Between listing and reading, the only checkpoint is replaced by the next one."""
+    save(tmp_path, 1)
+    from latte.checkpoint.run import newest
+
+    reads, warnings = [], []
+
+    def read(path: Path) -> int:
+        reads.append(path.name)
+        if len(reads) == 1:
+            save(tmp_path, 2, keep=1)
+        return load_checkpoint(path).step
+
+    assert newest(tmp_path, read, warnings.append) == 2
+    assert (reads, warnings) == (["step-1", "step-2"], [])
+
+
+def test_the_lock_on_windows_is_msvcrts_and_leaves_the_holders_name_readable(tmp_path, monkeypatch):
+    """Simulated: the module that Windows has instead of fcntl, with its mandatory lock of a byte range."""
+    locked: dict[int, int] = {}
+
+    class Msvcrt:
+        LK_NBLCK = 2
+
+        @staticmethod
+        def locking(handle: int, mode: int, count: int) -> None:
+            assert (mode, count) == (2, 1)
+            place = os.lseek(handle, 0, os.SEEK_CUR)
+            file = os.fstat(handle).st_ino
+            if locked.get(file) == place:
+                raise PermissionError(13, "Permission denied")
+            locked[file] = place
+
+    monkeypatch.setattr(sys, "platform", "win32")
+    monkeypatch.setitem(sys.modules, "msvcrt", Msvcrt)
+    monkeypatch.setitem(sys.modules, "fcntl", None)
+    with run_lock(tmp_path):
+        text = (tmp_path / ".lock").read_text()
+        assert text == f"process {os.getpid()} on {os.uname().nodename}\n"
+        assert min(locked.values()) > len(text), "the holder's name must stay readable"
+        with pytest.raises(InputError, match=f"process {os.getpid()} on .* is training"), run_lock(tmp_path):
+            pass
+
+
+def test_a_file_system_without_locks_is_one_line(tmp_path, monkeypatch):
+    def refuse(file) -> None:
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr("latte.checkpoint.lock.acquire", refuse)
+    with pytest.raises(InputError, match=r"cannot lock files .No locks available."), run_lock(tmp_path):
+        pass

@@ -65,7 +65,7 @@ def test_builtin_is_a_weights_folder_of_the_package(monkeypatch, tmp_path):
 def test_layouts_follow_from_the_tensors(places):
     assert resolve(places / "checkpoints/ffs.pt").layout() == "released Latte"
     assert resolve(places / "bare").layout() == "Latte"
-    with pytest.raises(InputError, match="a run folder .*not an external checkpoint"):
+    with pytest.raises(InputError, match=r"a run folder .*not an external checkpoint"):
         resolve(places / "run").layout()
 
 

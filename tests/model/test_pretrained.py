@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""save_pretrained and from_pretrained: our own layout, complete, finite and unaltered, or one clear refusal."""
+"""save_pretrained and from_pretrained: our own layout, complete, finite and unaltered, or one clear
+refusal.
+"""
 
 import json
 
@@ -81,7 +83,7 @@ def test_nonfinite_weights_are_not_saved(tmp_path):
     built = latte()
     with torch.no_grad():
         built.final_linear.bias[0] = torch.inf
-    with pytest.raises(RunError, match="'final_linear.bias' holds 1 non-finite"):
+    with pytest.raises(RunError, match=r"'final_linear.bias' holds 1 non-finite"):
         built.save_pretrained(tmp_path / "w")
     assert list(tmp_path.iterdir()) == []
 

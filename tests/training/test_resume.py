@@ -115,7 +115,7 @@ def test_a_damaged_newest_checkpoint_costs_steps_but_no_bit(tmp_path, clean, cap
     run(tmp_path)
     said = capsys.readouterr().err
     assert "step-9 is damaged: optimizer.safetensors has sha256" in said
-    assert "going on from the earlier checkpoint" in said
+    assert "resuming from the earlier checkpoint" in said
     assert_same(tmp_path, clean)
 
 
@@ -123,7 +123,7 @@ def test_nothing_starts_over_when_every_checkpoint_is_damaged(tmp_path):
     run(tmp_path, replace(SHORT, steps=6))
     for path in list_checkpoints(tmp_path):
         os.truncate(path / "model.safetensors", 100)
-    with pytest.raises(InputError, match=r"every checkpoint of .* is damaged"):
+    with pytest.raises(InputError, match=r"no checkpoint of .* can be read"):
         run(tmp_path)
 
 

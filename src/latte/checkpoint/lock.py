@@ -1,39 +1,50 @@
 # SPDX-License-Identifier: Apache-2.0
 """One trainer per run folder.
 
-The lock is the operating system's own on the file ``.lock``, which says who holds it. A killed trainer loses it by dying, so a
-lock is never stale; the file itself stays.
+The lock is the operating system's own on the file ``.lock``, which names its holder. A killed process loses
+it, so a lock is never stale; the file itself stays.
 """
 
-import fcntl
 import os
 import platform
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 from latte.checks import InputError
+
+LOCKED_BYTE = 1 << 30  # on Windows a locked byte cannot be read, so the lock is far behind the holder's name
 
 
 @contextmanager
 def run_lock(run_dir: Path) -> Iterator[None]:
-    """Hold ``run_dir`` (made if missing) for this process; InputError with the holder's pid when another one has it."""
+    """Hold ``run_dir`` (created if missing) for this process; InputError with the holder's pid when it is
+    taken.
+    """
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        file = open(run_dir / ".lock", "a+", encoding="utf-8")
+        file = (run_dir / ".lock").open("a+", encoding="utf-8")
     except OSError as error:
         raise InputError(
-            f"run.dir is {str(run_dir)!r}, which cannot be written ({error.strerror}); give another run.dir"
+            f"run.dir is {str(run_dir)!r}, which cannot be written ({error.strerror}); choose another run.dir"
         ) from error
     with file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            acquire(file)
         except BlockingIOError:
             file.seek(0)
+            holder = file.read().strip() or "another process"
             raise InputError(
-                f"run.dir is {str(run_dir)!r}, which {file.read().strip() or 'another process'} is training in; "
-                "wait until it has ended, or give another run.dir"
+                f"run.dir is {str(run_dir)!r}, where {holder} is training; wait until it ends, or choose "
+                "another run.dir"
             ) from None
+        except OSError as error:
+            raise InputError(
+                f"run.dir is {str(run_dir)!r}, on a file system that cannot lock files ({error.strerror}); "
+                "choose a run.dir on another file system"
+            ) from error
         file.truncate(0)
         file.write(f"process {os.getpid()} on {platform.node()}\n")
         file.flush()
@@ -41,3 +52,19 @@ def run_lock(run_dir: Path) -> Iterator[None]:
             yield
         finally:
             file.truncate(0)
+
+
+def acquire(file: IO[str]) -> None:
+    """Lock the open ``file`` until it is closed; BlockingIOError when another process holds the lock."""
+    if sys.platform == "win32":
+        import msvcrt
+
+        file.seek(LOCKED_BYTE)
+        try:
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        except PermissionError as error:
+            raise BlockingIOError from error
+    else:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a run folder says about itself: config.yaml, command.txt (one line per start), env.json.
 
-Versions, device and commit are recorded by name; the environment's variables never are, because secrets live there.
+Versions, device and commit are recorded by name; the environment's variables never are, because secrets
+live there.
 """
 
 import json
@@ -42,7 +43,8 @@ PACKAGES = (
 def describe_run(
     run_dir: Path, config: Mapping[str, object], device: torch.device, command: str | None = None
 ) -> None:
-    """Write the three files; ``config`` is plain data, ``command`` defaults to this process's own command line.
+    """Write the three files; ``config`` is plain data, ``command`` defaults to this process's own command
+    line.
 
     Raises RunError when the folder cannot be written.
     """
@@ -85,7 +87,9 @@ def installed(package: str) -> str | None:
 
 @cache
 def source_commit() -> str | None:
-    """The commit of the source tree that this package runs from, with '+' when files differ from it; None for an installed package."""
+    """The commit of the source tree that this package runs from, with '+' when files differ from it; None
+    for an installed package.
+    """
     root = Path(__file__).resolve().parents[3]
     if not (root / ".git").exists():
         return None
@@ -102,5 +106,7 @@ def source_commit() -> str | None:
 
 
 def read_fingerprint(part: Mapping[str, Any]) -> str | None:
-    """Return the recorded fingerprint of a codec or text encoder; version 0.1.0 wrote it under ``identity``."""
+    """Return the recorded fingerprint of a codec or text encoder; version 0.1.0 wrote it under
+    ``identity``.
+    """
     return part.get("fingerprint", part.get("identity"))

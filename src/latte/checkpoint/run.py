@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checkpoints of a run: committed atomically, verified byte for byte when read, safetensors and JSON only.
 
-``checkpoints/step-N/`` holds one safetensors file per group of tensors, state.json, and manifest.json with the size and SHA-256 of
-every other file. Neither safetensors nor torch notices a flipped bit in the weights, so nothing is used before its hash fits.
+``checkpoints/step-N/`` holds one safetensors file per group of tensors, state.json, and manifest.json with
+the size and SHA-256 of every other file. Neither safetensors nor torch notices a flipped bit in the
+weights, so nothing is used before its hash matches. Readers need no lock: a trainer may commit and remove
+checkpoints while they read.
 """
 
 import hashlib
@@ -11,6 +13,7 @@ import os
 import re
 import shutil
 import sys
+import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,14 +23,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from latte.checks import InputError
-from latte.files import TEMPORARY, commit_folder, reported
+from latte.checks import InputError, RunError
+from latte.files import TEMPORARY, commit_folder, reported, unique_name
+from latte.tensors import find_nonfinite
 
 T = TypeVar("T")
 FORMAT = 1
 MANIFEST, STATE = "manifest.json", "state.json"
 MAX_MANIFEST_BYTES = 1 << 20
 PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
+LISTINGS = 20  # how often a reader lists the checkpoints again while a trainer changes them
 
 
 @dataclass(frozen=True)
@@ -40,8 +45,8 @@ class Checkpoint:
     state: dict
 
 
-def say_on_stderr(message: str) -> None:
-    """Where warnings go unless the caller has a better place."""
+def print_warning(message: str) -> None:
+    """Print to stderr, the default place of warnings."""
     print(message, file=sys.stderr)
 
 
@@ -52,28 +57,35 @@ def save_checkpoint(
     state: Mapping[str, object],
     keep: int | None = None,
 ) -> Path:
-    """Commit ``tensors`` (group -> name -> tensor) and ``state`` (plain data) as ``run_dir``/checkpoints/step-``step``.
+    """Commit ``tensors`` (group -> name -> tensor) and ``state`` (plain data) as
+    ``run_dir``/checkpoints/step-``step``.
 
-    With ``keep``, older checkpoints beyond the newest ``keep`` are removed afterwards. Raises RunError, with the path and the bytes
-    needed, when the disk refuses; every earlier checkpoint is then as it was.
+    With ``keep``, older checkpoints beyond the newest ``keep`` are removed afterwards. Raises RunError when
+    a tensor holds NaN/Inf (it is named), or when the disk refuses (with the path and the number of bytes
+    needed); every earlier checkpoint is then unchanged.
     """
     run_dir = Path(run_dir)
     path = run_dir / "checkpoints" / f"step-{step}"
+    earlier = list_checkpoints(run_dir)
+    kept = f"; {earlier[-1]} is unchanged" if earlier else ""
+    for group, members in tensors.items():
+        found = find_nonfinite(members)
+        if found:
+            raise RunError(
+                f"the checkpoint of step {step} was not written: {group} tensor {found} (NaN or Inf){kept}; "
+                "lower train.lr, or resume from an earlier checkpoint"
+            )
     text = json.dumps({**state, "step": step}, indent=1, allow_nan=False) + "\n"
-    needed = sum(tensor.nbytes for group in tensors.values() for tensor in group.values()) + len(text)
+    needed = sum(tensor.nbytes for members in tensors.values() for tensor in members.values()) + len(text)
 
     def write(folder: Path) -> None:
         (folder / STATE).write_text(text, encoding="utf-8")
-        for name, group in tensors.items():
-            file = folder / f"{name}.safetensors"
-            save_file({key: tensor.detach().contiguous() for key, tensor in group.items()}, file)
-            shutil.copymode(folder / STATE, file)  # safetensors makes it private whatever the umask says
-        (folder / MANIFEST).write_text(
-            manifest_text({file.name: fingerprint(file) for file in folder.iterdir()}), encoding="utf-8"
-        )
+        for name, members in tensors.items():
+            stored = {key: tensor.detach().contiguous() for key, tensor in members.items()}
+            save_file(stored, folder / f"{name}.safetensors")
+        files = {file.name: fingerprint(file) for file in folder.iterdir()}
+        (folder / MANIFEST).write_text(manifest_text(files), encoding="utf-8")
 
-    earlier = list_checkpoints(run_dir)
-    kept = f"; {earlier[-1]} is as it was" if earlier else ""
     with reported(f"the checkpoint of step {step}", path, needed, kept):
         commit_folder(path, write)
         if keep is not None:
@@ -84,39 +96,57 @@ def save_checkpoint(
 def load_checkpoint(path: Path, only: Collection[str] | None = None) -> Checkpoint:
     """Read and verify a checkpoint folder; ``only`` limits which groups of tensors are read (and verified).
 
-    Raises InputError naming the file when anything is missing, cut short, altered, or not a checkpoint of ours.
+    Raises InputError naming the file when anything is missing, truncated, altered or not a checkpoint of
+    ours, and naming the tensor when one holds NaN/Inf.
     """
     path = Path(path)
     files = verify(path, only)
     try:
         state = json.loads((path / STATE).read_text(encoding="utf-8"))
         tensors = {Path(name).stem: load_file(path / name) for name in files if name.endswith(".safetensors")}
-        return Checkpoint(path, int(state["step"]), tensors, state)
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
+        checkpoint = Checkpoint(path, int(state["step"]), tensors, state)
+    except (OSError, SafetensorError, RuntimeError, ValueError, KeyError, TypeError) as error:
         raise damaged(path, f"it cannot be read ({error})") from error
+    for group, members in tensors.items():
+        found = find_nonfinite(members)
+        if found:
+            raise InputError(
+                f"checkpoint {path} cannot be used: {group} tensor {found} (NaN or Inf); use an earlier "
+                "checkpoint"
+            )
+    return checkpoint
 
 
 def verify(path: Path, only: Collection[str] | None = None) -> list[str]:
-    """Names of the files of the checkpoint ``path`` that are asked for, after each has been found with its size and SHA-256."""
+    """Check size and SHA-256 of the state and of the groups in ``only`` (None: of every file); return the
+    names.
+    """
     manifest = read_manifest(path)
-    wanted = manifest if only is None else {STATE, *(f"{group}.safetensors" for group in only)}
-    for name in wanted:
+    names = manifest if only is None else {STATE, *(f"{group}.safetensors" for group in only)}
+    for name in names:
         if name not in manifest:
             raise damaged(path, f"{MANIFEST} lists no {name}")
-        if not (path / name).is_file():
-            raise damaged(path, f"{name} is missing, which {MANIFEST} lists")
-        for what, found in fingerprint(path / name).items():
-            if found != manifest[name][what]:
-                raise damaged(path, f"{name} has {what} {found}, but {MANIFEST} says {manifest[name][what]}")
-    return sorted(wanted)
+        try:
+            found = fingerprint(path / name)
+        except FileNotFoundError:
+            raise damaged(path, f"{name} is missing, but {MANIFEST} lists it") from None
+        except OSError as error:
+            raise damaged(path, f"{name} cannot be read ({error.strerror})") from error
+        for key, value in found.items():
+            if value != manifest[name][key]:
+                raise damaged(path, f"{name} has {key} {value}, but {MANIFEST} lists {manifest[name][key]}")
+    return sorted(names)
 
 
 def read_manifest(path: Path) -> dict[str, dict]:
-    """File name -> {bytes, sha256} of a checkpoint folder; InputError unless it is exactly what ``save_checkpoint`` writes."""
+    """Return file name -> {bytes, sha256} of a checkpoint; InputError unless ``save_checkpoint`` wrote
+    exactly that.
+    """
     file = path / MANIFEST
     if not file.is_file():
         raise InputError(
-            f"checkpoint {path} has no {MANIFEST}, so it is no complete checkpoint; give a folder checkpoints/step-N of a run"
+            f"checkpoint {path} has no {MANIFEST}, so it is not a complete checkpoint; "
+            "use a folder checkpoints/step-N of a run"
         )
     try:
         with open(file, encoding="utf-8") as opened:
@@ -136,25 +166,25 @@ def read_manifest(path: Path) -> dict[str, dict]:
 
 
 def manifest_text(files: Mapping[str, Mapping]) -> str:
-    """The one way of writing a manifest, so that every altered byte of it shows."""
+    """Return the only spelling of a manifest, so that every altered byte of it is noticed."""
     return json.dumps({"format": FORMAT, "files": files}, indent=1, sort_keys=True) + "\n"
 
 
 def fingerprint(file: Path) -> dict[str, int | str]:
-    """{bytes, sha256} of a file's content."""
+    """Return {bytes, sha256} of a file's content."""
     with open(file, "rb") as opened:
         return {"bytes": file.stat().st_size, "sha256": hashlib.file_digest(opened, "sha256").hexdigest()}
 
 
-def damaged(path: Path, how: str) -> InputError:
-    """The message about a checkpoint that cannot be trusted."""
+def damaged(path: Path, reason: str) -> InputError:
+    """Return the error about a checkpoint that cannot be trusted."""
     return InputError(
-        f"checkpoint {path} is damaged: {how}; use another checkpoint, or delete this folder to go on from the one before"
+        f"checkpoint {path} is damaged: {reason}; use another checkpoint, or restore this one from a backup"
     )
 
 
 def list_checkpoints(run_dir: Path) -> list[Path]:
-    """Committed checkpoint folders of a run, oldest first, not verified."""
+    """Return the committed checkpoint folders of a run, oldest first, not verified."""
     found = {
         int(match[1]): path
         for path in Path(run_dir).glob("checkpoints/step-*")
@@ -164,69 +194,99 @@ def list_checkpoints(run_dir: Path) -> list[Path]:
 
 
 def latest_checkpoint(
-    run_dir: Path, only: Collection[str] | None = None, say: Callable[[str], None] = say_on_stderr
+    run_dir: Path, only: Collection[str] | None = None, warn: Callable[[str], None] = print_warning
 ) -> Path | None:
-    """The newest checkpoint of a run whose files all fit (``only``: state and these groups); None when the run has none.
+    """Return the newest checkpoint of a run whose files are intact; None when the run has none.
 
-    A damaged one is passed over with a warning through ``say``; InputError when all are damaged.
+    ``only`` limits the check to the state and these groups. A damaged checkpoint is skipped with a warning
+    through ``warn``; InputError when all are damaged.
     """
 
     def read(path: Path) -> Path:
         verify(path, only)
         return path
 
-    return newest(run_dir, read, say)
+    return newest(run_dir, read, warn)
 
 
 def load_latest(
-    run_dir: Path, only: Collection[str] | None = None, say: Callable[[str], None] = say_on_stderr
+    run_dir: Path, only: Collection[str] | None = None, warn: Callable[[str], None] = print_warning
 ) -> Checkpoint | None:
     """``load_checkpoint`` of what ``latest_checkpoint`` finds, reading every file once."""
-    return newest(run_dir, lambda path: load_checkpoint(path, only), say)
+    return newest(run_dir, lambda path: load_checkpoint(path, only), warn)
 
 
-def newest(run_dir: Path, read: Callable[[Path], T], say: Callable[[str], None]) -> T | None:
-    """``read`` of the newest checkpoint that ``read`` does not refuse."""
-    paths = list_checkpoints(run_dir)
-    for path in reversed(paths):
-        try:
-            found = read(path)
-        except InputError as error:
-            say(f"warning: {error}")
-            continue
-        if path != paths[-1]:
-            say(f"warning: going on from the earlier checkpoint {path}")
-        return found
+def newest(run_dir: Path, read: Callable[[Path], T], warn: Callable[[str], None]) -> T | None:
+    """Return ``read`` of the newest checkpoint that ``read`` does not refuse.
+
+    A trainer that commits and removes checkpoints at the same time is no damage: after a failed read the
+    folder is listed again, and only a checkpoint that fails and is still there counts as damaged.
+    """
+    paths, warnings = settled_listing(run_dir), []
+    for _ in range(LISTINGS):
+        changed, warnings = False, []
+        for path in reversed(paths):
+            try:
+                found = read(path)
+            except (InputError, OSError) as error:
+                now = settled_listing(run_dir)
+                changed = now != paths
+                if changed:
+                    paths = now
+                    break
+                warnings.append(f"warning: {error}")
+                continue
+            if path != paths[-1]:
+                warnings.append(f"warning: resuming from the earlier checkpoint {path}")
+            for warning in warnings:
+                warn(warning)
+            return found
+        if not changed:
+            break
+    for warning in warnings:
+        warn(warning)
     if paths:
         raise InputError(
-            f"every checkpoint of {run_dir} is damaged ({len(paths)} of {len(paths)}); restore one, "
-            "or delete the folder checkpoints to start over"
+            f"no checkpoint of {run_dir} can be read ({len(paths)} of {len(paths)} are damaged, see the "
+            "warnings); "
+            "restore one from a backup, or train into another run.dir"
         )
     return None
 
 
-def prune(run_dir: Path, step: int, keep: int) -> None:
-    """Remove checkpoints older than that of ``step``, which has just been committed and is therefore good, beyond ``keep`` in all.
+def settled_listing(run_dir: Path) -> list[Path]:
+    """``list_checkpoints``, again if it is empty only because a trainer replaces the only checkpoint just
+    now.
+    """
+    for _ in range(LISTINGS):
+        paths = list_checkpoints(run_dir)
+        if paths or not any(Path(run_dir).glob(f"checkpoints/{TEMPORARY}*")):
+            break
+        time.sleep(0.05)
+    return paths
 
-    Those whose files do not have the sizes of their manifest do not count and go first. Later steps are left alone: they can only
-    be ones that a resume has passed over as damaged, and training will replace them.
+
+def prune(run_dir: Path, step: int, keep: int) -> None:
+    """Remove checkpoints older than that of ``step``, which was just committed and is therefore good,
+    beyond ``keep``.
+
+    Those whose files do not have the sizes in their manifest do not count and are removed first. Later
+    steps stay: they can only be checkpoints that a resume skipped as damaged, and training will replace
+    them.
     """
     steps = {path: int(path.name.removeprefix("step-")) for path in list_checkpoints(run_dir)}
-    earlier = sorted(
-        (path for path in steps if steps[path] < step),
-        key=lambda path: (looks_whole(path), steps[path]),
-        reverse=True,
-    )
+    earlier = [path for path in steps if steps[path] < step]
+    earlier.sort(key=lambda path: (has_listed_sizes(path), steps[path]), reverse=True)
     for path in earlier[max(keep - 1, 0) :]:
-        gone = path.with_name(
-            f"{TEMPORARY}pruned-{path.name}"
-        )  # renamed first: a half-removed checkpoint is never seen
-        os.rename(path, gone)
-        shutil.rmtree(gone, ignore_errors=True)
+        removed = unique_name(path, f"{TEMPORARY}pruned-")  # renamed first: no reader sees half a checkpoint
+        os.rename(path, removed)
+        shutil.rmtree(removed, ignore_errors=True)
 
 
-def looks_whole(path: Path) -> bool:
-    """Do the files have the sizes of their manifest? (The hashes of old checkpoints are not recomputed at every save.)"""
+def has_listed_sizes(path: Path) -> bool:
+    """Do the files have the sizes in their manifest? (Hashes of old checkpoints are not recomputed at every
+    save.)
+    """
     try:
         return all(
             (path / name).stat().st_size == entry["bytes"] for name, entry in read_manifest(path).items()

@@ -64,7 +64,9 @@ def convert(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Convert weights from any known layout to another, with a report of every tensor. No code is ever run."""
+    """Convert weights from any known layout to another, with a report of every tensor. No code is ever
+    run.
+    """
     from latte.checks import check, choose, printable
     from latte.interop.export import TARGETS, check_place, export
     from latte.interop.lora import load_lora, lora_layers, merged
@@ -144,7 +146,9 @@ def from_weights(
 
 
 def from_run(source: "ResolvedSource") -> "tuple[Denoiser, Coverage, dict[str, Any]]":
-    """Return model (EMA weights, adapters not merged), report and facts of a run or one of its checkpoints."""
+    """Return model (EMA weights, adapters not merged), report and facts of a run or one of its
+    checkpoints.
+    """
     from dataclasses import asdict
 
     from latte.checkpoint.run import load_checkpoint, load_latest

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The model card: README.md of a weights folder or a hub repository, made of the configuration and the training facts.
+"""The model card: README.md of a weights folder or a hub repository, made of the configuration and the
+training facts.
 
-``facts`` are what ``interop.export`` writes into config.json beside the model's keys: diffusion, codec, classes, text,
-sample, and ``about`` {"data", "licence", "step", "clips_seen", "source", "scores": [{"protocol", "metric", "value",
-"interval", "manifest_hash"}]}. Each may be missing, and the card lists which: nothing is guessed, least of all a licence.
+``facts`` are what ``interop.export`` writes into config.json beside the model's keys: diffusion, codec,
+classes, text, sample, and ``about`` {"data", "licence", "step", "clips_seen", "source", "scores":
+[{"protocol", "metric", "value", "interval", "manifest_hash"}]}. Each may be missing, and the card lists
+which: nothing is guessed, least of all a licence.
 """
 
 import html
@@ -93,7 +95,9 @@ def conditioning(config: Mapping[str, Any]) -> str:
 
 
 def table_rows(config: Mapping[str, Any], facts: Mapping[str, Any]) -> dict[str, Any]:
-    """Return label -> value of every row: model, diffusion, the parts that it works with, and the training."""
+    """Return label -> value of every row: model, diffusion, the parts that it works with, and the
+    training.
+    """
     about = facts.get("about") or {}
     rows: dict[str, Any] = {"model": config}
     rows |= {label: public(facts[key]) for key, label in PARTS.items() if facts.get(key)}
@@ -112,7 +116,9 @@ def public(part: Any) -> Any:
 
 
 def score_row(score: Mapping[str, Any]) -> str:
-    """Return the row of a metric: value, interval, protocol and manifest hash, without which it cannot be compared."""
+    """Return the row of a metric: value, interval, protocol and manifest hash, without which it cannot be
+    compared.
+    """
     interval = ""
     if score.get("interval"):
         interval = " (90 % interval {:.4g} to {:.4g})".format(*score["interval"])
@@ -121,7 +127,9 @@ def score_row(score: Mapping[str, Any]) -> str:
 
 
 def cell(value: Any) -> str:
-    """Return a value as one table cell: plain text whatever it contains; 'key value, key value' for several."""
+    """Return a value as one table cell: plain text whatever it contains; 'key value, key value' for
+    several.
+    """
     if isinstance(value, Mapping):
         parts = {key: part for key, part in value.items() if part is not None}
         return ", ".join(f"{cell(key)} {cell(part)}" for key, part in parts.items())

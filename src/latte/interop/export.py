@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weights out: our own folder, the released Latte's file, diffusers' transformer or pipeline, peft's adapters, the hub.
+"""Weights out: our own folder, the released Latte's file, diffusers' transformer or pipeline, peft's
+adapters, the hub.
 
 To add a layout: a function (model, place, facts) and one entry in TARGETS.
 """
@@ -27,8 +28,9 @@ from latte.model.pretrained import write_weights_folder
 def export(model: Denoiser, place: str | Path, target: str, facts: Mapping[str, Any]) -> None:
     """Write ``model`` to the new file or folder ``place`` in the layout ``target`` of TARGETS.
 
-    ``facts`` (diffusion, codec, classes, about, ...) go beside the configuration in our own layout. Raises InputError
-    when ``place`` exists, or the layout cannot express this model; RunError when the disk refuses.
+    ``facts`` (diffusion, codec, classes, about, ...) go beside the configuration in our own layout. Raises
+    InputError when ``place`` exists, or the layout cannot express this model; RunError when the disk
+    refuses.
     """
     write, place = choose("--to", target, TARGETS), Path(place)
     check_place(place)
@@ -36,7 +38,9 @@ def export(model: Denoiser, place: str | Path, target: str, facts: Mapping[str, 
 
 
 def check_place(place: str | Path) -> None:
-    """Raise InputError unless ``place`` is a new file or folder, or an empty folder other than the current one."""
+    """Raise InputError unless ``place`` is a new file or folder, or an empty folder other than the current
+    one.
+    """
     path = Path(place)
     if not str(place).strip() or path.resolve() == Path.cwd():
         raise InputError(
@@ -55,9 +59,9 @@ def save_ours(
 ) -> None:
     """Write a weights folder: model.safetensors, config.json and a model card.
 
-    ``from_pretrained`` of the model's class and ``VideoPipeline.from_pretrained`` read it. Tensors are stored as
-    ``dtype`` (float16: half the bytes) and read back as float32. Raises RunError when the disk refuses, or a weight is
-    NaN/Inf.
+    ``from_pretrained`` of the model's class and ``VideoPipeline.from_pretrained`` read it. Tensors are
+    stored as ``dtype`` (float16: half the bytes) and read back as float32. Raises RunError when the disk
+    refuses, or a weight is NaN/Inf.
     """
     tensors = {name: tensor.detach().to("cpu", dtype) for name, tensor in model.state_dict().items()}
 
@@ -74,7 +78,9 @@ def publish(
     private: bool | None = None,
     token: str | None = None,
 ) -> str:
-    """Push what ``save_ours`` writes to the hub as owner/name, without paths of this machine; return the commit's URL."""
+    """Push what ``save_ours`` writes to the hub as owner/name, without paths of this machine; return the
+    commit's URL.
+    """
     from huggingface_hub import HfApi
 
     facts = {
@@ -100,7 +106,8 @@ def to_official(model: Denoiser, path: Path, facts: Mapping[str, Any]) -> None:
     """Write the file that the released Latte code loads."""
     if model.config.reads_text:
         raise InputError(
-            "--to official cannot hold a text-to-video model: the released layout is class-conditional or unconditional; "
+            "--to official cannot hold a text-to-video model: the released layout is class-conditional or "
+            "unconditional; "
             "use --to diffusers"
         )
     save_official(model, path)
@@ -110,7 +117,8 @@ def to_diffusers(model: Denoiser, folder: Path, facts: Mapping[str, Any]) -> Non
     """Write the transformer folder of a LattePipeline."""
     if not model.config.reads_text:
         raise InputError(
-            "--to diffusers holds text-to-video models only, but this model reads no captions; use --to official"
+            "--to diffusers holds text-to-video models only, but this model reads no captions; use --to "
+            "official"
         )
     save_diffusers(model, folder, (facts.get("about") or {}).get("gate_steps"))
 
@@ -124,7 +132,8 @@ def to_hub(model: Denoiser, place: Path, facts: Mapping[str, Any]) -> None:
     except Exception as error:  # of the hub, and of the HTTP client that it uses
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise RunError(
-            f"could not push to the hub as {place} ({reason}); use OWNER/NAME, and log in first: hf auth login"
+            f"could not push to the hub as {place} ({reason}); use OWNER/NAME, and log in first: hf auth "
+            "login"
         ) from error
 
 

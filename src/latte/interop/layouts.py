@@ -25,9 +25,10 @@ Understand = Callable[[Mapping[str, Tensor], Mapping[str, Any] | None, int | Non
 class Layout:
     """One layout of weight files.
 
-    ``recognise(names)``: does a file with these tensors have this layout? ``understand(tensors, config.json, heads)``
-    returns its configuration and the translation of its names. ``hint`` tells what to do about a file that holds only
-    a part of a model; ``silence(model)`` makes the missing part contribute nothing.
+    ``recognise(names)``: does a file with these tensors have this layout? ``understand(tensors,
+    config.json, heads)`` returns its configuration and the translation of its names. ``hint`` tells what to
+    do about a file that holds only a part of a model; ``silence(model)`` makes the missing part contribute
+    nothing.
     """
 
     recognise: Callable[[Mapping[str, Any]], bool]

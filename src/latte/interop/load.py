@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The checkpoint loader: file, folder or hub id -> configuration, tensors under our names, and a coverage report.
+"""The checkpoint loader: file, folder or hub id -> configuration, tensors under our names, and a coverage
+report.
 
-The layout follows from the names of the tensors, the sizes from their shapes. Every load logs its report, and a load
-that does not use every tensor is refused unless the exceptions are named.
+The layout follows from the names of the tensors, the sizes from their shapes. Every load logs its report,
+and a load that does not use every tensor is refused unless the exceptions are named.
 """
 
 import logging
@@ -32,8 +33,8 @@ LOG = logging.getLogger(__name__)
 class Loaded:
     """An external checkpoint under our names, in the precision it was stored in.
 
-    ``facts`` are the plain values that the file holds beside its tensors, ``card`` is the config.json beside it (empty
-    when there is none).
+    ``facts`` are the plain values that the file holds beside its tensors, ``card`` is the config.json
+    beside it (empty when there is none).
     """
 
     layout: str
@@ -44,7 +45,9 @@ class Loaded:
     card: dict[str, Any]
 
     def model(self, dtype: torch.dtype = torch.float32) -> Denoiser:
-        """Return the model for inference (eval mode, no gradients) in ``dtype``; allowed gaps hold fresh weights."""
+        """Return the model for inference (eval mode, no gradients) in ``dtype``; allowed gaps hold fresh
+        weights.
+        """
         with torch.device("cpu" if self.report.missing else "meta"):
             model = build(self.config)
         model.load_state_dict(self.state_dict, strict=False, assign=True)
@@ -61,10 +64,10 @@ def load_external(
 ) -> Loaded:
     """Load weights of any layout in LAYOUTS from a file, a folder or a hub id, and log the coverage report.
 
-    ``heads`` is needed for a width that is not in Table 4. ``allow_missing`` and ``allow_unexpected`` are patterns of
-    tensor names, such as 'time_blocks.*', that may be missing (or of another shape) and left over. Raises InputError,
-    in one line, for everything else that does not fit, for files that hold code, are truncated, mixed, quantized or
-    non-finite, for runs and for unknown layouts.
+    ``heads`` is needed for a width that is not in Table 4. ``allow_missing`` and ``allow_unexpected`` are
+    patterns of tensor names, such as 'time_blocks.*', that may be missing (or of another shape) and left
+    over. Raises InputError, in one line, for everything else that does not fit, for files that hold code,
+    are truncated, mixed, quantized or non-finite, for runs and for unknown layouts.
     """
     found = resolve(source, "weights")
     if found.run is not None:
@@ -88,7 +91,8 @@ def load_external(
     complete = not (report.missing or report.unexpected or report.mismatched)
     if expected is not None and complete and tensors_sha256(state) != expected:
         raise InputError(
-            f"weights {source} have another hash than weights_sha256 in config.json ({str(expected)[:16]}): they belong "
+            f"weights {source} have another hash than weights_sha256 in config.json "
+            f"({str(expected)[:16]}): they belong "
             "to another model or were altered; fetch the folder again"
         )
     return Loaded(name, understood.config, state, report, facts, card or {})

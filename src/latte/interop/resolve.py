@@ -28,9 +28,10 @@ KINDS = {
 class Source:
     """A resolved source. ``name`` is what the user gave, ``kind`` one of KINDS.
 
-    ``path`` is the local file or folder: of a checkpoint its own folder, of a weight file inside a weights folder that
-    folder, of a hub id the download. ``origin`` is local, hub or builtin. The kind of a hub id is ``hub`` only as long
-    as nothing was fetched; afterwards it is what the download holds. The kind of ``builtin`` is ``weights``.
+    ``path`` is the local file or folder: of a checkpoint its own folder, of a weight file inside a weights
+    folder that folder, of a hub id the download. ``origin`` is local, hub or builtin. The kind of a hub id
+    is ``hub`` only as long as nothing was fetched; afterwards it is what the download holds. The kind of
+    ``builtin`` is ``weights``.
     """
 
     name: str
@@ -61,8 +62,8 @@ class Source:
 def resolve(source: str | Path, field: str = "MODEL", download: bool = True) -> Source:
     """Return what ``source`` is, by names of files only; a hub id is fetched unless ``download`` is False.
 
-    A local path wins over a hub id of the same name. Raises InputError, naming ``field`` and everything that was
-    looked for, when it is none of KINDS.
+    A local path wins over a hub id of the same name. Raises InputError, naming ``field`` and everything
+    that was looked for, when it is none of KINDS.
     """
     name, path = str(source), Path(source)
     if name == "builtin":
@@ -121,9 +122,11 @@ def kind_of_path(path: Path) -> str | None:
 
 
 def is_weights_folder(folder: Path) -> bool:
-    """Does ``folder`` hold weights with what sampling needs beside them, as ``VideoPipeline.save_pretrained`` writes?
+    """Does ``folder`` hold weights with what sampling needs beside them, as
+    ``VideoPipeline.save_pretrained`` writes?
 
-    A folder of the bare model, which ``Latte.save_pretrained`` writes, is an external checkpoint: it has no codec.
+    A folder of the bare model, which ``Latte.save_pretrained`` writes, is an external checkpoint: it has no
+    codec.
     """
     if not ((folder / CONFIG).is_file() and (folder / WEIGHTS).is_file()):
         return False

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``save_pretrained`` and ``from_pretrained`` of the models: a weights folder, model.safetensors and config.json.
+"""``save_pretrained`` and ``from_pretrained`` of the models: a weights folder, model.safetensors and
+config.json.
 
-Only our own layout is read, and only completely. External checkpoints, hub ids, adapters and model cards belong to
-``latte.interop``; runs and everything that sampling needs belong to ``latte.VideoPipeline``.
+Only our own layout is read, and only completely. External checkpoints, hub ids, adapters and model cards
+belong to ``latte.interop``; runs and everything that sampling needs belong to ``latte.VideoPipeline``.
 """
 
 import json
@@ -34,23 +35,26 @@ class SavedModel:
     def save_pretrained(self, folder: str | Path) -> None:
         """Write a weights folder that ``from_pretrained`` reads; an earlier one is replaced.
 
-        Raises InputError when ``folder`` holds other files, RunError when a weight is NaN/Inf or the disk refuses.
+        Raises InputError when ``folder`` holds other files, RunError when a weight is NaN/Inf or the disk
+        refuses.
         """
         model: Any = self
         write_weights_folder(Path(folder), model.state_dict(), asdict(self.config))
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> Self:
-        """Return the float32 model of a weights folder (or of the weight file in it), in eval mode, on the CPU.
+        """Return the float32 model of a weights folder (or of the weight file in it), in eval mode, on the
+        CPU.
 
-        Raises InputError for any other layout, for weights of another model, and when a tensor is missing, unknown, of
-        another shape, NaN/Inf or altered.
+        Raises InputError for any other layout, for weights of another model, and when a tensor is missing,
+        unknown, of another shape, NaN/Inf or altered.
         """
         path = Path(folder)
         path = path.parent if path.name == WEIGHTS else path
         if not ((path / WEIGHTS).is_file() and (path / CONFIG).is_file()):
             raise InputError(
-                f"{folder} is not a weights folder ({WEIGHTS} and {CONFIG}); for an external checkpoint or a hub id call "
+                f"{folder} is not a weights folder ({WEIGHTS} and {CONFIG}); for an external checkpoint or "
+                "a hub id call "
                 f"latte.interop.load.load_external({str(folder)!r}).model(), for a run "
                 f"latte.VideoPipeline.from_pretrained({str(folder)!r}).model"
             )
@@ -111,7 +115,9 @@ def read_values(file: Path) -> dict[str, Any]:
 
 
 def parse_config(kind: type[Config], values: Mapping[str, Any], file: Path) -> Config:
-    """Return the configuration of ``kind`` from its keys among ``values``; raise InputError for the first bad one."""
+    """Return the configuration of ``kind`` from its keys among ``values``; raise InputError for the first
+    bad one.
+    """
     keys = {item.name: values[item.name] for item in fields(kind) if item.name in values}  # type: ignore[arg-type]
     try:
         return TypeAdapter(kind).validate_python(keys)
@@ -127,7 +133,7 @@ def read_weights(file: Path) -> dict[str, Tensor]:
     """Return the tensors of a safetensors file; raise InputError when it is damaged or holds NaN/Inf."""
     try:
         tensors = load_file(file)
-    except (OSError, SafetensorError) as error:
+    except (OSError, RuntimeError, SafetensorError) as error:
         reason = str(error).partition("\n")[0]
         raise InputError(f"weights {file} cannot be read ({reason}); fetch the file again") from None
     check_finite(tensors, file)
@@ -135,7 +141,9 @@ def read_weights(file: Path) -> dict[str, Tensor]:
 
 
 def check_depth(config: Any, tensors: Mapping[str, Tensor]) -> None:
-    """Raise InputError when ``config`` has more blocks than the file has tensors: building them could take minutes."""
+    """Raise InputError when ``config`` has more blocks than the file has tensors: building them could take
+    minutes.
+    """
     depth = config.dimensions[0]
     if depth > len(tensors):
         raise InputError(
@@ -147,7 +155,9 @@ def check_depth(config: Any, tensors: Mapping[str, Tensor]) -> None:
 def check_names_and_shapes(
     tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], source: object
 ) -> None:
-    """Raise InputError with the first tensor that is missing, unknown or of another shape than ``expected``."""
+    """Raise InputError with the first tensor that is missing, unknown or of another shape than
+    ``expected``.
+    """
     faults = [f"lacks {name}" for name in expected if name not in tensors]
     faults += [f"has the unknown tensor {name}" for name in tensors if name not in expected]
     faults += [
@@ -157,5 +167,6 @@ def check_names_and_shapes(
     ]
     if faults:
         raise InputError(
-            f"weights {source}: the file {faults[0]} ({len(faults)} faults in all); it belongs to another configuration"
+            f"weights {source}: the file {faults[0]} ({len(faults)} faults in all); it belongs to another "
+            "configuration"
         )
