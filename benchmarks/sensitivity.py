@@ -23,7 +23,7 @@ from latte.data.media import VIDEO_SUFFIXES, read_frames
 from latte.data.procedural import draw_scene, render
 from latte.evaluation.detectors import Detector, build_detector
 from latte.evaluation.frechet import frechet_distance
-from latte.evaluation.statistics import half_sample_interval
+from latte.evaluation.scores import half_sample_interval
 from latte.runtime import generator
 from tools import corruptions as damage
 

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``latte evaluate``: its JSON, its refusals in one line with exit 2, replay, comparison, and a model as FAKE."""
+"""``latte evaluate``: its JSON, its refusals in one line with exit 2, replay, comparison, a model as FAKE."""
 
 import json
+import os
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +16,7 @@ import torch
 import tiny_detector
 from latte.data.media import probe, write_mp4
 from latte.data.procedural import draw_scene, render
+from latte.evaluation import features as feature_files
 from latte.evaluation import protocols
 from latte.evaluation import report as page
 from latte.evaluation.detector_files import file_sha256
@@ -116,32 +119,32 @@ REFUSALS = {
 
 @pytest.mark.parametrize("name", REFUSALS)
 def test_bad_sides_are_refused_in_one_line(latte, sides, name):
-    change, told = REFUSALS[name]
+    change, message = REFUSALS[name]
     change(sides)
     found = latte("evaluate", "real", "fake", "--protocol", "tiny", "--out", "out")
     assert found.code == 2
     assert len(found.errors) == 1
-    assert told in found.errors[0]
+    assert message in found.errors[0]
     assert not (sides / "out" / "manifest.json").exists()
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "message"),
     [
         (["real", "fake", "--protocol", "tinny"], "did you mean 'tiny'"),
         (["real"], "REAL or FAKE is missing"),
-        (["real", "fake", "--processes", 0], "--processes is 0"),
-        (["real", "fake", "--group", 0], "--group is 0"),
-        (["real", "fake", "--clips", 1], "--clips is 1"),
+        (["real", "fake", "--processes", 0], "--processes must be at least 1, got 0"),
+        (["real", "fake", "--group", 0], "--group must be at least 1, got 0"),
+        (["real", "fake", "--clips", 1], "--clips must be at least 2 for a covariance, got 1"),
         (["real", "fake", "--until", "plans"], "did you mean 'plan'"),
         (["real", "fake", "--compare", "none.json"], "not a manifest of latte evaluate"),
         (["builtin", "fake"], "REAL is 'builtin', which is a model"),
     ],
 )
-def test_bad_words_are_refused_in_one_line(latte, sides, words, told):
+def test_bad_words_are_refused_in_one_line(latte, sides, words, message):
     found = latte("evaluate", *words, *([] if "--protocol" in words else ["--protocol", "tiny"]))
     assert found.code == 2
-    assert told in found.errors[0]
+    assert message in found.errors[0]
 
 
 def write_shapes(folder, count, frames, side):
@@ -193,14 +196,14 @@ def test_the_builtin_model_is_scored_by_the_builtin_detector(latte, sides, monke
     assert (replay["model"], replay["sample_seed"]) == ("builtin", 0)
 
 
-def bank(seed, rows=60, shift=0.0):
+def features(seed, rows=60, shift=0.0):
     return torch.randn(rows, 5, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) + shift
 
 
-def write_banks(root):
+def write_features(root):
     """The same two tables in every kind of file: name -> (real, fake)."""
     found = {}
-    for side, table in (("real", bank(1)), ("fake", bank(2, 50, shift=3.0))):
+    for side, table in (("real", features(1)), ("fake", features(2, 50, shift=3.0))):
         np.save(root / f"{side}.npy", table.numpy())
         np.savez(root / f"{side}.npz", features=table.numpy(), labels=np.zeros((len(table), 2)))
         torch.save(table, root / f"{side}.pt")
@@ -213,7 +216,7 @@ def write_banks(root):
 
 def test_features_made_elsewhere_are_scored_under_their_own_protocol(latte, sides):
     values = []
-    for names in write_banks(sides).values():
+    for names in write_features(sides).values():
         found = latte("evaluate", *names, "--protocol", "external", "--out", f"out-{names[0]}", "--json")
         assert found.code == 0, found.err
         values.append(found.json["values"])
@@ -223,13 +226,13 @@ def test_features_made_elsewhere_are_scored_under_their_own_protocol(latte, side
             {"real": 60, "fake": 50},
         )
         record = json.loads(Path(found.json["manifest"]).read_text())
-        assert record["banks"]["fake"]["sha256"] == file_sha256(sides / names[1])
+        assert record["sides"]["fake"]["sha256"] == file_sha256(sides / names[1])
         assert names[1] in Path(found.json["report"]).read_text()
     assert all(value == values[0] for value in values)
-    assert values[0]["frechet"] == pytest.approx(frechet_distance(bank(1), bank(2, 50, shift=3.0)))
+    assert values[0]["frechet"] == pytest.approx(frechet_distance(features(1), features(2, 50, shift=3.0)))
     assert values[0]["precision"] < 0.5
-    told = latte("evaluate", "real.npy", "fake.npy", "--protocol", "external")
-    assert "frechet (external, manifest" in told.out
+    shown = latte("evaluate", "real.npy", "fake.npy", "--protocol", "external")
+    assert "frechet (external, manifest" in shown.out
 
 
 class Harmful:
@@ -238,25 +241,25 @@ class Harmful:
 
 
 def spoil(root):
-    write_banks(root)
+    write_features(root)
     np.save(root / "objects.npy", np.array([Harmful(), 1], dtype=object), allow_pickle=True)
     torch.save({"x": Harmful()}, root / "harmful.pt")
     np.savez(root / "two.npz", a=np.zeros((9, 2)), b=np.zeros((9, 2)))
     np.save(root / "nan.npy", np.full((9, 5), np.nan))
-    np.save(root / "copy.npy", bank(1).numpy())
+    np.save(root / "copy.npy", features(1).numpy())
     np.save(root / "wide.npy", np.random.RandomState(0).randn(9, 6))
     np.save(root / "short.npy", np.zeros((3, 5)))
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "message"),
     [
         (["real.npy", "objects.npy"], "nothing in it was run"),
         (["real.npy", "harmful.pt"], "nothing in it was run"),
-        (["real.npy", "two.npz"], "holds 2 tables"),
-        (["real.npy", "nan.npy"], "nan or inf in row 0"),
+        (["real.npy", "two.npz"], "holds 2 floating-point tables"),
+        (["real.npy", "nan.npy"], "NaN or Inf in row 0"),
         (["real.npy", "copy.npy"], "the same content"),
-        (["real.npy", "wide.npy"], "(5, 6)"),
+        (["real.npy", "wide.npy"], "real has 5 features per row and fake 6"),
         (["real.npy", "short.npy"], "at least 8 rows"),
         (["real.npy", "none.npy"], "does not exist"),
         (["real.npy", "fake"], "not real.npy and fake"),
@@ -265,21 +268,21 @@ def spoil(root):
         (["real.npy", "fake.npy", "--protocol", "clean"], "give --protocol external"),
     ],
 )
-def test_bad_features_are_refused_in_one_line(latte, sides, words, told):
+def test_bad_features_are_refused_in_one_line(latte, sides, words, message):
     spoil(sides)
     found = latte("evaluate", *words, *([] if "--protocol" in words else ["--protocol", "external"]))
     assert found.code == 2, found.out
     assert len(found.errors) == 1
-    assert told in found.errors[0]
+    assert message in found.errors[0]
     assert not (sides / "touched").exists()
     assert not list(sides.rglob("external.json"))
 
 
 def test_rows_that_occur_twice_are_counted(latte, sides):
-    np.save(sides / "real.npy", bank(1).numpy())
-    np.save(sides / "twice.npy", torch.cat([bank(2), bank(2)[:7]]).numpy())
+    np.save(sides / "real.npy", features(1).numpy())
+    np.save(sides / "twice.npy", torch.cat([features(2), features(2)[:7]]).numpy())
     found = latte("evaluate", "real.npy", "twice.npy", "--protocol", "external", "--json")
-    assert [found.json["banks"][side]["repeated"] for side in ("real", "fake")] == [0, 7]
+    assert [found.json["sides"][side]["repeated"] for side in ("real", "fake")] == [0, 7]
 
 
 def test_an_unknown_weight_file_is_refused(latte, sides):
@@ -348,6 +351,7 @@ def test_a_model_is_sampled_resumed_and_scored(latte, sides, run_folder):
         "cpu",
         "--sample-seed",
         3,
+        "--allow-mixed",  # the frames are smaller
         "--json",
     ]
     first = latte(*words)
@@ -373,3 +377,187 @@ def test_a_model_is_sampled_resumed_and_scored(latte, sides, run_folder):
     replayed = latte("evaluate", "--from-manifest", "out/manifest.json", "--out", "elsewhere", "--json")
     assert replayed.code == 0, replayed.err
     assert (replayed.json["replayed"], replayed.json["value"]) == ("exact", first.json["value"])
+
+
+MODEL_REFUSALS = {  # clips of REAL, frames, their size; options; what is known before a clip is generated
+    "too few real clips": (4, 3, 16, ["--protocol", "tiny3"], "tiny3 takes 6 clips of each side, but real"),
+    "other frame size": (6, 3, 32, ["--protocol", "tiny3"], "frame sizes differ: real 32x32 and fake 16x16"),
+    "clips too short": (6, 4, 16, ["--protocol", "tiny"], "'generated 0' has 3 frames, 4 are needed"),
+    "no detector file": (
+        6,
+        16,
+        16,
+        ["--protocol", "long", "--clips", 6],
+        "detector 'i3d' needs i3d_torchscript.pt",
+    ),
+    "torchrun": (6, 3, 16, ["--protocol", "tiny3"], "WORLD_SIZE is 2"),
+}
+
+
+@pytest.mark.parametrize("name", MODEL_REFUSALS)
+def test_a_model_generates_nothing_before_all_else_is_checked(latte, sides, run_folder, monkeypatch, name):
+    count, frames, size, words, message = MODEL_REFUSALS[name]
+    monkeypatch.setenv("LATTE_DETECTOR_DIR", str(sides / "detectors"))
+    monkeypatch.setenv("WORLD_SIZE", "2" if name == "torchrun" else "1")
+    monkeypatch.setitem(
+        protocols.PROTOCOLS, "long", replace(TINY3, name="long", detector="i3d", layer="logits")
+    )
+    write_shapes(sides / "shapes", count, frames, size)
+    found = latte("evaluate", "shapes", run_folder, *words, "--device", "cpu", "--out", "out")
+    assert found.code == 2
+    assert len(found.errors) == 1
+    assert message in found.errors[0]
+    assert not (sides / "out" / "samples").exists()
+
+
+def test_a_short_model_is_pointed_to_protocols_that_fit(latte, sides, run_folder):
+    write_shapes(sides / "shapes", 6, 4, 16)
+    found = latte("evaluate", "shapes", run_folder, "--protocol", "tiny", "--device", "cpu")
+    assert "protocols for 3 frames: tiny3" in found.errors[0]
+
+
+def test_a_full_disk_is_noticed_before_clips_are_generated(latte, sides, run_folder, monkeypatch):
+    usage = shutil.disk_usage(sides)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    write_shapes(sides / "shapes", 6, 3, 16)
+    found = latte("evaluate", "shapes", run_folder, "--protocol", "tiny3", "--device", "cpu", "--out", "out")
+    assert found.code == 1
+    assert "6 generated clips need about" in found.errors[0]
+    assert not (sides / "out" / "samples").exists()
+
+
+def test_generation_reports_the_time_left(latte, sides, run_folder, monkeypatch):
+    monkeypatch.setattr(feature_files, "REPORT_SECONDS", 0.0)
+    write_shapes(sides / "shapes", 6, 3, 16)
+    found = latte("evaluate", "shapes", run_folder, "--protocol", "tiny3", "--device", "cpu", "--out", "out")
+    assert found.code == 0, found.err
+    assert "generate: 6 clips of" in found.err
+    steps = re.findall(r"generate: (\d+) of (\d+) steps, about \d+:\d\d min left", found.err)
+    assert len(steps) >= 6
+    assert steps[-1][0] == steps[-1][1]
+    assert re.search(r"extract: 2 of 2 parts", found.err)
+
+
+def test_allow_fewer_generates_as_many_clips_as_there_are_real_ones(latte, sides, run_folder):
+    write_shapes(sides / "shapes", 4, 3, 16)
+    words = ["shapes", run_folder, "--protocol", "tiny3", "--allow-fewer", "--device", "cpu", "--json"]
+    first = latte("evaluate", *words, "--out", "out")
+    assert first.json["clips"] == {"real": 4, "fake": 4}
+    assert len(list((sides / "out" / "samples").glob("*.mp4"))) == 4
+    again = latte("evaluate", "--from-manifest", "out/manifest.json", "--out", "again", "--json")
+    assert (again.json["replayed"], again.json["value"]) == ("exact", first.json["value"])
+
+
+def save_statistics(path, table, **more):
+    table = table.numpy()
+    np.savez(path, mu=table.mean(0), sigma=np.cov(table, rowvar=False), **more)
+
+
+def test_statistics_are_used_as_statistics(latte, sides):
+    real, fake = features(1), features(2, 50, shift=3.0)
+    np.save(sides / "real.npy", real.numpy())
+    np.save(sides / "fake.npy", fake.numpy())
+    save_statistics(sides / "real.npz", real)
+    save_statistics(sides / "fake.npz", fake)
+    expected = frechet_distance(real, fake)
+    for names in (("real.npz", "fake.npz"), ("real.npy", "fake.npz"), ("real.npz", "fake.npy")):
+        found = latte("evaluate", *names, "--protocol", "external", "--out", "out", "--json")
+        assert found.code == 0, found.err
+        assert found.json["value"] == pytest.approx(expected, rel=1e-9), names
+        assert list(found.json["values"]) == ["frechet"]
+        assert (found.json["interval"], found.json["floor"]) == (None, None)
+        assert "no interval, no floor" in found.json["warnings"][0]
+        rows = {
+            "real": 60 if names[0] == "real.npy" else None,
+            "fake": 50 if names[1] == "fake.npy" else None,
+        }
+        assert found.json["clips"] == rows
+    shown = latte("evaluate", "real.npz", "fake.npz", "--protocol", "external", "--out", "out").out
+    assert "warning: statistics do not include the rows" in shown
+
+
+STATISTICS = {  # what REAL holds, of a mean and a covariance; the reason
+    "a lone covariance": (lambda mu, sigma: {"sigma": sigma}, "looks like a covariance"),
+    "wrong shapes": (lambda mu, sigma: {"mu": mu[:3], "sigma": sigma}, "expected (k,)"),
+    "not symmetric": (lambda mu, sigma: {"mu": mu, "sigma": np.triu(sigma)}, "a sigma that is not symmetric"),
+    "not positive": (lambda mu, sigma: {"mu": mu, "sigma": -sigma}, "the eigenvalue"),
+    "not finite": (lambda mu, sigma: {"mu": mu * np.inf, "sigma": sigma}, "NaN or Inf in mu or sigma"),
+    "features, too": (
+        lambda mu, sigma: {"mu": mu, "sigma": sigma, "features": np.zeros((9, 5))},
+        "real.npz is ambiguous: it holds the statistics mu and sigma and also features",
+    ),
+    "other names": (lambda mu, sigma: {"mean": mu, "cov": sigma}, "looks like a covariance"),
+    "another width": (
+        lambda mu, sigma: {"mu": mu[:4], "sigma": sigma[:4, :4]},
+        "real has 4 features per row",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", STATISTICS)
+def test_bad_or_ambiguous_statistics_are_refused_in_one_line(latte, sides, name):
+    arrays, message = STATISTICS[name]
+    table = features(1).numpy()
+    np.savez(sides / "real.npz", **arrays(table.mean(0), np.cov(table, rowvar=False)))
+    save_statistics(sides / "fake.npz", features(2))
+    found = latte("evaluate", "real.npz", "fake.npz", "--protocol", "external")
+    assert found.code == 2, found.out
+    assert len(found.errors) == 1
+    assert message in found.errors[0]
+    assert not list(sides.rglob("external.json"))
+
+
+def test_two_clips_a_side_are_scored_with_a_warning(latte, sides):
+    words = ["evaluate", "real", "fake", "--protocol", "tiny", "--out", "out"]
+    found = latte(*words, "--clips", 2, "--json")
+    assert found.code == 0, found.err
+    assert found.json["floor"] is None
+    assert "2 real and 2 fake rows are too few for an interval or a floor" in found.json["warnings"][0]
+    assert "warning: 2 real and 2 fake rows are too few" in found.err
+    assert "are too few for an interval" in (sides / "out" / "report.html").read_text()
+    assert "warning: 2 real" in latte(*words, "--clips", 2).out
+
+
+def test_allow_fewer_is_not_suggested_when_it_was_given(latte, sides):
+    for path in sorted((sides / "fake").iterdir())[1:]:
+        path.unlink()
+    found = latte("evaluate", "real", "fake", "--protocol", "tiny", "--allow-fewer")
+    assert found.code == 2
+    assert "--allow-fewer" not in found.errors[0]
+    assert "at least 2 of each side" in found.errors[0]
+
+
+def other_size(root):
+    for path in (root / "fake").iterdir():
+        path.unlink()
+    for index in range(7):
+        write_mp4(root / "fake" / f"{index:02d}.mp4", draw_clip(50 + index, size=48), 8)
+
+
+def test_sides_of_other_frame_sizes_are_refused_unless_allowed(latte, sides):
+    other_size(sides)
+    words = ["evaluate", "real", "fake", "--protocol", "tiny", "--out", "out"]
+    found = latte(*words)
+    assert found.code == 2
+    assert "frame sizes differ: real 24x24 and fake 48x48" in found.errors[0]
+    assert latte(*words, "--allow-mixed").code == 0
+    manifest = json.loads((sides / "out" / "manifest.json").read_text())["manifest"]
+    assert manifest["pixels"]["frame_size"] == {"real": {"24x24": 7}, "fake": {"48x48": 7}}
+    report = (sides / "out" / "report.html").read_text()
+    assert "48x48 (7)" in report
+
+
+@pytest.mark.parametrize("name", [b"caf\xe9.mp4", b"a\x1b[31m.mp4", b"two\nlines.mp4", "б«>&.mp4".encode()])
+def test_any_file_name_can_be_scored_reported_and_left_out(latte, sides, name):
+    folder = os.fsencode(sides / "real")
+    os.rename(folder + b"/00.mp4", folder + b"/" + name)
+    with open(folder + b"/broken-" + name, "wb") as file:
+        file.write(b"nothing")
+    found = latte("evaluate", "real", "fake", "--protocol", "tiny", "--clips", 7, "--out", "out")
+    assert found.code == 0, found.err
+    assert "left out: real broken-" in found.err
+    assert "\x1b" not in found.err + found.out
+    report = (sides / "out" / "report.html").read_text("utf-8")
+    assert "\x1b" not in report
+    again = latte("evaluate", "--from-manifest", "out/manifest.json", "--out", "again", "--json")
+    assert again.json["replayed"] == "exact"

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a published file to converted weights: hashes, names, shapes, the cache folder, the offline switch. Nothing here opens a socket."""
+"""From a published file to converted weights: hashes, names, shapes, the cache folder, the offline switch.
+Nothing here opens a socket.
+"""
 
 import io
 import urllib.request

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Frames reach each network by its own resize and range, and a clip's features do not depend on the company it came in."""
+"""Frames reach each network by its own resize and range, and a clip's features do not depend on the company
+it came in.
+"""
 
 import numpy as np
 import pytest

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Plan, extract, score with a tiny detector: the same bits however the work is shared, never a stale bank, a manifest of 60 fields."""
+"""Plan, extract, score with a tiny detector: the same bits however the work is shared, and never stale
+features.
+"""
 
 import copy
 import io
@@ -26,14 +28,14 @@ from latte.data.datasets import DataConfig
 from latte.data.encode import encode_dataset
 from latte.data.media import read_frames, write_mp4
 from latte.data.procedural import draw_scene, render
-from latte.evaluation import features as bank
+from latte.evaluation import features as feature_files
 from latte.evaluation import protocols
 from latte.evaluation import report as page
 from latte.evaluation.detectors import DETECTORS, build_detector
 from latte.evaluation.evaluate import EvaluateConfig, check_replay, evaluate
-from latte.evaluation.features import apply_frame_rule, extract, plan_jobs, work_elsewhere
+from latte.evaluation.features import apply_frame_rule, extract, plan_jobs, run_jobs_in_process
 from latte.evaluation.frechet import frechet_distance
-from latte.evaluation.manifest import GROUPS, compare, manifest_hash, read_report, write_report
+from latte.evaluation.manifest import ADDED, GROUPS, compare, manifest_hash, read_report, write_report
 from latte.evaluation.plan import make_plan
 from latte.evaluation.protocols import FrameRule
 from latte.evaluation.scores import builtin_score, distances_from_real, score
@@ -46,7 +48,7 @@ CONFIG = EvaluateConfig(protocol="tiny", device="cpu")
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """Eight real and eight fake videos, written once; nobody changes them."""
+    """Eight real and eight fake videos, written once and never changed."""
     root = tmp_path_factory.mktemp("sides")
     return {"real": write_side(root / "real", range(8)), "fake": write_side(root / "fake", range(50, 58))}
 
@@ -64,11 +66,11 @@ def opened(folders, cache):
 
 
 def run(folders, out, config=CONFIG, **options):
-    result = evaluate(opened(folders, out / "probes"), config, out, **options)
+    result = evaluate(*opened(folders, out / "probes").values(), config, out, **options)
     return result, read_report(out / "manifest.json")
 
 
-def banks(out):
+def features_in(out):
     return {
         side: safetensors.torch.load_file(out / f"{side}.safetensors")["features"]
         for side in ("real", "fake")
@@ -85,7 +87,7 @@ def finished(folders, tmp_path_factory):
         return out, *run(folders, out)
 
 
-def test_the_figure_is_that_of_the_planned_clips(folders, finished):
+def test_the_score_is_that_of_the_planned_clips(folders, finished):
     out, result, _ = finished
     network, features = tiny_detector.TinyNetwork(), {"real": [], "fake": []}
     for line in map(json.loads, (out / "clips.jsonl").read_text().splitlines()):
@@ -109,7 +111,7 @@ def test_the_figure_is_that_of_the_planned_clips(folders, finished):
 
 
 def test_any_number_of_processes_gives_the_same_bits(folders, tmp_path, monkeypatch):
-    monkeypatch.setattr(bank, "SHARD", 2)
+    monkeypatch.setattr(feature_files, "SHARD", 2)
     done = {}
     for processes in (1, 2):
         config = replace(CONFIG, processes=processes, group=3)
@@ -130,8 +132,8 @@ def test_plan_and_rows_do_not_depend_on_group_or_order(folders, finished, tmp_pa
     assert other["value"] == pytest.approx(result["value"], rel=1e-5)
 
 
-def test_a_killed_extraction_goes_on(folders, finished, tmp_path, monkeypatch):
-    monkeypatch.setattr(bank, "SHARD", 2)
+def test_a_killed_extraction_resumes(folders, finished, tmp_path, monkeypatch):
+    monkeypatch.setattr(feature_files, "SHARD", 2)
     sides = opened(folders, tmp_path / "probes")
     read, counts = type(sides["real"]).read, []
 
@@ -143,12 +145,14 @@ def test_a_killed_extraction_goes_on(folders, finished, tmp_path, monkeypatch):
 
     monkeypatch.setattr(type(sides["real"]), "read", counted)
     with pytest.raises(KeyboardInterrupt):
-        evaluate(sides, CONFIG, tmp_path, until="extract")
+        evaluate(*sides.values(), CONFIG, tmp_path, until="extract")
     assert len(list((tmp_path / "shards").glob("*.safetensors"))) == 2
-    evaluate(sides, CONFIG, tmp_path, until="extract")
+    evaluate(*sides.values(), CONFIG, tmp_path, until="extract")
     assert len(counts) == 6 + 12 - 4
-    assert all(torch.equal(banks(tmp_path)[side], banks(finished[0])[side]) for side in ("real", "fake"))
-    evaluate(sides, CONFIG, tmp_path, until="extract")
+    assert all(
+        torch.equal(features_in(tmp_path)[side], features_in(finished[0])[side]) for side in ("real", "fake")
+    )
+    evaluate(*sides.values(), CONFIG, tmp_path, until="extract")
     assert len(counts) == 14, "features that are there are kept"
 
 
@@ -184,23 +188,23 @@ def chosen_real(root):
 
 
 @pytest.mark.parametrize("name", MUTATIONS)
-def test_no_bank_is_ever_stale(folders, tmp_path, monkeypatch, name):
+def test_features_are_never_stale(folders, tmp_path, monkeypatch, name):
     for side in ("real", "fake"):
         shutil.copytree(folders[side], tmp_path / side)
-    mine = {side: tmp_path / side for side in ("real", "fake")}
-    before, _ = run(mine, tmp_path / "out", build=build_tiny)
-    old, change, config = banks(tmp_path / "out"), MUTATIONS[name], CONFIG
+    both = {side: tmp_path / side for side in ("real", "fake")}
+    before, _ = run(both, tmp_path / "out", build=build_tiny)
+    old, change, config = features_in(tmp_path / "out"), MUTATIONS[name], CONFIG
     if callable(change):
         change(tmp_path)
     elif "detector" in change:
         config = replace(config, **change)
     else:
         monkeypatch.setitem(protocols.PROTOCOLS, "tiny", replace(TINY, **change))
-    after, _ = run(mine, tmp_path / "out", config, build=build_tiny)
-    fresh, _ = run(mine, tmp_path / "fresh", config, build=build_tiny)
+    after, _ = run(both, tmp_path / "out", config, build=build_tiny)
+    fresh, _ = run(both, tmp_path / "fresh", config, build=build_tiny)
     assert (after["values"], after["plan_sha256"]) == (fresh["values"], fresh["plan_sha256"])
-    new = banks(tmp_path / "out")
-    assert all(torch.equal(new[side], banks(tmp_path / "fresh")[side]) for side in new)
+    new = features_in(tmp_path / "out")
+    assert all(torch.equal(new[side], features_in(tmp_path / "fresh")[side]) for side in new)
     moved = after["plan_sha256"] != before["plan_sha256"] or not all(
         torch.equal(new[side], old[side]) for side in new
     )
@@ -210,7 +214,7 @@ def test_no_bank_is_ever_stale(folders, tmp_path, monkeypatch, name):
     )
 
 
-def test_a_flipped_byte_in_a_bank_is_noticed(folders, finished, tmp_path, caplog):
+def test_a_flipped_byte_in_features_is_noticed(folders, finished, tmp_path, caplog):
     shutil.copytree(finished[0], tmp_path / "out")
     path = tmp_path / "out" / "fake.safetensors"
     content = bytearray(path.read_bytes())
@@ -223,12 +227,14 @@ def test_a_flipped_byte_in_a_bank_is_noticed(folders, finished, tmp_path, caplog
 
 
 def test_the_manifest_has_sixty_fields_and_fifty_one_decide_its_hash(finished):
+    """And four more since 0.1.0, which are not hashed where they are as 0.1.0 assumed."""
     manifest = finished[2]["manifest"]
-    assert sum(len(fields) for fields in manifest.values()) == 60
+    assert sum(len(fields) for fields in GROUPS.values()) == 60
+    assert sum(len(fields) for fields in manifest.values()) == 64
     hashes, first = set(), manifest_hash(manifest)
     for group, fields in manifest.items():
-        assert set(fields) == set(GROUPS[group])
-        for field in fields:
+        assert set(fields) == {*GROUPS[group], *ADDED.get(group, ())}
+        for field in GROUPS[group]:
             changed = copy.deepcopy(manifest)
             changed[group][field] = "another value"
             if group == "run":
@@ -236,6 +242,26 @@ def test_the_manifest_has_sixty_fields_and_fifty_one_decide_its_hash(finished):
             else:
                 hashes.add(manifest_hash(changed))
     assert len(hashes - {first}) == 51
+
+
+def test_added_fields_are_hashed_where_they_differ_from_what_was_assumed(finished):
+    manifest = finished[2]["manifest"]
+    first = manifest_hash(manifest)
+    assert manifest["pixels"]["frame_size"] == {"real": {"24x24": 8}, "fake": {"24x24": 8}}
+    for group, field, same, other in (
+        (
+            "pixels",
+            "frame_size",
+            {"real": {"9x9": 1}, "fake": {"9x9": 5}},
+            {"real": {"9x9": 1}, "fake": {"8x8": 1}},
+        ),
+        ("generation", "interval", 1, 3),
+        ("generation", "other", None, {"dtype": "torch.bfloat16"}),
+    ):
+        for value in (None, same, other):
+            changed = copy.deepcopy(manifest)
+            changed[group][field] = value
+            assert (manifest_hash(changed) == first) == (value is not other), (field, value)
 
 
 def test_an_edited_manifest_is_refused(finished, tmp_path):
@@ -278,14 +304,14 @@ def test_a_replay_is_exact_close_or_refused(folders, finished, tmp_path):
         check_replay(finished[2], again)
 
 
-def test_stages_end_where_they_are_told(folders, tmp_path):
+def test_stages_end_where_requested(folders, tmp_path):
     sides = opened(folders, tmp_path / "probes")
-    evaluate(sides, CONFIG, tmp_path, until="plan")
+    evaluate(*sides.values(), CONFIG, tmp_path, until="plan")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["clips.jsonl", "dropped.jsonl", "probes"]
-    evaluate(sides, CONFIG, tmp_path, until="extract")
+    evaluate(*sides.values(), CONFIG, tmp_path, until="extract")
     assert not (tmp_path / "manifest.json").exists()
     with pytest.raises(InputError, match="did you mean 'score'"):
-        evaluate(sides, CONFIG, tmp_path, until="scor")
+        evaluate(*sides.values(), CONFIG, tmp_path, until="scor")
 
 
 @pytest.mark.parametrize("shape", [(40, 60), (60, 40), (32, 32)])
@@ -392,10 +418,13 @@ def test_the_floor_follows_its_law_on_white_features():
     assert far.values["precision"] < 0.1 < far.values["kvd"]
 
 
-def test_short_banks_leave_out_what_they_cannot_give():
+def test_few_rows_leave_out_interval_and_floor_with_a_warning():
     draw = partial(torch.randn, generator=generator(2, "short"))
     scores = score(draw(3, 2), draw(3, 2), TINY)
     assert (scores.interval, scores.infinity, scores.floor, scores.is_noise) == (None, None, None, False)
+    assert len(scores.warnings) == 1
+    assert "3 real and 3 fake rows are too few for an interval or a floor" in scores.warnings[0]
+    assert score(draw(8, 2), draw(8, 2), TINY).warnings == ()
 
 
 def test_the_builtin_score_of_clips_in_memory():
@@ -406,14 +435,14 @@ def test_the_builtin_score_of_clips_in_memory():
     assert builtin_score(real, [torch.from_numpy(clip) for clip in fake]) == builtin_score(real, fake)
     assert abs(builtin_score(real, real)) < 1e-6 * expected
     assert builtin_score(real, [np.repeat(clip[:1], 8, 0) for clip in real]) > 1.5 * expected
-    with pytest.raises(InputError, match=r"numbers of frames is \[4, 8\]"):
+    with pytest.raises(InputError, match=r"number of frames, got \[4, 8\]"):
         builtin_score(real, [clip[:4] for clip in fake])
-    with pytest.raises(InputError, match="needs two clips"):
+    with pytest.raises(InputError, match="two clips per side"):
         builtin_score(real, fake[:1])
 
 
 def test_extract_refuses_a_clip_that_vanished(folders, tmp_path, monkeypatch):
-    monkeypatch.setattr(bank, "SHARD", 2)
+    monkeypatch.setattr(feature_files, "SHARD", 2)
     for side in ("real", "fake"):
         shutil.copytree(folders[side], tmp_path / side)
     sides = opened({side: tmp_path / side for side in ("real", "fake")}, tmp_path / "probes")
@@ -424,4 +453,4 @@ def test_extract_refuses_a_clip_that_vanished(folders, tmp_path, monkeypatch):
     with pytest.raises(InputError, match="cannot be used"):
         extract(plan, sides, make(), make, tmp_path / "out")
     jobs = [job for job in plan_jobs(plan, make(), tmp_path / "out") if job.clips[0].side == "fake"]
-    assert "cannot be used" in work_elsewhere(jobs, sides, make, TINY.frame, torch.get_num_threads())
+    assert "cannot be used" in run_jobs_in_process(jobs, sides, make, TINY.frame, torch.get_num_threads())

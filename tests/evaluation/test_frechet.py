@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Laws and closed forms of the Frechet distance, and its bias floor. The numbers are the fingerprint groups of the evaluation reference."""
+"""Laws and closed forms of the Frechet distance, and its bias floor. The numbers are the fingerprint groups
+of the evaluation reference.
+"""
 
 import math
 import time
@@ -11,7 +13,7 @@ from support import noise
 
 from latte.checks import InputError
 from latte.evaluation.frechet import bias_floor, frechet_distance, frechet_of, gaussian, merge
-from latte.evaluation.statistics import kernel_distance, precision_recall
+from latte.evaluation.metrics import kernel_distance, precision_recall
 
 SHAPES = [
     (300, 40),
@@ -222,11 +224,11 @@ def test_covariances_of_banks_longer_than_a_chunk():
 def test_single_rows_and_other_widths_are_refused(function):
     with pytest.raises(InputError, match="rows"):
         function(bank(1, 4), bank(9, 4))
-    with pytest.raises(InputError, match=r"features \(k\)"):
+    with pytest.raises(InputError, match=r"real has . features per row and fake"):
         function(bank(9, 4), bank(9, 5))
-    with pytest.raises(InputError, match="floating numbers"):
+    with pytest.raises(InputError, match="floating-point"):
         function(bank(9, 4), torch.ones(9, 4, dtype=torch.long))
-    with pytest.raises(InputError, match="floating numbers"):
+    with pytest.raises(InputError, match="floating-point"):
         function(bank(9, 4)[0], bank(9, 4))
 
 
@@ -235,7 +237,7 @@ def test_single_rows_and_other_widths_are_refused(function):
 def test_rows_that_are_not_finite_are_named(function, value):
     broken = bank(5000, 3)
     broken[4321, 1] = value
-    with pytest.raises(InputError, match="the fake bank has nan or inf in row 4321"):
+    with pytest.raises(InputError, match="the fake features have NaN or Inf in row 4321"):
         function(bank(9, 3), broken)
 
 
@@ -249,7 +251,7 @@ def test_two_rows_are_enough():
 
 
 def test_other_ddofs_are_refused():
-    with pytest.raises(InputError, match="ddof is 2"):
+    with pytest.raises(InputError, match="ddof must be 0 or 1, got 2"):
         frechet_distance(bank(9, 3), bank(9, 3), ddof=2)
 
 

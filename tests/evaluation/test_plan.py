@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The plan is a function of the videos, the protocol and the seed; what cannot be measured honestly is refused."""
+"""The plan is a function of the videos, the protocol and the seed; what cannot be measured honestly is
+refused.
+"""
 
 import hashlib
 import json
@@ -109,8 +111,8 @@ REFUSALS = {
 
 @pytest.mark.parametrize("name", REFUSALS)
 def test_what_cannot_be_measured_is_refused_in_one_line(name):
-    changes, told = REFUSALS[name]
-    with pytest.raises(InputError, match=told) as refused:
+    changes, message = REFUSALS[name]
+    with pytest.raises(InputError, match=message) as refused:
         make_plan(TINY, {**BOTH, **changes})
     assert "\n" not in str(refused.value)
 

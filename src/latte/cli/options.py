@@ -39,6 +39,18 @@ def _protocols() -> Iterable[str]:
     return PROTOCOLS
 
 
+def _confounders() -> Iterable[str]:
+    from latte.evaluation.plan import CONFOUNDERS
+
+    return CONFOUNDERS
+
+
+def _stages() -> Iterable[str]:
+    from latte.evaluation.evaluate import STAGES
+
+    return STAGES
+
+
 def _targets() -> Iterable[str]:
     from latte.interop.export import TARGETS
 
@@ -73,6 +85,8 @@ TABLES: dict[str, Callable[[], Iterable[str]]] = {
     "samplers": _samplers,
     "long_video": _long_video,
     "protocols": _protocols,
+    "confounders": _confounders,
+    "stages": _stages,
     "targets": _targets,
     "axes": _axes,
     "dtypes": _dtypes,

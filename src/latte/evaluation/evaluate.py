@@ -1,182 +1,297 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Plan, extract, score: three stages with files between them, so that a figure can be taken apart, gone on with, and had again.
+"""Plan, extract, score: three stages with files between them, so that a score can be inspected, resumed and
+reproduced.
 
-OUT/clips.jsonl and dropped.jsonl are the plan, real.safetensors and fake.safetensors the features, manifest.json the figures with all
-they depend on, report.html the same for people.
+OUT/clips.jsonl and dropped.jsonl are the plan, real.safetensors and fake.safetensors the features,
+manifest.json the scores with all they depend on, report.html the same for people. The fake side may be a
+model: everything that can be checked without its clips is checked before they are generated into OUT/samples.
 """
 
 import json
 import logging
+import math
+import shutil
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
-from latte.checks import InputError, RunError, choose, require
+from latte.checks import InputError, RunError, check, choose, printable
 from latte.evaluation.detectors import Detector, build_detector
-from latte.evaluation.features import extract
-from latte.evaluation.manifest import GROUPS, make_manifest, manifest_hash, plain, write_report
-from latte.evaluation.plan import SIDES, Plan, make_plan
+from latte.evaluation.features import extract, log_progress
+from latte.evaluation.manifest import ADDED, GROUPS, make_manifest, manifest_hash, plain, write_report
+from latte.evaluation.plan import SIDES, Plan, Source, make_plan
 from latte.evaluation.protocols import Protocol, find_protocol, nonstandard
 from latte.evaluation.report import write_page
 from latte.evaluation.scores import score
-from latte.evaluation.sources import Side
+from latte.evaluation.sources import (
+    GENERATED_CODEC,
+    ClipSource,
+    FolderSide,
+    Side,
+    open_folder,
+    read_generation,
+)
 from latte.files import commit_file, reported
-from latte.runtime import resolve_device
+from latte.runtime import resolve_device, world_size
 
-STAGES = ("plan", "extract", "score")
-CLOSE = 1e-4  # a replay on another machine may differ by this share
+STAGES = {
+    "plan": "choose the clips",
+    "extract": "also compute their features",
+    "score": "also compute the scores",
+}
+TOLERANCE = 1e-4  # relative difference tolerated in a replay on another machine
+SAMPLES, PROBES = "samples", "probes"  # folders in OUT: generated clips, cached probes
+FILE_BYTES_PER_PIXEL = 0.25  # of a generated mp4 file: a generous estimate, for the check of free disk space
 log = logging.getLogger(__name__)
-Build = Callable[..., Detector]
+BuildDetector = Callable[..., Detector]
 
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    """``clips`` other than the protocol's makes it non-standard. ``detector`` is a file of weights, ``detector_sha256`` vouches for one
-    that no table knows. ``group`` rows go through the network at a time. ``split`` and ``data_version`` go into the manifest as told."""
+    """The options of an evaluation."""
 
     protocol: str = "clean"
-    seed: int = 0
-    clips: int | None = None
+    seed: int = 0  # of the plan
+    clips: int | None = None  # per side; other than the protocol's makes it non-standard
     allow_fewer: bool = False
     allow_mixed: bool = False
-    detector: str | None = None
-    detector_sha256: str | None = None
-    group: int = 1
+    detector: str | None = None  # weight file
+    detector_sha256: str | None = None  # vouches for a weight file that was not published
+    group: int = 1  # rows that go through the network at once
     device: str = "auto"
-    processes: int = 1
-    split: str | None = None
+    processes: int = 1  # that extract features
+    split: str | None = None  # of the data, for the manifest
     data_version: str | None = None
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
 
     def __post_init__(self) -> None:
-        require(self.processes >= 1, "--processes", self.processes, "somebody must do it", "give 1 or more")
-        require(
-            self.group >= 1,
-            "--group",
-            self.group,
-            "rows go through the network at least one at a time",
-            "give 1 or more",
-        )
-        require(
+        check(self.processes >= 1, f"--processes must be at least 1, got {self.processes}")
+        check(self.group >= 1, f"--group must be at least 1, got {self.group}")
+        check(
             self.clips is None or self.clips >= 2,
-            "--clips",
-            self.clips,
-            "a covariance needs two",
-            "give 2 or more",
+            f"--clips must be at least 2 for a covariance, got {self.clips}",
         )
 
     @property
-    def asked(self) -> Protocol:
-        """The protocol with the wanted number of clips."""
+    def chosen_protocol(self) -> Protocol:
+        """Return the protocol with the requested number of clips."""
         protocol = find_protocol(self.protocol)
         return protocol if self.clips is None else nonstandard(protocol, clips=self.clips)
 
     @classmethod
     def of(cls, values: Mapping[str, Any], where: object) -> "EvaluateConfig":
-        """From plain data as ``asdict`` gives it; InputError when ``where`` it comes from holds other keys."""
+        """Return the config of plain data, as ``asdict`` gives it; InputError if the file ``where`` has other
+        keys.
+        """
         if set(values) != {field.name for field in fields(cls)}:
             raise InputError(
-                f"{where} was written by another version of latte: its settings are {', '.join(values)}; evaluate again"
+                f"{where} was written by another version of latte: its settings are {', '.join(values)}; "
+                "evaluate again"
             )
         return cls(**values)
 
 
-def write_plan(plan: Plan, out: Path) -> None:
-    """clips.jsonl and dropped.jsonl."""
-    with reported("the plan", out):
-        out.mkdir(parents=True, exist_ok=True)
-        commit_file(out / "clips.jsonl", plan.text)
-        commit_file(
-            out / "dropped.jsonl", "".join(json.dumps(bad, sort_keys=True) + "\n" for bad in plan.dropped)
-        )
+def replay_config(
+    report: Mapping[str, Any], where: object, detector: str | None, processes: int, device: str
+) -> EvaluateConfig:
+    """Return the config of a manifest file's report, on this machine."""
+    config = EvaluateConfig.of(report["replay"]["config"], where)
+    config = replace(config, processes=processes, device=device)
+    return replace(config, detector=detector) if detector else config
 
 
 def evaluate(
-    sides: Mapping[str, Side],
+    real: Side,
+    fake: Side | ClipSource,
     config: EvaluateConfig,
     out: Path,
     *,
     until: str = "score",
-    build: Build = build_detector,
-    generation: Mapping[str, Any] | None = None,
-    replay: Mapping[str, Any] | None = None,
+    build: BuildDetector = build_detector,
+    num_generated: int | None = None,
+    codec_path: str | None = None,
 ) -> dict[str, Any]:
-    """Evaluate sides["fake"] against sides["real"] -> what ``--json`` prints; everything else is in the folder ``out``.
+    """Evaluate ``fake``, clips or a model, against ``real`` and return what ``--json`` prints; all files are
+    in ``out``.
 
-    ``until`` ends after a stage. ``build`` makes the detector (here and in other processes), ``generation`` are manifest fields that a
-    sampler knows, ``replay`` is kept so that the manifest can be evaluated again. InputError for whatever cannot be measured honestly.
+    ``until`` ends after a stage. ``build`` makes the detector (here and in other processes). A model
+    generates ``num_generated`` clips (None: as many as the plan takes). ``codec_path`` is recorded for a
+    replay. InputError for anything that would make the score meaningless, before any clip is generated if
+    that can be known.
     """
-    choose("--until", until, dict.fromkeys(STAGES))
+    choose("--until", until, STAGES)
+    if world_size() > 1:
+        raise InputError(
+            f"latte evaluate is one process, but WORLD_SIZE is {world_size()}: the processes would write "
+            "the same files; start it without torchrun and give --processes to share the work"
+        )
     started = time.monotonic()
-    broken = tuple({"side": side, **bad} for side in SIDES for bad in sides[side].broken)
-    found = {side: sides[side].sources for side in SIDES}
-    plan = make_plan(config.asked, found, config.seed, broken, config.allow_fewer, config.allow_mixed)
+    replay = {"model": None, "sample_seed": 0, "codec_path": codec_path}
+    open_detector = detector_opener(build, config)
+    detector = None
+    if isinstance(fake, ClipSource):
+        replay |= {"model": fake.name, "sample_seed": fake.seed}
+        preview = preview_plan(real, fake, config)
+        if until != "plan":
+            detector = open_detector()
+            detector.check_length(preview.protocol.frames)
+        fake, generation = generate_side(real, fake, preview, out, num_generated)
+    else:
+        generation = read_generation(fake.root)
+    sides = {"real": real, "fake": fake}
+    plan = plan_sides(sides, config)
     write_plan(plan, out)
-    for bad in plan.dropped:
-        log.info("left out: %s %s (%s)", bad["side"], bad["id"], bad["reason"])
-    protocol = plan.protocol
     result = {
-        "protocol": protocol.name,
+        "protocol": plan.protocol.name,
         "plan": str(out / "clips.jsonl"),
         "plan_sha256": plan.sha256,
         "dropped": len(plan.dropped),
     }
     if until == "plan":
         return result
-    path = Path(config.detector) if config.detector else None
-    open_detector = partial(
+    detector = detector or open_detector()
+    features = extract(plan, sides, detector, open_detector, out, config.processes)
+    if until == "extract":
+        paths = {side: str(out / f"{side}.safetensors") for side in SIDES}
+        return {**result, "features": paths, "banks": paths}  # banks: the key of 0.1.0
+    scores = score(features["real"], features["fake"], plan.protocol)
+    for warning in scores.warnings:
+        log.warning("warning: %s", warning)
+    notes = {side: {"split": config.split, "version": config.data_version} for side in SIDES}
+    notes["generation"] = generation
+    run = {"processes": config.processes, "wall_seconds": round(time.monotonic() - started, 3)}
+    manifest = make_manifest(plan, sides, detector, scores, notes, run)
+    result |= {**plain(scores), "manifest": manifest, "manifest_hash": manifest_hash(manifest)}
+    result |= {"card": detector.card}
+    again = {"real": real.root, "fake": fake.root, "config": asdict(config), **replay}
+    write_report(out / "manifest.json", {**result, "replay": again})
+    page = write_page(out, plan, sides, features, scores, detector, result)
+    return {**result, "manifest": str(out / "manifest.json"), "report": str(page)}
+
+
+def detector_opener(build: BuildDetector, config: EvaluateConfig) -> Callable[[], Detector]:
+    """Return a function that builds the detector of ``config``, in this process or another."""
+    protocol = config.chosen_protocol
+    return partial(
         build,
         protocol.detector,
         resolve_device(config.device),
-        path,
+        Path(config.detector) if config.detector else None,
         config.detector_sha256,
         protocol.pixels,
         protocol.layer,
         config.group,
     )
-    detector = open_detector()
-    banks = extract(plan, sides, detector, open_detector, out, config.processes)
-    if until == "extract":
-        return {**result, "banks": {side: str(out / f"{side}.safetensors") for side in SIDES}}
-    scores = score(banks["real"], banks["fake"], protocol)
-    notes = {side: {"split": config.split, "version": config.data_version} for side in SIDES} | {
-        "generation": dict(generation or {})
-    }
-    run = {"processes": config.processes, "wall_seconds": round(time.monotonic() - started, 3)}
-    manifest = make_manifest(plan, sides, detector, scores, notes, run)
-    result |= {
-        **plain(scores),
-        "manifest": manifest,
-        "manifest_hash": manifest_hash(manifest),
-        "card": detector.card,
-    }
-    roots = {side: sides[side].root for side in SIDES}
-    again = {**roots, "config": asdict(config), **(replay or {})}
-    write_report(out / "manifest.json", {**result, "replay": again})
-    page = write_page(out, plan, sides, banks, scores, detector, result)
-    return {**result, "manifest": str(out / "manifest.json"), "report": str(page)}
+
+
+def plan_sides(sides: Mapping[str, Side], config: EvaluateConfig) -> Plan:
+    """Return the plan of ``sides``; log what was left out and which videos are damaged."""
+    broken = tuple({"side": side, **bad} for side in SIDES for bad in sides[side].broken)
+    sources = {side: sides[side].sources for side in SIDES}
+    protocol = config.chosen_protocol
+    plan = make_plan(protocol, sources, config.seed, broken, config.allow_fewer, config.allow_mixed)
+    for bad in plan.dropped:
+        log.info("left out: %s %s (%s)", bad["side"], printable(bad["id"]), bad["reason"])
+    for side in SIDES:
+        damaged = [source for source in sources[side] if source.note]
+        if damaged:
+            example = f"{printable(damaged[0].id)} ({damaged[0].note})"
+            log.warning("warning: %s of %s are damaged, first %s", len(damaged), side, example)
+    return plan
+
+
+def write_plan(plan: Plan, out: Path) -> None:
+    """Write clips.jsonl and dropped.jsonl."""
+    dropped = "".join(json.dumps(bad, sort_keys=True) + "\n" for bad in plan.dropped)
+    with reported("the plan", out):
+        out.mkdir(parents=True, exist_ok=True)
+        commit_file(out / "clips.jsonl", plan.text)
+        commit_file(out / "dropped.jsonl", dropped)
+
+
+def common_rate(side: Side) -> float | None:
+    """Return the most frequent frame rate of a side, which generated files get too; None if it is unknown."""
+    rates = Counter(source.fps for source in side.sources if source.fps)
+    return rates.most_common(1)[0][0] if rates else None
+
+
+def preview_plan(real: Side, model: ClipSource, config: EvaluateConfig) -> Plan:
+    """Return the plan for ``real`` and the clips that ``model`` will generate; InputError for all that is
+    refused later anyway.
+    """
+    frames, height, width = model.shape
+    protocol = config.chosen_protocol
+    example = Source(
+        id="generated",
+        frames=frames,
+        sha256="generated",
+        fps=common_rate(real) or 0.0,
+        codec=GENERATED_CODEC,
+        height=height,
+        width=width,
+        interval=model.interval,
+    )
+    fake = [replace(example, id=f"generated {i}", sha256=f"generated {i}") for i in range(protocol.clips)]
+    broken = tuple({"side": "real", **bad} for bad in real.broken)
+    sources = {"real": real.sources, "fake": fake}
+    return make_plan(protocol, sources, config.seed, broken, config.allow_fewer, config.allow_mixed)
+
+
+def generate_side(
+    real: Side, model: ClipSource, preview: Plan, out: Path, num_generated: int | None
+) -> tuple[FolderSide, dict[str, Any]]:
+    """Generate the clips of ``preview`` into out/samples, those that are missing only, and open them with
+    their generation fields.
+    """
+    count = num_generated or preview.protocol.clips
+    folder = out / SAMPLES
+    num_bytes = round(count * math.prod(model.shape) * FILE_BYTES_PER_PIXEL)
+    check_disk(folder, num_bytes, f"{count} generated clips")
+    log.info("generate: %s clips of %s in %s", count, printable(model.name), printable(folder))
+    facts = model.generate(folder, count, common_rate(real), log_progress("generate", "steps"))
+    side = open_folder(folder, out / PROBES)
+    sources = tuple(replace(source, interval=model.interval) for source in side.sources)
+    recorded = read_generation(folder)
+    return replace(side, sources=sources), {**recorded, **facts, "interval": model.interval}
+
+
+def check_disk(folder: Path, needed: int, what: str) -> None:
+    """RunError if ``folder``'s disk has fewer than ``needed`` bytes free."""
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    free = shutil.disk_usage(existing).free
+    if free < needed:
+        raise RunError(
+            f"{what} need about {needed / 2**20:,.0f} MiB in {printable(folder)}, but its disk has "
+            f"{free / 2**20:,.0f} MiB free; free some space or give --out on another disk"
+        )
 
 
 def check_replay(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """'exact' or 'close': how the figures of two manifest files agree, ``now`` being a replay of ``before``.
+    """Return 'exact' or 'close': how the values of two reports agree, ``now`` being a replay of ``before``.
 
-    InputError naming the first field that is another, RunError when the fields agree and the figures do not (within CLOSE, for other
-    machines)."""
+    InputError naming the first field that differs, RunError if the fields agree and the values do not (within
+    TOLERANCE, for another machine). A field that a manifest of 0.1.0 lacks is not compared.
+    """
     for group in GROUPS:
-        for field in GROUPS[group] if group != "run" else ():
-            old, new = before["manifest"][group][field], now["manifest"][group][field]
-            if new != old:
+        if group == "run":
+            continue
+        for field in (*GROUPS[group], *ADDED.get(group, ())):
+            old, new = before["manifest"][group].get(field), now["manifest"][group].get(field)
+            if new != old and not (field in ADDED.get(group, ()) and old is None):
                 raise InputError(
-                    f"{group}.{field} is {new!r} now and was {old!r}; the files or the detector are not those of the manifest"
+                    f"{group}.{field} is {new!r} now and was {old!r}; the files or the detector are not "
+                    "those of the manifest"
                 )
     old, new = before["value"], now["value"]
     if old == new and before["values"] == now["values"]:
         return "exact"
-    if abs(old - new) <= CLOSE * max(abs(old), abs(new)):
+    if abs(old - new) <= TOLERANCE * max(abs(old), abs(new)):
         return "close"
     raise RunError(
-        f"the replay gives {new!r}, but the manifest says {old!r} for the same clips and detector; another library or device?"
+        f"the replay gives {new!r}, but the manifest has {old!r} for the same clips and detector; the "
+        "libraries or the device differ (see the run group of both manifests)"
     )

@@ -1,19 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Features of exactly the planned clips, in the plan's order, kept in files that know what they are features of.
+"""Features of exactly the planned clips, in the plan's order, in files that record what they are features of.
 
-A shard's key is the hash of everything its rows depend on: the plan's lines (with the videos' contents), detector, weights, pixels,
-frame rule, kind of device. A file with another key, or whose rows are not what was written, is computed anew, so a bank is never stale
-and a killed extraction goes on. Processes take consecutive shards, and a row depends on its own clip alone: any number gives one bank.
+A shard's key is the hash of everything its rows depend on: the plan's lines (with the videos' contents),
+detector, weights, pixels, frame rule, kind of device. A file with another key, or whose rows are not what was
+written, is computed anew, so features are never stale and a killed extraction resumes. Processes take
+consecutive shards, and a row depends on its own clip alone: any number of processes gives the same features.
 Axes: n rows, k features, t h w c frames.
 """
 
 import io
 import json
 import logging
+import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from hashlib import sha256
+from itertools import pairwise
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -24,7 +27,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from latte.checks import InputError, RunError
+from latte.checks import InputError, RunError, printable
 from latte.data.shards import commit
 from latte.evaluation.detectors import Detector
 from latte.evaluation.plan import SIDES, Plan, PlannedClip
@@ -33,33 +36,57 @@ from latte.evaluation.sources import Side, digest
 from latte.files import reported
 
 SHARD = 32  # clips
-Open = Callable[[], Detector]
+REPORT_SECONDS = 10.0  # least time between two progress lines
+OpenDetector = Callable[[], Detector]
 log = logging.getLogger(__name__)
 
 
+def log_progress(stage: str, unit: str) -> Callable[[int, int], None]:
+    """Return ``progress(done, total)``, which logs a line with the estimated time left, every REPORT_SECONDS
+    and at the end.
+    """
+    started = time.monotonic()
+    last = started
+
+    def progress(done: int, total: int) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if done < total and now - last < REPORT_SECONDS:
+            return
+        last = now
+        left = (now - started) / max(done, 1) * (total - done)
+        minutes, seconds = divmod(round(left), 60)
+        log.info("%s: %s of %s %s, about %d:%02d min left", stage, done, total, unit, minutes, seconds)
+
+    return progress
+
+
 def apply_frame_rule(frames: np.ndarray, rule: FrameRule) -> np.ndarray:
-    """uint8 (t h w c) -> uint8 (t size size c): the square, its size and its copy through JPEG as ``rule`` has them."""
+    """Return frames uint8 (t h w c), cropped, resized to (t size size c) and copied through JPEG as ``rule``
+    says.
+    """
     if rule.size is None:
         return frames
-    found, (h, w) = [], frames.shape[1:3]
+    h, w = frames.shape[1:3]
     side, size = min(h, w), rule.size
-    box = ((w - side) // 2, (h - side) // 2, (w - side) // 2 + side, (h - side) // 2 + side)
+    left, top = (w - side) // 2, (h - side) // 2
+    width, height = round(w * size / side), round(h * size / side)
+    resized_left, resized_top = (width - size) // 2, (height - size) // 2
+    found = []
     for frame in frames:
         image = Image.fromarray(frame)
         if rule.order == "crop, resize":
-            image = image.crop(box).resize((size, size), Image.Resampling.LANCZOS)
+            image = image.crop((left, top, left + side, top + side))
+            image = image.resize((size, size), Image.Resampling.LANCZOS)
         else:
-            width, height = round(w * size / side), round(h * size / side)
-            left, top = (width - size) // 2, (height - size) // 2
-            image = image.resize((width, height), Image.Resampling.LANCZOS).crop(
-                (left, top, left + size, top + size)
-            )
+            image = image.resize((width, height), Image.Resampling.LANCZOS)
+            image = image.crop((resized_left, resized_top, resized_left + size, resized_top + size))
         if rule.jpeg is not None:
             copy = io.BytesIO()
             image.save(copy, "JPEG", quality=rule.jpeg, subsampling="4:2:0")
             image = Image.open(copy, formats=("JPEG",))
         found.append(np.asarray(image))
-    return np.stack(found)
+    return np.stack(found)  # (t size size c)
 
 
 @dataclass(frozen=True)
@@ -72,7 +99,7 @@ class Job:
 
 
 def plan_jobs(plan: Plan, detector: Detector, out: Path) -> list[Job]:
-    """SHARD clips to a job, side by side, in the plan's order."""
+    """Return jobs of SHARD clips, side by side, in the plan's order."""
     facts = [detector.describe(), detector.device.type, asdict(plan.protocol.frame)]
     jobs = []
     for side in SIDES:
@@ -85,103 +112,135 @@ def plan_jobs(plan: Plan, detector: Detector, out: Path) -> list[Job]:
 
 
 def write_rows(path: Path, key: str, features: Tensor) -> None:
-    """Features (n k) with their key and their own hash; in whole or not at all."""
-    metadata = {
-        "latte": json.dumps({"key": key, "rows_sha256": sha256(features.numpy().tobytes()).hexdigest()})
-    }
+    """Write features (n k) with their key and their own hash, atomically."""
+    written = {"key": key, "rows_sha256": sha256(features.numpy().tobytes()).hexdigest()}
+    metadata = {"latte": json.dumps(written)}
     commit(path, lambda temporary: safetensors.torch.save_file({"features": features}, temporary, metadata))
 
 
 def read_rows(path: Path, key: str) -> Tensor | None:
-    """The features (n k) in ``path`` when it is there, was written under ``key`` and is undamaged; else None, and a word in the log."""
+    """Return the features (n k) in ``path`` if it was written under ``key`` and is intact; else None, and log
+    why.
+    """
     if not path.exists():
         return None
     try:
         with safetensors.safe_open(path, "pt") as file:
             written = json.loads((file.metadata() or {})["latte"])
             features = file.get_tensor("features")
-        good = sha256(features.numpy().tobytes()).hexdigest() == written["rows_sha256"]
-        if good and written["key"] == key:
+        intact = sha256(features.numpy().tobytes()).hexdigest() == written["rows_sha256"]
+        if intact and written["key"] == key:
             return features
-        log.info("%s is %s and is computed anew", path, "of other clips or settings" if good else "damaged")
+        reason = "of other clips or settings" if intact else "damaged"
+        log.info("%s is %s and is computed again", path, reason)
     except (OSError, safetensors.SafetensorError, ValueError, KeyError, TypeError) as error:
-        log.info("%s cannot be read (%s) and is computed anew", path, type(error).__name__)
+        log.info("%s cannot be read (%s) and is computed again", path, type(error).__name__)
     return None
 
 
 def extract_rows(clips: Sequence[PlannedClip], side: Side, detector: Detector, rule: FrameRule) -> Tensor:
-    """Rows of ``clips`` (n k), float32; frames of one size go through the detector ``detector.group`` at a time."""
+    """Return the rows of ``clips``, float32 (n k); frames of one size go through the detector ``group`` at a
+    time.
+
+    InputError naming the clip whose features have NaN or Inf.
+    """
     rows = []
     for start in range(0, len(clips), detector.group):
-        part = [
-            apply_frame_rule(side.read(clip.id, clip.indices), rule)
-            for clip in clips[start : start + detector.group]
-        ]
-        alike = len({frames.shape for frames in part}) == 1
-        rows += [detector(np.stack(part))] if alike else [detector(frames[None]) for frames in part]
+        group = clips[start : start + detector.group]
+        frames = [apply_frame_rule(side.read(clip.id, clip.indices), rule) for clip in group]
+        one_size = len({part.shape for part in frames}) == 1
+        features = (
+            detector(np.stack(frames)) if one_size else torch.cat([detector(part[None]) for part in frames])
+        )
+        refuse_nonfinite(features, group)
+        rows.append(features)
     return torch.cat(rows)
 
 
-def work(jobs: Sequence[Job], sides: Mapping[str, Side], detector: Detector, rule: FrameRule) -> None:
-    """Do ``jobs`` one after the other."""
+def refuse_nonfinite(features: Tensor, clips: Sequence[PlannedClip]) -> None:
+    """InputError naming the first of ``clips`` whose rows of ``features`` (n k) have NaN or Inf."""
+    finite = torch.isfinite(features).all(1).reshape(len(clips), -1).all(1)  # (clips,)
+    if finite.all():
+        return
+    clip = clips[int((~finite).nonzero()[0])]
+    raise InputError(
+        f"the features of {clip.side} clip {printable(clip.id)} have NaN or Inf; check the detector's "
+        "weights and dtype"
+    )
+
+
+def run_jobs(jobs: Sequence[Job], sides: Mapping[str, Side], detector: Detector, rule: FrameRule) -> None:
+    """Extract and write ``jobs`` one after the other."""
+    progress = log_progress("extract", "parts")
     for done, job in enumerate(jobs, start=1):
         write_rows(job.path, job.key, extract_rows(job.clips, sides[job.clips[0].side], detector, rule))
-        log.info("extract: %s of %s parts", done, len(jobs))
+        progress(done, len(jobs))
 
 
-def work_elsewhere(
-    jobs: Sequence[Job], sides: Mapping[str, Side], open_detector: Open, rule: FrameRule, threads: int
+def run_jobs_in_process(
+    jobs: Sequence[Job], sides: Mapping[str, Side], open_detector: OpenDetector, rule: FrameRule, threads: int
 ) -> str | None:
-    """``work`` in a process of its own; what is the user's to mend comes back as text."""
+    """Do ``run_jobs`` in another process; return the message of an InputError, None on success."""
     torch.set_num_threads(threads)
     try:
-        work(jobs, sides, open_detector(), rule)
+        run_jobs(jobs, sides, open_detector(), rule)
     except InputError as error:
         return str(error)
     return None
+
+
+def run_jobs_in_parallel(
+    jobs: Sequence[Job],
+    sides: Mapping[str, Side],
+    open_detector: OpenDetector,
+    rule: FrameRule,
+    processes: int,
+) -> None:
+    """Divide ``jobs`` among ``processes``; InputError with the first message of any of them."""
+    bounds = [len(jobs) * i // processes for i in range(processes + 1)]
+    parts = [jobs[start:stop] for start, stop in pairwise(bounds) if stop > start]
+    threads = torch.get_num_threads()
+    with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
+        futures = [
+            pool.submit(run_jobs_in_process, part, sides, open_detector, rule, threads) for part in parts
+        ]
+        messages = [future.result() for future in futures]
+    for message in filter(None, messages):
+        raise InputError(message)
 
 
 def extract(
     plan: Plan,
     sides: Mapping[str, Side],
     detector: Detector,
-    open_detector: Open,
+    open_detector: OpenDetector,
     out: Path,
     processes: int = 1,
 ) -> dict[str, Tensor]:
-    """The banks {"real": (n k), "fake": (m k)} of ``plan``, also written to out/real.safetensors and out/fake.safetensors.
+    """Return the features {"real": (n k), "fake": (m k)} of ``plan``; they are kept in out/real.safetensors,
+    out/fake.safetensors.
 
-    ``open_detector`` builds the same detector again in each of ``processes``; InputError for a clip that can no longer be read.
+    ``open_detector`` builds the same detector again in each of ``processes``; InputError for a clip that can
+    no longer be read.
     """
     jobs = plan_jobs(plan, detector, out)
-    whole = {side: digest([job.key for job in jobs if job.clips[0].side == side]) for side in SIDES}
-    banks = {side: read_rows(out / f"{side}.safetensors", whole[side]) for side in SIDES}
-    wanted = [job for job in jobs if banks[job.clips[0].side] is None]
-    missing = [job for job in wanted if read_rows(job.path, job.key) is None]
+    keys = {side: digest([job.key for job in jobs if job.clips[0].side == side]) for side in SIDES}
+    features = {side: read_rows(out / f"{side}.safetensors", keys[side]) for side in SIDES}
+    needed = [job for job in jobs if features[job.clips[0].side] is None]
+    missing = [job for job in needed if read_rows(job.path, job.key) is None]
     if processes == 1 or len(missing) < 2:
-        work(missing, sides, detector, plan.protocol.frame)
+        run_jobs(missing, sides, detector, plan.protocol.frame)
     else:
-        parts = [
-            missing[len(missing) * i // processes : len(missing) * (i + 1) // processes]
-            for i in range(processes)
-        ]
-        rest = sides, open_detector, plan.protocol.frame, torch.get_num_threads()
-        with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
-            told = [
-                future.result()
-                for future in [pool.submit(work_elsewhere, part, *rest) for part in parts if part]
-            ]
-        for message in filter(None, told):
-            raise InputError(message)
+        run_jobs_in_parallel(missing, sides, open_detector, plan.protocol.frame, processes)
     found = {}
     for side in SIDES:
-        bank = banks[side]
-        if bank is None:
-            bank = _join([job for job in jobs if job.clips[0].side == side])
-            write_rows(out / f"{side}.safetensors", whole[side], bank)
-        found[side] = bank
-    with reported("the bank", out):
-        for job in wanted:
+        rows = features[side]
+        if rows is None:
+            rows = _join([job for job in jobs if job.clips[0].side == side])
+            write_rows(out / f"{side}.safetensors", keys[side], rows)
+        found[side] = rows
+    with reported("the features", out):
+        for job in needed:
             job.path.unlink(missing_ok=True)
     return found
 
@@ -190,6 +249,7 @@ def _join(jobs: Sequence[Job]) -> Tensor:
     parts = [read_rows(job.path, job.key) for job in jobs]
     if any(part is None for part in parts):
         raise RunError(
-            f"a part of {jobs[0].path.parent} vanished or was damaged while it was used; run the same command again"
+            f"a file of {jobs[0].path.parent} was deleted or damaged while it was used; run the same "
+            "command again"
         )
     return torch.cat([part for part in parts if part is not None])

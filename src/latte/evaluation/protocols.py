@@ -1,67 +1,63 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The named ways to measure: every choice that moves a score, written down once, frozen, and numbered when it changes.
+"""The named protocols: every choice that affects a score, frozen, with a version number that changes with it.
 
-Two figures may be compared when their protocols are equal. A protocol that is changed in anything, the number of clips included, gets
-another name (``nonstandard``). Where a published tool leaves a choice to chance (unseeded starts, ranks that draw the same video twice),
-the protocol keeps the law of that choice and takes the chance from the plan's seed.
+Two scores may be compared when their protocols are equal. A protocol with any change, the number of clips
+included, gets another name (``nonstandard``). Where a published tool leaves a choice to chance (unseeded
+starts, ranks that take the same video twice), the protocol keeps the distribution of that choice and takes
+the randomness from the plan's seed. A new protocol is one entry of ``ALL``.
 """
 
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from latte.checks import InputError, choose, require
+from latte.checks import InputError, check, choose
 from latte.evaluation.detectors import DETECTORS, Pixels
+from latte.evaluation.metrics import METRICS
 
 STARTS = ("random", "first")
 ORDERS = ("hash", "path")
 SHORTEST = ("span", "frames x stride")
-FIGURES = ("fvd", "kvd", "jedi", "fid", "kid", "frechet", "kernel", "is", "precision", "recall")
+FRAME_ORDERS = ("crop, resize", "resize, crop")
 
 
 @dataclass(frozen=True)
 class FrameRule:
-    """What is done to frames before the detector sees them. ``size`` None leaves them as they are in the file.
+    """How frames are prepared before the detector; the filter is Pillow's Lanczos."""
 
-    ``order`` "crop, resize" cuts the largest centred square and resizes it (Latte's tools), "resize, crop" resizes the shorter side and
-    cuts the square out of that (StyleGAN-V's); the filter is Pillow's Lanczos. ``jpeg`` is the quality of a copy through JPEG (4:2:0),
-    None for none.
-    """
-
-    size: int | None = None
+    size: int | None = None  # height and width; None: frames stay as they were decoded
+    # "crop, resize": crop the largest centred square, then resize it (Latte's tools);
+    # "resize, crop": resize the shorter side, then crop the centre (StyleGAN-V's)
     order: str = "crop, resize"
-    jpeg: int | None = None
+    jpeg: int | None = None  # quality of a JPEG copy (4:2:0), None for no copy
 
     def __post_init__(self) -> None:
-        choose("frame.order", self.order, dict.fromkeys(("crop, resize", "resize, crop")))
+        choose("frame.order", self.order, dict.fromkeys(FRAME_ORDERS))
 
 
 @dataclass(frozen=True)
 class Protocol:
-    """``frames`` per clip, ``clips`` per side, one clip per video. ``order``: the first by path, or a random subset by hash(seed, id).
-
-    ``shortest``: a video must hold the clip's span, (frames - 1) stride + 1, or (StyleGAN-V's rule) frames x stride. ``metrics``: the
-    first one is the headline. ``splits`` and ``shuffle`` belong to the Inception Score. ``note`` says where it comes from.
-    """
+    """Everything that defines a score besides the data. One clip is taken from each video."""
 
     name: str
-    detector: str
-    layer: str
+    detector: str  # a name of DETECTORS
+    layer: str  # one of the detector's layers
     pixels: Pixels
-    note: str
+    note: str  # its origin
     version: int = 1
-    metrics: tuple[str, ...] = ("fvd", "kvd")
-    frames: int = 16
+    metrics: tuple[str, ...] = ("fvd", "kvd")  # names of METRICS; the first one is the headline
+    frames: int = 16  # per clip
     stride_real: int = 1
     stride_fake: int = 1
-    start_real: str = "random"
+    start_real: str = "random"  # first frame of a clip: "random" or "first"
     start_fake: str = "first"
-    clips: int = 2048
-    order: str = "hash"
+    clips: int = 2048  # per side
+    order: str = "hash"  # which videos: a random subset by hash(seed, id), or the first ones by "path"
+    # a video must hold the clip's "span", (frames - 1) stride + 1, or StyleGAN-V's "frames x stride"
     shortest: str = "span"
-    ddof: int = 1
+    ddof: int = 1  # covariances divide by N - ddof
     frame: FrameRule = field(default_factory=FrameRule)
-    splits: int = 10
-    shuffle: int | None = None
+    splits: int = 10  # of the Inception Score
+    shuffle: int | None = None  # NumPy seed that shuffles its rows; None: plan order
 
     def __post_init__(self) -> None:
         for side in ("real", "fake"):
@@ -69,31 +65,33 @@ class Protocol:
         choose("order", self.order, dict.fromkeys(ORDERS))
         choose("shortest", self.shortest, dict.fromkeys(SHORTEST))
         for metric in self.metrics:
-            choose("metrics", metric, dict.fromkeys(FIGURES))
+            choose("metrics", metric, METRICS)
         least = min(self.frames, self.stride_real, self.stride_fake)
-        require(least >= 1, "frames and strides", least, "they count frames", "give 1 or more")
-        require(self.clips >= 2, "clips", self.clips, "a covariance needs two", "give 2 or more")
+        check(least >= 1, f"frames and strides must be at least 1, got {least}")
+        check(self.clips >= 2, f"clips must be at least 2 for a covariance, got {self.clips}")
 
     def stride(self, side: str) -> int:
-        """The stride of 'real' or 'fake'."""
+        """Return the stride of 'real' or 'fake'."""
         return self.stride_real if side == "real" else self.stride_fake
 
     def needed(self, side: str) -> int:
-        """Number of frames that a video of ``side`` must have."""
+        """Return how many frames a video of ``side`` must have."""
         stride = self.stride(side)
         return self.frames * stride if self.shortest == "frames x stride" else (self.frames - 1) * stride + 1
 
     def starts(self, side: str, frames: int) -> int:
-        """In how many places a clip may start in a video of ``frames`` frames, 0 when the protocol does not admit it."""
+        """Return at how many frames a clip may start in a video of ``frames`` frames, 0 if the video is too
+        short.
+        """
         return 0 if frames < self.needed(side) else frames - (self.frames - 1) * self.stride(side)
 
     @property
     def standard(self) -> bool:
-        """False once anything was changed."""
+        """Return False if anything was changed."""
         return not self.name.endswith(SUFFIX)
 
     def describe(self) -> dict[str, Any]:
-        """Every choice as plain data."""
+        """Return every choice as plain data."""
         return asdict(self)
 
 
@@ -101,48 +99,33 @@ SUFFIX = "-nonstandard"
 
 
 def nonstandard(protocol: Protocol, **changes: Any) -> Protocol:
-    """``protocol`` with ``changes``, under a name that says so; itself when they change nothing."""
+    """Return ``protocol`` with ``changes``, renamed to NAME-nonstandard; itself if they change nothing."""
     changed = replace(protocol, **changes)
-    return (
-        protocol
-        if changed == protocol
-        else replace(changed, name=protocol.name.removesuffix(SUFFIX) + SUFFIX)
-    )
+    if changed == protocol:
+        return protocol
+    return replace(changed, name=protocol.name.removesuffix(SUFFIX) + SUFFIX)
 
 
 def find_protocol(name: str) -> Protocol:
-    """The protocol ``name``; InputError with the nearest name, or when this installation lacks its detector."""
+    """Return the protocol ``name``; InputError with the nearest name, or if its detector is unknown."""
     protocol = choose("--protocol", name, PROTOCOLS)
     if protocol.detector not in DETECTORS:
         raise InputError(
-            f"--protocol {name} needs the detector {protocol.detector!r}, which this version does not have; take another"
+            f"--protocol {name} needs the detector {protocol.detector!r}, which is not in DETECTORS; use "
+            "another"
         )
     return protocol
 
 
-def _own(detector: str, note: str, version: int) -> Protocol:
-    """The clean protocol at 256 clips with a detector that needs no download."""
-    spec = DETECTORS[detector]
-    return Protocol(
-        detector,
-        detector,
-        next(iter(spec.layers)),
-        spec.pixels,
-        f"{note} Compares with nothing else.",
-        version,
-        clips=256,
-        start_fake="random",
-    )
-
-
-DIRECT, CUT = Pixels(), Pixels(crop="centre")
+DIRECT = Pixels()
 STYLEGANV = Protocol(
     "styleganv-fvd2048-16f",
     "i3d",
     "logits",
     DIRECT,
-    "StyleGAN-V, fvd2048_16f: one stride for both sides, the first 2048 videos by path, covariance over N. Frames through JPEG 75, which "
-    "is what its conversion script writes. Real starts are random there too, but differ with the number of loader workers.",
+    "StyleGAN-V, fvd2048_16f: one stride for both sides, the first 2048 videos by path, covariance over N. "
+    "Frames through JPEG 75, which is what its conversion script writes. Real starts are random there too, "
+    "but depend on the number of loader workers.",
     order="path",
     shortest="frames x stride",
     ddof=0,
@@ -153,8 +136,9 @@ LATTE = Protocol(
     "i3d",
     "logits",
     DIRECT,
-    "Latte's copy of StyleGAN-V's tool: real stride 3, fake stride 1, a random subset of videos, covariance over N. One process: with "
-    "several the original evaluates duplicates. Frames are not copied through JPEG; latte-paper-jpeg75 does that.",
+    "Latte's copy of StyleGAN-V's tool: real stride 3, fake stride 1, a random subset of videos, "
+    "covariance over N. One process: with several, the original evaluates duplicates. No JPEG copy; "
+    "latte-paper-jpeg75 has one.",
     stride_real=3,
     shortest="frames x stride",
     ddof=0,
@@ -165,10 +149,11 @@ CLEAN = Protocol(
     "i3d",
     "logits",
     DIRECT,
-    "Recommended: equal strides, random starts on both sides, frames as decoded, half-pixel bilinear to 224, covariance over N - 1.",
+    "Recommended: equal strides, random starts on both sides, frames as decoded, half-pixel bilinear to "
+    "224, covariance over N - 1.",
     start_fake="random",
 )
-PORT = "with the weights that VideoGPT converted from TF-Hub and its port's norm eps of 1e-5 (the TF graph has 1e-3)"
+PORT = "with VideoGPT's conversion of the TF-Hub weights and its norm eps of 1e-5 (the TF graph has 1e-3)"
 INCEPTION = DETECTORS["inception"].pixels
 ALL = (
     STYLEGANV,
@@ -183,27 +168,27 @@ ALL = (
         LATTE,
         name="latte-paper-taichi",
         stride_real=6,
-        note="latte-paper with real stride 6, as its Taichi figure was made.",
+        note="latte-paper with real stride 6, as used for its Taichi result.",
     ),
     replace(
         LATTE,
         name="latte-paper-jpeg75",
         frame=FrameRule(256, jpeg=75),
-        note="latte-paper, frames copied through JPEG 75 (4:2:0).",
+        note="latte-paper with frames through JPEG 75 (4:2:0).",
     ),
     Protocol(
         "tats",
         "i3d400",
         "logits",
         DIRECT,
-        f"TATS: 2048 clips, frames squeezed to 224 x 224, covariance over N - 1, {PORT}.",
+        f"TATS: 2048 clips, frames stretched to 224 x 224, covariance over N - 1, {PORT}.",
         start_fake="random",
     ),
     Protocol(
         "videogpt",
         "i3d400",
         "logits",
-        CUT,
+        Pixels(crop="centre"),
         f"VideoGPT: 256 clips, shorter side to 224 and centre crop, N - 1, {PORT}.",
         clips=256,
         start_fake="random",
@@ -213,8 +198,8 @@ ALL = (
         "i3d400",
         "logits",
         DIRECT,
-        f"cd-fvd's I3D: random starts, squeezed to 224 x 224, covariance over N, {PORT}. "
-        "Fakes are never repeated to fill up the count, as they are there.",
+        f"cd-fvd's I3D: random starts, stretched to 224 x 224, covariance over N, {PORT}. "
+        "Unlike there, fakes are never repeated to reach the count.",
         start_fake="random",
         ddof=0,
     ),
@@ -227,7 +212,7 @@ ALL = (
         layer="pool3",
         pixels=INCEPTION,
         metrics=("fid", "kid", "precision", "recall"),
-        note="FID over the frames of the clean plan; sees no motion. Inception-v3 pool3.",
+        note="FID over the frames of the clean plan, blind to motion. Inception-v3 pool3.",
     ),
     replace(
         CLEAN,
@@ -249,17 +234,25 @@ ALL = (
         order="path",
         shuffle=42,
     ),
-    *(
-        _own(name, note, version)
-        for name, note, version in (
-            ("random-i3d", "Random filters, no download: for tests and quick looks.", 1),
-            (
-                "builtin",
-                "A small video network trained on procedural clips, whole and damaged, no download.",
-                2,
-            ),
-        )
-        if name in DETECTORS
+    Protocol(
+        "random-i3d",
+        "random-i3d",
+        "logits",
+        DETECTORS["random-i3d"].pixels,
+        "Random filters, no download: for tests and quick checks. Not comparable with any other.",
+        clips=256,
+        start_fake="random",
+    ),
+    Protocol(
+        "builtin",
+        "builtin",
+        "features",
+        DETECTORS["builtin"].pixels,
+        "A small video network trained on procedural clips, clean and corrupted, no download. Not "
+        "comparable with any other.",
+        version=2,
+        clips=256,
+        start_fake="random",
     ),
 )
 PROTOCOLS: dict[str, Protocol] = {protocol.name: protocol for protocol in ALL}

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The evaluation as one HTML page: figures, protocol card, both sides next to each other, and the clips that moved the score.
+"""The evaluation as one HTML page: scores, protocol card, both sides next to each other, and the clips that
+affect the score most.
 
 Axes: t frames, h height, w width, c channels.
 """
@@ -12,184 +13,195 @@ import numpy as np
 from torch import Tensor
 
 from latte import __version__
-from latte import page as report
+from latte import page as html
+from latte.checks import command_line, printable
 from latte.data.clips import centre_crop_resize
 from latte.data.media import contact_sheet
 from latte.evaluation.detectors import Detector
-from latte.evaluation.manifest import GROUPS
+from latte.evaluation.manifest import ADDED, GROUPS
+from latte.evaluation.metrics import METRICS
 from latte.evaluation.plan import SIDES, Plan, PlannedClip
 from latte.evaluation.scores import Scores, distances_from_real
 from latte.evaluation.sources import Side
 from latte.files import commit_file, reported
 
-SHOWN, EXTREME, PIXELS = 8, 4, 96
+SHOWN = 8  # clips of each side
+EXTREME = 4  # worst and best clips
+PIXELS = 96  # height and width of a frame on a contact sheet
+CAPTION = 44  # characters
 
 
 def write_page(
     out: Path,
     plan: Plan,
     sides: Mapping[str, Side],
-    banks: Mapping[str, Tensor],
+    features: Mapping[str, Tensor],
     scores: Scores,
     detector: Detector,
     written: Mapping[str, Any],
 ) -> Path:
-    """out/report.html with its pictures beside it; ``written`` is the content of manifest.json."""
-    name, page = plan.protocol.name, out / "report.html"
-    lead = f"{scores.metric} by protocol {name} version {plan.protocol.version}, manifest {written['manifest_hash']}, latte {__version__}."
-    text = report.page(
-        f"{scores.metric.upper()} {report.number(scores.value)} ({name})",
-        lead,
-        *figures(scores, name),
-        report.section(
-            "Real and fake side by side",
-            report.row(*(sheet(out, sides[side], plan.side(side)[:SHOWN], side, 4) for side in SIDES)),
-        ),
-        report.section("Worst and best clips", *extremes(out, plan, sides["fake"], banks, detector)),
-        report.section("Protocol card", *card(plan, detector)),
-        report.section("The data", *data(plan, written["manifest"])),
-        report.section(
-            "Manifest",
-            report.prose("Every field but those of the last group decides the hash."),
-            report.table(
-                ["group", "field", "value"],
-                [
-                    (group, field, words(written["manifest"][group][field]))
-                    for group, fields in GROUPS.items()
-                    for field in fields
-                ],
-            ),
-            report.command(f"latte evaluate --from-manifest {out / 'manifest.json'}"),
-        ),
+    """Write out/report.html with its images beside it and return its path; ``written`` is the content of
+    manifest.json.
+    """
+    name = plan.protocol.name
+    path = out / "report.html"
+    version = f"protocol {name} version {plan.protocol.version}, manifest {written['manifest_hash']}"
+    sheets = [sheet(out, sides[side], plan.side(side)[:SHOWN], side, 4) for side in SIDES]
+    text = html.page(
+        f"{scores.metric.upper()} {html.number(scores.value)} ({name})",
+        f"{scores.metric} by {version}, latte {__version__}.",
+        *headline(scores, name),
+        html.section("Real and fake side by side", html.row(*sheets)),
+        html.section("Worst and best clips", *extremes(out, plan, sides["fake"], features, detector)),
+        html.section("Protocol card", *card(plan, detector)),
+        html.section("The data", *data(plan, written["manifest"])),
+        html.section("Manifest", *manifest_table(out, written["manifest"])),
     )
-    with reported("the report", page):
-        commit_file(page, text)
-    return page
+    with reported("the report", path):
+        commit_file(path, text)
+    return path
 
 
-def figures(scores: Scores, name: str) -> list[report.Html]:
-    """The headline with its interval and floor, a warning when it is noise, and the other metrics."""
-    tiles: dict[str, object] = {f"{scores.metric}, {name}": report.number(scores.value)}
+def headline(scores: Scores, name: str) -> list[html.Html]:
+    """Return the value with its interval and floor, warnings, and the other metrics."""
+    tiles: dict[str, object] = {f"{scores.metric}, {name}": html.number(scores.value)}
     if scores.interval:
-        low, high = report.number(scores.interval.low, 3), report.number(scores.interval.high, 3)
+        low, high = html.number(scores.interval.low, 3), html.number(scores.interval.high, 3)
         tiles["90 % interval at this number of clips"] = f"{low} to {high}"
     if scores.floor:
-        tiles["floor: what a perfect model would score"] = report.number(scores.floor.value)
+        tiles["floor: the score of a perfect model"] = html.number(scores.floor.value)
     if scores.infinity:
-        tiles["extrapolated to endless sets"] = report.number(scores.infinity.value)
-    parts = [report.tiles(tiles)]
+        tiles["extrapolated to infinitely many clips"] = html.number(scores.infinity.value)
+    parts = [html.tiles(tiles), *(html.prose(f"Warning: {warning}.") for warning in scores.warnings)]
     if scores.is_noise:
         parts.append(
-            report.prose(
-                "This figure is below twice its floor: at this number of clips it says nothing about the model."
+            html.prose(
+                "The value is below twice its floor: at this number of clips it says nothing about the model."
             )
         )
-    rows = [(metric, value) for metric, value in scores.values.items()]
+    rows = [(metric, METRICS[metric].summary, value) for metric, value in scores.values.items()]
     if scores.floor:
         rows += [
-            ("real half against real half", scores.floor.halves),
-            ("D (D + 5) / (2 N)", scores.floor.white),
+            ("floor, halves", "real half against real half", scores.floor.halves),
+            ("floor, law", "D (D + 5) / (2 N)", scores.floor.white),
         ]
-    parts.append(report.table([f"{scores.num_real} real, {scores.num_fake} fake rows", "value"], rows))
+    counts = f"{_count(scores.num_real)} real, {_count(scores.num_fake)} fake rows"
+    parts.append(html.table([counts, "what", "value"], rows))
     if scores.floor:
-        parts.append(
-            report.prose(
-                f"Floor: {scores.floor.method}. D (D + 5) / (2 N) is its law for features of unit variance."
-            )
-        )
+        law = "D (D + 5) / (2 N) is its law for features of unit variance."
+        parts.append(html.prose(f"Floor: {scores.floor.method}. {law}"))
     return parts
 
 
+def _count(rows: int | None) -> str:
+    return "unknown number of" if rows is None else str(rows)
+
+
+def manifest_table(out: Path, manifest: Mapping[str, Any]) -> list[html.Html]:
+    """Return every field of the manifest, and the command that repeats the evaluation."""
+    rows = [
+        (group, field, words(manifest[group].get(field)))
+        for group, fields in GROUPS.items()
+        for field in (*fields, *ADDED.get(group, ()))
+    ]
+    return [
+        html.prose("The fields of the last group are not hashed."),
+        html.table(["group", "field", "value"], rows),
+        html.command(command_line("evaluate", "--from-manifest", str(out / "manifest.json"))),
+    ]
+
+
 def words(value: object, absent: str = "not stated", depth: int = 0) -> str:
-    """Plain data for people: 'real: codec h264 (8), fps 25 (8); fake: not stated'. None is ``absent``."""
+    """Return plain data as text: 'real: codec h264 (8), fps 25 (8); fake: not stated'. None is ``absent``."""
     if isinstance(value, Mapping):
         if depth == 2:
             return ", ".join(f"{key} ({words(part, absent, 3)})" for key, part in value.items())
-        parts = [
-            f"{key}{'' if depth else ':'} {words(part, absent, depth + 1)}" for key, part in value.items()
-        ]
+        mark = "" if depth else ":"
+        parts = [f"{key}{mark} {words(part, absent, depth + 1)}" for key, part in value.items()]
         return (", " if depth else "; ").join(parts)
     if isinstance(value, list | tuple):
         return ", ".join(words(part, absent, depth + 1) for part in value) or "none"
-    return absent if value is None else str(value)
+    return absent if value is None else printable(str(value))
 
 
-def picture(side: Side, clip: PlannedClip, count: int) -> np.ndarray:
-    """``count`` frames of the clip, evenly spread, uint8 (t PIXELS PIXELS c)."""
+def thumbnails(side: Side, clip: PlannedClip, count: int) -> np.ndarray:
+    """Return ``count`` evenly spaced frames of the clip, uint8 (t PIXELS PIXELS c)."""
     indices = clip.indices
     chosen = [indices[i * (len(indices) - 1) // max(count - 1, 1)] for i in range(count)]
     return centre_crop_resize(side.read(clip.id, chosen), PIXELS, PIXELS)
 
 
+def caption(clip: PlannedClip) -> str:
+    """Return the end of the clip's name."""
+    return printable(clip.id)[-CAPTION:]
+
+
 def sheet(
     out: Path, side: Side, clips: Sequence[PlannedClip], name: str, columns: int, captions: Sequence[str] = ()
-) -> report.Html:
-    """A contact sheet of ``clips`` as a figure, written to out/<name>.png."""
+) -> html.Html:
+    """Return a contact sheet of ``clips``, written to out/<name>.png."""
     path = out / f"{name}.png"
+    rows = [thumbnails(side, clip, columns) for clip in clips]
     with reported("a contact sheet", path):
-        contact_sheet(
-            [picture(side, clip, columns) for clip in clips], 1, captions or [clip.id[-44:] for clip in clips]
-        ).save(path)
-    return report.media(
-        path, f"{name}: the first {len(clips)} clips of the plan" if not captions else name, beside=out
-    )
+        contact_sheet(rows, 1, captions or [caption(clip) for clip in clips]).save(path)
+    title = name if captions else f"{name}: the first {len(clips)} clips of the plan"
+    return html.media(path, title, beside=out)
 
 
 def extremes(
-    out: Path, plan: Plan, side: Side, banks: Mapping[str, Tensor], detector: Detector
-) -> list[report.Html]:
-    """Sheets of the fake clips farthest from the mean of the real ones, and nearest to it."""
+    out: Path, plan: Plan, side: Side, features: Mapping[str, Tensor], detector: Detector
+) -> list[html.Html]:
+    """Return sheets of the fake clips farthest from the mean of the real ones, and nearest to it."""
     clips = plan.side("fake")
-    far = (
-        distances_from_real(banks["real"], banks["fake"])
-        .reshape(len(clips), detector.rows(plan.protocol.frames))
-        .mean(1)
-        .tolist()
-    )
-    order = sorted(range(len(clips)), key=lambda i: (-far[i], i))
-    told = "Distance of a fake clip from the real mean in standard deviations of the real features; 1 is that of a usual real clip."
-    parts = [report.prose(told)]
+    rows = distances_from_real(features["real"], features["fake"])
+    distances = rows.reshape(len(clips), detector.rows(plan.protocol.frames)).mean(1).tolist()
+    order = sorted(range(len(clips)), key=lambda i: (-distances[i], i))
+    parts = [
+        html.prose(
+            "Distance of a fake clip from the real mean in standard deviations of the real features; a "
+            "real clip is at about 1."
+        )
+    ]
     for name, picked in (("worst", order[:EXTREME]), ("best", order[::-1][:EXTREME])):
-        captions = [f"{clips[i].id[-60:]}: {report.number(far[i], 3)}" for i in picked]
+        captions = [f"{caption(clips[i])}: {html.number(distances[i], 3)}" for i in picked]
         parts.append(sheet(out, side, [clips[i] for i in picked], name, 8, captions))
     return parts
 
 
-def card(plan: Plan, detector: Detector) -> list[report.Html]:
-    """What the protocol fixes, and what its detector sees and does not see."""
-    rows = [
-        (key, words(value, absent="none"))
-        for key, value in plan.protocol.describe().items()
-        if key not in ("name", "note")
+def card(plan: Plan, detector: Detector) -> list[html.Html]:
+    """Return what the protocol fixes, and what its detector measures."""
+    protocol = plan.protocol
+    choices = {key: value for key, value in protocol.describe().items() if key not in ("name", "note")}
+    texts = [protocol.note]
+    if not protocol.standard:
+        texts.append("Changed from the published protocol: comparable only with the same changes.")
+    texts += [
+        f"{detector.name}: {detector.card}",
+        f"Weights: {detector.source}, SHA-256 {detector.sha256[:16]}.",
     ]
-    changed = (
-        []
-        if plan.protocol.standard
-        else [report.prose("Changed from the published protocol: compares only with the same changes.")]
-    )
-    weights = f"{detector.source}, SHA-256 {detector.sha256[:16]}"
-    about = [report.prose(text) for text in (f"{detector.name}: {detector.card}", f"Weights: {weights}.")]
-    return [report.prose(plan.protocol.note), *changed, *about, report.table(["choice", "value"], rows)]
+    rows = [(key, words(value, absent="none")) for key, value in choices.items()]
+    return [*(html.prose(text) for text in texts), html.table(["choice", "value"], rows)]
 
 
-def data(plan: Plan, manifest: Mapping[str, Any]) -> list[report.Html]:
-    """Per side what was found and kept, codecs and frame rates, and every video that was left out."""
+def data(plan: Plan, manifest: Mapping[str, Any]) -> list[html.Html]:
+    """Return per side what was found and used, codecs, rates and sizes, and every video that was left out or
+    is damaged.
+    """
+    pixels = manifest["pixels"]
     rows = []
     for side in SIDES:
-        traits = manifest["pixels"]["codec"][side]
-        shown = [
-            "; ".join(f"{name} ({count})" for name, count in traits[what].items())
-            for what in ("codec", "fps")
-        ]
-        rows.append((side, *(manifest["data"][key][side] for key in ("name", "found", "kept")), *shown))
-    parts = [
-        report.table(["side", "folder", "videos found", "clips taken", "codec", "frames per second"], rows)
-    ]
-    if plan.dropped:
-        parts += [
-            report.prose(f"{len(plan.dropped)} videos were left out."),
-            report.table(
-                ["side", "video", "reason"], [(bad["side"], bad["id"], bad["reason"]) for bad in plan.dropped]
-            ),
-        ]
+        counts = (*pixels["codec"][side].values(), pixels["frame_size"][side])
+        shown = ["; ".join(f"{name} ({count})" for name, count in values.items()) for values in counts]
+        name, found, kept = (manifest["data"][key][side] for key in ("name", "found", "kept"))
+        rows.append((side, printable(name), found, kept, *shown))
+    columns = ["side", "folder", "videos found", "clips used", "codec", "frames per second", "frame size"]
+    parts = [html.table(columns, rows)]
+    listed = [(bad["side"], printable(bad["id"]), bad["reason"]) for bad in plan.dropped]
+    if listed:
+        parts.append(html.prose(f"{len(listed)} videos were left out."))
+        parts.append(html.table(["side", "video", "reason"], listed))
+    damaged = [(side, printable(bad["id"]), bad["note"]) for side in SIDES for bad in pixels["damaged"][side]]
+    if damaged:
+        parts.append(html.prose(f"{len(damaged)} videos are damaged in part."))
+        parts.append(html.table(["side", "video", "damage"], damaged))
     return parts

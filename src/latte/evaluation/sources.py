@@ -1,26 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The two sides of an evaluation as lists of videos with the hash of their content, and the frames of any of them.
+"""The two sides of an evaluation as lists of videos with the hash of their content, and the frames of any of
+them.
 
-Content is hashed anew each time, whatever a file's size and date say, and what was found out about a folder's files is kept under the
-hash of all of them: a file that was replaced in place is never taken for the old one.
+Content is hashed anew each time, whatever a file's size and date are, and what was probed of a folder's files
+is cached under the hash of all of them: a file that was replaced in place is never mistaken for the old one.
 Axes: t frames, h height, w width, c channels.
 """
 
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any, runtime_checkable
 from typing import Protocol as Interface
 
 import numpy as np
+import torch
 from safetensors import safe_open
 
 from latte.autoencoder.codec import Codec, CodecConfig, build_codec
 from latte.checkpoint.record import read_fingerprint
-from latte.checks import InputError, require
+from latte.checks import check, printable
 from latte.data.clips import to_uint8
 from latte.data.frame_folder import IMAGE_SUFFIXES, frame_files
 from latte.data.media import VIDEO_SUFFIXES, MediaInfo, read_frames
@@ -29,14 +32,22 @@ from latte.data.skipped import check_folder, scan
 from latte.evaluation.detector_files import file_sha256
 from latte.evaluation.plan import Source
 
-ALBUM, MOSAIC = (
-    "album.json",
-    "clips.gif",
-)  # latte sample writes both beside its clips; the mosaic of all clips is none of them
+RECORD = "album.json"  # latte sample writes it beside its clips
+MOSAIC = "clips.gif"  # and this, which shows all clips and is not one of them
+GENERATED_CODEC = "h264"  # of the files that latte writes
+RECORDED = {  # field of the manifest's generation group: key of the record
+    "checkpoint_sha256": "weights",
+    "codec_sha256": "codec",
+    "sampler": "sampler",
+    "steps": "steps",
+    "guidance": "guidance",
+}
+USUAL = {"eta": 0.0, "dtype": "torch.float32"}  # other keys of the record that go unnamed at these values
+NOT_PIXELS = ("fps",)
 
 
 class Side(Interface):
-    """What planning and extraction ask of a side. It travels to other processes."""
+    """What planning and extraction need of a side. It is pickled for other processes."""
 
     @property
     def root(self) -> str:
@@ -50,11 +61,44 @@ class Side(Interface):
 
     @property
     def broken(self) -> tuple[dict[str, str], ...]:
-        """{"id", "reason"} of what cannot be read."""
+        """{"id", "reason"} of the videos that cannot be read."""
         ...
 
     def read(self, id: str, indices: Sequence[int]) -> np.ndarray:
-        """Frames ``indices`` of video ``id`` -> uint8 (t h w c)."""
+        """Return frames ``indices`` of video ``id``, uint8 (t h w c)."""
+        ...
+
+
+@runtime_checkable
+class ClipSource(Interface):
+    """A model whose clips are the fake side: anything that can write video files of generated clips."""
+
+    @property
+    def name(self) -> str:
+        """What a replay opens again: an absolute path, a hub id or 'builtin'."""
+        ...
+
+    @property
+    def seed(self) -> int:
+        """Seed of the first clip."""
+        ...
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Frames, height and width of a clip, known without generating any."""
+        ...
+
+    @property
+    def interval(self) -> int | None:
+        """How many video frames lie between two frames of its training clips; None: unknown."""
+        ...
+
+    def generate(
+        self, folder: Path, count: int, fps: float | None, progress: Callable[[int, int], None]
+    ) -> dict[str, Any]:
+        """Write ``count`` clips to ``folder``, those that are missing only; return fields of the generation
+        group.
+        """
         ...
 
 
@@ -68,78 +112,86 @@ class FolderSide:
     infos: dict[str, MediaInfo]
 
     def read(self, id: str, indices: Sequence[int]) -> np.ndarray:
-        """Frames of a video; Unreadable (an InputError) when it no longer can be read."""
+        """Return frames of a video; Unreadable (an InputError) if it can no longer be read."""
         return read_frames(self.infos[id], indices)
 
 
 @dataclass(frozen=True)
 class LatentSide:
-    """The videos of a folder of latent shards, decoded by the codec they were made with."""
+    """The videos of latent shards, decoded by the codec they were made with."""
 
     root: str
     sources: tuple[Source, ...]
     broken: tuple[dict[str, str], ...]
     shards: dict[str, str]
     codec: CodecConfig
-    fingerprint: str
+    fingerprint: str | None
     device: str
 
     def read(self, id: str, indices: Sequence[int]) -> np.ndarray:
-        """Frames of a video, decoded; reads from the first to the last of them."""
+        """Return decoded frames of a video; InputError if latents or frames have NaN or Inf."""
         low = min(indices)
         with safe_open(Path(self.root) / self.shards[id], framework="pt") as shard:
             span = shard.get_slice(f"{SOURCE}:{id}")[low : max(indices) + 1]
-        latent = span[[index - low for index in indices]].float()[None].to(self.device)
-        return np.asarray(to_uint8(_codec(self.codec, self.fingerprint, self.device).decode(latent)))[0]
+        latent = span[[index - low for index in indices]].float()[None].to(self.device)  # (1 f c h w)
+        frames = _codec(self.codec, self.fingerprint, self.device).decode(latent)
+        for what, tensor in (("latents", latent), ("decoded frames", frames)):
+            finite = bool(torch.isfinite(tensor).all())
+            check(
+                finite,
+                f"the {what} of {printable(id)} in {self.root} have NaN or Inf; encode that video again",
+            )
+        return np.asarray(to_uint8(frames))[0]
 
 
 def open_side(
     name: str, path: str | Path, cache: Path, codec_path: str | None = None, device: str = "cpu"
 ) -> Side:
-    """'real' or 'fake' -> its videos. ``cache`` keeps what was found out about files. InputError when there is no such folder, nothing in
-    it is a video, or its latents' codec is not to be had."""
+    """Return the videos of 'real' or 'fake'; ``cache`` keeps what was probed.
+
+    InputError if there is no such folder, it holds no video, or the codec of its latents is not available.
+    """
     root = Path(check_folder(path, name.upper()))
     latents = (root / MANIFEST).is_file() and any(root.glob(SHARDS))
-    side = _open_latents(root, codec_path, device) if latents else _open_folder(root, cache)
+    side = _open_latents(root, codec_path, device) if latents else open_folder(root, cache)
     kinds = f"videos ({', '.join(VIDEO_SUFFIXES)}), folders of numbered images, latent shards or a model"
-    require(
+    check(
         bool(side.sources or side.broken),
-        name.upper(),
-        str(path),
-        "it holds no video",
-        f"give a folder with {kinds}",
+        f"{name.upper()} is {str(path)!r}, but it holds no video; give a folder with {kinds}",
     )
     return side
 
 
 def file_hashes(root: Path) -> dict[str, str]:
-    """Path below ``root`` (with /) -> SHA-256 of every video and image file; links are followed, never in a circle."""
-    found, been = {}, set()
+    """Return {path below ``root``, with /: SHA-256} of every video and image file; links are followed, cycles
+    are not.
+    """
+    found = {}
+    visited = set()
     for folder, folders, files in os.walk(root, followlinks=True):
         here = os.path.realpath(folder)
-        folders[:] = sorted(name for name in folders if not name.startswith(".")) if here not in been else []
-        been.add(here)
+        folders[:] = [] if here in visited else sorted(name for name in folders if not name.startswith("."))
+        visited.add(here)
         for name in files:
             path = Path(folder, name)
-            if (
-                name.lower().endswith((*VIDEO_SUFFIXES, *IMAGE_SUFFIXES))
-                and not name.startswith(".")
-                and path.is_file()
-            ):
+            readable = name.lower().endswith((*VIDEO_SUFFIXES, *IMAGE_SUFFIXES))
+            if readable and not name.startswith(".") and path.is_file():
                 found[path.relative_to(root).as_posix()] = file_sha256(path)
     return found
 
 
 def digest(value: object) -> str:
-    """SHA-256 of plain data."""
+    """Return the SHA-256 of plain data."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def _open_folder(root: Path, cache: Path) -> FolderSide:
+def open_folder(root: Path, cache: Path) -> FolderSide:
+    """Return the videos and frame folders below ``root``; ``cache`` keeps what was probed."""
     root = root.absolute()
     hashes = file_hashes(root)
     found = scan(root, labels=False, cache_dir=cache / digest(hashes)[:16])
-    sources, mosaic = [], MOSAIC if (root / ALBUM).is_file() else None
+    mosaic = MOSAIC if (root / RECORD).is_file() else None
+    sources = []
     for clip in found.clips:
         if clip.key == mosaic:
             continue
@@ -148,7 +200,9 @@ def _open_folder(root: Path, cache: Path) -> FolderSide:
         else:  # a folder of frames
             names = [Path(path).relative_to(root).as_posix() for _, path in frame_files(root / clip.key)]
             sha256 = digest([hashes[name] for name in names])
-        sources.append(Source(clip.key, clip.info.frames, sha256, clip.info.fps, clip.info.codec))
+        info = clip.info
+        size = (info.height, info.width)
+        sources.append(Source(clip.key, info.frames, sha256, info.fps, info.codec, *size, info.note))
     broken = tuple(
         {"id": Path(bad["path"]).relative_to(root).as_posix(), "reason": bad["reason"]}
         for bad in found.skipped
@@ -158,51 +212,49 @@ def _open_folder(root: Path, cache: Path) -> FolderSide:
 
 def _open_latents(root: Path, codec_path: str | None, device: str) -> LatentSide:
     manifest = read_manifest(root)
-    if not manifest["complete"]:
-        raise InputError(
-            f"the latents in {root} are not finished; run the same latte data encode again, it goes on where it stopped"
-        )
-    made, config = (
-        manifest["settings"]["codec"],
-        CodecConfig(name=manifest["settings"]["codec"]["name"], path=codec_path),
+    check(
+        manifest["complete"],
+        f"the latents in {root} are incomplete; run the same latte data encode again to resume",
     )
-    _codec(config, read_fingerprint(made), device)
-    sources, shards = [], {}
+    made = manifest["settings"]["codec"]
+    config = CodecConfig(name=made["name"], path=codec_path)
+    fingerprint = read_fingerprint(made)
+    codec = _codec(config, fingerprint, device)
+    sources = []
+    shards = {}
     for entry in manifest["videos"]:
         record = Record.of(entry)
         shards[record.key] = entry["shard"]
         with safe_open(root / entry["shard"], framework="pt") as shard:
             latent = shard.get_tensor(f"{SOURCE}:{record.key}").contiguous()
         content = hashlib.sha256(latent.numpy().tobytes()).hexdigest()
-        sources.append(Source(record.key, record.frames, content, record.fps, f"latents of {made['name']}"))
+        size = (latent.shape[-2] * codec.downscale, latent.shape[-1] * codec.downscale)
+        name = f"latents of {made['name']}"
+        sources.append(Source(record.key, record.frames, content, record.fps, name, *size))
     broken = tuple({"id": bad["path"], "reason": bad["reason"]} for bad in manifest["skipped"])
-    return LatentSide(str(root), tuple(sources), broken, shards, config, read_fingerprint(made), device)
+    return LatentSide(str(root), tuple(sources), broken, shards, config, fingerprint, device)
 
 
 @lru_cache(2)
-def _codec(config: CodecConfig, fingerprint: str, device: str) -> Codec:
+def _codec(config: CodecConfig, fingerprint: str | None, device: str) -> Codec:
     codec = build_codec(config, device)
-    require(
+    check(
         codec.fingerprint == fingerprint,
-        "codec",
-        f"{codec.name} {codec.fingerprint}",
-        f"the latents were made with {fingerprint}",
+        f"the codec is {codec.name} {codec.fingerprint}, but the latents were made with {fingerprint}; "
         "give its weights by --codec-path",
     )
     return codec
 
 
-def album_facts(root: str | Path) -> dict[str, object]:
-    """What ``latte sample`` wrote about the clips in ``root``, as fields of the manifest's generation group; {} for any other folder."""
-    names = {
-        "checkpoint_sha256": "weights",
-        "codec_sha256": "codec",
-        "sampler": "sampler",
-        "steps": "steps",
-        "guidance": "guidance",
-    }
+def read_generation(root: str | Path) -> dict[str, Any]:
+    """Return what ``latte sample`` recorded of the clips in ``root`` as fields of the generation group; {}
+    for other folders.
+    """
     try:
-        facts = json.loads((Path(root) / ALBUM).read_text("utf-8"))["facts"]
-        return {field: facts[name] for field, name in names.items() if name in facts}
-    except (OSError, ValueError, KeyError, TypeError):
+        facts = json.loads((Path(root) / RECORD).read_text("utf-8"))["facts"]
+        found = {field: facts[key] for field, key in RECORDED.items() if key in facts}
+        named = {*RECORDED.values(), *NOT_PIXELS}
+        other = {key: value for key, value in facts.items() if key not in named and value != USUAL.get(key)}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}
+    return found | ({"other": other} if other else {})
