@@ -18,7 +18,7 @@ from latte.checkpoint.run import list_checkpoints
 from latte.checks import InputError
 from latte.config.run import load_run
 from latte.data.procedural import Combination, caption_of, read_motion, split_combinations
-from latte.inference.pipeline import load_trained
+from latte.inference.pipeline import VideoPipeline
 
 PARTS = ("shape", "colour", "direction")  # in the order of a combination
 
@@ -28,7 +28,7 @@ def measure(source: str | Path, combinations: list[Combination], count: int, see
     began = time.perf_counter()
     wanted = [combinations[index % len(combinations)] for index in range(count)]
     prompts = [caption_of(*combination) for combination in wanted]
-    trained = load_trained(source, device="cpu", prompts=prompts)
+    trained = VideoPipeline.from_pretrained(source, device="cpu", prompts=prompts, dtype="fp32")
     motions = [read_motion(clip) for _, clip in trained.generate(range(seed, seed + count), prompts=prompts)]
     right = [
         [getattr(motion, part) == word for part, word in zip(PARTS, combination, strict=True)]

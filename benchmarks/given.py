@@ -25,7 +25,7 @@ from latte.data.clips import centre_crop_resize, to_float, to_uint8
 from latte.data.media import VIDEO_SUFFIXES, probe, read_frames
 from latte.data.procedural import Scene, draw_scene, read_motion, render
 from latte.diffusion.frame_conditioning import DEFAULT_STRENGTH
-from latte.inference.pipeline import Trained, load_trained
+from latte.inference.pipeline import VideoPipeline
 
 GIVEN = {
     "first": lambda frames: [0],
@@ -57,21 +57,21 @@ def add_arguments(parser: argparse.ArgumentParser, seed: int) -> None:
     parser.add_argument("--threads", type=int, default=1)
 
 
-def load(options: argparse.Namespace) -> Trained:
+def load(options: argparse.Namespace) -> VideoPipeline:
     """The model of the options, with their sampler."""
     torch.set_num_threads(options.threads)
-    trained = load_trained(options.model, "cpu", options.codec_path)
+    trained = VideoPipeline.from_pretrained(options.model, device="cpu", codec_path=options.codec_path, dtype="fp32")
     chosen = {key: value for key in ("sampler", "steps") if (value := getattr(options, key)) is not None}
     return replace(trained, sample=replace(trained.sample, **chosen)) if chosen else trained
 
 
-def procedural(trained: Trained, count: int, seed: int, frames: int) -> list[Clip]:
+def procedural(trained: VideoPipeline, count: int, seed: int, frames: int) -> list[Clip]:
     """``count`` clips that the model was never shown, uint8 (t h w c), and what they show."""
     scenes = [draw_scene(seed, index, frames) for index in range(count)]
     return [(render(scene, frames, *trained.frame_size()), scene) for scene in scenes]
 
 
-def videos(trained: Trained, folder: Path, frames: int, count: int | None = None) -> list[Clip]:
+def videos(trained: VideoPipeline, folder: Path, frames: int, count: int | None = None) -> list[Clip]:
     """The first ``frames`` frames of ``count`` videos below ``folder`` that have as many, cropped to the model's size, uint8 (t h w c)."""
     found = (probe(path) for path in sorted(folder.rglob("*")) if path.suffix.lower() in VIDEO_SUFFIXES)
     long = [info for info in found if info.frames >= frames][:count]
@@ -80,7 +80,7 @@ def videos(trained: Trained, folder: Path, frames: int, count: int | None = None
     ]
 
 
-def told(trained: Trained, scene: Scene | None, label: bool = True) -> dict[str, Any]:
+def told(trained: VideoPipeline, scene: Scene | None, label: bool = True) -> dict[str, Any]:
     """What the model is told of a scene: its caption, its label, or nothing."""
     if trained.reader:
         return {"prompts": [scene.caption if scene else ""]}
@@ -123,7 +123,7 @@ def compare(clip: ndarray, true: ndarray, decoded: ndarray, given: Sequence[int]
 
 
 def measure(
-    trained: Trained, clips: Sequence[Clip], which: str, strength: float, seed: int, label: bool = True
+    trained: VideoPipeline, clips: Sequence[Clip], which: str, strength: float, seed: int, label: bool = True
 ) -> dict[str, Any]:
     """Means over ``clips`` of what ``grade`` and ``compare`` say of each, drawn anew from its frames GIVEN[which] with ``strength``.
 
@@ -135,8 +135,8 @@ def measure(
         pictures = {frame: true[frame] for frame in given}
         options = {
             **told(trained, scene, label),
-            "given": pictures,
-            "given_strength": strength,
+            "conditioning_frames": pictures,
+            "conditioning_strength": strength,
             "frames": len(true),
         }
         ((_, clip),) = trained.generate([seed + index], **options)

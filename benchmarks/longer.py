@@ -22,7 +22,7 @@ from numpy import ndarray
 from latte.data.procedural import draw_scene, read_motion
 from latte.data.writers import contact_sheet
 from latte.diffusion.long_video import LONG_VIDEO_METHODS
-from latte.inference.pipeline import Trained
+from latte.inference.pipeline import VideoPipeline
 
 METHODS = ("plain", *LONG_VIDEO_METHODS)
 
@@ -73,13 +73,13 @@ def judge(clips: Iterable[ndarray], length: int, shapes: bool) -> dict[str, Any]
     return found
 
 
-def draw(trained: Trained, method: str, frames: int, options: argparse.Namespace) -> list[ndarray]:
+def draw(trained: VideoPipeline, method: str, frames: int, options: argparse.Namespace) -> list[ndarray]:
     """``options.count`` clips of ``frames`` frames by ``method``, told the labels or captions of procedural scenes where it knows any."""
     how: dict[str, Any] = {"frames": frames}
     if method != "plain":
         how |= {"window": trained.model.config.num_frames, "longer": method, "overlap": options.overlap}
     if options.strength is not None:
-        how["given_strength"] = options.strength
+        how["conditioning_strength"] = options.strength
     said: dict[str, list] = {}
     for index in range(options.count):
         scene = None if options.videos else draw_scene(options.seed, index, frames)
@@ -87,7 +87,7 @@ def draw(trained: Trained, method: str, frames: int, options: argparse.Namespace
             said.setdefault(key, []).extend(value)
     with warnings.catch_warnings():
         warnings.filterwarnings(
-            "ignore", message=".*more than the .* that this model was made for"
+            "ignore", message=".*more than the .* the model was trained on"
         )  # that is what plain is about
         return [
             clip
@@ -95,7 +95,7 @@ def draw(trained: Trained, method: str, frames: int, options: argparse.Namespace
         ]
 
 
-def real(trained: Trained, frames: int, options: argparse.Namespace) -> list[ndarray]:
+def real(trained: VideoPipeline, frames: int, options: argparse.Namespace) -> list[ndarray]:
     """Real clips of ``frames`` frames (t h w c); none when the videos are shorter."""
     if options.videos:
         return [clip for clip, _ in videos(trained, options.videos, frames)]

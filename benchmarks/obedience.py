@@ -14,12 +14,12 @@ import torch
 
 from latte.checkpoint.run import list_checkpoints
 from latte.data.procedural import read_motion
-from latte.inference.pipeline import load_trained
+from latte.inference.pipeline import VideoPipeline
 
 
 def measure(source: str | Path, count: int, seed: int) -> dict:
     """Shares of ``count`` clips, the first of ``seed``: ``obeys`` the label, one shape in every frame (``coherent``)."""
-    began, trained = time.perf_counter(), load_trained(source, device="cpu")
+    began, trained = time.perf_counter(), VideoPipeline.from_pretrained(source, device="cpu", dtype="fp32")
     names = trained.classes
     labels = [index % len(names) for index in range(count)]
     motions = [read_motion(clip) for _, clip in trained.generate(range(seed, seed + count), labels)]

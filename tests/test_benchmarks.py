@@ -155,7 +155,7 @@ class Obedient:
 )
 def test_captions_are_graded_part_by_part(benchmark, capsys, monkeypatch, words, combinations):
     captions = benchmark("captions")
-    monkeypatch.setattr(captions, "load_trained", lambda source, device, prompts: Obedient())
+    monkeypatch.setattr(captions.VideoPipeline, "from_pretrained", lambda source, **_: Obedient())
     monkeypatch.setattr(sys, "argv", ["captions.py", "model", "--count", "24", "--seed", "100", *words])
     captions.main()
     line = json.loads(capsys.readouterr().out)
@@ -180,14 +180,14 @@ class Perfect:
     def frame_size(self):
         return 64, 64
 
-    def generate(self, seeds, labels=None, given=None, frames=8, **_):
+    def generate(self, seeds, labels=None, conditioning_frames=None, frames=8, **_):
         for seed in seeds:
             yield seed, self.spoil(render(draw_scene(1000, seed - 1000, frames), frames, 64, 64), seed)
 
 
 def test_true_clips_are_graded_right_in_every_part(benchmark, capsys, monkeypatch):
     given = benchmark("given")
-    monkeypatch.setattr(given, "load_trained", lambda *_: Perfect())
+    monkeypatch.setattr(given, "load", lambda *_: Perfect())
     lines = given.main(["--count", "8", "--seed", "1000", "--strengths", "0", "40"])
     assert [json.loads(line) for line in capsys.readouterr().out.splitlines()] == lines
     assert [(line["given"], line["strength"]) for line in lines] == [
@@ -259,7 +259,7 @@ def test_the_benchmarks_of_given_frames_and_longer_clips_run_a_model(
 ):
     words = ["--count", "2", *(["--videos", str(write_shapes(tmp_path / "shapes", 2))] if videos else [])]
     given, longer = benchmark("given"), benchmark("longer")
-    monkeypatch.setattr(given, "load_trained", lambda *_: tiny_trained())
+    monkeypatch.setattr(given.VideoPipeline, "from_pretrained", lambda *_, **__: tiny_trained())
     for line in given.main([*words, "--given", "first", "--strengths", "0"]):
         assert (line["worst"], line["psnr"]) == (0, None), "pixels as latents: nothing is lost"
         assert ("colour" in line) == (not videos)

@@ -12,7 +12,7 @@ from support import wake
 from latte.autoencoder.codec import CodecConfig, build_codec
 from latte.diffusion.config import DiffusionConfig
 from latte.inference.generate import SampleConfig
-from latte.inference.pipeline import Trained
+from latte.inference.pipeline import VideoPipeline
 from latte.inference.prompts import PromptReader
 from latte.model.latte import Latte, ModelConfig
 from latte.model.text import LatteText, TextConfig
@@ -41,7 +41,7 @@ MODEL = ModelConfig(
 CLASSES = ["up", "down", "left", "right"]
 
 
-def tiny_trained(**changes: object) -> Trained:
+def tiny_trained(**changes: object) -> VideoPipeline:
     """A model with random weights (not the zeros of a fresh one), in pixels, with four classes unless ``changes`` say otherwise."""
     config = ModelConfig(**{**MODEL.__dict__, **changes})
     torch.manual_seed(0)
@@ -49,12 +49,12 @@ def tiny_trained(**changes: object) -> Trained:
     codec_config = CodecConfig(name="pixels")
     classes = CLASSES if config.num_classes else []
     sample = SampleConfig(sampler="ddim", steps=3, batch=2)
-    return Trained(
+    return VideoPipeline(
         "tiny", model, DiffusionConfig(), codec_config, build_codec(codec_config), classes, sample, "none"
     )
 
 
-def tiny_text(depth: int = 1) -> Trained:
+def tiny_text(depth: int = 1) -> VideoPipeline:
     """A text model with random weights, in pixels, with the built-in text encoder."""
     torch.manual_seed(0)
     config = TextConfig(
@@ -68,7 +68,7 @@ def tiny_text(depth: int = 1) -> Trained:
         caption_channels=64,
     )
     codec_config, reader = CodecConfig(name="pixels"), PromptReader(TextEncoderConfig(name="builtin"), "cpu")
-    return Trained(
+    return VideoPipeline(
         "tiny",
         wake(LatteText(config), scale=0.2).eval(),
         DiffusionConfig(),

@@ -38,13 +38,13 @@ from latte.files import reported
 from latte.inference.generate import generate
 from latte.inference.prompts import Prompts
 from latte.interop.coverage import build as build_network
+from latte.interop.init import check_source
 from latte.model.denoiser import Denoiser, DenoiserConfig
 from latte.runtime import SampleNoise, rank, resolve_device, resolve_dtype
 from latte.text.encoders import TEXT_ENCODERS, build_text_encoder
 from latte.training.callbacks import Callback
 from latte.training.condition import CaptionReader
 from latte.training.config import check_decay
-from latte.training.init import check_source
 from latte.training.train import train
 
 LOG = logging.getLogger(__name__)

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The whole job in a few minutes, offline: draw clips from a trained model, grade them, train a small new model, show all of it.
+"""The whole job in a few minutes, offline: draw clips from a trained model, grade them, train a small new
+model, show all of it.
 
-The graded property is the one that can be read back from pixels without any other network: does the shape move where its label says?
+The graded property is the one that can be read back from pixels without any other network: does the shape
+move where its label says?
 Axes: t frames, h height, w width, c channels.
 """
 
@@ -24,8 +26,9 @@ from latte.checks import InputError, require
 from latte.config.run import load_run
 from latte.data.procedural import DIRECTIONS, Motion, read_motion
 from latte.files import reported
-from latte.inference.outputs import SampleRequest, write_album
-from latte.inference.pipeline import Trained, load_trained
+from latte.inference.outputs import write_clips
+from latte.inference.pipeline import VideoPipeline
+from latte.inference.requests import SampleRequest
 from latte.runtime import resolve_device, resolve_dtype
 
 NAMES = tuple(DIRECTIONS)
@@ -45,10 +48,11 @@ Tell = Callable[[str, int, int], Callable[[int, int], None]]
 
 @dataclass(frozen=True)
 class DemoConfig:
-    """``shown`` clips are written, ``graded`` are drawn and judged (the shown ones among them), ``seconds`` are for training.
+    """``shown`` clips are written, ``graded`` are drawn and judged (the shown ones among them), ``seconds``
+    are for training.
 
-    The new model is recipe ``shapes`` with SMALL and then ``overrides``; it draws and grades ``graded_after`` clips. InputError for
-    counts and times that cannot be.
+    The new model is recipe ``shapes`` with SMALL and then ``overrides``; it draws and grades ``graded_after``
+    clips. InputError for counts and times that cannot be.
     """
 
     out: Path
@@ -105,14 +109,18 @@ class Grades:
         return max(0.0, round(centre - half, 9)), min(1.0, round(centre + half, 9))
 
     def counts(self) -> list[list[int]]:
-        """A row per direction asked for; columns: how many moved up, down, left, right, and how many cannot be told."""
+        """A row per direction asked for; columns: how many moved up, down, left, right, and how many
+        cannot be told.
+        """
         pairs = [(name, motion.direction) for name, motion in zip(self.asked, self.motions, strict=True)]
         return [[pairs.count((name, read)) for read in (*NAMES, None)] for name in NAMES]
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """The clips of one model: the folder of those shown, sheet and gif of them, the grades of all, and the seconds it took."""
+    """The clips of one model: the folder of those shown, sheet and gif of them, the grades of all, and the
+    seconds it took.
+    """
 
     requests: Sequence[SampleRequest]
     folder: Path
@@ -124,7 +132,9 @@ class Drawn:
 
 @dataclass(frozen=True)
 class Learnt:
-    """The training of the new model: its job, the command that repeats it, its curve, and the seconds it took."""
+    """The training of the new model: its job, the command that repeats it, its curve, and the seconds it
+    took.
+    """
 
     job: Job
     command: str
@@ -134,9 +144,10 @@ class Learnt:
 
 
 def draw(
-    trained: Trained, folder: Path, shown: int, graded: int, seed: int, dtype: torch.dtype, tell: Tell
+    trained: VideoPipeline, folder: Path, shown: int, graded: int, seed: int, dtype: torch.dtype, tell: Tell
 ) -> Drawn:
-    """Draw ``graded`` clips, labels going round, write the first ``shown`` of them into ``folder``, grade all.
+    """Draw ``graded`` clips, labels going round, write the first ``shown`` of them into ``folder``, grade
+    all.
 
     InputError unless the model's classes are the four directions.
     """
@@ -160,7 +171,7 @@ def draw(
             yield seed_of, clip
 
     facts = {"weights": trained.weights, "codec": trained.codec.fingerprint, "dtype": str(dtype)}
-    sheet, gif = write_album(folder, requests[:shown], ask, facts, batch, trained.sample.fps)
+    sheet, gif = write_clips(folder, requests[:shown], ask, facts, batch, trained.sample.fps)
     for number, start in enumerate(range(shown, graded, batch), start=-(-shown // batch)):
         list(ask(number, requests[start : start + batch]))
     grades = Grades(
@@ -170,8 +181,10 @@ def draw(
 
 
 def learn(config: DemoConfig, device: str, say: Callable[[str], None]) -> Learnt:
-    """Train a small new model by recipe ``shapes`` for about ``config.seconds``: a few steps to see how fast this machine is, then
-    the rest, resumed from their checkpoint. Leaves with 130 or 143 when a signal stops it, everything saved."""
+    """Train a small new model by recipe ``shapes`` for about ``config.seconds``: a few steps to see how
+    fast this machine is, then the rest, resumed from their checkpoint. Leaves with 130 or 143 when a
+    signal stops it, everything saved.
+    """
     began, run = time.perf_counter(), config.out / "run"
     changes = [*SMALL, *config.overrides]
     words = [
@@ -219,7 +232,9 @@ def learn(config: DemoConfig, device: str, say: Callable[[str], None]) -> Learnt
 def run_demo(
     config: DemoConfig, device: str, dtype: str, tell: Tell, say: Callable[[str], None]
 ) -> dict[str, Any]:
-    """Do everything -> what ``latte demo --json`` prints. ``tell`` makes progress functions, ``say`` takes lines for people."""
+    """Do everything -> what ``latte demo --json`` prints. ``tell`` makes progress functions, ``say`` takes
+    lines for people.
+    """
     began = time.perf_counter()
     require(
         not (config.out / "run").exists(),
@@ -230,12 +245,12 @@ def run_demo(
     )
     where = resolve_device(device)
     precision = resolve_dtype(dtype, where)
-    trained = load_trained(config.model, device)
+    trained = VideoPipeline.from_pretrained(config.model, device=device, dtype="fp32")
     say(f"drawing {config.graded} clips from model {config.model}")
     shown = draw(trained, config.out / "clips", config.shown, config.graded, config.seed, precision, tell)
     learnt = learn(config, device, say)
     say("drawing clips from the new model")
-    small = load_trained(learnt.job.config.run.dir or "", device)
+    small = VideoPipeline.from_pretrained(learnt.job.config.run.dir or "", device=device, dtype="fp32")
     after = draw(
         small, config.out / "new-clips", len(NAMES), config.graded_after, config.seed, precision, tell
     )
@@ -263,7 +278,7 @@ def run_demo(
 
 def show(
     config: DemoConfig,
-    trained: Trained,
+    trained: VideoPipeline,
     shown: Drawn,
     learnt: Learnt,
     after: Drawn,

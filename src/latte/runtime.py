@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rank, device, dtype and random generators, each resolved once.
+"""Resolve rank, device, dtype and random streams.
 
-Every random number comes from a ``torch.Generator`` made here from integers and names, never from global
-state: in training it is keyed by (seed, step, ...), in sampling by the sample's own seed. Generators are on
-the CPU, so that a seed means the same numbers on every device.
+Every random number of the program comes from a ``torch.Generator`` made here from integers and names, never
+from global state: in training it is keyed by (seed, step, ...), in sampling by the sample's own seed.
+Generators live on the CPU, so a seed means the same numbers on every device.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def rank() -> int:
-    """Return the index of this process (torchrun's RANK), 0 when alone."""
+    """Return the index of this process among all of them (torchrun's RANK), 0 when alone."""
     return int(os.environ.get("RANK", "0"))
 
 
@@ -36,42 +36,44 @@ def local_rank() -> int:
 
 
 def resolve_device(device: str | torch.device = "auto") -> torch.device:
-    """Return the device of this process for 'auto', 'cpu', 'cuda' or 'mps'; a torch.device with an index is
-    kept.
+    """Return the device of this process for 'auto', 'cpu', 'cuda', 'mps', 'cuda:1' or a ``torch.device``.
 
-    InputError for a kind that this machine does not have.
+    'cuda' without a number is the process's own GPU (LOCAL_RANK). InputError when this machine has no such
+    device.
     """
-    name = device.type if isinstance(device, torch.device) else device
-    have = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if name == "auto":
-        name = next(kind for kind in ("cuda", "mps", "cpu") if have[kind])
-    if not choose("device", name, have):
-        raise InputError(
-            f"device is {name!r}, but this machine has none that torch can use; give --device auto or cpu"
-        )
-    if isinstance(device, torch.device) and device.index is not None:
-        return device
-    return torch.device(name, local_rank()) if name == "cuda" else torch.device(name)
+    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    kind, _, number = str(device).partition(":")
+    if kind == "auto":
+        kind = next(name for name in ("cuda", "mps", "cpu") if available[name])
+    count = torch.cuda.device_count() if kind == "cuda" else 1
+    usable = choose("device", kind, available) and (
+        not number or (number.isdecimal() and int(number) < count)
+    )
+    if not usable:
+        raise InputError(f"device is {str(device)!r}, but torch finds no such device here; use auto or cpu")
+    if kind != "cuda":
+        return torch.device(kind)
+    return torch.device(kind, int(number) if number else local_rank())
 
 
 def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
-    """Return the dtype of matrix products for 'auto', 'fp32', 'bf16', 'fp16' or one of their torch dtypes.
+    """Return the dtype of matrix products for 'auto', 'fp32', 'bf16', 'fp16' or the ``torch.dtype`` of one of
+    them.
 
-    'auto' is bf16 on a CUDA device that has it and fp32 elsewhere: on most CPUs bf16 is slower. InputError
-    for any other.
+    'auto' is bf16 on a CUDA device that supports it and fp32 elsewhere (bf16 is slower on most CPUs).
     """
-    if isinstance(dtype, torch.dtype):
-        names = {value: name for name, value in DTYPES.items()}
-        dtype = names.get(dtype, str(dtype))
     if dtype == "auto":
         return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+    if isinstance(dtype, torch.dtype):
+        return choose("dtype", dtype, {known: known for known in DTYPES.values()})
     return choose("dtype", dtype, DTYPES)
 
 
 @contextmanager
 def borrowed(part: Any, device: torch.device, home: torch.device) -> Iterator[None]:
-    """Hold ``part`` (anything with a ``to``) on ``device`` inside, back at ``home`` afterwards, and free "
-    "its memory on the device."""
+    """Move ``part`` (anything with ``to``) to ``device`` for the block, then back to ``home``, and release
+    the device's memory.
+    """
     part.to(device)
     try:
         yield
@@ -82,17 +84,18 @@ def borrowed(part: Any, device: torch.device, home: torch.device) -> Iterator[No
 
 
 def generator(*key: int | str) -> torch.Generator:
-    """Return a CPU generator that is a pure function of ``key``, such as (seed, 'noise', step), on every "
-    "machine."""
+    """Return a CPU generator that depends on ``key`` alone: generator(seed, 'noise', step) is the same
+    everywhere, always.
+    """
     digest = hashlib.sha256("/".join(str(part) for part in key).encode()).digest()
     return torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
 class SampleNoise:
-    """One generator per sample, so that a sample does not depend on its batch.
+    """Keep one random stream per sample, so that a sample does not depend on its batch.
 
-    ``noise(shape)`` returns the next standard normal (b, *shape), float32 on the CPU, row i from the
-    generator of ``seeds[i]``.
+    ``noise(shape)`` returns the next standard normal (b, *shape), float32 on the CPU, row i from the stream
+    of ``seeds[i]``.
     """
 
     def __init__(self, seeds: Sequence[int]):

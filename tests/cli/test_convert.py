@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from support import wake
 
 from latte.inference.generate import SampleConfig
-from latte.inference.pipeline import load_trained
+from latte.inference.pipeline import VideoPipeline
 from latte.interop.load import load_external
 from latte.interop.pipeline import save_pipeline
 from latte.model.latte import Latte
@@ -51,7 +51,7 @@ def test_released_file_to_our_folder_and_back_bit_for_bit(latte, released, tmp_p
 
 def test_a_run_goes_out_and_comes_back_with_what_it_knows(latte, run_folder, tmp_path):
     assert latte("convert", run_folder, "ours").code == 0
-    ours, run = load_trained(tmp_path / "ours", "cpu"), load_trained(run_folder, "cpu")
+    ours, run = VideoPipeline.from_pretrained(tmp_path / "ours", device="cpu"), VideoPipeline.from_pretrained(run_folder, device="cpu")
     assert (ours.weights, ours.classes, ours.codec.fingerprint, ours.diffusion) == (
         run.weights,
         run.classes,
@@ -65,7 +65,7 @@ def test_a_run_goes_out_and_comes_back_with_what_it_knows(latte, run_folder, tmp
         for name, tensor in load_file(tmp_path / "back" / "model.safetensors").items()
     )
     assert latte("convert", "ours", "twice").code == 0
-    assert load_trained(tmp_path / "twice", "cpu").classes == run.classes
+    assert VideoPipeline.from_pretrained(tmp_path / "twice", device="cpu").classes == run.classes
 
 
 def test_text_to_video_to_diffusers_and_back(latte, tmp_path):
@@ -189,7 +189,7 @@ def test_a_pipeline_is_sampled_as_it_is_and_goes_out_with_its_own_autoencoder(ki
     words = ["--prompt", "a red circle moves up", "--steps", "ddim5", "--json"]
     released = latte("sample", "in", *words)
     assert released.code == 0, released.err
-    record = json.loads((Path(released.json["sheet"]).parent / "album.json").read_text())["facts"]
+    record = json.loads((Path(released.json["sheet"]).parent / "clips.json").read_text())["facts"]
     assert (record["sampler"], record["guidance"]) == ("ddim", 7.5), "the released model's settings"
     assert latte("convert", "in", "ours").code == 0
     card = json.loads((tmp_path / "ours/config.json").read_text())
@@ -197,16 +197,16 @@ def test_a_pipeline_is_sampled_as_it_is_and_goes_out_with_its_own_autoencoder(ki
     drawn = pixels("in")
     assert np.abs(pixels("ours") - drawn).max() <= 1
     alone = latte("sample", "in/transformer", *words)
-    assert (alone.code, "say where its autoencoder is by --codec-path" in alone.errors[0]) == (2, True)
+    assert (alone.code, "give its autoencoder with --codec-path" in alone.errors[0]) == (2, True)
     half = latte("sample", "in/transformer", *words, "--codec-path", "in")
-    assert (half.code, "say where its T5 is by --text-encoder" in half.errors[0]) == (2, True)
+    assert (half.code, "give its T5 with --text-encoder" in half.errors[0]) == (2, True)
     assert latte("sample", "in/transformer", *words, "--codec-path", "in", "--text-encoder", "in").code == 0
     assert np.abs(pixels("in/transformer", codec_path="in", text_encoder_path="in") - drawn).max() <= 1
 
 
 def pixels(source: str, **places) -> np.ndarray:
     """A clip; without guidance, since random weights at 7.5 blow the last bit of a product up to grey levels."""
-    trained = load_trained(source, "cpu", **places)
+    trained = VideoPipeline.from_pretrained(source, device="cpu", **places)
     config = SampleConfig(sampler="ddim", steps="ddim5")
     return next(trained.generate([0], prompts=["a red circle moves up"], config=config))[1].astype(int)
 

@@ -20,7 +20,7 @@ from latte.data.media import probe, read_frames
 from latte.data.procedural import DIRECTIONS, Motion, draw_scene, read_motion, render
 from latte.diffusion.config import DiffusionConfig
 from latte.inference.generate import SampleConfig
-from latte.inference.pipeline import Trained, save_trained
+from latte.inference.pipeline import VideoPipeline
 from latte.model.latte import Latte, ModelConfig
 
 TINY = (
@@ -41,9 +41,7 @@ def tiny_model(tmp_path_factory):
     model = wake(Latte(ModelConfig(depth=2, width=16, heads=2, num_frames=3, latent_size=4, num_classes=4)))
     sample = SampleConfig(sampler="ddim", steps=2, guidance=2.0, batch=4)
     folder = tmp_path_factory.mktemp("model") / "weights"
-    save_trained(
-        Trained("tiny", model, DiffusionConfig(), codec_config, codec, list(DIRECTIONS), sample, ""), folder
-    )
+    VideoPipeline("tiny", model, DiffusionConfig(), codec_config, codec, list(DIRECTIONS), sample, "").save_pretrained(folder)
     return folder
 
 

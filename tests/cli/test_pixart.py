@@ -5,7 +5,7 @@ import pytest
 import torch
 from support import noise, wake
 
-from latte.inference.pipeline import load_trained
+from latte.inference.pipeline import VideoPipeline
 from tiny import WORDS
 from tiny_pipeline import tiny_codec, tiny_t5
 
@@ -71,7 +71,7 @@ def test_a_run_from_pixart_becomes_a_pipeline_when_its_gate_is_open(latte, words
     assert latte("train", "run", "train.steps=4").code == 0
     assert latte("convert", "run", "transformer", "--to", "diffusers").code == 0
     assert latte("convert", "run", "pipe", "--to", "pipeline").code == 0
-    model, z, text = load_trained("run", "cpu").model, noise(2, 3, 4, 4, 4), noise(2, 7, 12)
+    model, z, text = VideoPipeline.from_pretrained("run", device="cpu").model, noise(2, 3, 4, 4, 4), noise(2, 7, 12)
     with torch.no_grad():
         ours = model(z, T, text)
         assert model.config.gated_time

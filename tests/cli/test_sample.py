@@ -108,8 +108,8 @@ def test_longer_clips_in_windows(latte, run_folder):
         (["--labels", "sidewise"], "up, down, left, right"),
         (["--labels", "up,4"], "0 to 3"),
         (["--labels", ","], "names no class"),
-        (["--count", 0], "--count is 0"),
-        (["--seed", -1], "--seed is -1"),
+        (["--count", 0], "--count must be at least 1, got 0"),
+        (["--seed", -1], "--seed must be in [0, 2^63), got -1"),
         (["--size", "big"], "HEIGHTxWIDTH"),
         (["--size", "10"], "nearest multiple"),
         (["--steps", "0"], "sample.steps"),
@@ -120,8 +120,8 @@ def test_longer_clips_in_windows(latte, run_folder):
         (["--frames", 0], "frames"),
         (["--window", 0], "window"),
         (["--window", 2, "--longer", "chain"], "did you mean 'chained'"),
-        (["--overlap", 2], "give --window"),
-        (["--longer", "chained"], "give --window"),
+        (["--overlap", 2], "needs --window"),
+        (["--longer", "chained"], "needs --window"),
         (["--window", 2, "--frames", 5, "--overlap", 2], "overlap"),
         (["--first", "none.png"], "missing"),
         (["--last", "none.mp4"], "none.mp4"),
@@ -161,7 +161,7 @@ def test_prompts_from_the_command_line_and_a_file(latte, text_run_folder, tmp_pa
     assert paths[2].name.startswith("seed-0009-a-green-circle-moves-up-"), (
         "without the mark that some editors put first"
     )
-    record = json.loads((paths[0].parent / "album.json").read_text())
+    record = json.loads((paths[0].parent / "clips.json").read_text())
     assert record["prompts"] == {path.name: prompts[i // 2] for i, path in enumerate(paths)}
     assert (record["facts"]["negative"], len(record["facts"]["text_encoder"])) == ("noise", 16)
     assert latte("sample", text_run_folder, *words).json == found.json
@@ -174,10 +174,10 @@ def test_prompts_from_the_command_line_and_a_file(latte, text_run_folder, tmp_pa
     [
         ([], "reads text, but no prompt was given"),
         (["--labels", "up"], "reads text, but no prompt was given"),
-        (["--prompt", "red", "--labels", "up"], "--labels is 'up'"),
+        (["--prompt", "red", "--labels", "up"], "--labels up is for class models"),
         (["--prompt", "word " * 9], "has 10 tokens, but text.length is 8"),
         (["--prompt", "red", "--negative", "word " * 9], "has 10 tokens"),
-        (["--prompt", "  "], "it says nothing"),
+        (["--prompt", "  "], "is blank"),
         (
             ["--prompt", "red", "--text-bits", 8],
             "text.bits is 8, but the text encoder 'builtin' does not read it",
@@ -186,10 +186,10 @@ def test_prompts_from_the_command_line_and_a_file(latte, text_run_folder, tmp_pa
         (["--prompt", "red", "--decoder", "nowhere"], "nowhere"),
         (["--prompt", "red", "--lora", "nowhere"], "nowhere"),
         (["--prompts", "none.txt"], "cannot be read"),
-        (["--prompts", "empty.txt"], "no line of it holds a prompt"),
+        (["--prompts", "empty.txt"], "holds no prompt"),
         (["--prompts", "bytes.txt"], "cannot be read"),
-        (["--prompt", "red", "--count", 0], "--count is 0"),
-        (["--prompt", "red", "--seed", -3], "--seed is -3"),
+        (["--prompt", "red", "--count", 0], "--count must be at least 1, got 0"),
+        (["--prompt", "red", "--seed", -3], "--seed must be in [0, 2^63), got -3"),
     ],
 )
 def test_wrong_prompts_are_told_in_one_line(latte, text_run_folder, tmp_path, words, told):

@@ -6,7 +6,8 @@ import json
 from latte.autoencoder.builtin import WEIGHTS
 from latte.checkpoint.record import read_fingerprint
 from latte.data.procedural import DIRECTIONS, read_motion
-from latte.inference.pipeline import BUILTIN, load_trained
+from latte.inference.pipeline import VideoPipeline
+from latte.interop.readers import BUILTIN
 
 MOST_BYTES = 8_000_000  # model and autoencoder together
 
@@ -22,7 +23,7 @@ def test_it_is_small_and_has_a_card():
 
 
 def test_it_obeys_its_label():
-    trained = load_trained("builtin", device="cpu")
+    trained = VideoPipeline.from_pretrained("builtin", device="cpu")
     assert trained.classes == list(DIRECTIONS)
     requests = trained.classes * 4
     clips = [clip for _, clip in trained.generate(range(len(requests)), requests)]

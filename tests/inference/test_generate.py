@@ -89,7 +89,7 @@ def test_bf16_is_close_to_fp32_and_not_the_same(trained):
 def test_a_label_out_of_range_is_told_with_the_range(label):
     from latte.inference.generate import check_labels
 
-    with pytest.raises(InputError, match=rf"label is {label}, but .*0 to 3"):
+    with pytest.raises(InputError, match=rf"label {label} is out of range.*0 to 3"):
         check_labels(tiny_trained().model, [label], 1)
 
 
@@ -102,7 +102,7 @@ def test_names_and_numbers_of_classes_are_labels_and_others_are_told(trained):
     for word in ("4", -2, "99"):
         with pytest.raises(InputError, match="0 to 3"):
             trained.label(word)
-    assert [trained.word(label) for label in (2, -1)] == ["left", "none"]
+    assert [trained.class_name(label) for label in (2, -1)] == ["left", "none"]
 
 
 def test_an_unconditional_model_takes_no_labels_and_no_guidance():
@@ -152,7 +152,7 @@ def test_a_longer_clip_does_not_depend_on_its_batch_and_counts_its_steps(trained
         "window": 3,
         "overlap": 1,
         "longer": longer,
-        "given": {0: np.full((16, 16, 3), 200, np.uint8)},
+        "conditioning_frames": {0: np.full((16, 16, 3), 200, np.uint8)},
     }
     config = SampleConfig(sampler="ddim", steps=3, guidance=2.0, batch=3)
     together = draw(
@@ -178,7 +178,7 @@ def test_given_frames_are_in_the_clip_and_change_the_others(trained, sampler):
     config = SampleConfig(sampler=sampler, steps=4)
     first, last = (np.full((16, 16, 3), level, np.uint8) for level in (200, 40))
     plain = draw(trained, [0, 1], [1, 2], config=config)
-    given = draw(trained, [0, 1], [1, 2], config=config, given={0: first, -1: last})
+    given = draw(trained, [0, 1], [1, 2], config=config, conditioning_frames={0: first, -1: last})
     for seed in (0, 1):
         assert far(given[seed][0], first) == far(given[seed][2], last) == 0, (
             "pixels as latents: nothing is lost"
@@ -194,20 +194,25 @@ def test_the_strength_of_given_frames_is_handed_on(trained, monkeypatch, strengt
         "condition_on_frames",
         lambda denoise, process, known, mask, strength: asked.append(strength) or denoise,
     )
-    options = {"frames": 5, "window": 3, "longer": "chained", "given": {0: np.zeros((16, 16, 3), np.uint8)}}
-    draw(trained, [0], [1], given_strength=strength, **options)
+    options = {
+        "frames": 5,
+        "window": 3,
+        "longer": "chained",
+        "conditioning_frames": {0: np.zeros((16, 16, 3), np.uint8)},
+    }
+    draw(trained, [0], [1], conditioning_strength=strength, **options)
     assert asked == [strength, CHAIN_STRENGTH * strength], "of a chain, the later windows are given many frames"
 
 
 @pytest.mark.parametrize(
     ("given", "told"),
     [
-        ({3: (16, 16)}, "given frame is 3"),
-        ({-4: (16, 16)}, "given frame is -4"),
-        ({0: (8, 16)}, "size of a given frame"),
+        ({3: (16, 16)}, "conditioning frame 3 is out of range"),
+        ({-4: (16, 16)}, "conditioning frame -4 is out of range"),
+        ({0: (8, 16)}, "conditioning frame 0 has the size"),
     ],
 )
 def test_given_frames_that_do_not_fit_are_refused(trained, given, told):
     pictures = {frame: np.zeros((*size, 3), np.uint8) for frame, size in given.items()}
     with pytest.raises(InputError, match=told):
-        draw(trained, [0], [1], given=pictures)
+        draw(trained, [0], [1], conditioning_frames=pictures)

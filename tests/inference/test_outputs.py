@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from latte.checks import InputError, RunError
+from latte.checks import InputError
 from latte.data.media import read_frames
-from latte.inference.outputs import SampleRequest, mosaic, write_album
+from latte.inference.outputs import mosaic, write_clips
+from latte.inference.requests import SampleRequest
 
-WISHES = [SampleRequest(seed, seed % 2, ("up", "a/../b")[seed % 2]) for seed in range(5)]
+REQUESTS = [SampleRequest(seed, seed % 2, ("up", "a/../b")[seed % 2]) for seed in range(5)]
 FACTS = {"steps": 3, "size": (8, 8)}
 
 
@@ -22,11 +23,11 @@ class Painter:
         self.drawn, self.stop_after = [], stop_after
 
     def __call__(self, number, part):
-        for wish in part:
+        for request in part:
             if len(self.drawn) == self.stop_after:
                 raise KeyboardInterrupt
-            self.drawn.append(wish.seed)
-            yield wish.seed, np.full((3, 16, 16, 3), 40 * wish.seed, np.uint8)
+            self.drawn.append(request.seed)
+            yield request.seed, np.full((3, 16, 16, 3), 40 * request.seed, np.uint8)
 
 
 def contents(folder):
@@ -34,24 +35,24 @@ def contents(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def test_every_wish_has_its_file_and_sheet_and_gif_show_them(tmp_path):
-    sheet, gif = write_album(tmp_path, WISHES, Painter(), FACTS, batch=2, fps=8)
-    assert {path.name for path in tmp_path.iterdir()} == {wish.file for wish in WISHES} | {
-        "album.json",
+def test_every_request_has_its_file_and_sheet_and_gif_show_them(tmp_path):
+    sheet, gif = write_clips(tmp_path, REQUESTS, Painter(), FACTS, batch=2, fps=8)
+    assert {path.name for path in tmp_path.iterdir()} == {request.file for request in REQUESTS} | {
+        "clips.json",
         "sheet.png",
         "clips.gif",
     }
-    for wish in WISHES:
-        assert abs(int(read_frames(tmp_path / wish.file, [2]).mean()) - 40 * wish.seed) <= 3
+    for request in REQUESTS:
+        assert abs(int(read_frames(tmp_path / request.file, [2]).mean()) - 40 * request.seed) <= 3
     with Image.open(gif) as moving, Image.open(sheet) as still:
         assert moving.size == (3 * 18 - 2, 2 * 18 - 2)
         assert still.height > 5 * 96
 
 
 def test_a_second_run_draws_nothing_and_changes_nothing(tmp_path):
-    write_album(tmp_path, WISHES, Painter(), FACTS, batch=2, fps=8)
+    write_clips(tmp_path, REQUESTS, Painter(), FACTS, batch=2, fps=8)
     before, painter = contents(tmp_path), Painter()
-    write_album(tmp_path, WISHES, painter, FACTS, batch=2, fps=8)
+    write_clips(tmp_path, REQUESTS, painter, FACTS, batch=2, fps=8)
     assert painter.drawn == []
     assert contents(tmp_path) == before
 
@@ -59,55 +60,55 @@ def test_a_second_run_draws_nothing_and_changes_nothing(tmp_path):
 def test_prompts_are_kept_and_two_that_begin_alike_have_files_of_their_own(tmp_path):
     long = "a very long prompt that says much about what is to be seen, and then "
     requests = [SampleRequest(seed, prompt=long + word) for seed, word in enumerate(("red", "blue"))]
-    write_album(tmp_path, requests, Painter(), FACTS, batch=2, fps=8)
+    write_clips(tmp_path, requests, Painter(), FACTS, batch=2, fps=8)
     assert requests[0].file.startswith("seed-0000-a-very-long-prompt-that-says-much-about-")
-    assert json.loads((tmp_path / "album.json").read_text())["prompts"] == {
-        wish.file: wish.prompt for wish in requests
+    assert json.loads((tmp_path / "clips.json").read_text())["prompts"] == {
+        request.file: request.prompt for request in requests
     }
     painter, other = Painter(), [requests[0], SampleRequest(1, prompt=long + "green")]
     assert other[1].file != requests[1].file
     assert SampleRequest(1, prompt="caf\u00e9").file != SampleRequest(1, prompt="caf").file
-    write_album(tmp_path, other, painter, FACTS, batch=1, fps=8)
+    write_clips(tmp_path, other, painter, FACTS, batch=1, fps=8)
     assert painter.drawn == [1]
-    assert json.loads((tmp_path / "album.json").read_text())["prompts"] == {
-        wish.file: wish.prompt for wish in (*requests, other[1])
+    assert json.loads((tmp_path / "clips.json").read_text())["prompts"] == {
+        request.file: request.prompt for request in (*requests, other[1])
     }
     assert (tmp_path / requests[1].file).is_file()
 
 
 @pytest.mark.parametrize("stop", range(5))
 def test_a_stopped_run_ends_with_the_files_of_one_never_stopped(tmp_path, stop):
-    write_album(tmp_path / "clean", WISHES, Painter(), FACTS, batch=2, fps=8)
+    write_clips(tmp_path / "clean", REQUESTS, Painter(), FACTS, batch=2, fps=8)
     with pytest.raises(KeyboardInterrupt):
-        write_album(tmp_path / "stopped", WISHES, Painter(stop), FACTS, batch=2, fps=8)
+        write_clips(tmp_path / "stopped", REQUESTS, Painter(stop), FACTS, batch=2, fps=8)
     painter = Painter()
-    write_album(tmp_path / "stopped", WISHES, painter, FACTS, batch=2, fps=8)
+    write_clips(tmp_path / "stopped", REQUESTS, painter, FACTS, batch=2, fps=8)
     assert painter.drawn == list(range(stop - stop % 2, 5)), "whole batches, from the first that lacks a clip"
     assert contents(tmp_path / "stopped") == contents(tmp_path / "clean")
 
 
 def test_lost_and_altered_files_are_made_again(tmp_path):
-    write_album(tmp_path, WISHES, Painter(), FACTS, batch=1, fps=8)
+    write_clips(tmp_path, REQUESTS, Painter(), FACTS, batch=1, fps=8)
     before, painter = contents(tmp_path), Painter()
-    (tmp_path / WISHES[1].file).unlink()
-    (tmp_path / WISHES[3].file).write_bytes(b"cut")
-    write_album(tmp_path, WISHES, painter, FACTS, batch=1, fps=8)
+    (tmp_path / REQUESTS[1].file).unlink()
+    (tmp_path / REQUESTS[3].file).write_bytes(b"cut")
+    write_clips(tmp_path, REQUESTS, painter, FACTS, batch=1, fps=8)
     assert painter.drawn == [1, 3]
     assert contents(tmp_path) == before
 
 
 def test_more_clips_can_be_added_to_a_folder(tmp_path):
-    write_album(tmp_path, WISHES[:2], Painter(), FACTS, batch=2, fps=8)
+    write_clips(tmp_path, REQUESTS[:2], Painter(), FACTS, batch=2, fps=8)
     painter = Painter()
-    write_album(tmp_path, WISHES, painter, FACTS, batch=2, fps=8)
+    write_clips(tmp_path, REQUESTS, painter, FACTS, batch=2, fps=8)
     assert painter.drawn == [2, 3, 4]
 
 
 def test_clips_of_other_settings_are_left_alone_and_the_difference_is_told(tmp_path):
-    write_album(tmp_path, WISHES, Painter(), FACTS, batch=2, fps=8)
+    write_clips(tmp_path, REQUESTS, Painter(), FACTS, batch=2, fps=8)
     before = contents(tmp_path)
     with pytest.raises(InputError, match=r"steps \(3 there, 4 now\)"):
-        write_album(tmp_path, WISHES, Painter(), {**FACTS, "steps": 4}, batch=2, fps=8)
+        write_clips(tmp_path, REQUESTS, Painter(), {**FACTS, "steps": 4}, batch=2, fps=8)
     assert contents(tmp_path) == before
 
 
@@ -115,15 +116,15 @@ def test_clips_of_other_settings_are_left_alone_and_the_difference_is_told(tmp_p
     "text", ["", "{", "[]", "[" * 50_000, '{"facts": 3, "files": {}}', json.dumps({"facts": {"steps": 3}})]
 )
 def test_a_damaged_record_is_told(tmp_path, text):
-    (tmp_path / "album.json").write_text(text)
+    (tmp_path / "clips.json").write_text(text)
     with pytest.raises(InputError, match="damaged"):
-        write_album(tmp_path, WISHES, Painter(), FACTS, batch=2, fps=8)
+        write_clips(tmp_path, REQUESTS, Painter(), FACTS, batch=2, fps=8)
 
 
 def test_a_folder_that_cannot_be_made_is_told(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(RunError, match="could not write clips"):
-        write_album(tmp_path / "file", WISHES, Painter(), FACTS, batch=2, fps=8)
+    with pytest.raises(InputError, match="exists and is not a folder"):
+        write_clips(tmp_path / "file", REQUESTS, Painter(), FACTS, batch=2, fps=8)
 
 
 @pytest.mark.parametrize("word", ["../../etc/x", "a\nb", "", "ü" * 300, ".", "a\x00b", "-", "C:\\x", None])
@@ -141,7 +142,7 @@ def test_names_of_clips_differ_by_seed_and_label():
     assert SampleRequest(7, 2, "left").file == "seed-0007-2-left.mp4"
     assert SampleRequest(7, -1, "none").file == "seed-0007-none.mp4"
     assert SampleRequest(7).file == "seed-0007.mp4"
-    assert len({wish.file for wish in requests if wish.label != -1}) == 9
+    assert len({request.file for request in requests if request.label != -1}) == 9
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 9])

@@ -10,7 +10,6 @@ from latte.checks import InputError
 from latte.config.run import load_run
 from latte.data.media import write_mp4
 from latte.data.procedural import draw_scene, render
-from latte.inference.pipeline import save_trained
 from latte.model.latte import Latte
 from latte.profile.plan import plan
 from tiny import WORDS, tiny_trained
@@ -160,7 +159,7 @@ def test_training_checkpoints_gradients_when_told(on, tmp_path, monkeypatch):
 def test_a_run_of_adapters_costs_what_it_costs(tmp_path):
     """Against the tensors of such a run: gradients, moments, average and checkpoints are the adapters' alone."""
     pytest.importorskip("peft", reason="needs the extra lora")
-    save_trained(tiny_trained(), tmp_path / "base")
+    tiny_trained().save_pretrained(tmp_path / "base")
     adapters = [
         "diffusion.objective=paper",
         f"train.init={tmp_path / 'base'}",
@@ -209,7 +208,7 @@ def test_a_gpu_that_is_not_here_is_planned_for_but_not_measured():
     assert there.sampling["denoiser"]["weights"] == here.sampling["denoiser"]["weights"], (
         "weights stay float32"
     )
-    with pytest.raises(InputError, match="this machine has none"):
+    with pytest.raises(InputError, match="torch finds no such device here"):
         plan(config(*WORDS), "cuda", measure=True)
     with pytest.raises(InputError, match="device is 'abacus'"):
         plan(config(*WORDS), "abacus")

@@ -9,7 +9,7 @@ from support import wake
 
 from latte.autoencoder.codec import CODECS, CodecConfig, build_codec
 from latte.inference.generate import SampleConfig, condition
-from latte.inference.pipeline import load_trained, save_trained
+from latte.inference.pipeline import VideoPipeline
 from latte.inference.prompts import PromptReader
 from latte.model.latte import ModelConfig
 from latte.model.text import LatteText, TextConfig
@@ -153,8 +153,7 @@ def test_one_part_after_the_other_is_in_memory_with_a_small_t5(tmp_path, monkeyp
         )
     )
     reader = PromptReader(text, "cpu")
-    save_trained(
-        type(trained)(
+    type(trained)(
             **{
                 **trained.__dict__,
                 "model": model,
@@ -162,9 +161,7 @@ def test_one_part_after_the_other_is_in_memory_with_a_small_t5(tmp_path, monkeyp
                 "codec_config": CodecConfig("builtin"),
                 "codec": build_codec(CodecConfig("builtin")),
             }
-        ),
-        tmp_path / "weights",
-    )
+        ).save_pretrained(tmp_path / "weights")
     plan = staging(model.config, CodecConfig("builtin"), text, trained.sample, CPU, torch.float32)
     del trained, model, reader
     gc.collect()
@@ -185,7 +182,7 @@ def test_one_part_after_the_other_is_in_memory_with_a_small_t5(tmp_path, monkeyp
             return found
 
         monkeypatch.setattr(kind, method, watch)
-    again = load_trained(tmp_path / "weights", "cpu", prompts=["a red circle moves up"])
+    again = VideoPipeline.from_pretrained(tmp_path / "weights", device="cpu", prompts=["a red circle moves up"])
     list(again.generate([3], prompts=["a red circle moves up"]))
     assert seen["text"] == plan.text_encoder.weights
     assert seen["denoiser"] == seen["decoder"] == plan.denoiser.weights + plan.decoder.weights

@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 from latte.build import build
 from latte.checkpoint.run import load_latest
 from latte.checks import InputError
-from latte.cli.convert import from_run
 from latte.config.run import load_run
-from latte.inference.pipeline import load_trained, save_trained
+from latte.inference.pipeline import VideoPipeline
+from latte.inference.run_folder import run_facts
 from latte.interop.export import export
 from latte.interop.lora import lora_layers, lora_state
 from latte.tensors import tensors_sha256
@@ -79,7 +79,7 @@ def close(one: list[np.ndarray], other: list[np.ndarray]) -> bool:
 def run(request, tmp_path_factory):
     """(recipe, folder with the base's weights in base, and a finished run in run, its result)."""
     folder = tmp_path_factory.mktemp(request.param)
-    save_trained(KINDS[request.param][0](), folder / "base")
+    KINDS[request.param][0]().save_pretrained(folder / "base")
     return request.param, folder, train(request.param, folder)
 
 
@@ -92,10 +92,8 @@ def test_checkpoints_hold_adapters_alone_and_the_base_is_what_it_was(run):
     assert any(float(tensor.abs().max()) > 0 for name, tensor in state["ema"].items() if "lora_B" in name)
     assert result["weights_sha256"] == tensors_sha256(state["ema"])
     base = load_file(folder / "base/model.safetensors")
-    plain = load_trained(folder / "base", "cpu").model.state_dict()
-    tuned = load_trained(
-        folder / "run", "cpu", prompts=PROMPTS if recipe == "shapes-text" else ()
-    ).model.state_dict()
+    plain = VideoPipeline.from_pretrained(folder / "base", device="cpu").model.state_dict()
+    tuned = VideoPipeline.from_pretrained(folder / "run", device="cpu", prompts=PROMPTS if recipe == "shapes-text" else ()).model.state_dict()
     changed = {name for name in base if not torch.equal(tuned[name], plain[name])}
     assert changed == {name.split(".lora_")[0] + ".weight" for name in state["ema"]}, "only what was adapted"
 
@@ -109,26 +107,26 @@ def test_a_stopped_run_is_the_run_that_was_never_stopped(run, tmp_path):
 
 def test_run_folded_folder_and_separate_adapters_draw_the_same_clips(run, tmp_path):
     recipe, folder, _ = run
-    trained = load_trained(folder / "run", "cpu")
+    trained = VideoPipeline.from_pretrained(folder / "run", device="cpu")
     drawn = clips(trained, recipe)
-    assert not same(drawn, clips(load_trained(folder / "base", "cpu"), recipe))
-    model, report, facts = from_run(folder / "run")
+    assert not same(drawn, clips(VideoPipeline.from_pretrained(folder / "base", device="cpu"), recipe))
+    model, report, facts = run_facts(folder / "run")
     assert len(report.used) == 2 * len(lora_layers(model))
     export(model, tmp_path / "adapters", "lora", facts)
     assert sorted(file.name for file in (tmp_path / "adapters").iterdir()) == [
         "adapter_config.json",
         "adapter_model.safetensors",
     ]
-    beside = load_trained(folder / "base", "cpu", lora=tmp_path / "adapters")
+    beside = VideoPipeline.from_pretrained(folder / "base", device="cpu", lora=tmp_path / "adapters")
     assert beside.weights == trained.weights
     assert not lora_layers(beside.model)
     assert same(clips(beside, recipe), drawn)
-    save_trained(trained, tmp_path / "folded")
-    again = load_trained(tmp_path / "folded", "cpu")
+    trained.save_pretrained(tmp_path / "folded")
+    again = VideoPipeline.from_pretrained(tmp_path / "folded", device="cpu")
     assert same(clips(again, recipe), drawn)
     assert trained.weights == again.weights, "one hash for the same weights, whichever way they came"
     card = json.loads((tmp_path / "folded/config.json").read_text())
-    assert card["about"]["source"] == "averaged adapters of rank 2 of a run, started from base"
+    assert card["about"]["source"] == "EMA LoRA adapters of rank 2 of a run, started from base"
     model.requires_grad_(False).eval()
     unfolded = type(trained)(**{**trained.__dict__, "model": model})
     assert close(clips(unfolded, recipe), drawn)
@@ -159,17 +157,17 @@ def test_another_base_and_other_adapters_are_refused(run, tmp_path):
     with pytest.raises(
         InputError, match=r"the weights at train.init is '.*', but the adapters of .*step-6 belong to"
     ):
-        load_trained(tmp_path / "run", "cpu")
+        VideoPipeline.from_pretrained(tmp_path / "run", device="cpu")
     shutil.rmtree(tmp_path / "base")
     with pytest.raises(InputError, match=r"train.init: weights .* are neither a file, a folder nor a hub id"):
-        load_trained(tmp_path / "run", "cpu")
+        VideoPipeline.from_pretrained(tmp_path / "run", device="cpu")
     (tmp_path / "run/config.yaml").write_text(
         config.replace("rank: 2", "rank: null")
         .replace("- cross\n  - proj", "- qkv\n  - proj")
         .replace("- qkv\n  - mlp", "- qkv\n  - proj")
     )
     with pytest.raises(InputError, match=r"lora.rank is None, but .* was trained with 2"):
-        load_trained(tmp_path / "run", "cpu")
+        VideoPipeline.from_pretrained(tmp_path / "run", device="cpu")
 
 
 def test_a_run_cannot_start_from_a_run_of_adapters(run, tmp_path):
@@ -191,10 +189,10 @@ def test_adapters_without_a_base_are_refused_before_anything_is_built(tmp_path):
 
 def test_fresh_adapters_on_a_base_of_half_precision(tmp_path):
     """The built-in model is stored in float16: base and hash are those of what is computed with."""
-    save_trained(tiny_trained(), tmp_path / "base", half=True)
+    tiny_trained().save_pretrained(tmp_path / "base", half=True)
     train("shapes", tmp_path)
     assert (
-        lora_state(from_run(tmp_path / "run")[0]).keys()
+        lora_state(run_facts(tmp_path / "run")[0]).keys()
         == load_latest(tmp_path / "run").tensors["ema"].keys()
     )
 
@@ -203,12 +201,12 @@ def test_adapters_bring_the_order_of_their_classes_along(tmp_path):
     """Trained where the same classes come in another order, they fit the base none the less, and words mean
     what they meant.
     """
-    save_trained(replace(tiny_trained(), classes=["left", "up", "right", "down"]), tmp_path / "base")
+    replace(tiny_trained(), classes=["left", "up", "right", "down"]).save_pretrained(tmp_path / "base")
     train("shapes", tmp_path)
-    trained = load_trained(tmp_path / "run", "cpu")
-    model, _, facts = from_run(tmp_path / "run")
+    trained = VideoPipeline.from_pretrained(tmp_path / "run", device="cpu")
+    model, _, facts = run_facts(tmp_path / "run")
     export(model, tmp_path / "adapters", "lora", facts)
-    beside = load_trained(tmp_path / "base", "cpu", lora=tmp_path / "adapters")
+    beside = VideoPipeline.from_pretrained(tmp_path / "base", device="cpu", lora=tmp_path / "adapters")
     assert beside.classes == trained.classes == ["up", "down", "left", "right"]
     assert same(clips(beside, "shapes"), clips(trained, "shapes"))
 
@@ -216,46 +214,46 @@ def test_adapters_bring_the_order_of_their_classes_along(tmp_path):
 def test_adapters_of_another_strength_are_other_weights(run, tmp_path):
     """What a clip is a function of has a hash that changes with it: an album keeps what is there."""
     _, folder, _ = run
-    model, _, facts = from_run(folder / "run")
+    model, _, facts = run_facts(folder / "run")
     export(model, tmp_path / "adapters", "lora", facts)
-    one = load_trained(folder / "base", "cpu", lora=tmp_path / "adapters")
+    one = VideoPipeline.from_pretrained(folder / "base", device="cpu", lora=tmp_path / "adapters")
     card = tmp_path / "adapters/adapter_config.json"
     card.write_text(json.dumps({**json.loads(card.read_text()), "lora_alpha": 800.0}))
-    assert load_trained(folder / "base", "cpu", lora=tmp_path / "adapters").weights != one.weights
+    assert VideoPipeline.from_pretrained(folder / "base", device="cpu", lora=tmp_path / "adapters").weights != one.weights
 
 
 def test_adapters_bring_the_size_of_their_clips_and_refuse_another_codec(tmp_path):
-    save_trained(tiny_trained(), tmp_path / "base")
+    tiny_trained().save_pretrained(tmp_path / "base")
     train("shapes", tmp_path, "data.frames=5")
-    model, _, facts = from_run(tmp_path / "run")
+    model, _, facts = run_facts(tmp_path / "run")
     export(model, tmp_path / "adapters", "lora", facts)
     assert [
         len(clip)
-        for clip in clips(load_trained(tmp_path / "base", "cpu", lora=tmp_path / "adapters"), "shapes")
+        for clip in clips(VideoPipeline.from_pretrained(tmp_path / "base", device="cpu", lora=tmp_path / "adapters"), "shapes")
     ] == [5, 5]
     export(
         model, tmp_path / "others", "lora", {**facts, "codec": {**facts["codec"], "fingerprint": "0" * 16}}
     )
     with pytest.raises(
-        InputError, match=r"the codec of .*base is '.*', but the adapters of .*others learned with 0000"
+        InputError, match=r"the codec of .*base is .*, but the adapters in .*others were trained with 0000"
     ):
-        load_trained(tmp_path / "base", "cpu", lora=tmp_path / "others")
+        VideoPipeline.from_pretrained(tmp_path / "base", device="cpu", lora=tmp_path / "others")
 
 
 @pytest.mark.parametrize("before", [["a", "b", "c", "d"], []])
 def test_adapters_name_the_classes_that_they_were_trained_on(tmp_path, before):
     """Other names, or none, on the base: its rows stand for the new ones now."""
-    save_trained(replace(tiny_trained(), classes=before), tmp_path / "base")
+    replace(tiny_trained(), classes=before).save_pretrained(tmp_path / "base")
     train("shapes", tmp_path)
-    model, _, facts = from_run(tmp_path / "run")
+    model, _, facts = run_facts(tmp_path / "run")
     export(model, tmp_path / "adapters", "lora", facts)
-    beside = load_trained(tmp_path / "base", "cpu", lora=tmp_path / "adapters")
+    beside = VideoPipeline.from_pretrained(tmp_path / "base", device="cpu", lora=tmp_path / "adapters")
     assert beside.classes == ["up", "down", "left", "right"]
-    assert same(clips(beside, "shapes"), clips(load_trained(tmp_path / "run", "cpu"), "shapes"))
+    assert same(clips(beside, "shapes"), clips(VideoPipeline.from_pretrained(tmp_path / "run", device="cpu"), "shapes"))
 
 
 def test_adapters_on_parts_that_are_random_are_refused(tmp_path):
-    save_trained(tiny_trained(num_classes=7), tmp_path / "base")
+    tiny_trained(num_classes=7).save_pretrained(tmp_path / "base")
     with pytest.raises(
         InputError, match=r"has nothing for label_embedding.table.weight, which adapters would leave random"
     ):

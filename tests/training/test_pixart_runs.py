@@ -13,7 +13,7 @@ from latte.build import build
 from latte.checkpoint.run import load_checkpoint, save_checkpoint
 from latte.checks import InputError
 from latte.config.run import load_run
-from latte.inference.pipeline import load_trained, save_trained
+from latte.inference.pipeline import VideoPipeline
 from latte.interop.diffusers import diffusers_state
 from latte.model.text import LatteText
 from latte.training.config import TrainConfig, gate_opening
@@ -147,7 +147,7 @@ def test_a_run_with_a_learned_gate_goes_on(image, tmp_path):
     found.tensors["optimizer"] |= {f"time_gate:{what}": torch.ones(1) for what in ("exp_avg", "exp_avg_sq")}
     del found.state["settings"]["gate_steps"]
     save_checkpoint(tmp_path, 1, found.tensors, found.state)
-    assert float(load_trained(tmp_path, "cpu").model.state_dict()["time_gate"]) == float(torch.tensor(0.2))
+    assert float(VideoPipeline.from_pretrained(tmp_path, device="cpu").model.state_dict()["time_gate"]) == float(torch.tensor(0.2))
     assert job(tmp_path, image[1], "train.gate_steps=4", "train.steps=2").train()["step"] == 2
     assert gates(tmp_path)[-1] == (0.5, 0.5)
 
@@ -180,7 +180,7 @@ def test_adapters_leave_the_gate_as_it_is_and_so_want_it_open(image, tmp_path):
     trained = tiny_text(depth=2)
     model = wake(LatteText(replace(trained.model.config, gated_time=True)), 0.2)
     model.open_gate(1.0)
-    save_trained(replace(trained, model=model), tmp_path / "base")
+    replace(trained, model=model).save_pretrained(tmp_path / "base")
     learned = job(tmp_path / "run", tmp_path / "base", *words, "diffusion.objective=paper")
     learned.train(until=1)
     learned = job(tmp_path / "run", tmp_path / "base", *words, "diffusion.objective=paper")
@@ -188,4 +188,4 @@ def test_adapters_leave_the_gate_as_it_is_and_so_want_it_open(image, tmp_path):
     assert all(
         ".lora_" in name for name in load_checkpoint(tmp_path / "run/checkpoints/step-2").tensors["ema"]
     )
-    assert load_trained(tmp_path / "run", "cpu").model.opened == 1.0
+    assert VideoPipeline.from_pretrained(tmp_path / "run", device="cpu").model.opened == 1.0

@@ -18,7 +18,7 @@ from latte.config.run import load_run
 from latte.data.datasets import build_dataset
 from latte.data.encode import encode_dataset
 from latte.data.procedural import caption_of, split_combinations
-from latte.inference.pipeline import load_trained, save_trained
+from latte.inference.pipeline import VideoPipeline
 from latte.model.text import LatteText
 from latte.profile.plan import plan
 from latte.text.builtin import BuiltinEncoder
@@ -167,17 +167,17 @@ def test_a_run_with_t5_trains_samples_and_frees_it(tmp_path, t5, monkeypatch):
     train(tmp_path / "run", *words)
     assert events[-1] == "free"
     assert events.index("free") == len(events) - 1, "all captions in one reading"
-    trained = load_trained(tmp_path / "run", "cpu", prompts=["a red circle moves up"])
+    trained = VideoPipeline.from_pretrained(tmp_path / "run", device="cpu", prompts=["a red circle moves up"])
     assert trained.model.config.caption_channels == 12
     assert trained.reader.known.features.keys() == {"", "a red circle moves up"}
     before = len(events)
     (_, clip) = next(trained.generate([3], prompts=["a red circle moves up"]))
     assert len(events) == before, "the prompt was read before the model was made"
-    save_trained(trained, tmp_path / "folder")
+    trained.save_pretrained(tmp_path / "folder")
     shutil.move(t5, tmp_path / "moved")
     with pytest.raises(InputError, match="cannot be read"):
-        load_trained(tmp_path / "folder", "cpu", prompts=["up"])
-    again = load_trained(tmp_path / "folder", "cpu", text_encoder_path=str(tmp_path / "moved"))
+        VideoPipeline.from_pretrained(tmp_path / "folder", device="cpu", prompts=["up"])
+    again = VideoPipeline.from_pretrained(tmp_path / "folder", device="cpu", text_encoder_path=str(tmp_path / "moved"))
     assert (next(again.generate([3], prompts=["A red circle moves up "]))[1] == clip).all(), (
         "lower case, stripped"
     )
@@ -191,7 +191,7 @@ def test_another_t5_than_the_models_is_refused(tmp_path, t5):
     for part in (network, tokenizer):
         part.save_pretrained(tmp_path / "other")
     with pytest.raises(InputError, match="but the model learned with"):
-        load_trained(tmp_path / "run", "cpu", text_encoder_path=str(tmp_path / "other"), prompts=["up"])
+        VideoPipeline.from_pretrained(tmp_path / "run", device="cpu", text_encoder_path=str(tmp_path / "other"), prompts=["up"])
 
 
 @pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
@@ -334,7 +334,7 @@ def test_a_run_starts_from_pixart(tmp_path):
     report = (tmp_path / "run/init.txt").read_text()
     assert "PixArt-alpha" in report
     assert "missing: time_gate" in report
-    assert isinstance(load_trained(tmp_path / "run", "cpu").model, LatteText)
+    assert isinstance(VideoPipeline.from_pretrained(tmp_path / "run", device="cpu").model, LatteText)
     with pytest.raises(InputError, match=r"train.init_mapping is 'spatial'"):
         train(tmp_path / "other", *words, "train.init_mapping=spatial")
     with pytest.raises(InputError, match=r"model.depth is 4, but the PixArt .* has 2"):

@@ -16,7 +16,6 @@ from latte.cli.options import (
     Run,
     TrainDtype,
     configure_logging,
-    print_note,
     print_result,
     table,
 )

@@ -139,41 +139,14 @@ def from_weights(
     source: str, heads: int | None, missing: list[str], unexpected: list[str]
 ) -> "tuple[Denoiser, Coverage, dict[str, Any]]":
     """Return model, report and facts of an external checkpoint or a weights folder."""
-    from latte.inference.external import open_foreign
+    from latte.inference.stored import open_external
 
-    loaded, facts = open_foreign(source, heads, missing, unexpected)
+    loaded, facts = open_external(source, heads, missing, unexpected)
     return loaded.model(), loaded.report, facts
 
 
 def from_run(source: "ResolvedSource") -> "tuple[Denoiser, Coverage, dict[str, Any]]":
-    """Return model (EMA weights, adapters not merged), report and facts of a run or one of its
-    checkpoints.
-    """
-    from dataclasses import asdict
+    """Return model (EMA weights, adapters not merged), report and facts of a run or one of its checkpoints."""
+    from latte.inference.run_folder import run_facts
 
-    from latte.checkpoint.run import load_checkpoint, load_latest
-    from latte.config.run import load_run
-    from latte.inference.run_folder import about_run, run_model, trained_run
-    from latte.interop.coverage import Coverage
-
-    assert source.run is not None
-    config, _ = load_run(source.run)
-    if source.kind == "checkpoint":
-        checkpoint = load_checkpoint(source.path, only={"ema"})
-    else:
-        checkpoint = load_latest(source.path, only={"ema"})
-    checkpoint = trained_run(source.run, config, checkpoint)
-    model = run_model(config, checkpoint)
-    layout = f"run, step {checkpoint.step}"
-    report = Coverage(str(source.run), layout, list(checkpoint.tensors["ema"]), missing=[], unexpected=[])
-    recorded = checkpoint.state["facts"]
-    facts = {
-        "diffusion": asdict(config.diffusion),
-        "classes": recorded.get("classes", []),
-        "sample": asdict(config.sample),
-        "codec": {"name": config.codec.name, "path": config.codec.path, "fingerprint": recorded.get("codec")},
-        "about": about_run(config, checkpoint),
-    }
-    if config.text.name:
-        facts["text"] = {**asdict(config.text), "fingerprint": recorded["text"]["encoder"]}
-    return model, report, facts
+    return run_facts(source.path)

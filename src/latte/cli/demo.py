@@ -54,7 +54,9 @@ def demo(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Draw labelled clips, grade them, train a small new model for a minute, and write one page that shows all of it."""
+    """Draw labelled clips, grade them, train a small new model for a minute, and write one page that shows
+    all of it.
+    """
     os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported, so before everything else
     from latte.demo import DemoConfig, run_demo
 

@@ -32,7 +32,7 @@ from latte.data.skipped import check_folder, scan
 from latte.evaluation.detector_files import file_sha256
 from latte.evaluation.plan import Source
 
-RECORD = "album.json"  # latte sample writes it beside its clips
+RECORDS = ("clips.json", "album.json")  # latte sample writes the first beside its clips, 0.1.0 the second
 MOSAIC = "clips.gif"  # and this, which shows all clips and is not one of them
 GENERATED_CODEC = "h264"  # of the files that latte writes
 RECORDED = {  # field of the manifest's generation group: key of the record
@@ -190,7 +190,7 @@ def open_folder(root: Path, cache: Path) -> FolderSide:
     root = root.absolute()
     hashes = file_hashes(root)
     found = scan(root, labels=False, cache_dir=cache / digest(hashes)[:16])
-    mosaic = MOSAIC if (root / RECORD).is_file() else None
+    mosaic = MOSAIC if any((root / name).is_file() for name in RECORDS) else None
     sources = []
     for clip in found.clips:
         if clip.key == mosaic:
@@ -251,7 +251,8 @@ def read_generation(root: str | Path) -> dict[str, Any]:
     for other folders.
     """
     try:
-        facts = json.loads((Path(root) / RECORD).read_text("utf-8"))["facts"]
+        record = next((path for name in RECORDS if (path := Path(root) / name).is_file()), Path(root))
+        facts = json.loads(record.read_text("utf-8"))["facts"]
         found = {field: facts[key] for field, key in RECORDED.items() if key in facts}
         named = {*RECORDED.values(), *NOT_PIXELS}
         other = {key: value for key, value in facts.items() if key not in named and value != USUAL.get(key)}

@@ -4,18 +4,16 @@
 It implements ``latte.evaluation.sources.ClipSource``, so that evaluation imports no model code.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from latte.checkpoint.run import latest_checkpoint
 from latte.checks import InputError, check
-from latte.inference.outputs import SampleRequest, write_album
-from latte.inference.pipeline import Trained, load_trained
+from latte.inference.pipeline import VideoPipeline
+from latte.inference.requests import SampleRequest, class_requests
 from latte.interop.resolve import kind_of_path, resolve
 
 MODELS = ("run", "checkpoint", "weights", "pipeline")  # kinds of a path, not of a folder of videos
@@ -45,27 +43,29 @@ class ModelClips:
         return str(Path(self.model).absolute()) if Path(self.model).exists() else self.model
 
     @cached_property
-    def trained(self) -> Trained:
+    def pipe(self) -> VideoPipeline:
         """Return the model, loaded at the first use; InputError for a text model, which needs prompts."""
-        trained = load_trained(self.model, self.device, self.codec_path)
-        if trained.reader:
+        pipe = VideoPipeline.from_pretrained(
+            self.model, dtype="fp32", device=self.device, codec_path=self.codec_path
+        )
+        if pipe.reader:
             raise InputError(
-                f"{trained.name} generates from text, and latte evaluate has no prompts; generate clips by "
+                f"{pipe.name} generates from text, and latte evaluate has no prompts; generate clips by "
                 "latte sample --prompts FILE --out FOLDER and give that folder as FAKE"
             )
-        return trained
+        return pipe
 
     @property
     def shape(self) -> tuple[int, int, int]:
         """Return frames, height and width of a clip."""
-        return (self.trained.model.config.num_frames, *self.trained.frame_size())
+        return (self.pipe.model.config.num_frames, *self.pipe.frame_size())
 
     @property
     def interval(self) -> int | None:
         """Return how many video frames lie between two frames of its training clips, None if it is not
         recorded.
         """
-        return dict(self.trained.about.get("data") or {}).get("interval")
+        return dict(self.pipe.about.get("data") or {}).get("interval")
 
     @property
     def step(self) -> int | None:
@@ -82,23 +82,16 @@ class ModelClips:
         """Generate the clips that are missing in ``folder``; return fields of the manifest's generation
         group.
         """
-        trained = self.trained
-        config = replace(trained.sample, fps=fps or trained.sample.fps)
+        pipe = self.pipe
+        config = replace(pipe.sample, fps=fps or pipe.sample.fps)
         facts = {key: value for key, value in asdict(config).items() if key != "batch"}
-        facts |= {"weights": trained.weights, "codec": trained.codec.fingerprint}
-        num_batches = -(-count // config.batch)
+        facts |= {"weights": pipe.weights, "codec": pipe.codec.fingerprint}
 
-        def generate_batch(number: int, part: Sequence[SampleRequest]) -> Iterator[tuple[int, np.ndarray]]:
-            labels = [request.label for request in part if request.label is not None]
-            seeds = [request.seed for request in part]
+        def batch_progress(number: int, batches: int) -> Callable[[int, int], None]:
+            return lambda done, total: progress(number * total + done, batches * total)
 
-            def report(done: int, total: int) -> None:
-                progress(number * total + done, num_batches * total)
-
-            return trained.generate(seeds, labels or None, config=config, progress=report)
-
-        write_album(folder, self.requests(count), generate_batch, facts, config.batch, config.fps)
-        num_classes = trained.model.config.num_classes
+        pipe.write_clips(self.requests(count), folder, facts=facts, progress=batch_progress, config=config)
+        num_classes = pipe.model.config.num_classes
         return {
             "step": self.step,
             "weights": "EMA",
@@ -108,10 +101,4 @@ class ModelClips:
 
     def requests(self, count: int) -> list[SampleRequest]:
         """Return one request per clip."""
-        num_classes = self.trained.model.config.num_classes
-        requests = []
-        for index in range(count):
-            label = None if num_classes is None else index % num_classes
-            name = None if label is None else self.trained.word(label)
-            requests.append(SampleRequest(self.seed + index, label, name))
-        return requests
+        return class_requests(self.pipe, None, count, self.seed)

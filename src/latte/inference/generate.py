@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Seeds and labels, or prompts -> noise -> latents -> frames.
+"""Generate clips: seeds with labels or prompts -> noise -> latents -> frames.
 
-Every clip has a random stream of its own, so the clip of a seed is the same, to rounding, in whatever batch it is drawn.
+Every clip has its own random stream, so the clip of a seed is the same, to rounding, in a batch of any size.
 Axes: b batch, f latent frames, t frames, c channels, h height, w width.
 """
 
@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from latte.autoencoder.codec import Codec
-from latte.checks import InputError, choose, require
+from latte.checks import InputError, RunError, check, choose
 from latte.data.clips import to_float, to_uint8
 from latte.diffusion.frame_conditioning import DEFAULT_STRENGTH, condition_on_frames, restore_frames
 from latte.diffusion.guidance import check_guidance, guided
-from latte.diffusion.long_video import LONG_VIDEO_METHODS, SampleFunction, partial_progress
+from latte.diffusion.long_video import LONG_VIDEO_METHODS, SampleFunction, partial_progress, window_starts
 from latte.diffusion.process import DenoiseFunction, Flow, Process
-from latte.diffusion.samplers import SAMPLERS, Noise, sample
+from latte.diffusion.samplers import SAMPLERS, Noise, indices, sample
 from latte.inference.prompts import Prompts
 from latte.model.conditioning import NULL_LABEL
 from latte.model.denoiser import Denoiser
@@ -31,30 +31,29 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class SampleConfig:
-    """How clips are drawn. ``steps`` is a count or a respacing such as "ddim50"; ``guidance`` 1 is the plain model.
-
-    ``batch`` clips are drawn at once, and ``fps`` is that of the files: neither changes a clip.
+    """Settings of sampling. ``batch`` and ``fps`` do not change a clip. InputError on construction for a
+    value out of range.
     """
 
     __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
 
-    sampler: str = "ddpm"
-    steps: int | str = 250
-    guidance: float = 1.0
-    eta: float = 0.0
-    batch: int = 4
-    fps: float = 8.0
+    sampler: str = "ddpm"  # a name in SAMPLERS
+    steps: int | str = 250  # a count, or a respacing such as "ddim50"
+    guidance: float = 1.0  # classifier-free guidance scale; 1: without guidance
+    eta: float = 0.0  # noise of ddim, from 0 (deterministic) to 1 (as ddpm)
+    batch: int = 4  # clips generated at once
+    fps: float = 8.0  # frame rate of the files
 
     def __post_init__(self) -> None:
         choose("sample.sampler", self.sampler, SAMPLERS)
         check_guidance(self.guidance, field="sample.guidance")
-        require(
-            0 <= self.eta <= 1, "sample.eta", self.eta, "it runs from DDIM (0) to DDPM (1)", "give 0 to 1"
+        check(0 <= self.eta <= 1, f"sample.eta must be in [0, 1], got {self.eta}")
+        check(self.batch >= 1, f"sample.batch must be at least 1 clip, got {self.batch}")
+        check(0 < self.fps <= 240, f"sample.fps must be in (0, 240], got {self.fps}")
+        check(
+            not isinstance(self.steps, int) or self.steps >= 1,
+            f"sample.steps must be at least 1, got {self.steps}",
         )
-        require(self.batch >= 1, "sample.batch", self.batch, "it counts clips", "give 1 or more")
-        require(0 < self.fps <= 240, "sample.fps", self.fps, "it counts frames in a second", "give 1 to 240")
-        if isinstance(self.steps, int):
-            require(self.steps >= 1, "sample.steps", self.steps, "it counts steps", "give 1 or more")
 
 
 def generate(
@@ -73,88 +72,145 @@ def generate(
     window: int | None = None,
     longer: str = "freenoise",
     overlap: int | None = None,
-    given: Mapping[int, np.ndarray] | None = None,
-    given_strength: float = DEFAULT_STRENGTH,
+    conditioning_frames: Mapping[int, np.ndarray] | None = None,
+    conditioning_strength: float = DEFAULT_STRENGTH,
     decoder: Codec | None = None,
     offload: torch.device | None = None,
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """One clip per seed, in order, as (seed, uint8 (t h w c)), decoded and handed out batch by batch.
+    """Return an iterator over (seed, uint8 (t h w c)), one clip per seed in order, computed batch by batch.
 
-    ``labels``: one class per seed, -1 for none; None for all of them. ``frames`` and ``size`` (height, width in pixels) default to those
-    the model was made for. ``dtype`` is that of matrix products. ``progress(done, all)`` counts denoising steps over all batches.
-    A text model reads ``prompts``, one per seed, instead of labels. ``window``: the model sees that many frames at a time, so that memory
-    does not grow with ``frames``; windows share ``overlap`` frames (None: half) and become one clip as ``longer``, of LONG_VIDEO_METHODS, has it
-    (diffusion/longer.py). ``given``: pictures, uint8 (h w c) of the clip's size, that every clip shows at these frames, -1 for the last,
-    and that pull at the others with ``given_strength`` (diffusion/known.py). Raises InputError for labels that the model does not know, for
-    prompts that are missing or not wanted, for sizes that the codec and the patches do not divide, and for frames that a clip does not
-    have. ``decoder`` draws the frames in ``codec``'s place. With ``offload`` model and codec stay where they are, such as in the host's
-    memory, and the one at work goes to that device.
+    Args:
+        labels: one class number per seed, -1 for the null class; None: all null. A text model reads
+            ``prompts`` instead.
+        frames, size: clip length and (height, width) in pixels; by default what the model was trained with.
+        dtype: precision of matrix products.
+        progress: called as progress(done, total), counting denoising steps over all batches.
+        window, longer, overlap: the model sees ``window`` frames at a time, sharing ``overlap`` (None: half);
+            memory does not grow with ``frames``. ``longer``, a name in LONG_VIDEO_METHODS, is how windows become one clip
+            (diffusion/long_video.py).
+        conditioning_frames: {frame: uint8 (h w c) of the clip's size} that every clip contains, -1 for the
+            last frame; ``conditioning_strength`` is their guidance strength on the others
+            (diffusion/frame_conditioning.py).
+        decoder: decodes instead of ``codec``.
+        offload: the device that model and codec visit while they compute; otherwise they stay where they are.
+
+    Raises InputError at the call, before anything is computed, for labels, prompts, sizes or frames that do
+    not fit the model; RunError, while iterating, for a batch with NaN/Inf.
     """
-    config = config or SampleConfig()
+    config, frames = config or SampleConfig(), model.config.num_frames if frames is None else frames
+    shape = check_settings(model, process, codec, config, frames, size, window, longer, overlap)
+    check_conditioning_frames(conditioning_frames or {}, codec, shape)
     home = next(model.parameters()).device
     device, decoder = offload or home, decoder or codec
-    tell_model = condition(model, labels, prompts, len(seeds), config.guidance, dtype, device)
-    frames = model.config.num_frames if frames is None else frames
-    require(frames >= 1, "frames", frames, "a clip has at least one", "give 1 or more")
-    shape = (frames, *latent_shape(model, codec, size))
-    with borrowed(codec, device if given and offload else codec.device, codec.device):
-        latents, mask = encode_given(given or {}, codec, shape)
-    known = latents.to(device), mask
-    join, walk = choose("longer", longer, LONG_VIDEO_METHODS), walker(config, process, device, given_strength)
-    window = frames if window is None else window
-    model.eval()
-    batches = [slice(start, start + config.batch) for start in range(0, len(seeds), config.batch)]
-    for index, part in enumerate(batches):
-        tell = None if progress is None else partial_progress(progress, index, len(batches))
-        with borrowed(model, device, home):
-            z = join(walk, tell_model(part), SampleNoise(seeds[part]), *known, window, overlap, tell)
-        with torch.no_grad(), borrowed(decoder, offload or decoder.device, decoder.device):
-            clips = to_uint8(decoder.decode(z))
-        yield from zip(seeds[part], np.asarray(clips), strict=True)
+    denoiser_for = condition(model, labels, prompts, len(seeds), config.guidance, dtype, device)
+
+    def run() -> Iterator[tuple[int, np.ndarray]]:
+        with borrowed(codec, device if conditioning_frames and offload else codec.device, codec.device):
+            latents, mask = encode_frames(conditioning_frames or {}, codec, shape)
+        known = latents.to(device), mask
+        join, walk = LONG_VIDEO_METHODS[longer], walker(config, process, device, conditioning_strength)
+        model.eval()
+        parts = [slice(start, start + config.batch) for start in range(0, len(seeds), config.batch)]
+        for index, part in enumerate(parts):
+            advance = None if progress is None else partial_progress(progress, index, len(parts))
+            noise = SampleNoise(seeds[part])
+            with borrowed(model, device, home):
+                z = join(walk, denoiser_for(part), noise, *known, window or frames, overlap, advance)
+            check_finite(z, seeds[part], "latent")
+            with torch.no_grad(), borrowed(decoder, offload or decoder.device, decoder.device):
+                decoded = decoder.decode(z)
+            check_finite(decoded, seeds[part], "decoded video")
+            yield from zip(seeds[part], np.asarray(to_uint8(decoded)), strict=True)
+
+    return run()
+
+
+def check_settings(
+    model: Denoiser,
+    process: Process | Flow,
+    codec: Codec,
+    config: SampleConfig,
+    frames: int,
+    size: tuple[int, int] | None,
+    window: int | None,
+    longer: str,
+    overlap: int | None,
+) -> tuple[int, int, int, int]:
+    """Return the latent shape (f c h w) of these settings; InputError, in one line, for settings that the
+    model cannot use.
+    """
+    check(frames >= 1, f"frames must be at least 1, got {frames}")
+    choose("longer", longer, LONG_VIDEO_METHODS)
+    length = frames if window is None else window
+    window_starts(frames, length, length // 2 if overlap is None else overlap)
+    indices(SAMPLERS[config.sampler], process.num_steps, config.steps)
+    return frames, *latent_shape(model, codec, size)
+
+
+def check_finite(values: Tensor, seeds: Sequence[int], what: str) -> None:
+    """Raise RunError that names the seeds whose ``values`` (b ...) hold NaN/Inf: codecs would decode them
+    to black clips.
+    """
+    good = values.detach().isfinite().flatten(1).all(1)  # (b,)
+    if not bool(good.all()):
+        names = ", ".join(str(seed) for seed, fine in zip(seeds, good.tolist(), strict=True) if not fine)
+        raise RunError(
+            f"the {what} of seed {names} holds NaN/Inf; nothing of this batch was written; "
+            "lower the guidance, use another sampler or --dtype fp32, or check the weights"
+        )
+
+
+def check_conditioning_frames(
+    conditioning_frames: Mapping[int, np.ndarray], codec: Codec, shape: tuple[int, ...]
+) -> None:
+    """Raise InputError for a frame that a clip of latent ``shape`` (f c h w) does not have, and for images
+    of another size.
+    """
+    size = shape[2] * codec.downscale, shape[3] * codec.downscale
+    for frame, image in conditioning_frames.items():
+        check(
+            -shape[0] <= frame < shape[0],
+            f"conditioning frame {frame} is out of range: a clip has the frames 0 to {shape[0] - 1}",
+        )
+        check(
+            image.shape[:2] == size,
+            f"conditioning frame {frame} has the size {image.shape[:2]}, but the clips have {size}; resize it",
+        )
 
 
 @torch.no_grad()
-def encode_given(
-    given: Mapping[int, np.ndarray], codec: Codec, shape: tuple[int, ...]
+def encode_frames(
+    conditioning_frames: Mapping[int, np.ndarray], codec: Codec, shape: tuple[int, ...]
 ) -> tuple[Tensor, Tensor]:
-    """{frame: picture, uint8 (h w c)} -> latents (1 f c h w) of ``shape`` (f c h w), 0 elsewhere, and which frames are given, bool (f,)."""
+    """Encode {frame: uint8 (h w c)}; return latents (1 f c h w) of ``shape`` (f c h w), 0 elsewhere, and a
+    bool mask (f,).
+    """
     latents, mask = torch.zeros(1, *shape, device=codec.device), torch.zeros(shape[0], dtype=torch.bool)
-    size = shape[2] * codec.downscale, shape[3] * codec.downscale
-    for frame, picture in given.items():
-        require(
-            -shape[0] <= frame < shape[0],
-            "given frame",
-            frame,
-            f"a clip has the frames 0 to {shape[0] - 1}",
-            "give one of these",
-        )
-        require(
-            picture.shape[:2] == size,
-            "size of a given frame",
-            picture.shape[:2],
-            f"the clips are {size}",
-            "resize it",
-        )
-        latents[:, frame], mask[frame] = codec.encode(to_float(picture[None])[None])[:, 0], True
+    for frame, image in conditioning_frames.items():
+        latents[:, frame] = codec.encode(to_float(image[None])[None])[:, 0]  # (1 c h w)
+        mask[frame] = True
     return latents, mask
 
 
 def walker(
     config: SampleConfig, process: Process | Flow, device: torch.device, strength: float
 ) -> SampleFunction:
-    """The sampler of ``config`` as a walk to a sample that holds the frames it is given, which pull at the others with ``strength``."""
+    """Return a function that samples with ``config`` and keeps conditioning frames, whose guidance
+    strength is ``strength``.
+    """
 
     def walk(
         denoise: DenoiseFunction,
         noise: Noise,
         known: Tensor,
         mask: Tensor,
-        pull: float,
+        scale: float,
         progress: Progress | None,
     ) -> Tensor:
-        told = condition_on_frames(denoise, process, known, mask, pull * strength)
+        conditioned = condition_on_frames(denoise, process, known, mask, scale * strength)
+        shape = known.shape[1:]
         z = sample(
-            config.sampler, told, process, noise, known.shape[1:], config.steps, config.eta, device, progress
+            config.sampler, conditioned, process, noise, shape, config.steps, config.eta, device, progress
         )
         return restore_frames(z, known, mask)
 
@@ -170,17 +226,18 @@ def condition(
     dtype: torch.dtype,
     device: torch.device | None = None,
 ) -> Callable[[slice], DenoiseFunction]:
-    """Some of ``count`` clips -> the guided denoiser that is told their labels or prompts; InputError for what the model cannot be told.
+    """Return a function from a slice of ``count`` clips to the guided denoiser with their labels or prompts.
 
-    ``device`` is where the model will be when it is asked, None: where it is now.
+    ``device`` is where the model computes, None: where it is now. InputError for conditions that the model
+    does not have.
     """
     device = device or next(model.parameters()).device
     call = autocast(model, device, dtype)
     if not model.config.reads_text:
-        if prompts is not None:
-            raise InputError(
-                "prompts were given, but this model reads no text; leave them out, or give a model of captions"
-            )
+        check(
+            prompts is None,
+            "prompts were given, but this model reads no text; leave them out, or use a text model",
+        )
         numbers = check_labels(model, labels, count)
         if numbers is None:
             return lambda part: guided(call, {}, {}, scale)
@@ -189,65 +246,62 @@ def condition(
             call, {"label": numbers[part].to(device)}, {"label": null[part].to(device)}, scale
         )
     if prompts is None or labels is not None:
-        raise InputError("this model reads text: give it a prompt per clip, and no labels")
-    require(
+        raise InputError("this model reads text: pass one prompt per clip, and no labels")
+    check(
         len(prompts.text) == count,
-        "prompts",
-        len(prompts.text),
-        f"there are {count} seeds",
-        "give one prompt per seed",
+        f"there are {len(prompts.text)} prompts, but there are {count} seeds; pass as many",
     )
     return lambda part: guided(call, *prompts.part(part, device), scale)
 
 
 def check_labels(model: Denoiser, labels: Sequence[int] | None, count: int) -> Tensor | None:
-    """Labels as int64 (count,), or None for an unconditional model; InputError with the valid range for any other."""
+    """Return the labels as int64 (count,), None for an unconditional model; InputError for labels out of
+    range.
+    """
     classes = model.config.num_classes
     if classes is None:
-        if labels is not None:
-            raise InputError(
-                f"labels are {list(labels)}, but this model is unconditional (model.num_classes is null); leave them out"
-            )
+        check(
+            labels is None,
+            f"labels are {labels}, but this model is unconditional (model.num_classes is null); leave them out",
+        )
         return None
     labels = [-1] * count if labels is None else labels
-    require(
-        len(labels) == count, "labels", list(labels), f"there are {count} seeds", "give one label per seed"
+    check(
+        len(labels) == count,
+        f"there are {len(labels)} labels, but there are {count} seeds; pass one label per seed",
     )
     for label in labels:
-        require(
+        check(
             -1 <= label < classes,
-            "label",
-            label,
-            f"this model knows the classes 0 to {classes - 1}",
-            "give one of these, or -1 for none",
+            f"label {label} is out of range: this model has the classes 0 to {classes - 1}, and -1 for none",
         )
     return torch.tensor(labels, dtype=torch.int64)
 
 
 def latent_shape(model: Denoiser, codec: Codec, size: tuple[int, int] | None) -> tuple[int, int, int]:
-    """(c, h, w) of the latent of frames of ``size``, or of the model's own when it is None; InputError for one that does not divide."""
+    """Return (c, h, w) of the latent of frames of ``size`` in pixels, None: the model's own; InputError if
+    it does not divide.
+    """
     if size is None:
         return (model.config.latent_channels, *model.config.grid_size)
     step = codec.downscale * model.config.patch_size
     for side in size:
-        rule = f"the autoencoder and the patches make tokens of {step} x {step} pixels"
-        require(
+        nearest = max(round(side / step), 1) * step
+        check(
             side > 0 and side % step == 0,
-            "size",
-            size,
-            rule,
-            f"the nearest multiple of {side} is {max(round(side / step), 1) * step}",
+            f"size is {size}, but autoencoder and patches make tokens of {step} x {step} pixels; "
+            f"the nearest multiple of {side} is {nearest}",
         )
     return codec.latent_shape(*size)
 
 
 def autocast(model: Denoiser, device: torch.device, dtype: torch.dtype) -> Callable[..., Tensor]:
-    """``model`` with its matrix products in ``dtype``; the model itself for float32."""
+    """Return ``model`` with its matrix products in ``dtype``; the model itself for float32."""
     if dtype == torch.float32:
         return model
 
-    def call(z: Tensor, t: Tensor, **condition: Tensor) -> Tensor:
+    def call(z: Tensor, t: Tensor, **conditions: Tensor) -> Tensor:
         with torch.autocast(device.type, dtype):
-            return model(z, t, **condition)
+            return model(z, t, **conditions)
 
     return call

@@ -1,135 +1,232 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A folder of generated clips: one mp4 per seed, a gif of all of them, a contact sheet, and a record of what they are.
+"""A folder of generated clips: one mp4 per seed, a gif of all of them, a contact sheet, and a record of what
+they are.
 
-The record (album.json) holds what the clips are a function of, their prompts if they have any, and the hash of each finished file. A
-second run into the same folder draws only what is missing, in the same batches, so that a killed job ends with the files of one that was
-never killed.
-Axes: t frames, h height, w width, c channels.
+The record (clips.json; 0.1.0 called it album.json) holds what the clips are a function of, their prompts if
+they have any, and the hash of each finished file. A second run into the same folder generates only what is
+missing, in the same batches, so a killed job that is repeated ends with the same files as one that was never
+killed.
+Axes: b clips, t frames, h height, w width, c channels.
 """
 
 import hashlib
 import json
 import math
-import re
+import os
+import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
 
-from latte.checks import InputError
+from latte.checks import InputError, RunError, check, choose
 from latte.data.media import contact_sheet, probe, read_frames, write_gif, write_mp4
+from latte.diffusion.frame_conditioning import DEFAULT_STRENGTH
 from latte.files import commit_file, reported
+from latte.inference.requests import SampleRequest
 
 FORMAT = 1
-RECORD = "album.json"
-MOST_SHOWN = 16  # clips on the sheet and in the gif
+RECORD, OLD_RECORD = "clips.json", "album.json"
+MAX_SHOWN = 16  # clips on the sheet and in the gif
+Frames = np.ndarray | Tensor | list[list[Image.Image]]
+Generate = Callable[[int, Sequence[SampleRequest]], Iterable[tuple[int, np.ndarray]]]
+
+OUTPUT_TYPES: dict[str, Callable[[np.ndarray], Frames]] = {  # from uint8 (b t h w c)
+    "np": lambda frames: frames.astype(np.float32) / 255,
+    "pt": lambda frames: torch.from_numpy(frames).movedim(-1, 2).float() / 255,  # (b t c h w)
+    "pil": lambda frames: [[Image.fromarray(frame) for frame in clip] for clip in frames],
+    "uint8": lambda frames: frames,
+}
 
 
-@dataclass(frozen=True)
-class SampleRequest:
-    """One clip to be drawn: its seed, its label (a number or None) and what to call the label; or its prompt."""
+def export_to_video(
+    frames: np.ndarray | Tensor | Sequence[Image.Image | np.ndarray], path: str | Path, fps: float = 8
+) -> str:
+    """Write one video to an mp4 (or gif) file and return its path.
 
-    seed: int
-    label: int | None = None
-    word: str | None = None
-    prompt: str | None = None
-
-    @property
-    def file(self) -> str:
-        """'seed-0007-2-left.mp4'; whatever the class or the prompt is called, this names a file in the folder and nothing else.
-
-        Behind a prompt's first letters comes its hash, because two prompts can begin alike.
-        """
-        word = re.sub(r"[^A-Za-z0-9_-]+", "-", self.word or self.prompt or "").strip("-")[:40].strip("-")
-        number = "" if self.label is None or self.label < 0 else str(self.label)
-        apart = "" if self.prompt is None else hashlib.sha256(self.prompt.encode()).hexdigest()[:6]
-        parts = ["seed", f"{self.seed:04d}", number, word, apart]
-        return "-".join(part for part in parts if part) + ".mp4"
+    ``frames``: an array (t h w c), a tensor (t c h w), or a list of PIL images or arrays (h w c), as uint8 or
+    floats in [0, 1]. InputError for anything else and for another file ending, RunError when the disk
+    refuses.
+    """
+    write = choose("file ending", Path(path).suffix.lower(), {".mp4": write_mp4, ".gif": write_gif})
+    write(path, to_frames(frames), fps)
+    return str(path)
 
 
-Draw = Callable[[int, Sequence[SampleRequest]], Iterable[tuple[int, np.ndarray]]]
+def to_frames(frames: np.ndarray | Tensor | Sequence[Image.Image | np.ndarray]) -> np.ndarray:
+    """Convert one video in any output type to uint8 (t h w c)."""
+    if isinstance(frames, Tensor):
+        check(frames.ndim == 4, f"frames have the shape {tuple(frames.shape)}; pass one video (t c h w)")
+        frames = frames.detach().cpu().movedim(1, -1).numpy()  # (t h w c)
+    elif not isinstance(frames, np.ndarray):
+        check(len(frames) > 0, "frames are empty; pass at least one")
+        frames = np.stack(
+            [
+                np.asarray(frame.convert("RGB") if isinstance(frame, Image.Image) else frame)
+                for frame in frames
+            ]
+        )
+    check(
+        frames.ndim == 4 and frames.shape[-1] == 3,
+        f"frames have the shape {frames.shape}; pass one video (t h w 3), such as frames[0] of a pipeline's output",
+    )
+    if frames.dtype == np.uint8:
+        return frames
+    in_range = np.issubdtype(frames.dtype, np.floating) and bool(((frames >= 0) & (frames <= 1)).all())
+    check(in_range, f"frames are {frames.dtype} and not all in [0, 1]; pass uint8, or floats in [0, 1]")
+    return np.rint(frames * 255).astype(np.uint8)
 
 
-def write_album(
+def clip_facts(pipe: Any, options: Mapping[str, Any], negative: str = "") -> dict[str, Any]:
+    """Return everything but seed, label and prompt that decides the pixels of a clip, as plain data; images
+    by their hash.
+
+    ``options`` are those of ``VideoPipeline.generate``. The keys, and so the default folder names, are those
+    of 0.1.0.
+    """
+    images, window = options["conditioning_frames"], options["window"]
+    facts = {key: value for key, value in asdict(options["config"]).items() if key != "batch"}
+    facts |= {"weights": pipe.weights, "codec": pipe.codec.fingerprint}
+    facts |= {"frames": options["frames"], "size": options["size"], "dtype": str(options["dtype"])}
+    if window:
+        facts |= {"window": window, "longer": options["longer"], "overlap": options["overlap"]}
+    if images:
+        hashes = {str(frame): hashlib.sha256(image.tobytes()).hexdigest() for frame, image in images.items()}
+        facts |= {"given": hashes, "given_strength": DEFAULT_STRENGTH}
+    if pipe.decoder:
+        facts["decoder"] = pipe.decoder.fingerprint
+    if pipe.reader:
+        facts |= {"text_encoder": pipe.reader.used, "negative": negative}
+    return facts
+
+
+def default_folder(pipe: Any, facts: Mapping[str, Any]) -> Path:
+    """Return samples/NAME-HASH, so that the same command finds its own clips again."""
+    digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:8]
+    return Path("samples") / f"{Path(pipe.name).name}-{digest}"
+
+
+def check_output_folder(folder: str | Path, num_bytes: int = 0) -> Path:
+    """Return ``folder`` as a path; InputError for a name that cannot be a folder, RunError where it cannot be
+    written.
+
+    ``num_bytes`` is the space that the outputs need at least.
+    """
+    check(str(folder) != "", "--out is empty; give the name of a folder")
+    path = Path(folder)
+    try:
+        exists, is_folder = os.path.lexists(path), path.is_dir()
+        parent = next(place for place in (path, *path.absolute().parents) if place.is_dir())
+    except (OSError, ValueError) as error:  # names that no file can have
+        raise InputError(
+            f"--out {str(folder)[:80]!r} cannot be a folder ({error}); give another name"
+        ) from None
+    check(is_folder or not exists, f"--out {str(folder)!r} exists and is not a folder; give another name")
+    blocked = next(
+        (place for place in path.absolute().parents if os.path.lexists(place) and not place.is_dir()), None
+    )
+    check(
+        blocked is None,
+        f"--out {str(folder)!r} is below {str(blocked)!r}, which is not a folder; give another name",
+    )
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise RunError(
+            f"--out {str(folder)!r} cannot be written: no permission for {parent}; give another folder"
+        )
+    free = shutil.disk_usage(parent).free
+    if num_bytes > free:
+        raise RunError(
+            f"the outputs need at least {num_bytes:,} bytes in {str(folder)!r}, but only {free:,} are free; "
+            "make room, or ask for fewer, shorter or smaller clips"
+        )
+    return path
+
+
+def smallest_clip(frames: int, height: int, width: int) -> int:
+    """Return a lower bound of a clip's mp4 in bytes: container, and a little per frame and pixel."""
+    return 1500 + 40 * frames + frames * height * width * 3 // 1000
+
+
+def write_clips(
     folder: Path,
     requests: Sequence[SampleRequest],
-    draw: Draw,
+    generate: Generate,
     facts: Mapping[str, Any],
     batch: int,
     fps: float,
 ) -> tuple[Path, Path]:
-    """Make ``folder`` hold a file per wish -> (contact sheet, gif). ``draw(number of the batch, its requests)``
-    gives (seed, uint8 (t h w c)) for each.
+    """Make ``folder`` hold a file per request and return (contact sheet, gif).
 
-    ``facts`` (plain data) is everything but the requests that decides the pixels. InputError when the folder's clips were made with
-    other facts, RunError when it cannot be written.
+    ``generate(batch number, its requests)`` yields (seed, uint8 (t h w c)) for each. ``facts`` (plain data)
+    is everything but the requests that decides the pixels. The folder is created with the first clip.
+    InputError when its clips were made with other facts, RunError when it cannot be written.
     """
-    folder = Path(folder)
-    with reported("clips", folder):
-        folder.mkdir(parents=True, exist_ok=True)
-    record = _read_record(folder, json.loads(json.dumps(facts)))
+    folder = check_output_folder(folder)
+    record = read_record(folder, facts)
     for start in range(0, len(requests), batch):
         part = requests[start : start + batch]
-        missing = {wish.file for wish in part if not _finished(folder, wish, record)}
+        missing = {request.file for request in part if not is_finished(folder, request, record)}
         if not missing:
             continue
-        for wish, (_, clip) in zip(part, draw(start // batch, part), strict=True):
-            if wish.file in missing:
-                write_mp4(folder / wish.file, clip, fps)
-                record["files"][wish.file] = _hash(folder / wish.file)
-                if wish.prompt is not None:
-                    record.setdefault("prompts", {})[wish.file] = wish.prompt
-                with reported(RECORD, folder):
-                    commit_file(folder / RECORD, json.dumps(record, indent=1, sort_keys=True) + "\n")
-    return _show(folder, requests[:MOST_SHOWN], fps)
+        for request, (_, clip) in zip(part, generate(start // batch, part), strict=True):
+            if request.file not in missing:
+                continue
+            with reported("clips", folder):
+                folder.mkdir(parents=True, exist_ok=True)
+            write_mp4(folder / request.file, clip, fps)
+            record["files"][request.file] = file_sha256(folder / request.file)
+            if request.prompt is not None:
+                record.setdefault("prompts", {})[request.file] = request.prompt
+            with reported(RECORD, folder):
+                commit_file(folder / RECORD, json.dumps(record, indent=1, sort_keys=True) + "\n")
+    return write_overview(folder, requests[:MAX_SHOWN], fps)
 
 
-def _read_record(folder: Path, facts: dict[str, Any]) -> dict[str, Any]:
-    """The folder's record, or a fresh one; InputError when it cannot be read or belongs to other facts."""
-    path = folder / RECORD
+def read_record(folder: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the folder's record, or a new one; InputError when it is damaged or belongs to other facts."""
+    now = json.loads(json.dumps(facts))
+    path = folder / (RECORD if (folder / RECORD).exists() else OLD_RECORD)
     if not path.exists():
-        return {"format": FORMAT, "facts": facts, "files": {}}
+        return {"format": FORMAT, "facts": now, "files": {}}
     try:
         record = json.loads(path.read_text("utf-8"))
         before, files, prompts = record["facts"], dict(record["files"]), dict(record.get("prompts", {}))
-        differing = {
-            key: (before.get(key), facts.get(key))
-            for key in [*before, *facts]
-            if before.get(key) != facts.get(key)
-        }
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        keys = [key for key in dict.fromkeys([*before, *now]) if before.get(key) != now.get(key)]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise InputError(f"{path} is damaged; delete {folder}, or give another --out") from None
-    if differing:
-        what = ", ".join(f"{key} ({old} there, {new} now)" for key, (old, new) in differing.items())
-        raise InputError(f"--out {folder} holds clips of other settings: {what}; give another --out")
+    if keys:
+        changes = ", ".join(f"{key} ({before.get(key)} there, {now.get(key)} now)" for key in keys)
+        raise InputError(f"--out {folder} holds clips of other settings: {changes}; give another --out")
     return {**record, "files": files, **({"prompts": prompts} if prompts else {})}
 
 
-def _finished(folder: Path, wish: SampleRequest, record: Mapping[str, Any]) -> bool:
-    """Is the file there, as it was written, and of the same prompt? Names are cut, so two prompts can share one."""
-    name, files = wish.file, record["files"]
-    same = record.get("prompts", {}).get(name) == wish.prompt
-    return same and name in files and (folder / name).is_file() and _hash(folder / name) == files[name]
+def is_finished(folder: Path, request: SampleRequest, record: Mapping[str, Any]) -> bool:
+    """Return whether the request's file is there, unaltered and of the same prompt (shortened names can
+    collide).
+    """
+    name, files = request.file, record["files"]
+    same = record.get("prompts", {}).get(name) == request.prompt
+    return same and name in files and (folder / name).is_file() and file_sha256(folder / name) == files[name]
 
 
-def _hash(path: Path) -> str:
+def file_sha256(path: Path) -> str:
+    """Return the SHA-256 of a file's content."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _show(folder: Path, requests: Sequence[SampleRequest], fps: float) -> tuple[Path, Path]:
-    """Sheet and gif, from the files themselves."""
+def write_overview(folder: Path, requests: Sequence[SampleRequest], fps: float) -> tuple[Path, Path]:
+    """Write the contact sheet and the gif from the clips' files; return their paths."""
     clips = []
-    for wish in requests:
-        info = probe(folder / wish.file)
+    for request in requests:
+        info = probe(folder / request.file)
         clips.append(read_frames(info, range(info.frames)))
-    names = [wish.prompt if wish.label is None else wish.word or str(wish.label) for wish in requests]
-    captions = [
-        f"seed {wish.seed}" + (f", {name}" if name else "")
-        for wish, name in zip(requests, names, strict=True)
-    ]
+    captions = [caption_of(request) for request in requests]
     sheet, gif = folder / "sheet.png", folder / "clips.gif"
     with reported("the contact sheet", sheet):
         contact_sheet(clips, captions=captions).save(sheet)
@@ -137,8 +234,16 @@ def _show(folder: Path, requests: Sequence[SampleRequest], fps: float) -> tuple[
     return sheet, gif
 
 
+def caption_of(request: SampleRequest) -> str:
+    """Return the line above a clip on the contact sheet."""
+    name = request.prompt if request.label is None else request.word or str(request.label)
+    return f"seed {request.seed}" + (f", {name}" if name else "")
+
+
 def mosaic(clips: Sequence[np.ndarray], gap: int = 2) -> np.ndarray:
-    """Clips of one shape, uint8 (t h w c), side by side in a square of rows and columns -> uint8 (t H W c), white between them."""
+    """Arrange clips of one shape, uint8 (t h w c), in a square of rows and columns; return uint8 (t H W
+    c), white between them.
+    """
     columns = math.ceil(math.sqrt(len(clips)))
     rows = math.ceil(len(clips) / columns)
     t, h, w, c = clips[0].shape

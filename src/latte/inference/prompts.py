@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prompts, read by the text encoder that a model was trained with, each once, and before the denoiser is at work.
+"""Prompts, read by the text encoder that a model was trained with, each once, and before the denoiser is at
+work.
 
 Axes: b clips, l tokens of a prompt, k their channels.
 """
@@ -20,7 +21,8 @@ LOG = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Prompts:
-    """What a text model reads: features (b l k) and mask (b l) of each clip's prompt, and of what guidance leads away from.
+    """What a text model reads: features (b l k) and mask (b l) of each clip's prompt, and of what guidance
+    leads away from.
 
     All are padded to one length, so that a clip does not depend on the prompts beside its own.
     """
@@ -38,10 +40,12 @@ class Prompts:
 
 
 class PromptReader:
-    """``reader(prompts, negative)`` -> Prompts. ``fingerprint`` is that of the encoder that the model learned with (None: not asked).
+    """``reader(prompts, negative)`` -> Prompts. ``fingerprint`` is that of the encoder that the model learned
+    with (None: not asked).
 
-    The encoder's weights are read when a prompt is new, and freed again at once: give all prompts to ``learn`` before the denoiser needs
-    the memory. They may be held in other bits than they were in training (``config.bits``), which is told.
+    The encoder's weights are read when a prompt is new, and freed again at once: give all prompts to
+    ``learn`` before the denoiser needs the memory. They may be held in other bits than they were in training
+    (``config.bits``), which is told.
     """
 
     def __init__(self, config: TextEncoderConfig, device: str | torch.device, fingerprint: str | None = None):
@@ -54,7 +58,9 @@ class PromptReader:
         return self.known.fingerprint if self.known else None
 
     def learn(self, prompts: Iterable[str]) -> CaptionFeatures:
-        """The features of these prompts, of the empty one, and of all that were read before; InputError for another encoder."""
+        """The features of these prompts, of the empty one, and of all that were read before; InputError
+        for another encoder.
+        """
         before = self.known.features if self.known else {}
         new = [prompt for prompt in dict.fromkeys([EMPTY, *prompts]) if prompt not in before]
         if self.known and not new:
@@ -68,7 +74,9 @@ class PromptReader:
         return self.known
 
     def check(self, encoder: TextEncoder) -> None:
-        """InputError unless ``encoder`` has the weights that the model learned with, and those that were used before."""
+        """InputError unless ``encoder`` has the weights that the model learned with, and those that were
+        used before.
+        """
         if self.fingerprint is None:
             return
         ours = f"{encoder.name} {encoder.fingerprint}"
@@ -87,7 +95,9 @@ class PromptReader:
             )
 
     def __call__(self, prompts: Sequence[str], negative: str = EMPTY) -> Prompts:
-        """A prompt a clip, and one thing for all to be led away from; InputError for what is no text or too long."""
+        """A prompt a clip, and one thing for all to be led away from; InputError for what is no text or
+        too long.
+        """
         for prompt in (*prompts, negative):
             if not isinstance(prompt, str):
                 raise InputError(

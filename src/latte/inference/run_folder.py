@@ -1,93 +1,250 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The model of a run folder: its checkpoint held against its configuration, averaged weights, adapters if it has any, and its story."""
+"""Read the model of a run folder: the EMA weights of a checkpoint, checked against the run's config.yaml.
+
+The checkpoint records what the weights depend on (model, diffusion, fingerprints, classes); config.yaml adds
+where the codec and the text encoder are stored and the sampling defaults. It is read section by section, so a
+run made from Python may leave sections out.
+"""
 
 import json
-import logging
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
+import yaml
 
-from latte.checkpoint.run import Checkpoint
-from latte.checks import InputError, require
-from latte.config.run import RUN_FILE, RunConfig
-from latte.interop.coverage import Coverage, build
-from latte.model.denoiser import Denoiser, DenoiserConfig
-from latte.training.init import rebuild
+from latte.autoencoder.codec import CodecConfig
+from latte.checkpoint.run import Checkpoint, load_checkpoint, load_latest
+from latte.checks import InputError, check, command_line
+from latte.diffusion.config import DiffusionConfig
+from latte.inference.generate import SampleConfig
+from latte.inference.stored import StoredModel, load_network, typed
+from latte.interop.coverage import Coverage
+from latte.interop.init import Start, rebuild
+from latte.interop.lora import LoraConfig, merged
+from latte.model.denoiser import Denoiser
+from latte.model.text import config_class
+from latte.tensors import tensors_sha256
+from latte.text.encoders import TextEncoderConfig
 
-LOG = logging.getLogger(__name__)
+RUN_FILE = "config.yaml"
+MAX_CONFIG_BYTES = 1 << 20
 
 
-def trained_run(folder: Path, config: RunConfig, checkpoint: Checkpoint | None) -> Checkpoint:
-    """``checkpoint``; InputError unless there is one and it is of this configuration."""
-    if checkpoint is None:
-        raise InputError(f"run {folder} has no checkpoint yet; train it first: latte train {folder}")
-    facts, parts = (
-        checkpoint.state["facts"],
-        {"model": asdict(config.network), "diffusion": asdict(config.diffusion)},
+def run_of(path: Path) -> Path | None:
+    """Return the run folder that ``path`` is, or that it is a checkpoint of; None for any other path."""
+    run = path.parents[1] if path.parent.name == "checkpoints" else path
+    return run if (run / RUN_FILE).is_file() else None
+
+
+def open_run(path: Path, own_codec: bool = False) -> StoredModel:
+    """Describe the model of a run folder (its newest good checkpoint) or of one of its checkpoints.
+
+    ``own_codec``: the caller supplies the codec, so its section is not read. InputError for a run without a
+    checkpoint, and for a config.yaml that contradicts the checkpoint.
+    """
+    return stored_run(*read_run(path), own_codec)
+
+
+def stored_run(
+    folder: Path, sections: Mapping[str, Any], checkpoint: Checkpoint, own_codec: bool = False
+) -> StoredModel:
+    """Describe the model of a run that ``read_run`` has read."""
+    facts = checkpoint.state["facts"]
+    text = section(folder, sections, "text", TextEncoderConfig)
+    codec = section(folder, sections, "codec", CodecConfig) if "codec" in sections and not own_codec else None
+
+    def load() -> tuple[Denoiser, str]:
+        network = load_run_network(folder, sections, checkpoint)
+        if "lora" not in facts:
+            return network, tensors_sha256(checkpoint.tensors["ema"])
+        network = merged(network)
+        return network, tensors_sha256(network.state_dict())
+
+    return StoredModel(
+        name=str(folder),
+        load=load,
+        diffusion=diffusion_of(folder, sections, facts),
+        codec=codec,
+        sample=section(folder, sections, "sample", SampleConfig),
+        classes=list(facts.get("classes", [])),
+        codec_fingerprint=facts.get("codec"),
+        text=text if text.name else None,
+        text_fingerprint=(facts.get("text") or {}).get("encoder"),
+        about=about_run(sections, checkpoint),
     )
-    if config.lora.rank or "lora" in facts:
-        parts["lora"] = asdict(config.lora)
-    for part, now in parts.items():
-        before = facts.get(part, {})
-        for key, value in json.loads(json.dumps(now)).items():
-            rule = f"{checkpoint.path} was trained with {before.get(key)!r}"
-            require(
-                before.get(key) == value,
-                f"{part}.{key}",
-                value,
-                rule,
-                f"put that back into {folder / RUN_FILE}",
+
+
+def read_run(path: Path) -> tuple[Path, dict[str, Any], Checkpoint]:
+    """Return (run folder, sections of its config.yaml, checkpoint with the EMA weights), checked against
+    each other.
+    """
+    folder = run_of(path)
+    check(
+        folder is not None,
+        f"{path} is not a run folder: it has no {RUN_FILE}; give a folder that latte train wrote",
+    )
+    assert folder is not None
+    only = {"ema"}
+    checkpoint = load_latest(folder, only=only) if path == folder else load_checkpoint(path, only=only)
+    sections = read_sections(folder / RUN_FILE)
+    if checkpoint is None:
+        raise InputError(
+            f"run {folder} has no checkpoint yet; train it first: {command_line('train', folder)}"
+        )
+    check_unchanged(folder, sections, checkpoint)
+    return folder, sections, checkpoint
+
+
+def read_sections(file: Path) -> dict[str, Any]:
+    """Return the YAML mapping in ``file`` as nested plain data; InputError for anything else."""
+    check(
+        file.stat().st_size <= MAX_CONFIG_BYTES, f"{file} is larger than 1 MB; give the config.yaml of a run"
+    )
+    try:
+        sections = yaml.safe_load(file.read_text("utf-8"))
+    except (ValueError, yaml.YAMLError, RecursionError) as error:
+        reason = str(getattr(error, "problem", None) or type(error).__name__)
+        raise InputError(
+            f"{file} is not YAML ({reason}); restore the config.yaml that training wrote"
+        ) from None
+    check(
+        isinstance(sections, dict), f"{file} holds no sections; restore the config.yaml that training wrote"
+    )
+    for name, values in sections.items():
+        check(
+            values is None or name == "version" or isinstance(values, dict),
+            f"{file}: {name} is {str(values)[:40]!r}, but it must be a section with its keys indented under it",
+        )
+    return {name: values for name, values in sections.items() if values}
+
+
+def section(folder: Path, sections: Mapping[str, Any], name: str, kind: type) -> Any:
+    """Return a section of config.yaml as its configuration class, defaults where it is absent."""
+    return typed(kind, sections.get(name, {}), f"{folder / RUN_FILE}: {name}")
+
+
+def check_unchanged(folder: Path, sections: Mapping[str, Any], checkpoint: Checkpoint) -> None:
+    """Raise InputError where config.yaml differs from what the checkpoint was trained with; absent keys
+    are not compared.
+    """
+    facts = checkpoint.state["facts"]
+    kind = config_class(facts["model"])
+    text = section(folder, sections, "text", TextEncoderConfig)
+    if "text" in sections:
+        check(
+            bool(text.name) == (kind.reads_text),
+            f"text.name is {text.name!r}, but {checkpoint.path} was trained {'with' if kind.reads_text else 'without'} "
+            f"a text encoder; restore text.name in {folder / RUN_FILE}",
+        )
+    model = {key: value for key, value in sections.get("model", {}).items() if key in field_names(kind)}
+    if text.name:
+        model |= {
+            "gated_time": text.gated_time,
+            "table_size": text.table_size,
+            "caption_channels": text.channels,
+        }
+    given = {"model": (kind, model), "diffusion": (DiffusionConfig, sections.get("diffusion", {}))}
+    if "lora" in facts or sections.get("lora", {}).get("rank"):
+        given["lora"] = (LoraConfig, sections.get("lora", {}))
+    for part, (config, values) in given.items():
+        if part != "lora" and part not in facts:
+            continue
+        recorded = {key: value for key, value in facts.get(part, {}).items() if key in field_names(config)}
+        now = json.loads(
+            json.dumps(asdict(typed(config, {**recorded, **values}, f"{folder / RUN_FILE}: {part}")))
+        )
+        for key in values:
+            check(
+                recorded.get(key) == now[key],
+                f"{part}.{key} is {now[key]}, but {checkpoint.path} was trained with {recorded.get(key)}; "
+                f"restore it in {folder / RUN_FILE}",
             )
-    return checkpoint
 
 
-def run_model(config: RunConfig, checkpoint: Checkpoint) -> Denoiser:
-    """The model with the averaged weights of a run's checkpoint, on the CPU; for a run of adapters with these in it, not folded in."""
-    if config.lora.rank and config.train.start:
-        return rebuild(config.network, config.run.seed, config.train.start, config.lora, checkpoint)
-    return fill(config.network, checkpoint.tensors["ema"], str(checkpoint.path))
+def load_run_network(folder: Path, sections: Mapping[str, Any], checkpoint: Checkpoint) -> Denoiser:
+    """Build the network with the checkpoint's EMA weights on the CPU; a LoRA run's adapters stay separate,
+    not merged.
+    """
+    facts = checkpoint.state["facts"]
+    config = typed(config_class(facts["model"]), facts["model"], str(checkpoint.path))
+    if "lora" not in facts:
+        return load_network(config, checkpoint.tensors["ema"], str(checkpoint.path))
+    train = sections.get("train", {})
+    check(
+        bool(train.get("init")),
+        f"{checkpoint.path} holds LoRA adapters, but {folder / RUN_FILE} has no train.init that names the weights under them; "
+        "restore it there",
+    )
+    start = Start(train["init"], train.get("init_mapping", "all"), tuple(train.get("init_gaps") or ()))
+    lora = typed(
+        LoraConfig, {key: facts["lora"][key] for key in field_names(LoraConfig)}, str(checkpoint.path)
+    )
+    return rebuild(config, facts["run"]["seed"], start, lora, checkpoint)
 
 
-def about_run(config: RunConfig, checkpoint: Checkpoint) -> dict[str, Any]:
-    """What a model card can say of a run: its data by name (where they lie is nobody's business), step, clips seen, and its origin."""
-    clips = {key: getattr(config.data, key) for key in ("kind", "resolution", "frames", "interval")}
-    name = {} if config.data.root is None else {"name": Path(config.data.root).name}
-    start = f", started from {Path(config.train.init).name}" if config.train.init else ""
-    how = f"adapters of rank {config.lora.rank}" if config.lora.rank else "weights"
-    gate = {"gate_steps": config.train.gate_steps} if config.text.gated_time else {}
+def run_facts(path: Path) -> tuple[Denoiser, Coverage, dict[str, Any]]:
+    """Return a run's network (adapters separate), its report, and the facts that config.json stores beside
+    the model's keys.
+    """
+    folder, sections, checkpoint = read_run(path)
+    stored = stored_run(folder, sections, checkpoint)
+    check(
+        stored.codec is not None and stored.diffusion is not None,
+        f"{folder / RUN_FILE} lacks the section {'codec' if stored.codec is None else 'diffusion'}; add it",
+    )
+    assert stored.codec and stored.diffusion
+    facts = {
+        "diffusion": asdict(stored.diffusion),
+        "classes": stored.classes,
+        "sample": asdict(stored.sample),
+        "codec": {
+            "name": stored.codec.name,
+            "path": stored.codec.path,
+            "fingerprint": stored.codec_fingerprint,
+        },
+        "about": dict(stored.about),
+    }
+    if stored.text:
+        facts["text"] = {**asdict(stored.text), "fingerprint": stored.text_fingerprint}
+    report = Coverage(str(path), f"run, step {checkpoint.step}", list(checkpoint.tensors["ema"]), [], [])
+    return load_run_network(folder, sections, checkpoint), report, facts
+
+
+def diffusion_of(
+    folder: Path, sections: Mapping[str, Any], facts: Mapping[str, Any]
+) -> DiffusionConfig | None:
+    """Return the run's diffusion process, from config.yaml or else from the checkpoint; None where neither
+    records it.
+    """
+    values = sections.get("diffusion") or facts.get("diffusion")
+    return typed(DiffusionConfig, values, f"{folder / RUN_FILE}: diffusion") if values else None
+
+
+def about_run(sections: Mapping[str, Any], checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return a model card's training metadata: data by name (never its path), step, clips seen, and origin
+    of the weights.
+    """
+    facts, data, train = checkpoint.state["facts"], sections.get("data", {}), sections.get("train", {})
+    clips = {key: data[key] for key in ("kind", "resolution", "frames", "interval") if key in data}
+    name = {"name": Path(data["root"]).name} if data.get("root") else {}
+    start = f", started from {Path(train['init']).name}" if train.get("init") else ""
+    what = f"LoRA adapters of rank {facts['lora']['rank']}" if "lora" in facts else "weights"
+    gate = (
+        {"gate_steps": train["gate_steps"]}
+        if facts["model"].get("gated_time") and "gate_steps" in train
+        else {}
+    )
     return {
-        "data": {**name, **clips},
+        **({"data": {**name, **clips}} if clips else {}),
         "step": checkpoint.step,
-        "clips_seen": checkpoint.step * config.train.global_batch,
-        "source": f"averaged {how} of a run{start}",
+        "clips_seen": checkpoint.step * facts["train"]["global_batch"],
+        "source": f"EMA {what} of a run{start}",
         **gate,
     }
 
 
-def fill(config: DenoiserConfig, tensors: Mapping[str, Tensor], where: str) -> Denoiser:
-    """The model of ``config`` with these weights, which a report in the log says, too.
-
-    InputError naming the first tensor that is missing, too many or of another shape.
-    """
-    with torch.device("meta"):
-        model = build(config)
-    wanted = model.state_dict()
-    faults = [f"lacks {key}" for key in wanted if key not in tensors] + [
-        f"has {key} too many" for key in tensors if key not in wanted
-    ]
-    faults += [
-        f"has {key} of shape {tuple(tensors[key].shape)} instead of {tuple(tensor.shape)}"
-        for key, tensor in wanted.items()
-        if key in tensors and tensors[key].shape != tensor.shape
-    ]
-    if faults:
-        raise InputError(
-            f"{where} {faults[0]} ({len(faults)} faults in all); its weights belong to another configuration of the model"
-        )
-    LOG.info("%s", Coverage(where, type(model).__name__, list(tensors), [], []))
-    model.load_state_dict({key: tensor.float() for key, tensor in tensors.items()}, assign=True)
-    return model.requires_grad_(False).eval()
+def field_names(kind: type) -> list[str]:
+    """Return the keys of a configuration class."""
+    return [item.name for item in fields(kind)]

@@ -75,7 +75,8 @@ def card_text(model: Denoiser, facts: Mapping[str, Any]) -> str:
 def usage(name: str, facts: Mapping[str, Any]) -> list[str]:
     """Return the lines of the example: the pipeline where the facts suffice for it, else the bare model."""
     if "diffusion" in facts and "codec" in facts:
-        condition = 'prompt="..."' if "text" in facts else "num_videos_per_prompt=4"
+        condition = "class_labels=[0]" if facts.get("classes") else "num_videos_per_prompt=4"
+        condition = 'prompt="..."' if "text" in facts else condition
         code = [
             "from latte import VideoPipeline",
             "",

@@ -12,10 +12,10 @@ from latte.diffusion.process import NoisePath
 from latte.model.denoiser import Denoiser
 from latte.runtime import generator, resolve_dtype
 from latte.training.condition import Captions
+from latte.training.config import TrainConfig
 from latte.training.distributed import Group
 from latte.training.optim import TrainState
 from latte.training.step import Task, backward
-from latte.training.config import TrainConfig
 
 MEASURED = 3
 

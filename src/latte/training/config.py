@@ -6,9 +6,9 @@ from typing import Any, ClassVar
 
 from latte.checks import InputError, check, choose
 from latte.interop.dit import MAPPINGS
+from latte.interop.init import Start
 from latte.runtime import DTYPES
 from latte.training.distributed import DEFAULT_TIMEOUT
-from latte.training.init import Start
 from latte.training.optim import OPTIMIZERS
 
 # fp16 gradients underflow without loss scaling, so fp16 is not among them.

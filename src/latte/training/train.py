@@ -29,6 +29,7 @@ from latte.data.loader import Batch, Loader, default_workers
 from latte.diffusion.config import DiffusionConfig, build_process
 from latte.diffusion.loss import OBJECTIVES, Loss
 from latte.files import reported
+from latte.interop.init import adapt, start_from
 from latte.interop.lora import LoraConfig
 from latte.model.denoiser import Denoiser
 from latte.runtime import resolve_device, resolve_dtype
@@ -38,7 +39,6 @@ from latte.training.condition import CaptionReader
 from latte.training.config import CHANGEABLE, TrainConfig, check_schedule, gate_opening, learning_rate
 from latte.training.custom import CustomDataset, as_dataset, check_first_clip, run_record
 from latte.training.distributed import Group, process_group
-from latte.training.init import adapt, start_from
 from latte.training.optim import OPTIMIZERS, TrainState
 from latte.training.resume import restore, run_facts
 from latte.training.signals import StopRequest

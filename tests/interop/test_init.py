@@ -15,7 +15,6 @@ from latte.build import build
 from latte.checkpoint.run import latest_checkpoint, load_checkpoint
 from latte.checks import InputError
 from latte.config.run import load_run
-from latte.inference.pipeline import save_trained
 from latte.interop.diffusers import save_diffusers
 from latte.interop.official import save_official
 from latte.model.latte import Latte
@@ -142,7 +141,7 @@ def equal(one, other, but=()):
 
 def test_a_run_starts_from_a_weights_folder_and_from_another_run(tmp_path):
     trained = tiny_trained()
-    save_trained(trained, tmp_path / "weights")
+    trained.save_pretrained(tmp_path / "weights")
     found = job(tmp_path / "one", f"train.init={tmp_path / 'weights'}")
     assert equal(found, trained.model.state_dict())
     assert equal(job(tmp_path / "two", f"train.init={tmp_path / 'one'}", "run.seed=5"), found)
@@ -153,7 +152,7 @@ def test_a_run_starts_from_a_weights_folder_and_from_another_run(tmp_path):
 
 def test_other_sizes_of_clips_are_free(tmp_path):
     trained = tiny_trained()
-    save_trained(trained, tmp_path / "weights")
+    trained.save_pretrained(tmp_path / "weights")
     assert equal(
         job(tmp_path / "run", f"train.init={tmp_path / 'weights'}", "data.frames=5", "data.resolution=32"),
         trained.model.state_dict(),
@@ -178,7 +177,7 @@ def test_a_run_starts_from_the_released_file_and_a_text_run_from_diffusers(tmp_p
 
 
 def test_a_part_that_does_not_fit_is_left_out_only_when_it_is_named(tmp_path):
-    save_trained(tiny_trained(num_classes=7), tmp_path / "weights")
+    tiny_trained(num_classes=7).save_pretrained(tmp_path / "weights")
     start = f"train.init={tmp_path / 'weights'}"
     with pytest.raises(
         InputError,
@@ -225,7 +224,7 @@ def test_a_part_that_does_not_fit_is_left_out_only_when_it_is_named(tmp_path):
     ],
 )
 def test_weights_of_another_model_or_process_are_refused(changes, word, told, tmp_path):
-    save_trained(tiny_trained(**changes), tmp_path / "weights")
+    tiny_trained(**changes).save_pretrained(tmp_path / "weights")
     with pytest.raises(InputError, match=told) as error:
         job(tmp_path / "run", f"train.init={tmp_path / 'weights'}", word)
     assert "\n" not in str(error.value)
@@ -233,7 +232,7 @@ def test_weights_of_another_model_or_process_are_refused(changes, word, told, tm
 
 
 def test_models_of_classes_and_of_captions_do_not_start_from_each_other(dit, tmp_path):
-    save_trained(tiny_text(depth=2), tmp_path / "text")
+    tiny_text(depth=2).save_pretrained(tmp_path / "text")
     with pytest.raises(InputError, match=r"are a model of captions; set text.name"):
         job(tmp_path / "run", f"train.init={tmp_path / 'text'}")
     words = [*WORDS, "train.steps=1", f"run.dir={tmp_path / 'run'}", f"train.init={dit[1]}"]
@@ -242,7 +241,7 @@ def test_models_of_classes_and_of_captions_do_not_start_from_each_other(dit, tmp
 
 
 def test_another_codec_than_the_weights_learned_is_announced(tmp_path, capsys):
-    save_trained(tiny_trained(), tmp_path / "weights")
+    tiny_trained().save_pretrained(tmp_path / "weights")
     card = json.loads((tmp_path / "weights/config.json").read_text())
     card["codec"]["fingerprint"] = "0" * 16
     (tmp_path / "weights/config.json").write_text(json.dumps(card))
@@ -275,14 +274,14 @@ def test_classes_start_as_those_of_their_name(tmp_path, capsys):
     another.
     """
     trained = tiny_trained()
-    save_trained(replace(trained, classes=["left", "up", "right", "down"]), tmp_path / "weights")
+    replace(trained, classes=["left", "up", "right", "down"]).save_pretrained(tmp_path / "weights")
     found = job(tmp_path / "run", f"train.init={tmp_path / 'weights'}")["label_embedding.table.weight"]
     before = trained.model.state_dict()["label_embedding.table.weight"]
     torch.testing.assert_close(
         found, before[[1, 3, 0, 2, 4]], rtol=0, atol=1e-9
     )  # up, down, left, right, none
     assert not capsys.readouterr().err.count("notice: the classes")
-    save_trained(replace(trained, classes=["cat", "dog", "left", "right"]), tmp_path / "pets")
+    replace(trained, classes=["cat", "dog", "left", "right"]).save_pretrained(tmp_path / "pets")
     found = job(tmp_path / "other", f"train.init={tmp_path / 'pets'}")["label_embedding.table.weight"]
     torch.testing.assert_close(found, before, rtol=0, atol=1e-9)
     assert (
@@ -305,7 +304,7 @@ def test_a_weight_file_in_a_folder_called_checkpoints_is_no_checkpoint(tmp_path)
     assert equal(
         job(tmp_path / "run", f"train.init={tmp_path / 'checkpoints/step-1.pt'}"), model.state_dict()
     )
-    save_trained(tiny_trained(), tmp_path / "repository")
+    tiny_trained().save_pretrained(tmp_path / "repository")
     (tmp_path / "repository/checkpoints").mkdir()
     assert equal(
         job(tmp_path / "other", f"train.init={tmp_path / 'repository'}"), tiny_trained().model.state_dict()

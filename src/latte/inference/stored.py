@@ -1,0 +1,209 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Read a stored model, with everything sampling needs beside its weights, from a weights folder or an
+external checkpoint.
+
+A weights folder holds ``model.safetensors`` and ``config.json``: the model's keys at the top level (so
+``Latte.from_pretrained`` reads it too), beside them diffusion, codec and text encoder with their
+fingerprints, classes, sampling defaults and the hash of the weights. External checkpoints record less; what
+the released models have in common fills the gaps.
+"""
+
+import json
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from pydantic import TypeAdapter, ValidationError
+from torch import Tensor
+
+from latte.autoencoder.codec import CodecConfig, kind_at
+from latte.checkpoint.record import read_fingerprint
+from latte.checks import InputError, check
+from latte.diffusion.config import DiffusionConfig
+from latte.inference.generate import SampleConfig
+from latte.interop.coverage import Coverage, build
+from latte.interop.load import Loaded, load_external
+from latte.interop.readers import read_tensors
+from latte.interop.resolve import Source, resolve
+from latte.model.denoiser import Denoiser, DenoiserConfig
+from latte.model.text import config_class
+from latte.tensors import check_finite, tensors_sha256
+from latte.text.encoders import TextEncoderConfig
+
+LOG = logging.getLogger(__name__)
+WEIGHTS, CARD = "model.safetensors", "config.json"
+RELEASED_T2V = SampleConfig(sampler="ddim", steps="ddim50", guidance=7.5, batch=1)
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class StoredModel:
+    """Describe a model in storage. ``load()`` builds the network on the CPU and returns it with the hash of
+    its weights.
+
+    ``diffusion`` and ``codec`` are None where the source does not record them. The fingerprints are those of
+    the codec and the text encoder that the model was trained with, None where unknown. ``lacks_text``: the model reads
+    text, but where its T5 is stored is unknown. ``about`` is the
+    training metadata for a model card.
+    """
+
+    name: str
+    load: Callable[[], tuple[Denoiser, str]]
+    diffusion: DiffusionConfig | None
+    codec: CodecConfig | None
+    sample: SampleConfig
+    classes: list[str] = field(default_factory=list)
+    codec_fingerprint: str | None = None
+    text: TextEncoderConfig | None = None
+    text_fingerprint: str | None = None
+    lacks_text: bool = False
+    about: Mapping[str, Any] = field(default_factory=dict)
+
+
+def open_weights_folder(folder: Path, name: str, own_codec: bool = False) -> StoredModel:
+    """Read config.json and the weights of ``folder``; InputError for values out of range and for weights with
+    another hash.
+
+    Parts that a plain ``Latte.save_pretrained`` leaves out (diffusion, codec, ...) are None or empty in the
+    result. ``own_codec``: the caller supplies the codec, so its record is not read.
+    """
+    try:
+        card = json.loads((folder / CARD).read_text("utf-8"))
+        kind = config_class(card)
+        shape = {item.name: card[item.name] for item in fields(kind)}
+        classes = [str(label) for label in card.get("classes") or ()]
+        codec, text = (dict(card.get(part) or {}) for part in ("codec", "text"))
+        diffusion, sample, about = (
+            card.get("diffusion"),
+            card.get("sample") or {},
+            dict(card.get("about") or {}),
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise InputError(
+            f"{folder / CARD} does not describe a Latte model ({type(error).__name__}: {error}); "
+            "give a folder that VideoPipeline.save_pretrained wrote"
+        ) from None
+    where = str(folder / CARD)
+    text_keys = {key: text[key] for key in text if key not in ("fingerprint", "identity")} or {"name": "t5"}
+    codec_keys = {key: codec[key] for key in ("name", "path") if key in codec}
+    config, recorded = typed(kind, shape, where), card.get("weights_sha256")
+
+    def load() -> tuple[Denoiser, str]:
+        tensors, _ = read_tensors(folder / WEIGHTS)
+        network, found = load_network(config, tensors, str(folder / WEIGHTS)), tensors_sha256(tensors)
+        check(
+            recorded in (None, found),
+            f"{folder / WEIGHTS} has the hash {found[:16]}, but {CARD} records {str(recorded)[:16]}: "
+            "the weights were altered; download or write the folder again",
+        )
+        return network, found
+
+    return StoredModel(
+        name=name,
+        load=load,
+        diffusion=typed(DiffusionConfig, diffusion, f"{where}: diffusion") if diffusion else None,
+        codec=typed(CodecConfig, codec_keys, f"{where}: codec") if codec_keys and not own_codec else None,
+        sample=typed(SampleConfig, sample, f"{where}: sample"),
+        classes=classes,
+        codec_fingerprint=read_fingerprint(codec),
+        text=typed(TextEncoderConfig, text_keys, f"{where}: text") if kind.reads_text else None,
+        text_fingerprint=read_fingerprint(text),
+        about=about,
+    )
+
+
+def open_external(
+    source: str | Path,
+    heads: int | None = None,
+    allow_missing: Sequence[str] = (),
+    allow_unexpected: Sequence[str] = (),
+) -> tuple[Loaded, dict[str, Any]]:
+    """Load an external checkpoint; return it with the facts that our config.json stores beside the model's
+    keys.
+
+    A folder of ours supplies its own facts, other layouts get the released models' settings. Paths of codec
+    and text encoder are None unless ``source`` is a whole pipeline.
+    """
+    loaded = load_external(source, heads, allow_missing, allow_unexpected)
+    found = resolve(source, "weights")
+    place = found.name if found.kind == "pipeline" else None
+    codec = kind_at(place).name if place else CodecConfig().name
+    text = loaded.config.reads_text
+    facts = {
+        "diffusion": asdict(DiffusionConfig()),
+        "codec": {"name": codec, "path": place, "fingerprint": None},
+        "classes": [],
+        "sample": asdict(RELEASED_T2V if text else SampleConfig()),
+    }
+    if text:
+        facts["text"] = {**asdict(TextEncoderConfig(name="t5", path=place)), "fingerprint": None}
+    return loaded, {**facts, **{key: loaded.card[key] for key in (*facts, "about") if key in loaded.card}}
+
+
+def open_external_model(source: Source, codec_path: str | None, text_encoder_path: str | None) -> StoredModel:
+    """Describe an external checkpoint with the codec and the T5 at these paths.
+
+    A model alone in our own layout, as ``Latte.save_pretrained`` writes it, may have learned any diffusion process: None in the result.
+    """
+    loaded, facts = open_external(source.name)
+    place, text = codec_path or facts["codec"]["path"], facts.get("text")
+    text_path = text_encoder_path or (text or {}).get("path")
+
+    def load() -> tuple[Denoiser, str]:
+        network = loaded.model()
+        return network, tensors_sha256(network.state_dict())
+
+    own_layout = loaded.layout in ("Latte", "LatteText")
+    return StoredModel(
+        name=source.name,
+        load=load,
+        diffusion=None
+        if own_layout and "diffusion" not in loaded.card
+        else DiffusionConfig(**facts["diffusion"]),
+        codec=CodecConfig(kind_at(place).name, place) if place else None,
+        sample=SampleConfig(**facts["sample"]),
+        classes=list(facts["classes"]),
+        text=TextEncoderConfig(name=text["name"], path=text_path) if text and text_path else None,
+        lacks_text=bool(text) and not text_path,
+    )
+
+
+def load_network(config: DenoiserConfig, tensors: Mapping[str, Tensor], where: str) -> Denoiser:
+    """Build the network of ``config`` with these weights in float32, for inference, and log the coverage
+    report.
+
+    InputError names the first tensor that is missing, unexpected or of another shape.
+    """
+    with torch.device("meta"):
+        network = build(config)
+    expected = network.state_dict()
+    faults = [f"lacks {key}" for key in expected if key not in tensors]
+    faults += [f"has the unexpected tensor {key}" for key in tensors if key not in expected]
+    faults += [
+        f"has {key} of shape {tuple(tensors[key].shape)} instead of {tuple(tensor.shape)}"
+        for key, tensor in expected.items()
+        if key in tensors and tensors[key].shape != tensor.shape
+    ]
+    if faults:
+        raise InputError(
+            f"{where} {faults[0]} ({len(faults)} faults in total): these weights belong to another model configuration"
+        )
+    LOG.info("%s", Coverage(where, type(network).__name__, list(tensors), [], []))
+    check_finite(tensors, where)
+    network.load_state_dict({key: tensor.float() for key, tensor in tensors.items()}, assign=True)
+    return network.requires_grad_(False).eval()
+
+
+def typed(kind: type[T], values: object, where: str) -> T:
+    """Validate plain ``values`` as a configuration of ``kind``; InputError with ``where`` and the first
+    fault.
+    """
+    try:
+        return TypeAdapter(kind).validate_python(values)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        key = ".".join(str(part) for part in first["loc"])
+        raise InputError(f"{where}: {key + ': ' if key else ''}{first['msg']}; correct it there") from None
