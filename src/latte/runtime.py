@@ -71,9 +71,7 @@ def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype
 
 @contextmanager
 def borrowed(part: Any, device: torch.device, home: torch.device) -> Iterator[None]:
-    """Move ``part`` (anything with ``to``) to ``device`` for the block, then back to ``home``, and release
-    the device's memory.
-    """
+    """Keep ``part`` (anything with ``to``) on ``device`` inside, and at ``home`` afterwards."""
     part.to(device)
     try:
         yield
@@ -84,9 +82,7 @@ def borrowed(part: Any, device: torch.device, home: torch.device) -> Iterator[No
 
 
 def generator(*key: int | str) -> torch.Generator:
-    """Return a CPU generator that depends on ``key`` alone: generator(seed, 'noise', step) is the same
-    everywhere, always.
-    """
+    """Return a CPU generator, a pure function of ``key`` such as (seed, 'noise', step), on every machine."""
     digest = hashlib.sha256("/".join(str(part) for part in key).encode()).digest()
     return torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 

@@ -20,11 +20,11 @@ from latte.checks import check
 
 
 class Codec(ABC):
-    """Frames (b f 3 H W) in [-1, 1] <-> latents (b f c h w) of about unit variance, ``chunk`` frames at a
-    time on ``device``.
+    """Frames (b f 3 H W) in [-1, 1] <-> latents (b f c h w) of about unit variance.
 
-    The network is frozen and in evaluation mode. Both directions return contiguous float32 on the codec's
-    device. A subclass states what others need to know before any weight is read.
+    ``chunk`` frames are processed at a time on ``device``. The network is frozen and in evaluation mode. Both
+    directions return contiguous float32 on the codec's device. A subclass states what others need to know
+    before any weight is read.
     """
 
     name: ClassVar[str]
@@ -53,17 +53,14 @@ class Codec(ABC):
     @classmethod
     @abstractmethod
     def load(cls, path: str | None, chunk: int, device: str | torch.device) -> Self:
-        """Return the codec with the weights at ``path``.
-
-        InputError, in one line, for missing or wrong weights.
-        """
+        """Return the codec with the weights at ``path``; InputError for missing or wrong ones."""
 
     @classmethod
     @abstractmethod
     def skeleton(cls, path: str | None) -> nn.Module:
         """Return the network without its weights, on the meta device.
 
-        The published one unless ``path`` is a local folder.
+        It is the published network unless ``path`` is a local folder with another configuration.
         """
 
     @abstractmethod
@@ -79,8 +76,7 @@ class Codec(ABC):
 
     @cached_property
     def fingerprint(self) -> str:
-        """16 hex digits of SHA-256 over name, scale and weights (as float32), whatever the file name or "
-        "container."""
+        """16 hex digits of SHA-256 over name, scale and float32 weights, whatever file they are in."""
         digest = hashlib.sha256(f"{self.name} {self.scale!r}".encode())
         for key, tensor in sorted(self.network.state_dict().items()):
             digest.update(f" {key} {tuple(tensor.shape)} ".encode())
@@ -122,8 +118,7 @@ class Codec(ABC):
         check(
             latent.ndim == 5 and latent.shape[2] == self.channels,
             f"the latent has shape {tuple(latent.shape)}, but codec {self.name!r} decodes (batch, frames, "
-            f"{self.channels}, "
-            "height, width); use the codec that the latents or the model were made with",
+            f"{self.channels}, height, width); use the codec that the latents or the model were made with",
         )
         return self._in_chunks(lambda part, _: self.decode_frames(part), latent, None).clamp_(-1, 1)
 

@@ -34,8 +34,7 @@ class Residual(nn.Module):
 
 
 class Normaliser(nn.Module):
-    """(n c h w) -> mean 0 and variance 1 per channel: by the batch's moments in training, by the stored ones
-    afterwards.
+    """(n c h w) -> mean 0, variance 1 per channel: by the batch's moments in training, then by stored ones.
 
     The noise that training adds to latents so has a fixed size relative to them.
     """
@@ -56,8 +55,10 @@ class Normaliser(nn.Module):
 
 
 class BuiltinAutoencoder(nn.Module):
-    """Frames (n 3 h w) in [-1, 1] <-> latents (n 4 h/8 w/8) of mean 0 and variance 1 per channel over "
-    "procedural frames."""
+    """Frames (n 3 h w) in [-1, 1] <-> latents (n 4 h/8 w/8).
+
+    Over procedural frames, each channel of the latents has mean 0 and variance 1.
+    """
 
     def __init__(self, channels: int = 4):
         super().__init__()

@@ -53,7 +53,7 @@ class CodecConfig:
 def kind_at(path: str) -> type[Codec]:
     """Return the codec class of the folder, pipeline or hub id ``path``, by its config.json.
 
-    KLCodec without one.
+    Without one it is KLCodec.
     """
     kinds = {kind.layout: kind for kind in CODECS.values() if kind.layout is not None}
     return kinds.get(layout_at(path), KLCodec)
@@ -62,7 +62,7 @@ def kind_at(path: str) -> type[Codec]:
 def decoder_for(codec: Codec, path: str) -> Codec:
     """Return the KL autoencoder at ``path`` as a decoder of ``codec``'s latents.
 
-    InputError for one with other latents.
+    InputError for one whose latents have other channels, size or scale.
     """
     found = build_codec(CodecConfig(kind_at(path).name, path, TEMPORAL_CHUNK), codec.device)
     expected = (codec.channels, codec.downscale, codec.scale)
@@ -70,15 +70,11 @@ def decoder_for(codec: Codec, path: str) -> Codec:
     check(
         latents == expected,
         f"--decoder {path}: its latents (channels, downscale, scale) are {latents}, but the model's are "
-        f"{expected}; "
-        "give another decoder of the same autoencoder",
+        f"{expected}; give another decoder of the same autoencoder",
     )
     return found
 
 
 def build_codec(config: CodecConfig, device: str | torch.device = "cpu") -> Codec:
-    """Return the codec of ``config`` with its weights on ``device``.
-
-    InputError for missing or wrong weights.
-    """
+    """Return the codec of ``config`` on ``device``; InputError for missing or wrong weights."""
     return CODECS[config.name].load(config.path, config.chunk, device)

@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weight files of autoencoders into their networks, strictly: every tensor, of its shape, finite.
-
-Each fault is one line.
-"""
+"""Weight files of autoencoders into their networks, strictly: every tensor, of its shape, finite."""
 
 from pathlib import Path
 from typing import TypeVar
@@ -24,17 +21,16 @@ def located(path: str | Path) -> str:
 
 
 def read_tensors(path: str | Path, field: str) -> dict[str, Tensor]:
-    """Return the tensors of a .safetensors or .pth file by name, as stored; InputError naming ``field`` for a
-    bad file.
+    """Return the tensors of a .safetensors or .pth file by name, as stored.
 
-    A .pth is read with ``weights_only=True``: it can hold nothing but tensors.
+    A .pth is read with ``weights_only=True``: it can hold nothing but tensors. InputError, naming ``field``,
+    for a missing or broken file.
     """
     path = Path(path)
     if not path.is_file():
         raise InputError(
             f"{field}: the weight file {located(path)} does not exist; give its absolute path, or start "
-            "latte where the "
-            "relative one is valid"
+            "latte where the relative one is valid"
         )
     try:
         if path.suffix == ".safetensors":
@@ -57,10 +53,9 @@ def load_network(network: Network, path: str | Path, field: str) -> Network:
 
 
 def fill_network(network: Network, stored: dict[str, Tensor], path: str | Path, field: str) -> Network:
-    """Return ``network`` filled with ``stored``: every tensor, no other, each of its shape, floating point
-    and finite.
+    """Return ``network`` filled with ``stored``: every tensor, no other, each of its shape and finite.
 
-    Anything else is an InputError with the first fault in ``path``.
+    InputError with the first fault in ``path`` otherwise.
     """
     expected = network.state_dict()
     faults = [f"lacks {name}" for name in sorted(expected.keys() - stored.keys())]
@@ -74,8 +69,7 @@ def fill_network(network: Network, stored: dict[str, Tensor], path: str | Path, 
     if faults:
         raise InputError(
             f"{field}: {path} {faults[0]} ({len(faults)} faults in all); it belongs to another autoencoder, "
-            "use this codec's "
-            "weights"
+            "use this codec's weights"
         )
     nonfinite = find_nonfinite(stored)
     if nonfinite:
@@ -87,8 +81,5 @@ def fill_network(network: Network, stored: dict[str, Tensor], path: str | Path, 
 
 
 def is_plain_float(tensor: Tensor) -> bool:
-    """Return whether a tensor is float16, bfloat16, float32 or float64.
-
-    Not int8 or float8, which need scales.
-    """
+    """Return whether a tensor is a float of 16 bits or more: int8 and float8 would need scales."""
     return tensor.is_floating_point() and tensor.element_size() >= 2

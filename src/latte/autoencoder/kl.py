@@ -30,10 +30,7 @@ OLD_NAMES = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj
 
 
 class DiffusersCodec(Codec):
-    """A network of diffusers whose encoder returns a normal distribution. Abstract.
-
-    KLCodec and TemporalCodec.
-    """
+    """A network of diffusers with a posterior. Abstract: KLCodec and TemporalCodec."""
 
     layout: ClassVar[str]
     places: ClassVar[tuple[str, ...]]
@@ -108,8 +105,7 @@ class KLCodec(DiffusersCodec):
 
 
 class TemporalCodec(DiffusersCodec):
-    """diffusers' AutoencoderKLTemporalDecoder as a codec: the same encoder, and a decoder whose frames
-    influence each other.
+    """diffusers' AutoencoderKLTemporalDecoder as a codec: KLCodec's encoder, and a decoder across frames.
 
     The release keeps it in ``vae_temporal_decoder`` and decodes 14 frames at a time. Frames of a chunk
     influence each other, so ``chunk`` is part of the result: 14 is what the release does, a chunk of the
@@ -141,7 +137,7 @@ class TemporalCodec(DiffusersCodec):
 def _find(path: str, codec: type[DiffusersCodec]) -> tuple[Path, Path]:
     """Return (config.json, weight file) of ``codec`` in the folder or hub repository ``path``.
 
-    InputError if absent.
+    InputError, naming the places that were looked at, when there is none.
     """
     local = Path(path).is_dir()
     if not local and (path.count("/") != 1 or path.startswith((".", "/", "~"))):
@@ -166,16 +162,12 @@ def _find(path: str, codec: type[DiffusersCodec]) -> tuple[Path, Path]:
     reason = f" ({reasons[-1]})" if reasons else ""
     raise InputError(
         f"codec.path: {looked} has no config.json, neither directly nor in {inside}{reason}; give the folder "
-        "or hub id of "
-        f"an {codec.layout}"
+        f"or hub id of an {codec.layout}"
     )
 
 
 def layout_at(path: str) -> str | None:
-    """Return the class that config.json in the folder, pipeline or hub id ``path`` names.
-
-    None where there is none.
-    """
+    """Return the class that config.json in the folder, pipeline or hub id ``path`` names, or None."""
     for place in ("vae/", ""):
         file = _fetch(path, f"{place}config.json", Path(path).is_dir(), [])
         if file is not None:

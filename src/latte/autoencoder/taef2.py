@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""taef2: a small real image autoencoder (madebyollin/taesd, MIT), 8x smaller each way, 32 latent channels,
-deterministic.
+"""taef2: a small image autoencoder (madebyollin/taesd, MIT), 8x smaller each way, 32 latent channels.
 
 Written from the names and shapes of its two weight files, ``taef2_encoder`` and ``taef2_decoder``
-(.safetensors or .pth). Its images are in [0, 1]; its raw latents have a standard deviation of 0.83 over real
-video, hence the scale.
+(.safetensors or .pth). It is deterministic. Its images are in [0, 1]; its raw latents have a standard
+deviation of 0.83 over natural video, hence the scale.
 Axes: n frames, c channels, h height, w width.
 """
 

@@ -18,7 +18,7 @@ MAX_STEPS = 1_000_000  # tables of a process hold that many float64 numbers each
 class DiffusionConfig:
     """How data are noised and what the model learns to predict.
 
-    InputError on construction for an impossible process.
+    InputError on construction for an impossible combination.
     """
 
     schedule: str = "linear"  # key of SCHEDULES; rectified_flow has its own straight path and takes no other
@@ -49,7 +49,6 @@ def build_process(config: DiffusionConfig) -> Process | Flow:
     check(
         config.schedule == "linear",
         f"diffusion.schedule is {config.schedule}, but diffusion.objective={config.objective} has its own "
-        "straight path; "
-        "leave diffusion.schedule at linear",
+        "straight path; leave diffusion.schedule at linear",
     )
     return Flow(torch.arange(1, num_steps + 1, dtype=torch.float64) / num_steps)

@@ -26,10 +26,7 @@ from latte.checks import check
 from latte.diffusion.process import DenoiseFunction, NoisePath
 
 DEFAULT_STRENGTH = 2.0
-"""Multiplies the moment-matching step.
-
-1 is that step, more compensates for the iterations left out (docs/results.md).
-"""
+"""Multiplies the moment-matching step; above 1 it compensates for omitted iterations (docs/results.md)."""
 MAX_STRENGTH = 100.0
 
 
@@ -51,8 +48,8 @@ def condition_on_frames(
     where = check_frames(frames, mask)
     check(
         math.isfinite(strength) and 0 <= strength <= MAX_STRENGTH,
-        f"strength of the frame guidance must be between 0 and {MAX_STRENGTH:g}, got {strength}; "
-        f"0 is replacement alone, the default is {DEFAULT_STRENGTH}",
+        f"strength of the frame guidance must be between 0 and {MAX_STRENGTH:g}, got {strength}; 0 is "
+        f"replacement alone, the default is {DEFAULT_STRENGTH}",
     )
     if not bool(mask.any()):
         return denoise
@@ -78,9 +75,9 @@ def condition_on_frames(
     def estimate_with_gradient(
         z: Tensor, t: Tensor, targets: Tensor, at: Tensor
     ) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Return prediction, variance channels, and the gradient of the squared error at the frames in z.
+        """Return prediction, variance channels, and the gradient of the squared error at the frames.
 
-        (b f c h w).
+        Each is (b f c h w); the gradient is with respect to z.
         """
         with torch.enable_grad():
             z = z.detach().requires_grad_()
@@ -125,7 +122,6 @@ def check_frames(frames: Tensor, mask: Tensor) -> Tensor:
     check(
         mask.dtype == torch.bool and tuple(mask.shape) in ((num_frames,), (clips, num_frames)),
         f"mask is {mask.dtype} of shape {tuple(mask.shape)}, but {clips} clips of {num_frames} frames need "
-        "bool "
-        f"({num_frames},) or ({clips}, {num_frames})",
+        f"bool ({num_frames},) or ({clips}, {num_frames})",
     )
     return mask.view(-1, num_frames, 1, 1, 1)  # (1|b f 1 1 1)

@@ -17,10 +17,7 @@ from latte.checks import InputError, check
 from latte.diffusion.process import DenoiseFunction
 
 Model = Callable[..., Tensor]
-"""(z (b f c h w), original timesteps (b,), **condition) -> (b f c|2c h w).
-
-A ``latte.model.denoiser.Denoiser``.
-"""
+"""(z, original timesteps (b,), **condition) -> (b f c|2c h w), such as ``latte.model.denoiser.Denoiser``."""
 Condition = Mapping[str, Tensor]
 """Keyword of the model -> tensor (b ...). Empty for an unconditional model."""
 

@@ -37,10 +37,10 @@ def freenoise(
     overlap: int | None,
     progress: Progress | None,
 ) -> Tensor:
-    """Denoise all windows side by side (``in_windows``) from shuffled copies of one window's noise
-    (``shuffled_noise``).
+    """Denoise all windows side by side, from shuffled copies of one window's noise.
 
-    The scene stays the same, and motion nearly repeats: all windows start from the same frames of noise.
+    The scene stays the same, and motion nearly repeats: all windows start from the same frames of noise. See
+    ``in_windows`` and ``shuffled_noise``.
     """
     stride = window - (window // 2 if overlap is None else overlap)
     windowed = in_windows(denoise, window, overlap)
@@ -99,15 +99,15 @@ def window_starts(frames: int, length: int, overlap: int) -> list[int]:
 
 
 def in_windows(denoise: DenoiseFunction, length: int, overlap: int | None = None) -> DenoiseFunction:
-    """Return ``denoise`` for clips of any length: it sees ``length`` frames at a time; ``overlap`` None is
-    half of them.
+    """Return ``denoise`` for clips of any length; it sees ``length`` frames at a time.
 
-    Frames in several windows get the weighted mean of their predictions, so that all windows advance as one
-    clip (MultiDiffusion, Bar-Tal et al. 2023, arXiv 2302.08113, eq. 5, over space; Gen-L-Video, Wang et al.
-    2023, arXiv 2305.18264, over time). A frame counts less towards a window's edge, where the model sees its
-    context on one side only (Mixture of Diffusers, Jimenez 2023, arXiv 2302.02412). Windows agree through
-    their overlap alone. Memory is that of one window. Frame conditioning wraps this one,
-    condition_on_frames(in_windows(...), ...); its gradient then holds all windows.
+    Neighbouring windows share ``overlap`` frames, None for half of them. Frames in several windows get the
+    weighted mean of their predictions, so that all windows advance as one clip (MultiDiffusion, Bar-Tal et
+    al. 2023, arXiv 2302.08113, eq. 5, over space; Gen-L-Video, Wang et al. 2023, arXiv 2305.18264, over
+    time). A frame counts less towards a window's edge, where the model sees its context on one side only
+    (Mixture of Diffusers, Jimenez 2023, arXiv 2302.02412). Windows agree through their overlap alone. Memory
+    is that of one window. Frame conditioning wraps this one, condition_on_frames(in_windows(...), ...); its
+    gradient then holds all windows.
     """
     overlap = length // 2 if overlap is None else overlap
     window_starts(length, length, overlap)  # refuse a wrong overlap now
@@ -140,11 +140,11 @@ def edge_weights(length: int) -> Tensor:
 
 
 def shuffled_noise(noise: Noise, window: int, stride: int) -> Noise:
-    """Return noise whose first ``window`` frames are ``noise``'s, and every further ``stride`` a shuffled
-    copy of earlier ones.
+    """Return noise whose first ``window`` frames are ``noise``'s, and whose others are shuffled copies.
 
-    All windows start from the same frames of noise in different orders, so their content is alike (FreeNoise,
-    Qiu et al. 2023, arXiv 2310.15169, Sec. 3.2). The order, too, is drawn from each sample's own generator.
+    Every further ``stride`` frames are those that leave the window, in another order: all windows start from
+    the same frames of noise, so their content is alike (FreeNoise, Qiu et al. 2023, arXiv 2310.15169, Sec.
+    3.2). The order, too, is drawn from each sample's own generator.
     """
 
     def extended(shape: Sequence[int]) -> Tensor:

@@ -49,11 +49,10 @@ def _normal_cdf(x: Tensor) -> Tensor:
 
 
 def discretised_log_likelihood(z: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:
-    """Return the log probability of the bin z +- 1/255 under N(mean, exp log_variance), per element, in nats
-    (DDPM eq. 13).
+    """Return the log probability of the bin z +- 1/255 under N(mean, exp log_variance) (DDPM eq. 13).
 
-    The outer bins (beyond +-0.999) extend to infinity, as for 8-bit pixels; the released code applies this to
-    latents as is.
+    In nats per element. The outer bins (beyond +-0.999) extend to infinity, as for 8-bit pixels; the released
+    code applies this to latents as is.
     """
     precision = torch.exp(-0.5 * log_variance)
     above = _normal_cdf(precision * (z - mean + 1 / 255))
@@ -81,9 +80,9 @@ def uniform(process: NoisePath, t: Tensor, z0: Tensor) -> Tensor:
 
 
 def min_snr(process: NoisePath, t: Tensor, z0: Tensor) -> Tensor:
-    """Return min(SNR, 5) / SNR (b,): timesteps with little noise count less (Hang et al.
+    """Return min(SNR, 5) / SNR (b,): timesteps with little noise count less.
 
-    2023, eps prediction, gamma = 5).
+    Hang et al. 2023, for eps prediction with gamma = 5.
     """
     snr = (process.at("signal", t, z0) / process.at("noise", t, z0)).flatten() ** 2  # (b)
     return snr.clamp(max=5.0) / snr

@@ -23,8 +23,7 @@ DenoiseFunction = Callable[[Tensor, Tensor], Tensor]
 
 
 class Prediction(Protocol):
-    """What a model's output means, given the coefficients ``signal`` and ``noise`` of z_t = signal z_0 + "
-    "noise eps."""
+    """What a model's output means at z_t = signal z_0 + noise eps."""
 
     straight_path: ClassVar[bool]
     """Whether it belongs to the straight path of rectified flow, which has no schedule and no variance."""
@@ -64,8 +63,7 @@ class EpsilonPrediction:
 
 
 class VelocityPrediction:
-    """The output is v = signal eps - noise z_0, with signal^2 + noise^2 = 1 (Salimans & Ho 2022, appendix "
-    "D)."""
+    """The output is v = signal eps - noise z_0 (Salimans & Ho 2022, appendix D)."""
 
     straight_path = False
 
@@ -83,10 +81,7 @@ class VelocityPrediction:
 
 
 class FlowPrediction:
-    """The output is dz/ds = eps - z_0, the velocity of the straight path with signal + noise = 1 (Liu et al.
-
-    2023, eq. 1).
-    """
+    """The output is dz/ds = eps - z_0, the velocity of the straight path (Liu et al. 2023, eq. 1)."""
 
     straight_path = True
 
@@ -111,11 +106,10 @@ PREDICTIONS: dict[str, type[Prediction]] = {
 
 
 class NoisePath:
-    """z_t = signal z_0 + noise eps over ``num_steps`` indices. Abstract: Process and Flow define signal and
-    noise.
+    """z_t = signal z_0 + noise eps over ``num_steps`` indices. Abstract: Process and Flow.
 
-    signal, noise: float64 (num_steps,). timestep_map: int64 (num_steps,), the original timestep of each
-    index.
+    signal, noise: float64 (num_steps,).
+    timestep_map: int64 (num_steps,), the original timestep of each index.
     prediction: key of PREDICTIONS, what the model's output means.
     """
 
@@ -142,26 +136,24 @@ class NoisePath:
         return self._placed[key]
 
     def at(self, name: str, t: Tensor, like: Tensor) -> Tensor:
-        """Return entries t (b,) of the float64 table ``name`` as (b 1 1 1 1), on the device of ``like`` and
-        in float32.
+        """Return entries t (b,) of the float64 table ``name`` as (b 1 1 1 1), on the device of ``like``.
 
-        The only change of precision here. A float64 ``like`` keeps float64; a half-precision one gets
-        float32, so that everything computed from it is float32 again.
+        The only change of precision here: the result is float32, so that everything computed from it is
+        float32 even for a half-precision ``like``. A float64 ``like`` keeps float64.
         """
         dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
         entries = self._table(name, like.device, dtype)[t.to(like.device)]  # (b)
         return entries.view(-1, *[1] * (like.ndim - 1))  # (b 1 1 1 1)
 
     def original(self, t: Tensor) -> Tensor:
-        """Return the original timesteps (b,) of indices t (b,) int64, on the device of ``t``.
-
-        The model's input.
-        """
+        """Return the original timesteps (b,), the model's input, of indices t (b,) int64."""
         return self._table("timestep_map", t.device, torch.int64)[t]
 
     def add_noise(self, z0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-        """Return a sample of q(z_t | z_0) (b f c h w) from z0 and standard normal eps (b f c h w), t (b,) "
-        "(DDPM eq. 4)."""
+        """Return a sample of q(z_t | z_0), (b f c h w), at t (b,) (DDPM eq. 4).
+
+        ``z0`` and standard normal ``eps`` are (b f c h w).
+        """
         return self.at("signal", t, z0) * z0 + self.at("noise", t, z0) * eps
 
     def target(self, z0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
@@ -169,8 +161,7 @@ class NoisePath:
         return PREDICTIONS[self.prediction].target(self.at("signal", t, z0), self.at("noise", t, z0), z0, eps)
 
     def split(self, output: Tensor, zt: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Split output (b f c|2c h w) into the prediction (b f c h w) and the variance channels (b f c h w)
-        or None.
+        """Split output (b f c|2c h w) into prediction (b f c h w) and variance channels (b f c h w) or None.
 
         Both are float32, or float64 if zt is. InputError for an output of another shape.
         """
@@ -179,19 +170,15 @@ class NoisePath:
         check(
             same_grid and output.shape[2] in (channels, 2 * channels),
             f"the model output has shape {tuple(output.shape)}, but the latent {tuple(zt.shape)} needs "
-            f"{channels} "
-            f"channels, or {2 * channels} with a learned variance; check model.latent_channels and "
-            "model.learn_sigma",
+            f"{channels} channels, or {2 * channels} with a learned variance; check model.latent_channels "
+            "and model.learn_sigma",
         )
         output = output.to(torch.float64 if zt.dtype == torch.float64 else torch.float32)
         variance = output[:, :, channels:] if output.shape[2] > channels else None  # (b f c h w)
         return output[:, :, :channels], variance
 
     def estimate(self, prediction: Tensor, zt: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the z_0 and eps that a prediction implies at zt (both (b f c h w)) and t (b,).
-
-        Z_0 is not clipped.
-        """
+        """Return the z_0 and eps, not clipped, of a prediction at zt, each (b f c h w), and t (b,)."""
         kind = PREDICTIONS[self.prediction]
         signal = self.at("signal", t, zt)
         noise = self.at("noise", t, zt)
@@ -230,8 +217,8 @@ class Process(NoisePath):
         self.betas = betas = torch.as_tensor(betas, dtype=torch.float64)
         check(
             betas.ndim == 1 and len(betas) > 0 and bool(((betas > 0) & (betas < 1)).all()),
-            f"betas has shape {tuple(betas.shape)}, but must be a vector of values inside (0, 1); "
-            "use a schedule of latte.diffusion.schedules",
+            f"betas has shape {tuple(betas.shape)}, but must be a vector of values inside (0, 1); use a "
+            "schedule of latte.diffusion.schedules",
         )
         self.alphas_cumprod = torch.cumprod(1 - betas, 0)
         self.alphas_cumprod_prev = torch.cat([torch.ones(1, dtype=torch.float64), self.alphas_cumprod[:-1]])
@@ -270,27 +257,21 @@ class Process(NoisePath):
         return ReverseStep(z0, eps, mean, w * self.at("log_betas", t, zt) + (1 - w) * smallest)
 
     def keep(self, indices: Sequence[int]) -> "Process":
-        """Return the process over ``indices`` (ascending) alone.
-
-        The same marginals, with betas recomputed between them.
-        """
+        """Return the process over ``indices`` (ascending): the same marginals, with betas recomputed."""
         kept = list(indices)
         alphas_cumprod = self.alphas_cumprod[kept]
         previous = torch.cat([torch.ones(1, dtype=torch.float64), alphas_cumprod[:-1]])
         return Process(1 - alphas_cumprod / previous, self.timestep_map[kept], self.prediction)
 
     def respaced(self, sections: str) -> "Process":
-        """Return the process over ``spaced_timesteps(num_steps, sections)``.
-
-        "250", "10,15,20" or "ddim50".
-        """
+        """Return the process over ``spaced_timesteps``: "250", "10,15,20" or "ddim50"."""
         return self.keep(spaced_timesteps(self.num_steps, sections))
 
 
 class Flow(NoisePath):
-    """The straight path of rectified flow.
+    """The straight path of rectified flow, z_s = (1 - s) z_0 + s eps.
 
-    Z_s = (1 - s) z_0 + s eps, s from 1 / num_steps to 1 (pure noise).
+    s runs from 1 / num_steps to 1 (pure noise).
     """
 
     def __init__(self, times: Tensor, timestep_map: Sequence[int] | Tensor | None = None):

@@ -49,7 +49,7 @@ def ddpm(
 ) -> Tensor:
     """Ancestral sampling (DDPM, algorithm 2) with the model's own variance.
 
-    The last step also draws noise, and drops it.
+    The last step also draws noise, as in the released code, and drops it.
     """
     for i in _with_progress(range(process.num_steps - 1, -1, -1), progress):
         t = torch.full((len(z),), i, device=z.device)
@@ -67,10 +67,7 @@ def ddim(
     eta: float,
     progress: Progress | None,
 ) -> Tensor:
-    """DDIM (Song et al. 2021, eq. 12 and 16).
-
-    Eta 0 is deterministic, eta 1 is DDPM with the posterior's variance.
-    """
+    """DDIM (Song et al. 2021, eq. 12 and 16); eta 0 is deterministic, eta 1 is DDPM."""
     for i in _with_progress(range(process.num_steps - 1, -1, -1), progress):
         t = torch.full((len(z),), i, device=z.device)
         step = process.reverse_step(denoise(z, process.original(t)), z, t)
@@ -91,10 +88,7 @@ def flow(
     eta: float,
     progress: Progress | None,
 ) -> Tensor:
-    """Euler steps along the learned velocity dz/ds = eps - z_0 from s = 1 (noise) to s = 0 (Liu et al.
-
-    2023, eq. 1).
-    """
+    """Euler steps along dz/ds = eps - z_0 from s = 1 (noise) to s = 0 (Liu et al. 2023, eq. 1)."""
     times = process.times.tolist()
     for i in _with_progress(range(process.num_steps - 1, -1, -1), progress):
         t = torch.full((len(z),), i, device=z.device)
@@ -106,8 +100,7 @@ def flow(
 
 
 def _scheduler(scheduler_class: str, settings: dict[str, Any], process: Process) -> Any:
-    """Return the diffusers scheduler over all steps of ``process``, with every value that matters given "
-    "here."""
+    """Return the diffusers scheduler over all steps of ``process``."""
     try:
         import diffusers
     except ImportError as error:
@@ -189,11 +182,10 @@ SAMPLERS = {
 
 
 def indices(sampler: Sampler, num_steps: int, steps: int | str) -> list[int]:
-    """Return the indices that ``sampler`` visits, ascending: ``steps`` of ``num_steps``; InputError for more
-    than there are.
+    """Return the indices that ``sampler`` visits, ascending: ``steps`` of ``num_steps``.
 
     A single step starts from pure noise and so is the last index, where the released code's list has the
-    first.
+    first. InputError for more steps than there are.
     """
     if isinstance(steps, int):
         check(
@@ -215,8 +207,7 @@ def check_finite(denoise: DenoiseFunction) -> DenoiseFunction:
             if not bool(tensor.isfinite().all()):
                 raise RunError(
                     f"sampling: the {name} holds NaN or Inf at step {num_calls} (timestep "
-                    f"{int(t.flatten()[0])}); "
-                    "check the weights, use a lower guidance, or --dtype fp32"
+                    f"{int(t.flatten()[0])}); check the weights, use a lower guidance, or --dtype fp32"
                 )
         return output
 
@@ -235,17 +226,19 @@ def sample(
     device: str | torch.device = "cpu",
     progress: Progress | None = None,
 ) -> Tensor:
-    """Sample z_0 (b f c h w) with the sampler ``name`` of SAMPLERS; b is that of ``noise``, such as
-    ``runtime.SampleNoise(seeds)``.
+    """Return a sample z_0 (b f c h w) of the sampler ``name`` of SAMPLERS.
 
-    denoise: (z, original timesteps (b,)) -> model output, guidance included. process: the one of training,
-    not respaced.
-    noise(shape): the next standard normal (b, *shape); its precision, float32, is that of the sample. shape:
-    (f c h w).
-    steps: a count, or for ddpm and ddim a respacing such as "ddim50". eta: 0 (deterministic) to 1, for ddim
-    alone.
-    progress(i, n): called after each of the n steps. InputError for any other combination, RunError that
-    names the step when the latent or the model's output holds NaN or Inf.
+    denoise: (z, original timesteps (b,)) -> model output, guidance included.
+    process: the one of training, not respaced.
+    noise: shape -> the next standard normal (b, *shape), such as ``runtime.SampleNoise(seeds)``; the
+        sample has its precision, float32.
+    shape: (f c h w).
+    steps: a count, or for ddpm and ddim a respacing such as "ddim50".
+    eta: 0 (deterministic) to 1, for ddim alone.
+    progress: called with (i, n) after each of the n steps.
+
+    InputError for any other combination, RunError that names the step when the latent or the model's output
+    holds NaN or Inf.
     """
     sampler = choose("sampler", name, SAMPLERS)
     fitting = ", ".join(other for other, entry in SAMPLERS.items() if process.prediction in entry.predictions)

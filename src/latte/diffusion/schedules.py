@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Noise schedules (betas), and which of their timesteps a sampler visits. Plain numbers: no model and no
-latents here.
+"""Noise schedules (betas), and which of their timesteps a sampler visits: plain numbers, no model.
 
 To add a schedule: a function num_steps -> betas, and one entry in SCHEDULES.
 """
@@ -15,23 +14,21 @@ from latte.checks import InputError, check
 
 
 def linear(num_steps: int) -> Tensor:
-    """Return betas (num_steps,) float64 from 1e-4 to 0.02, both ends scaled by 1000 / num_steps (DDPM.
+    """Return betas (num_steps,) float64 from 1e-4 to 0.02, both ends scaled by 1000 / num_steps.
 
-    Latte, Sec. 4.1).
+    DDPM's schedule, and Latte's (Sec. 4.1).
     """
     check(
         num_steps > 20,
         f"diffusion.num_steps is {num_steps}, but the linear schedule ends at beta = 20 / num_steps, which "
-        "must stay "
-        "below 1; use 21 or more, or diffusion.schedule=squared_cosine",
+        "must stay below 1; use 21 or more, or diffusion.schedule=squared_cosine",
     )
     scale = 1000 / num_steps
     return torch.linspace(scale * 1e-4, scale * 0.02, num_steps, dtype=torch.float64)
 
 
 def squared_cosine(num_steps: int) -> Tensor:
-    """Return betas (num_steps,) float64, at most 0.999, whose alphas_cumprod follow cos^2 (Nichol & "
-    "Dhariwal, eq. 17)."""
+    """Return betas (num_steps,) float64, at most 0.999, of a squared cosine (Nichol & Dhariwal, eq. 17)."""
     u = torch.linspace(0, 1, num_steps + 1, dtype=torch.float64)
     alphas_cumprod = torch.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
     return (1 - alphas_cumprod[1:] / alphas_cumprod[:-1]).clamp(max=0.999)
@@ -41,8 +38,7 @@ SCHEDULES: dict[str, Callable[[int], Tensor]] = {"linear": linear, "squared_cosi
 
 
 def spaced_timesteps(num_steps: int, sections: str) -> list[int]:
-    """Return the timesteps of 0..num_steps-1 that a respacing keeps, ascending, exactly as the released code
-    picks them.
+    """Return the timesteps of 0..num_steps-1 that a respacing keeps, ascending, as in the released code.
 
     "250" or "10,15,20": equal sections (the first ones take the remainder), each with its count at a
     fractional stride, rounded half to even. "ddim50": the smallest integer stride that gives 50. InputError
@@ -54,8 +50,7 @@ def spaced_timesteps(num_steps: int, sections: str) -> list[int]:
     check(
         valid and not (integer_stride and len(digits) > 1),
         f"steps is {sections!r}, but a respacing must be a positive integer ('250'), comma-separated "
-        "integers, one per "
-        "section ('10,15,20'), or an integer stride ('ddim50')",
+        "integers, one per section ('10,15,20'), or an integer stride ('ddim50')",
     )
     counts = [int(part) for part in digits]
     if integer_stride:
@@ -63,8 +58,8 @@ def spaced_timesteps(num_steps: int, sections: str) -> list[int]:
             if len(range(0, num_steps, stride)) == counts[0]:
                 return list(range(0, num_steps, stride))
         raise InputError(
-            f"steps is {sections!r}, but no integer stride over {num_steps} timesteps gives {counts[0]}; "
-            f"use '{counts[0]}'"
+            f"steps is {sections!r}, but no integer stride over {num_steps} timesteps gives {counts[0]}; use "
+            f"'{counts[0]}'"
         )
     kept: list[int] = []
     start = 0
@@ -73,8 +68,7 @@ def spaced_timesteps(num_steps: int, sections: str) -> list[int]:
         check(
             count <= size,
             f"steps is {sections!r}, but section {index + 1} of {len(counts)} has only {size} of the "
-            f"{num_steps} "
-            f"timesteps the model was trained with; use at most {size} there",
+            f"{num_steps} timesteps the model was trained with; use at most {size} there",
         )
         kept += [start + offset for offset in _fractional_stride(size, count)]
         start += size
@@ -103,7 +97,6 @@ def trailing_timesteps(num_steps: int, count: str) -> list[int]:
     check(
         count.isdecimal() and len(count) < 10 and 1 <= int(count) <= num_steps,
         f"steps is {count!r}, but this sampler needs an integer from 1 to {num_steps}; only ddpm and ddim "
-        "take respacing "
-        "strings such as 'ddim50'",
+        "take respacing strings such as 'ddim50'",
     )
     return [round(num_steps * k / int(count)) - 1 for k in range(1, int(count) + 1)]

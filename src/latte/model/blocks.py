@@ -22,8 +22,7 @@ MLP_SLOT = 1
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Return softmax(q k' / sqrt(k)) v, (b h l k), of queries, keys and values (b h l k): the one attention
-    function.
+    """Return softmax(q k' / sqrt(k)) v of queries, keys and values, each (b h l k).
 
     ``mask`` is bool, True where a key may be attended to, and broadcasts to (b h l l).
     """
@@ -53,10 +52,10 @@ class Branch(nn.Module):
         return self.mixes_time
 
     def table3_rows(self, frames: int, positions: int) -> int:
-        """Return how often Table 3 counts the block's modulation for this branch: once per sequence that it
-        attends over.
+        """Return how often Table 3 counts the block's modulation for this branch.
 
-        ``frames`` and ``positions`` are those of a clip's tokens; a branch without attention counts 0.
+        That is once per sequence that it attends over. ``frames`` and ``positions`` are those of a clip's
+        tokens; a branch without attention counts 0.
         """
         return 0
 
@@ -148,7 +147,7 @@ class SpaceAndTimeAttention(Branch):
 class JointAttention(Attention):
     """Attention among all tokens of a clip: the costly baseline that the four variants factorise.
 
-    An image attends to itself.
+    An image attends to its own tokens only.
     """
 
     mixes_time = True
@@ -197,7 +196,7 @@ class MLP(Branch):
 class Block(nn.Module):
     """x + gate * branch(norm(x) * (1 + scale) + shift), branch after branch.
 
-    Images skip the branches that say so, and with ``video_only`` the whole block (the temporal blocks of
+    Images skip branches with ``skips_images``, and the whole block with ``video_only`` (temporal blocks of
     variants 1 and 2).
     """
 

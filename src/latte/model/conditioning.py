@@ -47,10 +47,9 @@ class LabelEmbedding(nn.Module):
         self.table = nn.Embedding(num_classes + 1, width)
 
     def forward(self, label: Tensor) -> Tensor:
-        """Return (..., d) for labels (b,) or (b 1+i) int64 in -1...num_classes; InputError outside that
-        range.
+        """Return (..., d) for labels (b,) or (b 1+i) int64 in -1...num_classes.
 
-        The range is checked on the CPU only: on a GPU it would wait for the device.
+        InputError outside that range, on the CPU only: on a GPU the check would wait for the device.
         """
         if label.device.type == "cpu":
             wrong = label[(label < NULL_LABEL) | (label > self.num_classes)]
@@ -63,8 +62,7 @@ class LabelEmbedding(nn.Module):
 
 
 def drop_labels(label: Tensor, p: float, generator: torch.Generator) -> Tensor:
-    """Return labels (b,) or (b 1+i) where each clip, with its images, becomes the null class with "
-    "probability ``p``."""
+    """Return labels (b,) or (b 1+i), each clip's row replaced by the null class with probability ``p``."""
     drop = torch.rand(label.shape[0], generator=generator) < p
     return label.masked_fill(drop.to(label.device).view(-1, *[1] * (label.ndim - 1)), NULL_LABEL)
 
@@ -125,8 +123,10 @@ class Conditioning(Protocol):
 
 
 class SAdaLN:
-    """gamma and beta for every norm and alpha before every residual sum, regressed from the condition, zero "
-    "at the start."""
+    """gamma and beta for every norm and alpha before every residual sum, regressed from the condition.
+
+    All start at zero, so that every block is the identity.
+    """
 
     affine_norm = False
 

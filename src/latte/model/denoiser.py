@@ -113,8 +113,8 @@ class DenoiserConfig:
         depth, width, heads = self.dimensions
         check(
             width % 4 == 0,
-            f"model.width is {width}, but must be a multiple of 4 (sine and cosine of row and column); "
-            f"the nearest is {nearest_multiple(width, 4)}",
+            f"model.width is {width}, but must be a multiple of 4 (sine and cosine of row and column); the "
+            f"nearest is {nearest_multiple(width, 4)}",
         )
         check(
             width % heads == 0,
@@ -124,9 +124,8 @@ class DenoiserConfig:
         parameters = depth * block_matrices * width**2
         check(
             parameters <= MAX_PARAMETERS,
-            f"model.depth = {depth} and model.width = {width} give a model of {parameters / 1e9:.0f} billion "
-            "parameters; "
-            f"the limit is {MAX_PARAMETERS / 1e9:.0f} billion",
+            f"model.depth = {depth} and model.width = {width} give {parameters / 1e9:.0f} billion "
+            f"parameters; the limit is {MAX_PARAMETERS / 1e9:.0f} billion",
         )
         check(
             len(self.grid_size) == 2,
@@ -138,8 +137,7 @@ class DenoiserConfig:
         check(
             max(rows * columns, self.num_frames) * width <= MAX_TABLE,
             f"model.latent_size {self.grid_size} gives {rows * columns} tokens per frame, and "
-            "model.num_frames is "
-            f"{self.num_frames}: too many for position tables of width {width}",
+            f"model.num_frames is {self.num_frames}: too many for position tables of width {width}",
         )
 
     def check_side(self, field: str, side: int) -> None:
@@ -150,8 +148,8 @@ class DenoiserConfig:
         )
         check(
             side % self.patch_size == 0,
-            f"{field} is {side}, but must be a multiple of model.patch_size = {self.patch_size}; "
-            f"the nearest is {nearest_multiple(side, self.patch_size)}",
+            f"{field} is {side}, but must be a multiple of model.patch_size = {self.patch_size}; the nearest "
+            f"is {nearest_multiple(side, self.patch_size)}",
         )
 
 
@@ -163,9 +161,9 @@ def nearest_multiple(value: int, factor: int) -> int:
 class Denoiser(nn.Module, SavedModel):
     """A model that predicts noise (or velocity) from noisy latents. Abstract: Latte and LatteText.
 
-    Call it as ``model(z, t, **condition, num_images=i)`` -> (b f+i o h w), with noisy latents z (b f+i c h
-    w), timesteps t (b,) in 0...999 and o = 2c with a learned variance, else c. The last ``num_images`` frames
-    are images: each is denoised by itself.
+    ``model(z, t, **condition, num_images=i)`` returns (b f+i o h w) for noisy latents z (b f+i c h w) and
+    timesteps t (b,) in 0...999; o = 2c with a learned variance, else c. The last ``num_images`` frames are
+    images: each is denoised by itself.
     """
 
     patch: Any
@@ -178,8 +176,7 @@ class Denoiser(nn.Module, SavedModel):
         self.gradient_checkpointing = False
 
     def example_condition(self, clips: int, num_images: int = 0, tokens: int = 1) -> dict[str, Tensor]:
-        """Return a condition of the right shapes on torch's default device, for measuring: its values mean
-        nothing.
+        """Return a condition of the right shapes on torch's default device, for measuring cost.
 
         ``tokens`` are those of a caption, with its padding.
         """
@@ -187,10 +184,7 @@ class Denoiser(nn.Module, SavedModel):
 
     @property
     def opened(self) -> float:
-        """How much of the temporal position table is added, 0 to 1.
-
-        All of it in a model without ``gated_time``.
-        """
+        """How much of the temporal position table is added, 0 to 1; all of it without ``gated_time``."""
         return 1.0
 
     def initialise(self) -> None:
@@ -198,9 +192,7 @@ class Denoiser(nn.Module, SavedModel):
 
         Every adaLN-Zero block is the identity, and a fresh model predicts exactly 0 (Latte, Sec. 3.3.2).
         """
-        if (
-            self.final_linear.weight.is_meta
-        ):  # nothing to fill; random numbers on meta import torch's compiler (seconds)
+        if self.final_linear.weight.is_meta:  # filling it would import torch's compiler, for nothing
             return
         for module in self.modules():
             if isinstance(module, nn.Linear):
@@ -225,17 +217,13 @@ class Denoiser(nn.Module, SavedModel):
         yield self.final_linear.weight
 
     def run_block(self, block: nn.Module, *inputs: Any) -> Tensor:
-        """Return ``block(*inputs)``.
-
-        With ``gradient_checkpointing`` it is recomputed in the backward pass.
-        """
+        """Return ``block(*inputs)``, recomputed in the backward pass with ``gradient_checkpointing``."""
         if self.gradient_checkpointing and torch.is_grad_enabled():
             return checkpoint(block, *inputs, use_reentrant=False)
         return block(*inputs)
 
     def check_latent(self, z: Tensor, t: Tensor, num_images: int) -> None:
-        """Raise InputError for shapes of z, t and a number of images that do not fit each other or the "
-        "model."""
+        """Raise InputError when z, t and num_images do not fit each other or the model."""
         config = self.config
         check(
             z.ndim == 5, f"z has shape {tuple(z.shape)}, but must be (clips, frames, channels, height, width)"
@@ -258,7 +246,7 @@ class Denoiser(nn.Module, SavedModel):
         """Warn when a clip has more frames than the model was trained on."""
         if frames > self.config.num_frames:
             warnings.warn(
-                f"{frames} frames are more than the {self.config.num_frames} the model was trained on; "
-                "the temporal table is extended",
+                f"{frames} frames are more than the {self.config.num_frames} the model was trained on; the "
+                "temporal table is extended",
                 stacklevel=4,
             )

@@ -35,9 +35,7 @@ class ModelConfig(DenoiserConfig):
     __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
 
     size: str = "XL"  # key of SIZES (Table 4): depth, width and heads unless given below
-    depth: int | None = (
-        None  # blocks; null: the size's at variant 1, and as many as fit its parameters otherwise
-    )
+    depth: int | None = None  # blocks; null: as many as fit the parameters of the size (28 -> 23)
     width: int | None = None  # channels of a token, a multiple of 4
     heads: int | None = None  # attention heads, a divisor of width
     variant: int | str = 1  # key of VARIANTS: 1 to 4 (Fig. 2), or joint
@@ -69,8 +67,7 @@ class ModelConfig(DenoiserConfig):
         check(
             self.num_frames % tube == 0,
             f"model.num_frames is {self.num_frames}, but compression patches need a multiple of model.tube = "
-            f"{tube}; "
-            f"the nearest is {nearest_multiple(self.num_frames, tube)}",
+            f"{tube}; the nearest is {nearest_multiple(self.num_frames, tube)}",
         )
 
     def build(self) -> "Latte":
@@ -132,8 +129,7 @@ class Latte(Denoiser):
         return {"label": torch.zeros(shape, dtype=torch.long)}
 
     def forward(self, z: Tensor, t: Tensor, label: Tensor | None = None, num_images: int = 0) -> Tensor:
-        """Return (b f+i o h w) for noisy latents z (b f+i c h w) and timesteps t (b,); o = 2c with learned
-        sigma, else c.
+        """Return (b f+i o h w) for noisy latents z (b f+i c h w) and timesteps t (b,); o = 2c or c.
 
         The last ``num_images`` frames are images. ``label`` is (b,), or (b 1+i) with a label per image; None
         is the null class. InputError for wrong channels, sizes that the patches do not divide, and labels
@@ -151,33 +147,24 @@ class Latte(Denoiser):
         return torch.cat([clip, self.denoise(images, image_c, images=True)], dim=1)  # (b f+i o h w)
 
     def embed_condition(self, t: Tensor, label: Tensor | None, num_images: int) -> Tensor:
-        """Return c (b 1 d) of timesteps (b,) and labels (b,).
-
-        (b 1+i d) when every image has a label of its own.
-        """
+        """Return c (b 1 d) of timesteps (b,) and labels (b,), or (b 1+i d) of labels (b 1+i)."""
         c = self.time_embedding(t)[:, None]  # (b 1 d)
         if self.label_embedding is None:
             if label is not None:
-                raise InputError(
-                    "label was given, but this model is unconditional (num_classes is null); leave the label "
-                    "out"
-                )
+                raise InputError("label was given, but this model is unconditional; leave the label out")
             return c
         b = len(t)
         if label is None:
             label = t.new_full((b,), NULL_LABEL, dtype=torch.long)
         check(
             label.shape in ((b,), (b, 1 + num_images)),
-            f"label has shape {tuple(label.shape)}, but {b} clips with {num_images} images each need "
-            f"({b},) or ({b}, {1 + num_images})",
+            f"label has shape {tuple(label.shape)}, but {b} clips with {num_images} images each need ({b},) "
+            f"or ({b}, {1 + num_images})",
         )
         return c + self.label_embedding(label if label.ndim == 2 else label[:, None])  # (b 1|1+i d)
 
     def denoise(self, z: Tensor, c: Tensor, images: bool = False) -> Tensor:
-        """Return (b f o h w) for latents (b f c h w) under the condition (b f|1 d); ``images``.
-
-        Every frame by itself.
-        """
+        """Return (b f o h w) for latents (b f c h w) and condition (b f|1 d); ``images`` mix no frames."""
         grid = z.shape[-2] // self.config.patch_size, z.shape[-1] // self.config.patch_size
         x = self.patch.embed(z, images)  # (b f n d)
         x = x + spatial_table(*grid, x.shape[-1]).to(x)
@@ -197,7 +184,7 @@ class Latte(Denoiser):
         (h, w), (rows, columns) = z.shape[-2:], self.config.grid_size
         if h > rows or w > columns:
             warnings.warn(
-                f"latents of {h} x {w} are larger than the {rows} x {columns} the model was trained on; "
-                "the spatial table is extended",
+                f"latents of {h} x {w} are larger than the {rows} x {columns} the model was trained on; the "
+                "spatial table is extended",
                 stacklevel=3,
             )

@@ -83,8 +83,7 @@ class UniformPatch(nn.Module):
 
 
 class CompressionPatch(nn.Module):
-    """One token per tube of s frames x p x p; a transposed convolution of (s, 1, 1) brings the output back to
-    f frames.
+    """One token per tube of s frames x p x p; a transposed convolution of (s, 1, 1) restores the f frames.
 
     An image counts as a tube of s equal frames, and its output is the mean over the tube.
     """
@@ -125,8 +124,7 @@ class CompressionPatch(nn.Module):
         check(
             frames % self.tube == 0,
             f"the clip has {frames} latent frames, but compression patches need a multiple of model.tube = "
-            f"{self.tube}; "
-            f"the nearest is {max(round(frames / self.tube), 1) * self.tube}",
+            f"{self.tube}; the nearest is {max(round(frames / self.tube), 1) * self.tube}",
         )
         x = self.proj(z.transpose(1, 2))  # (b d f/s h/p w/p)
         return x.flatten(3).permute(0, 2, 3, 1)  # (b f/s n d)

@@ -44,10 +44,7 @@ def temporal_table(frames: int, width: int) -> Tensor:
 
 
 class TemporalPosition(Protocol):
-    """How a model knows the order of frames.
-
-    A class of TEMPORAL_POSITIONS is made from the width of one head.
-    """
+    """How a model knows the order of frames; made from the width of one head."""
 
     free_length: bool
     """Whether more frames than in training need no warning."""
@@ -79,11 +76,10 @@ class AbsoluteTime(nn.Module):
 
 
 class RotaryTime(nn.Module):
-    """Rotary embedding (RoPE, arXiv 2104.09864) of temporal queries and keys: base 10000, over the whole head
-    width.
+    """Rotary embedding (RoPE, arXiv 2104.09864) of temporal queries and keys, base 10000.
 
-    Channel j is paired with channel j + k/2. Attention depends on differences of frame indices only, so any
-    length works.
+    Channel j is paired with channel j + k/2, over the whole head width k. Attention depends on differences of
+    frame indices only, so any length works.
     """
 
     free_length = True
@@ -93,8 +89,7 @@ class RotaryTime(nn.Module):
         check(
             head_width % 2 == 0,
             f"the head width (model.width / model.heads) is {head_width}, but rotary positions need an even "
-            "one; "
-            f"change model.heads, e.g. for a head width of {head_width + 1}",
+            f"one; change model.heads, e.g. for a head width of {head_width + 1}",
         )
 
     def add(self, x: Tensor) -> Tensor:

@@ -69,9 +69,9 @@ class TextConfig(DenoiserConfig):
 
     @property
     def spans(self) -> tuple[float, float]:
-        """Range of row and column positions at any latent size.
+        """Range of row and column positions, the same at any latent size.
 
-        Tokens of the table's grid, in smaller steps from 128 latents on.
+        They are the tokens of the table's grid, in smaller steps from 128 latents on.
         """
         down, across = (side // self.patch_size / max(side // COARSE, 1) for side in self.table_grid)
         return down, across
@@ -79,10 +79,7 @@ class TextConfig(DenoiserConfig):
 
 @lru_cache(maxsize=32)
 def scaled_table(rows: int, columns: int, spans: tuple[float, float], width: int) -> Tensor:
-    """Return (rows columns, width) float32, row by row.
-
-    Column, then row, at positions spread over ``spans``.
-    """
+    """Return (rows columns, width) float32, row by row: column, then row, spread over ``spans``."""
     down = torch.arange(rows, dtype=torch.float64) * (spans[0] / rows)
     across = torch.arange(columns, dtype=torch.float64) * (spans[1] / columns)
     y, x = torch.meshgrid(down, across, indexing="ij")
@@ -90,10 +87,7 @@ def scaled_table(rows: int, columns: int, spans: tuple[float, float], width: int
 
 
 class LatteText(Denoiser):
-    """The denoiser of a caption.
-
-    ``LatteText(config)(z, t, text, mask=None, num_images=0, temporal=True)``.
-    """
+    """The denoiser of a caption: ``LatteText(config)(z, t, text, mask=None, num_images=0)``."""
 
     config_class = TextConfig
 
@@ -143,7 +137,7 @@ class LatteText(Denoiser):
         """Make the temporal blocks the identity: the output of each of their branches becomes 0.
 
         With ``gated_time`` the model then treats every frame as an image of its own; without, only the
-        temporal table tells frames apart.
+        temporal table distinguishes the frames.
         """
         for block in self.time_blocks:
             for linear in (block.attention.proj, block.mlp.fc2):
@@ -159,8 +153,7 @@ class LatteText(Denoiser):
 
     @torch.no_grad()
     def open_gate(self, opened: float) -> None:
-        """Add the temporal table times ``opened`` from here on, in place, so that a compiled model is not
-        compiled again.
+        """Set how much of the temporal table is added, in place, so that a compiled model stays compiled.
 
         At 1 the model is one without a gate. InputError outside 0...1, and for a model without
         ``gated_time``.
@@ -179,8 +172,7 @@ class LatteText(Denoiser):
         num_images: int = 0,
         temporal: bool = True,
     ) -> Tensor:
-        """Return (b f+i o h w) for noisy latents z (b f+i c h w), timesteps t (b,) and caption features; o =
-        2c with learned sigma.
+        """Return (b f+i o h w) for noisy latents z (b f+i c h w), timesteps t (b,) and captions; o = 2c or c.
 
         ``text`` is (b l k), or (b 1+i l k) with a caption per image; ``mask`` (b l) or (b 1+i l) is True
         where it is not padding, None when there is no padding. The last ``num_images`` frames are images.
@@ -206,8 +198,7 @@ class LatteText(Denoiser):
         return torch.cat([clip, images], dim=1)  # (b f+i o h w)
 
     def denoise(self, z: Tensor, c: Tensor, text: Tensor, mask: Tensor | None, temporal: bool) -> Tensor:
-        """Return (b f o h w) for latents (b f c h w), timestep features (b 1 d) and captions (b g l k) with "
-        "g 1 or f."""
+        """Return (b f o h w) for latents (b f c h w), timesteps c (b 1 d), captions (b g l k), g 1 or f."""
         grid = z.shape[-2] // self.config.patch_size, z.shape[-1] // self.config.patch_size
         x = self.patch.embed(z)  # (b f n d)
         x = x + scaled_table(*grid, self.config.spans, x.shape[-1]).to(x)
@@ -245,8 +236,8 @@ class LatteText(Denoiser):
         channels = text.shape[3]
         check(
             channels == self.config.caption_channels,
-            f"text has {channels} channels, but the model takes {self.config.caption_channels}; "
-            "use the text encoder it was trained with",
+            f"text has {channels} channels, but the model takes {self.config.caption_channels}; use the text "
+            "encoder it was trained with",
         )
         if mask is None:
             return text, None

@@ -16,8 +16,10 @@ from latte.model.blocks import MLP, attend, modulate
 
 
 class SplitAttention(nn.Module):
-    """Attention whose queries, keys, values and output have a matrix each, as in PixArt, so that an adapter "
-    "can address one."""
+    """Attention with a matrix each for queries, keys, values and output, as in PixArt.
+
+    An adapter can so address one of them.
+    """
 
     def __init__(self, width: int, heads: int):
         super().__init__()
@@ -30,7 +32,7 @@ class SplitAttention(nn.Module):
     def forward(self, x: Tensor, source: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """Return (b s d): tokens x (b s d) attend to ``source`` (b l d), or to themselves.
 
-        ``mask`` (b l) is True at valid keys.
+        ``mask`` (b l) is True at valid keys, None when all are.
         """
         source = x if source is None else source
         q = self.split_heads(self.q(x))  # (b h s d/h)
@@ -74,8 +76,10 @@ class SpaceBlock(ModulatedBlock):
         self.cross = SplitAttention(width, heads)
 
     def forward(self, x: Tensor, shared: tuple[Tensor, ...], text: Tensor, mask: Tensor | None) -> Tensor:
-        """Return tokens (b f n d) from tokens (b f n d), captions (b g l d) and their mask (b g l), True at "
-        "valid tokens."""
+        """Return tokens (b f n d) from tokens (b f n d) and captions (b g l d).
+
+        ``mask`` (b g l) is True at the captions' valid tokens.
+        """
         shift, scale, gate, *mlp_chunks = self.chunks(shared)
         y = modulate(self.norm(x), shift, scale).flatten(0, 1)  # (bf n d)
         x = torch.addcmul(x, gate, self.attention(y).view(x.shape))

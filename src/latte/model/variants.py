@@ -74,15 +74,13 @@ class Variant:
         check(
             depth % multiple == 0,
             f"model.depth is {depth}, but variant {self.name!r} needs a multiple of {multiple}; the nearest "
-            "is "
-            f"{max(round(depth / multiple), 1) * multiple}",
+            f"is {max(round(depth / multiple), 1) * multiple}",
         )
         multiple = self.heads_multiple
         check(
             heads % multiple == 0,
             f"model.heads is {heads}, but variant {self.name!r} splits the heads between space and time; the "
-            "nearest "
-            f"valid number is {max(round(heads / multiple), 1) * multiple}",
+            f"nearest valid number is {max(round(heads / multiple), 1) * multiple}",
         )
 
 

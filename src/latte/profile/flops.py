@@ -40,8 +40,7 @@ class Table3:
 
 
 def count(config: DenoiserConfig, tokens: int = 1) -> Cost:
-    """Return the exact cost. Convolutions, linear layers and attention products count; norms and activations
-    do not.
+    """Return the exact cost: convolutions, linear layers and attention products, not norms and activations.
 
     ``tokens`` are those of a text model's caption, with its padding.
     """
@@ -57,8 +56,8 @@ def table3(config: ModelConfig) -> Table3:
     """Return the cost as Table 3 counts it, without classes."""
     config = replace(config, num_classes=None)
     model, z, t = on_meta(config, TABLE3_CLIPS)
-    counters = {nn.Linear: multiply_adds, nn.LayerNorm: norm_operations}
-    counters |= {kind: multiply_adds for kind in (nn.Conv2d, nn.Conv3d, nn.ConvTranspose3d)}
+    counters = dict.fromkeys((nn.Linear, nn.Conv2d, nn.Conv3d, nn.ConvTranspose3d), multiply_adds)
+    counters[nn.LayerNorm] = norm_operations
     total = modulation_operations(model)
     parameters = 0
     handles = []

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Memory that a model needs: nothing is computed, and nothing of that size is allocated.
 
-Training: weights, gradients, AdamW's two moments and the average are float32, known by counting. What a
-forward pass keeps for the backward pass is asked of autograd, on the meta device: every saved tensor, each
-storage once. Two things that devices do and meta does not are done by hand: attention in one fused kernel,
-which keeps no map, and the reduced precision of ``torch.autocast`` (CUDA's rules). Inference keeps nothing:
-there ``LiveBytes`` counts what lives at the same time, on any device.
-Axes: b batch, f clip frames, i stills, h heads, l sequence, k head width.
+Training: weights, gradients, AdamW's two moments and the EMA are float32, known by counting. What a forward
+pass saves for the backward pass is observed through autograd, on the meta device: every saved tensor, each
+storage once. Two things that devices do and meta does not are imitated: attention in one fused kernel, which
+saves no attention matrix, and the reduced precision of ``torch.autocast`` (CUDA's rules). Inference saves
+nothing: there ``LiveBytes`` counts tensors that are alive at the same time, on any device.
+Axes: b batch, f clip frames, i images, h heads, l sequence, k head width.
 """
 
 import weakref
@@ -25,60 +25,50 @@ from torch.utils._pytree import tree_leaves
 
 from latte.model.denoiser import Denoiser, DenoiserConfig
 
-FLOAT32 = 4
-LOWERED = {
-    F.linear,
-    F.conv2d,
-    F.conv3d,
-    F.conv_transpose3d,
-    F.scaled_dot_product_attention,
-}  # autocast's matrix products
-RAISED = {F.layer_norm}  # autocast on CUDA norms in float32
+FLOAT32 = 4  # bytes
+# functions that autocast runs in reduced precision: matrix products
+LOWERED = {F.linear, F.conv2d, F.conv3d, F.conv_transpose3d, F.scaled_dot_product_attention}
+RAISED = {F.layer_norm}  # and in float32, on CUDA
 Adapt = Callable[[Denoiser], None]
+"""What a run does to a fresh model before training, such as freezing it and adding adapters."""
 
 
 @dataclass(frozen=True)
 class States:
-    """Bytes of the float32 tensors that live as long as training does.
+    """Bytes of the float32 tensors that exist for the whole training."""
 
-    Frozen weights are in memory once and in no checkpoint.
-    """
-
-    weights: int
+    weights: int  # frozen ones included
     gradients: int
-    optimizer: int
+    optimizer: int  # AdamW's moments, and a step counter per tensor
     ema: int
 
     @property
     def trainable(self) -> int:
-        """The number of parameters that training moves."""
+        """Number of trainable parameters."""
         return self.gradients // FLOAT32
 
     @property
     def checkpoint(self) -> int:
-        """What moves of the weights, its average, and the optimiser: what comes back into a resumed run."""
+        """Bytes of trainable weights, their EMA and the optimizer: what a checkpoint holds."""
         return self.gradients + self.optimizer + self.ema
 
 
 @dataclass(frozen=True)
 class Activations:
-    """Bytes kept for backward without checkpointing (``plain``); with it.
+    """Bytes saved for the backward pass."""
 
-    ``kept``, and one block ``recomputed`` at a time.
-    """
-
-    plain: int
-    kept: int
-    recomputed: int
+    plain: int  # without gradient checkpointing
+    kept: int  # with it: the inputs of the blocks
+    recomputed: int  # with it: one block at a time on top
 
     @property
     def checkpointed(self) -> int:
-        """The most that is held with gradient checkpointing."""
+        """The peak with gradient checkpointing."""
         return self.kept + self.recomputed
 
 
 def fresh(config: DenoiserConfig, adapt: Adapt | None) -> Denoiser:
-    """A fresh model, adapted, without storage if the context says so."""
+    """Return a fresh model, adapted, on torch's default device."""
     model = config.build()
     if adapt is not None:
         adapt(model)
@@ -86,11 +76,7 @@ def fresh(config: DenoiserConfig, adapt: Adapt | None) -> Denoiser:
 
 
 def states(config: DenoiserConfig, adapt: Adapt | None = None) -> States:
-    """What AdamW and the average hold beside the weights: two moments each, and a step counter per tensor.
-
-    ``adapt`` is what a run does to the fresh model before it trains it, such as to freeze it and to add
-    adapters.
-    """
+    """Return what training with AdamW and an EMA holds beside activations."""
     with torch.device("meta"):
         parameters = list(fresh(config, adapt).parameters())
     weights = sum(parameter.numel() * FLOAT32 for parameter in parameters)
@@ -106,15 +92,15 @@ def activations(
     tokens: int = 1,
     adapt: Adapt | None = None,
 ) -> Activations:
-    """What one forward pass of ``clips`` clips with ``num_images`` stills each keeps, with matrix products in
-    ``dtype``.
+    """Return what a forward pass of ``clips`` clips with ``num_images`` images each saves.
 
-    The weights are not counted, their lowered copies are. The objective's own tensors, of the latents' size,
-    are not among it. ``tokens`` are those of a text model's caption; ``adapt`` is as for ``states``.
+    Matrix products are in ``dtype``. Weights do not count, their copies in ``dtype`` do; the objective's own
+    tensors, of the latents' size, do not. ``tokens`` are those of a text model's caption, with its padding.
     """
+    values: Any = config
     with torch.device("meta"):
         model = fresh(config, adapt)
-        z = torch.empty(clips, config.num_frames + num_images, config.latent_channels, *config.grid_size)
+        z = torch.empty(clips, values.num_frames + num_images, values.latent_channels, *values.grid_size)
         t = torch.zeros(clips, dtype=torch.long)
         condition = model.example_condition(clips, num_images, tokens)
 
@@ -122,30 +108,28 @@ def activations(
         return model(z, t, **condition, num_images=num_images)
 
     with OnDevice(dtype):
-        plain, of_blocks = saved_bytes(model, forward)
+        plain, per_block = saved_bytes(model, forward)
     model.gradient_checkpointing = True
     with OnDevice(dtype):
         kept, _ = saved_bytes(model, forward)
-    return Activations(plain, kept, max(of_blocks))
+    return Activations(plain, kept, max(per_block))
 
 
 def saved_bytes(model: Denoiser, forward: Callable[[], Any]) -> tuple[int, list[int]]:
-    """Bytes that ``forward()`` saves for backward, beside the weights, and how many of them each call of a "
-    "block adds."""
-    own = {id(parameter.untyped_storage()) for parameter in model.parameters()}
-    held = [
-        parameter.untyped_storage() for parameter in model.parameters()
-    ]  # an id means something while its object lives
-    found: dict[int, torch.UntypedStorage] = {}
-    before, of_blocks = 0, []
+    """Return the bytes that ``forward()`` saves for backward beside the weights, in all and per block."""
+    weights = [parameter.untyped_storage() for parameter in model.parameters()]
+    weight_ids = {id(storage) for storage in weights}  # valid as long as ``weights`` holds the objects
+    saved: dict[int, torch.UntypedStorage] = {}
+    before = 0
+    per_block: list[int] = []
 
     def total() -> int:
-        return sum(storage.nbytes() for storage in found.values())
+        return sum(storage.nbytes() for storage in saved.values())
 
-    def keep(tensor: Tensor) -> Tensor:
+    def save(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if id(storage) not in own:
-            found[id(storage)] = storage
+        if id(storage) not in weight_ids:
+            saved[id(storage)] = storage
         return tensor
 
     def enter(block: nn.Module, inputs: Any) -> None:
@@ -153,92 +137,91 @@ def saved_bytes(model: Denoiser, forward: Callable[[], Any]) -> tuple[int, list[
         before = total()
 
     def leave(block: nn.Module, inputs: Any, output: Any) -> None:
-        of_blocks.append(total() - before)
+        per_block.append(total() - before)
 
+    blocks: Any = model.blocks
     with ExitStack() as stack:
-        for block in model.blocks:
+        for block in blocks:
             stack.callback(block.register_forward_pre_hook(enter).remove)
             stack.callback(block.register_forward_hook(leave).remove)
-        stack.enter_context(saved_tensors_hooks(keep, lambda tensor: tensor))
+        stack.enter_context(saved_tensors_hooks(save, lambda tensor: tensor))
         output = forward()
-    del output, held
-    return total(), of_blocks
+    del output, weights
+    return total(), per_block
 
 
 class LiveBytes(TorchDispatchMode):
-    """Inside it.
-
-    ``now``, the bytes of all tensors made since and still alive, and ``peak``, the most that there were at a
-    time.
-    """
+    """Counts the tensors made inside it: ``now``, bytes that are still alive, and ``peak``, their maximum."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.now = self.peak = 0
+        self.now = 0
+        self.peak = 0
         self.alive: dict[int, Any] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = func(*args, **(kwargs or {}))
-        given = storages((args, kwargs))
+        inputs = storages((args, kwargs))
         for key, storage in storages(output).items():
-            if (
-                key not in given and key not in self.alive
-            ):  # a view, or what is written in place, is nothing new
+            if key not in inputs and key not in self.alive:  # neither a view nor written in place
                 self.count(key, storage)
         return output
 
     def count(self, key: int, storage: torch.UntypedStorage) -> None:
-        """Add a storage's bytes until it is gone."""
+        """Add a storage's bytes until it is freed."""
         size = storage.nbytes()
 
-        def gone(_: Any) -> None:
+        def freed(_: Any) -> None:
             self.now -= size
             del self.alive[key]
 
-        self.alive[key] = weakref.ref(storage, gone)
+        self.alive[key] = weakref.ref(storage, freed)
         self.now += size
         self.peak = max(self.peak, self.now)
 
 
 def storages(values: Any) -> dict[int, torch.UntypedStorage]:
-    """The storages of all tensors in nested ``values``, each once."""
+    """Return the storages of all tensors in nested ``values``, each once."""
     found = [value.untyped_storage() for value in tree_leaves(values) if isinstance(value, Tensor)]
     return {storage._cdata: storage for storage in found}
 
 
 class OnDevice(TorchFunctionMode):
-    """Meta tensors go through the kernels that a device would take, with matrix products in ``dtype``."""
+    """Sends meta tensors through the kernels that a device would use, with matrix products in ``dtype``."""
 
     def __init__(self, dtype: torch.dtype):
         super().__init__()
-        self.dtype, self.copies = dtype, {}
+        self.dtype = dtype
+        self.copies: dict[int, Tensor] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if self.dtype != torch.float32 and func in LOWERED | RAISED:
-            args = [self.cast(value, self.dtype if func in LOWERED else torch.float32) for value in args]
+            dtype = self.dtype if func in LOWERED else torch.float32
+            args = [self.cast(value, dtype) for value in args]
         if func is F.scaled_dot_product_attention:
-            return Fused.apply(*args[:3])
+            return FusedAttention.apply(*args[:3])
         return func(*args, **(kwargs or {}))
 
     def cast(self, value: Any, dtype: torch.dtype) -> Any:
-        """``value`` in ``dtype`` if it is a tensor.
+        """Return a floating-point tensor in ``dtype``; a trainable weight is copied once, as in autocast."""
+        if not isinstance(value, Tensor) or not value.is_floating_point() or value.dtype == dtype:
+            return value
+        if isinstance(value, nn.Parameter) and value.requires_grad:
+            return self.copies.setdefault(id(value), value.to(dtype))
+        return value.to(dtype)
 
-        A weight that is trained is copied once, as autocast does.
-        """
-        if not (isinstance(value, nn.Parameter) and value.requires_grad):
-            return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
-        return self.copies.setdefault(id(value), value.to(dtype)) if value.dtype != dtype else value
 
-
-class Fused(torch.autograd.Function):
+class FusedAttention(torch.autograd.Function):
     """Flash attention as autograd sees it.
 
-    The output lies as (b l h k), and a float32 logarithm per row stands for the map.
+    One float32 logarithm per row is saved instead of the attention matrix; the output is laid out as (b l h
+    k).
     """
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """q k v (b h l k) -> an empty (b h l k)."""
-        out = torch.empty_like(q.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
+        """Return an empty (b h l k) of queries, keys and values (b h l k)."""
+        out = torch.empty_like(q.transpose(1, 2), memory_format=torch.contiguous_format)  # (b l h k)
+        out = out.transpose(1, 2)  # (b h l k)
         ctx.save_for_backward(q, k, v, out, torch.empty(q.shape[:-1], device=q.device))
         return out
