@@ -11,7 +11,9 @@ LEVEL = 6  # grey levels between one frame and the next
 
 
 def numbered(t: int, height: int = 48, width: int = 64) -> np.ndarray:
-    """uint8 (t h w c): frame i is a grey of 20 + 6 i with a darker corner and a little colour; ``number_of`` reads i back."""
+    """uint8 (t h w c): frame i is a grey of 20 + 6 i with a darker corner and a little colour; ``number_of``
+    reads i back.
+    """
     frames = np.empty((t, height, width, 3), np.uint8)
     frames[:] = (20 + LEVEL * (np.arange(t) % 38))[:, None, None, None]
     frames[:, : height // 3, : width // 3] //= 2
@@ -32,9 +34,13 @@ def encode(
     rate: int = 25,
     ticks: list[int] | None = None,
     full_range: bool = False,
+    aspect: str | None = None,
+    transfer: int | None = None,
     **options: str,
 ) -> Path:
-    """Write uint8 (t h w c) with PyAV itself; ``ticks``: a presentation time in ms per frame; ``options`` go to the encoder."""
+    """Write uint8 (t h w c) with PyAV itself; ``ticks``: a presentation time in ms per frame; ``aspect`` of a
+    pixel; ``options`` go to the encoder.
+    """
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=rate)
         stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], pix_fmt
@@ -45,6 +51,10 @@ def encode(
             stream.codec_context.time_base = Fraction(1, 1000)
         if full_range:
             stream.codec_context.color_range = 2
+        if aspect:
+            stream.codec_context.sample_aspect_ratio = Fraction(aspect)
+        if transfer:
+            stream.codec_context.color_trc = transfer
         for index, array in enumerate(frames):
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(array), format="rgb24")
             if full_range:

@@ -56,12 +56,13 @@ def _quoted(word: str) -> str:
 
 def nearest(name: object, names: Iterable[object]) -> str:
     """Return '; did you mean ...?' with the closest of ``names``, or '' when none is close."""
-    close = get_close_matches(str(name), [str(n) for n in names], n=1, cutoff=0.5)
-    if not close:
-        return ""
-    if unicodedata.normalize("NFC", close[0]) == unicodedata.normalize("NFC", str(name)):
-        return f"; did you mean {close[0]!a} (the same letters in another Unicode form)?"
-    return f"; did you mean {close[0]!r}?"
+    candidates = [str(candidate) for candidate in names]
+    composed = unicodedata.normalize("NFC", str(name))
+    for candidate in candidates:
+        if unicodedata.normalize("NFC", candidate) == composed:
+            return f"; did you mean {candidate!a} (the same letters in another Unicode form)?"
+    close = get_close_matches(str(name), candidates, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def choose(field: str, name: Any, table: Mapping[Any, T]) -> T:

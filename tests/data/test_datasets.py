@@ -14,7 +14,7 @@ from PIL import Image
 from support import shared
 
 from latte.checks import InputError
-from latte.data import skipped as skipped_files
+from latte.data import probe_cache
 from latte.data.clips import ClipRule
 from latte.data.datasets import (
     DATASETS,
@@ -226,7 +226,7 @@ def test_missing_and_useless_folders_are_refused_in_one_line(tmp_path):
         FolderDataset(config(tmp_path / "empty"))
     (tmp_path / "videos" / "b.mp4").write_text("text")
     with pytest.raises(
-        InputError, match=r"2 tried, all refused, first: a.mp4 \(too-short: 3 frames.*; b.mp4 \(not-a-video"
+        InputError, match=r"2 tried, all skipped, first: a.mp4 \(too-short: 3 frames.*; b.mp4 \(not-a-video"
     ) as refusal:
         FolderDataset(config(tmp_path / "videos"))
     assert "\n" not in str(refusal.value)
@@ -235,9 +235,9 @@ def test_missing_and_useless_folders_are_refused_in_one_line(tmp_path):
 def test_nothing_is_probed_twice_unless_it_changed(classed, monkeypatch):
     probed = []
     monkeypatch.setattr(
-        skipped_files,
+        probe_cache,
         "probe",
-        lambda path, probe=skipped_files.probe: (probed.append(Path(path).name), probe(path))[1],
+        lambda path, probe=probe_cache.probe: (probed.append(Path(path).name), probe(path))[1],
     )
     (classed / "bend" / "text.mp4").write_text("no video")
     first = scan(classed)
@@ -270,7 +270,7 @@ def test_nothing_is_probed_twice_unless_it_changed(classed, monkeypatch):
 def test_a_cache_that_cannot_be_written_is_done_without(classed, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("in the way")
     assert len(scan(classed, cache_dir=tmp_path / "file" / "below").clips) == 4
-    monkeypatch.setattr(skipped_files, "SAVE_EVERY", 0.0)
+    monkeypatch.setattr(probe_cache, "SAVE_EVERY", 0.0)
     calls = []
     assert (
         len(

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from latte.checks import printable
 from latte.cli.options import (
     OVERRIDABLE,
     Command,
@@ -58,7 +59,7 @@ def scan_folder(
     Clips too short for a run are refused when SOURCE is one, or when data.frames or data.interval are given.
     """
     from latte.config.run import DEFAULT
-    from latte.data.skipped import check_folder, require_clips, scan, write_skipped
+    from latte.data.skipped import check_folder, describe_clips, require_clips, scan, write_skipped
 
     configure_logging()
     config, origins = load_source(source, overrides)
@@ -82,17 +83,15 @@ def scan_folder(
             "width": clip.info.width,
             "fps": clip.info.fps,
             "class": None if clip.label is None else names[clip.label],
+            "notes": list(clip.info.notes),
         }
         for clip in found.clips
     ]
     result = {"clips": len(files), "classes": names, "skipped": list(found.skipped), "files": files}
+    result["ignored"] = found.ignored
     result["quarantined"] = result["skipped"]  # the key of 0.1.0, for one version
-    lines = [
-        f"{f['path']}  {f['frames']} frames of {f['width']}x{f['height']}, {f['fps']:g} fps" for f in files
-    ]
-    lines += [f"{bad['path']}  refused: {bad['reason']}" for bad in found.skipped]
-    summary = f"{len(files)} clips, {len(names)} classes{': ' if names else ''}{', '.join(names)}; {len(found.skipped)} refused"
-    print_result(result, as_json, [*lines, summary + (f", see {out}" if found.skipped else "")])
+    see = [f"skipped files and their reasons: {printable(out)}"] if found.skipped else []
+    print_result(result, as_json, [*describe_clips(found), *see])
 
 
 @app.command("inspect", cls=Command, context_settings=OVERRIDABLE)

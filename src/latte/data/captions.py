@@ -117,7 +117,11 @@ class Part:
         try:
             self.file = safe_open(path, framework="pt")
             made = json.loads((self.file.metadata() or {})[PLAN])
-            self.path, self.fingerprint, self.encoder = path, str(read_fingerprint(made)), str(made["encoder"])
+            self.path, self.fingerprint, self.encoder = (
+                path,
+                str(read_fingerprint(made)),
+                str(made["encoder"]),
+            )
         except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
             raise InputError(
                 f"{path} cannot be read ({error.__class__.__name__}: {error}); {AGAIN}"

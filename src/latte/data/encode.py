@@ -12,7 +12,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -87,6 +87,7 @@ class Source:
     videos: list[Video]
     classes: list[str]
     skipped: list[dict[str, str]]
+    damaged: list[dict[str, str]] = field(default_factory=list)  # encoded, but only their first part decodes
 
 
 def _folder(config: DataConfig, cache_dir: str | os.PathLike | None) -> Source:
@@ -102,6 +103,7 @@ def _folder(config: DataConfig, cache_dir: str | os.PathLike | None) -> Source:
         videos,
         list(found.classes),
         list(found.skipped),
+        found.damaged,
     )
 
 
@@ -254,6 +256,7 @@ def write_shards(
         "shards": [],
         "videos": [],
         "skipped": list(source.skipped),
+        **({"damaged": source.damaged} if source.damaged else {}),
     }
     done, new = 0, 0
 

@@ -1,35 +1,36 @@
 # SPDX-License-Identifier: Apache-2.0
 """A video file or a folder of numbered frames -> uint8 frames.
 
-A header's frame count is never believed: ``probe`` decodes once and keeps what really came out, up to the first damage, with the
-frames' time stamps and key frames. ``read_frames`` then seeks to the key frame before the span that is asked for. Files are
-hostile until proven otherwise: few demuxers, local files only, one decoding thread, a limit on pixels and frames.
-Axes: t frames, h height, w width, c channels (RGB). Display rotation in quarter turns is applied; pixel aspect is not.
+The frame count of a header is never trusted: ``probe`` decodes once and keeps what really came out, up to the
+first damage, with the frames' time stamps and key frames. ``read_frames`` then seeks to the key frame before
+the requested span. Axes: t frames, h height, w width, c channels (RGB).
 """
 
 import os
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from itertools import groupby, pairwise
 from typing import Any
 
 import numpy as np
 
-from latte.checks import InputError
-from latte.data.frame_folder import (
-    MAX_FRAMES,
-    MAX_PIXELS,
-    Unreadable,
-    check_file,
-    frame_files,
-    measure_folder,
-    read_image,
+from latte.checks import InputError, printable
+from latte.data.frame_folder import MAX_FRAMES, Unreadable, frame_files, measure_folder, read_image
+from latte.data.video_stream import (
+    VIDEO_SUFFIXES,
+    decode_stream,
+    display_matrix,
+    is_cover,
+    pixel_aspect,
+    promised_frames,
+    to_rgb,
 )
 from latte.data.writers import contact_sheet, write_gif, write_mp4
 
 __all__ = [
+    "VIDEO_SUFFIXES",
     "MediaInfo",
     "Unreadable",
     "contact_sheet",
@@ -40,18 +41,24 @@ __all__ = [
     "write_mp4",
 ]
 
-VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".avi", ".webm", ".mkv", ".mpg", ".mpeg", ".gif")
-DEMUXERS = "mov,mp4,avi,matroska,webm,mpeg,gif"
-READER = 1  # raised whenever a probe of the same bytes may come out differently: cached probes of another number are void
+READER = 2  # raised when a probe of the same bytes may come out differently: older cached probes are void
+PARTIAL = (
+    "damaged",
+    "size-change",
+    "limit",
+)  # codes of notes that mean: the file holds more than its first frames
+HDR = {16: "PQ", 18: "HLG"}  # transfer characteristics of ITU-T H.273
+BASE_PIXELS, PIXELS_PER_BYTE = 10**9, 50_000  # a probe decodes at most base + per_byte * size of the file
 
 
 @dataclass(frozen=True)
 class MediaInfo:
-    """What ``probe`` found. ``frames`` counts those that decode one after the other from the first; sizes are after rotation.
+    """What ``probe`` found. ``frames`` counts those that decode one after another from the first; sizes are
+    as displayed.
 
-    ``fps`` is the mean rate by the time stamps, or the header's where these are unusable, or 0.0 (frame folders). ``note`` says what
-    is not as it should be (damage behind the last good frame, gaps in the numbering). Time stamps are kept as ``start`` and runs
-    (step, count) of ticks of ``time_base`` seconds; they are empty when missing or not increasing, and then nothing is sought.
+    ``fps`` is the mean rate by the time stamps, else the header's, or 0.0 (frame folders). ``notes`` state
+    what is unusual, each as 'code: sentence'. Time stamps are kept as ``start`` and runs (step, count) of
+    ticks of ``time_base`` seconds; they are empty when missing or not increasing, and then nothing is sought.
     """
 
     path: str
@@ -64,7 +71,14 @@ class MediaInfo:
     steps: tuple[tuple[int, int], ...] = ()
     time_base: tuple[int, int] = (0, 1)
     keys: tuple[int, ...] = (0,)
-    note: str | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def damage(self) -> str | None:
+        """The note that says why only the first part of the file is used; None for a file that is read to its
+        end.
+        """
+        return next((note for note in self.notes if note.partition(":")[0] in PARTIAL), None)
 
     @property
     def stamps(self) -> list[int]:
@@ -78,216 +92,238 @@ class MediaInfo:
 
     @property
     def times(self) -> list[float]:
-        """Seconds of each frame from the first: by its stamp, else evenly by the header's rate, else [] (no times known)."""
+        """Seconds of each frame from the first: by its stamp, else evenly by the header's rate, else []
+        (unknown).
+        """
         if self.time_base[0]:
             return [(tick - self.start) * self.time_base[0] / self.time_base[1] for tick in self.stamps]
         return [index / self.fps for index in range(self.frames)] if self.fps else []
 
 
-def _decoded(path: str, seek: int | None = None) -> Generator[tuple[Any, Any]]:
-    """(stream, frame) of the first video stream, in order of presentation, up to the end or the first damage (Unreadable).
-
-    ``seek``: a time stamp; decoding starts at the key frame that the container finds at or before it.
-    """
-    import av
-    from av.error import FFmpegError
-
-    check_file(path)
-    limit = {"max_pixels": str(MAX_PIXELS)}
-    options = {"format_whitelist": DEMUXERS, "protocol_whitelist": "file", **limit}
-    opened = False
-    try:
-        with av.open(os.path.abspath(path), options=options, metadata_errors="replace") as container:
-            if not container.streams.video:
-                raise Unreadable(path, "no-video-stream", "the container holds no video")
-            opened, stream = True, container.streams.video[0]
-            context = stream.codec_context
-            if context is None:
-                raise Unreadable(path, "unsupported", "no decoder for its codec")
-            if not context.width or not context.height:
-                raise Unreadable(
-                    path, "too-large", f"its frames are of unknown size or above {MAX_PIXELS} pixels"
-                )
-            context.options, context.thread_count = limit, 1
-            if seek is not None:
-                container.seek(seek, stream=stream)
-            for frame in container.decode(stream):
-                if (
-                    frame.is_corrupt and seek is None
-                ):  # behind a seek the first frames may lack what they refer to: the caller skips them
-                    raise Unreadable(path, "damaged", "the decoder had to invent part of a frame")
-                yield stream, frame
-    except (
-        FFmpegError,
-        OSError,
-        EOFError,
-        UnicodeError,
-        AttributeError,
-        IndexError,
-        MemoryError,
-        ValueError,
-    ) as error:
-        if isinstance(error, Unreadable):
-            raise
-        kind = error.__class__.__name__
-        if opened:
-            raise Unreadable(path, "damaged", f"the decoder stopped with {kind}") from error
-        raise Unreadable(
-            path, "not-a-video", f"no allowed container was recognised ({kind}; allowed: {DEMUXERS})"
-        ) from error
-
-
 def probe(path: str | os.PathLike) -> MediaInfo:
-    """Decode a video file, or check a folder of numbered frames, once: what is really there. Unreadable when nothing usable is."""
+    """Decode a video file, or a folder of numbered frames, once and return what is really there.
+
+    Unreadable when no frame can be used.
+    """
     path = os.fspath(path)
     if os.path.isdir(path):
-        frames, height, width, note = measure_folder(path)
-        return MediaInfo(path, frames, 0.0, height, width, "images", note=note)
+        frames, height, width, notes = measure_folder(path)
+        return MediaInfo(path, frames, 0.0, height, width, "images", notes=notes)
     return _probe_video(path)
 
 
+@dataclass
+class _Survey:
+    """What decoding a video once found."""
+
+    stamps: list[int | None] = field(default_factory=list)
+    keys: list[int] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    pixels: np.ndarray | None = None  # the first frame
+    key_pixels: np.ndarray | None = None  # the last key frame
+    codec: str = ""
+    time_base: Fraction | None = None
+    rate: float = 0.0
+    promised: int = 0
+
+
 def _probe_video(path: str) -> MediaInfo:
+    found = _survey(path)
+    if found.pixels is None:
+        raise Unreadable(path, "no-frames", "the stream holds no frame that decodes")
+    num_frames = len(found.stamps)
+    if not found.notes and found.promised > num_frames + max(2, num_frames // 10):
+        sentence = (
+            f"{num_frames} frames decode without an error, but the header promises about {found.promised}"
+        )
+        found.notes.append(f"damaged: {sentence}")
+    height, width, _ = found.pixels.shape
+    info = MediaInfo(
+        path, num_frames, round(found.rate, 4), height, width, found.codec, keys=tuple(found.keys)
+    )
+    ticks = [stamp for stamp in found.stamps if stamp is not None]
+    if not found.time_base or len(ticks) < num_frames or any(b <= a for a, b in pairwise(ticks)):
+        rate = (
+            f"they are taken as even, at the header's {info.fps:g} fps"
+            if info.fps
+            else "no rate is known either"
+        )
+        found.notes.append(f"no-timing: time stamps are missing or do not increase; {rate}")
+        return replace(info, notes=tuple(found.notes))
+    base = Fraction(found.time_base)
+    if num_frames > 1:
+        info = replace(info, fps=round(float((num_frames - 1) / ((ticks[-1] - ticks[0]) * base)), 4))
+    steps = tuple((step, len(list(run))) for step, run in groupby(b - a for a, b in pairwise(ticks)))
+    time_base = (base.numerator, base.denominator)
+    info = replace(info, start=ticks[0], steps=steps, time_base=time_base, notes=tuple(found.notes))
+    if found.key_pixels is not None and not _seeks_correctly(info, found.key_pixels):
+        return replace(info, keys=(0,))
+    return info
+
+
+def _survey(path: str) -> _Survey:
+    """Decode ``path`` up to its end, its first damage, a change of size or MAX_FRAMES."""
     from av.video.reformatter import VideoReformatter
 
-    stamps: list[int | None] = []
-    keys, note, first, last_key, header = [], None, None, None, None
+    found, reformatter = _Survey(), VideoReformatter()
+    size, last_key, num_interlaced, num_pixels = (0, 0), None, 0, 0
+    stop = ""
+    first_notes: list[str] = []
     try:
-        with closing(_decoded(path)) as frames:
+        budget = BASE_PIXELS + PIXELS_PER_BYTE * (os.path.getsize(path) if os.path.isfile(path) else 0)
+        with closing(decode_stream(path)) as frames:
             for stream, frame in frames:
-                if first is None:
-                    first, header = (
-                        frame,
-                        (stream.codec_context.name, stream.time_base, stream.average_rate, _promised(stream)),
-                    )
-                if (frame.width, frame.height) != (first.width, first.height) or len(stamps) == MAX_FRAMES:
-                    note = f"only the first {len(stamps)} frames count: the size changes there or the limit of {MAX_FRAMES} is reached"
+                if found.pixels is None:
+                    size = (frame.width, frame.height)
+                    found.pixels = to_rgb(path, stream, frame, reformatter)
+                    found.codec, found.time_base = stream.codec_context.name, stream.time_base
+                    found.rate, found.promised = float(stream.average_rate or 0), promised_frames(stream)
+                    first_notes = _notes_of(stream, frame)
+                if (frame.width, frame.height) != size:
+                    new_size = f"{frame.width}x{frame.height}"
+                    stop = f"size-change: frames are {new_size} from there, not {size[0]}x{size[1]}"
                     break
+                if len(found.stamps) == MAX_FRAMES:
+                    stop = f"limit: more than {MAX_FRAMES} frames are not read"
+                    break
+                num_pixels += size[0] * size[1]
+                if num_pixels > budget:
+                    sentence = f"its {os.path.getsize(path)} bytes decode to more than {budget} pixels"
+                    raise Unreadable(path, "too-large", sentence)
+                num_interlaced += frame.interlaced_frame
                 if frame.key_frame:
-                    keys.append(len(stamps))
-                    last_key = frame
-                stamps.append(frame.pts)
+                    found.keys.append(len(found.stamps))
+                    last_key = (stream, frame)
+                found.stamps.append(frame.pts)
+            if last_key:
+                found.key_pixels = to_rgb(path, *last_key, reformatter)
     except Unreadable as error:
-        if first is None:
+        if found.pixels is None or error.reason.startswith("too-large"):
             raise
-        note = f"only the first {len(stamps)} frames count: {error.reason}"
-    if first is None or header is None:
-        raise Unreadable(path, "no-frames", "the stream holds no frame that decodes")
-    codec, time_base, rate, promised = header
-    if note is None and promised > len(stamps) + max(2, len(stamps) // 10):
-        note = f"{len(stamps)} frames decode without an error, but the header promises about {promised}"
-    height, width, _ = _rgb(path, first, VideoReformatter()).shape
-    info = MediaInfo(
-        path, len(stamps), round(float(rate or 0), 4), height, width, codec, keys=tuple(keys), note=note
-    )
-    ticks = [stamp for stamp in stamps if stamp is not None]
-    if not time_base or len(ticks) < len(stamps) or any(b <= a for a, b in pairwise(ticks)):
-        return info
-    base = Fraction(time_base)
-    info = replace(
-        info,
-        fps=round(float((len(ticks) - 1) / ((ticks[-1] - ticks[0]) * base)), 4)
-        if len(ticks) > 1
-        else info.fps,
-        start=ticks[0],
-        steps=tuple((step, len(list(run))) for step, run in groupby(b - a for a, b in pairwise(ticks))),
-        time_base=(base.numerator, base.denominator),
-    )
-    return (
-        info
-        if not last_key or _seeks_truly(info, _rgb(path, last_key, VideoReformatter()))
-        else replace(info, keys=(0,))
-    )
+        stop = error.reason
+        stop = stop if stop.startswith("damaged") else f"damaged: {stop}"
+    if stop:
+        code, _, sentence = stop.partition(": ")
+        found.notes.append(f"{code}: only the first {len(found.stamps)} frames are used: {sentence}")
+    found.notes += first_notes
+    if num_interlaced:
+        sentence = f"{num_interlaced} frames are interlaced; deinterlace the file first (ffmpeg -vf bwdif)"
+        found.notes.append(f"interlaced: {sentence}")
+    return found
 
 
-def _seeks_truly(info: MediaInfo, expected: np.ndarray) -> bool:
-    """Does a seek to the last key frame give the pixels ``expected``? Some streams need what only their first packet says: 4:4:4
-    files of old x264 decode to noise after a seek, without an error."""
+def _notes_of(stream: Any, frame: Any) -> list[str]:
+    """Return the notes on what the first frame and its stream hold that is not shown as a player would show
+    it.
+    """
+    notes = []
+    a, b, c, d = display_matrix(frame)
+    if min(abs(a) + abs(d), abs(b) + abs(c)) > 0.01 * max(abs(a) + abs(d), abs(b) + abs(c)):
+        notes.append(
+            "rotation: it is rotated by other than quarter turns; the nearest quarter turn is applied"
+        )
+    if pixel_aspect(stream) == 1 and abs(float(stream.sample_aspect_ratio or 1) - 1) > 0.01:
+        notes.append(f"aspect: the pixel aspect ratio {stream.sample_aspect_ratio} is ignored")
+    if frame.color_trc in HDR:
+        notes.append(f"hdr: the transfer function is {HDR[frame.color_trc]}, read without tone mapping")
+    if any(component.is_alpha for component in frame.format.components):
+        rgba = frame.reformat(format="rgba", threads=1).to_ndarray()
+        if rgba[..., 3].min() < 255:
+            notes.append("alpha: transparency is dropped")
+    num_streams = sum(not is_cover(other) for other in stream.container.streams.video)
+    if num_streams > 1:
+        notes.append(f"streams: only the first of {num_streams} video streams is read")
+    return notes
+
+
+def _seeks_correctly(info: MediaInfo, expected: np.ndarray) -> bool:
+    """Return whether a seek to the last key frame gives the pixels ``expected``.
+
+    Some streams need what only their first packet states: 4:4:4 files of old x264 decode to noise after a
+    seek, silently.
+    """
     key = info.keys[-1]
     found, _ = _span(info.path, [key], info, key)
     return key in found and np.array_equal(found[key], expected)
 
 
 def read_frames(source: str | os.PathLike | MediaInfo, indices: Sequence[int]) -> np.ndarray:
-    """Frames ``indices`` (any order, repeats allowed) -> uint8 (t h w c). With a MediaInfo only the needed span is decoded;
-    with a bare path, everything up to the last index. Unreadable when a frame cannot be had."""
+    """Return frames ``indices`` (any order, repeats allowed) as uint8 (t h w c). Unreadable when one cannot
+    be decoded.
+
+    With a MediaInfo only the needed span is decoded; with a path, everything up to the last index.
+    """
     return decode_frames(source, indices)[0]
 
 
 def decode_frames(source: str | os.PathLike | MediaInfo, indices: Sequence[int]) -> tuple[np.ndarray, int]:
-    """``read_frames``, and how many frames were decoded for it."""
+    """Return ``read_frames``, and how many frames were decoded for it."""
     info = source if isinstance(source, MediaInfo) else None
     path = info.path if info else os.fspath(source)  # type: ignore[arg-type]
-    wanted = sorted(set(indices))
-    if not wanted or wanted[0] < 0 or (info and wanted[-1] >= info.frames):
-        raise InputError(
-            f"frames {list(indices)} of {path} were asked for, but frames lie in 0...{info.frames - 1 if info else 'end'}"
-        )
+    needed = sorted(set(indices))
+    if not needed or needed[0] < 0 or (info and needed[-1] >= info.frames):
+        end = info.frames - 1 if info else "end"
+        raise InputError(f"frames {list(indices)} of {printable(path)} must be in 0...{end}")
     if os.path.isdir(path):
         files = [file for _, file in frame_files(path)]
-        found, decoded = {i: read_image(files[i]) for i in wanted if i < len(files)}, len(wanted)
+        found = {i: read_image(files[i]) for i in needed if i < len(files)}
+        num_decoded = len(needed)
     else:
-        found, decoded = {}, 0
-        sought = [key for key in info.keys if 0 < key <= wanted[0]][-2:] if info and info.time_base[0] else []
-        for key in [*reversed(sought), 0]:
-            found, cost = _span(path, wanted, info, key)
-            decoded += cost
-            if len(found) == len(wanted):
-                break
-    if len(found) < len(wanted):
-        raise Unreadable(
-            path, "damaged", f"frame {next(i for i in wanted if i not in found)} does not decode (any more)"
-        )
+        found, num_decoded = _seek_and_decode(path, needed, info)
+    missing = [i for i in needed if i not in found]
+    if missing:
+        raise Unreadable(path, "damaged", f"frame {missing[0]} does not decode (any more)")
     if len({frame.shape for frame in found.values()}) > 1:
         raise Unreadable(path, "damaged", "its frames differ in size")
-    return np.stack([found[i] for i in indices]), decoded
+    return np.stack([found[i] for i in indices]), num_decoded
 
 
-def _promised(stream: Any) -> int:
-    """Number of frames by the header's count, or else by its duration and rate; 0 where it says neither."""
-    container = stream.container
-    seconds = (
-        stream.duration * stream.time_base
-        if stream.duration
-        else Fraction(container.duration or 0, 1_000_000)
-    )
-    return stream.frames or round(seconds * (stream.average_rate or 0))
+def _seek_and_decode(
+    path: str, needed: list[int], info: MediaInfo | None
+) -> tuple[dict[int, np.ndarray], int]:
+    """Decode from the key frame before ``needed``, from the one before that, then from the start, until all
+    are found.
+    """
+    keys = [0]
+    if info and info.time_base[0]:
+        keys = [*reversed([key for key in info.keys if 0 < key <= needed[0]][-2:]), 0]
+    found: dict[int, np.ndarray] = {}
+    num_decoded = 0
+    for key in keys:
+        found, count = _span(path, needed, info, key)
+        num_decoded += count
+        if len(found) == len(needed):
+            break
+    return found, num_decoded
 
 
 def _span(
-    path: str, wanted: list[int], info: MediaInfo | None, key: int
+    path: str, needed: list[int], info: MediaInfo | None, key: int
 ) -> tuple[dict[int, np.ndarray], int]:
-    """Decode from key frame ``key`` (0: the start) to the last of ``wanted``: what was found, and the number of frames decoded.
+    """Decode from key frame ``key`` (0: the start) to the last of ``needed``: (frames by index, number of
+    frames decoded).
 
-    After a seek a frame counts only when its stamp is one of the probed stamps, so a container that lands elsewhere finds nothing.
+    After a seek a frame counts only when its stamp is a probed one, so a container that lands elsewhere finds
+    nothing.
     """
     from av.video.reformatter import VideoReformatter
 
     stamps = info.stamps if info and key else []
     index_of = {stamp: index for index, stamp in enumerate(stamps)}
-    found, decoded, reformatter = {}, 0, VideoReformatter()
+    found: dict[int, np.ndarray] = {}
+    num_decoded, reformatter = 0, VideoReformatter()
     try:
-        with closing(_decoded(path, stamps[key] if key else None)) as frames:
-            for _, frame in frames:
-                index = index_of.get(frame.pts, -1) if key else decoded
-                decoded += 1
-                if index in wanted:
+        with closing(decode_stream(path, stamps[key] if key else None)) as frames:
+            for stream, frame in frames:
+                index = index_of.get(frame.pts, -1) if key else num_decoded
+                num_decoded += 1
+                if index in needed:
                     if frame.is_corrupt:
                         break
-                    found[index] = _rgb(path, frame, reformatter)
-                if index >= wanted[-1]:
+                    found[index] = to_rgb(path, stream, frame, reformatter)
+                if index >= needed[-1]:
                     break
     except Unreadable:
         if not key and not found:
             raise
-    return found, decoded
-
-
-def _rgb(path: str, frame: Any, reformatter: Any) -> np.ndarray:
-    """A decoded frame -> uint8 (h w c), upright; its own range and colour matrix are honoured by swscale."""
-    try:
-        rgb = reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray()
-    except (ValueError, MemoryError) as error:
-        raise Unreadable(
-            path, "unsupported", f"pixel format {frame.format.name} cannot be turned into RGB"
-        ) from error
-    return np.rot90(rgb, round(frame.rotation / 90))
+    return found, num_decoded

@@ -1,28 +1,42 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which clips of a folder can be used: walk it, probe each candidate once, keep the good ones and say why not for the rest.
+"""Which clips of a folder can be used: walk it, probe each candidate once, keep the good ones and state why
+the rest is skipped.
 
-Probing decodes, so its results are kept in a cache: an entry holds as long as size and modification time of the file (number,
-sizes and times of the images of a frame folder) and the reader's version are what they were. A broken file never stops a scan.
+A broken file never stops a scan. What is unusual about a usable file, and which files no reader exists for,
+is reported too.
 """
 
-import hashlib
 import json
+import logging
 import os
-import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
-from dataclasses import asdict, dataclass
-from importlib.metadata import version
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from latte.checks import InputError, nearest
+from latte.checks import InputError, nearest, printable
 from latte.data.clips import ClipRule
-from latte.data.frame_folder import IMAGE_SUFFIXES, Unreadable, frame_files
-from latte.data.media import READER, VIDEO_SUFFIXES, MediaInfo, probe
+from latte.data.frame_folder import IMAGE_SUFFIXES
+from latte.data.media import VIDEO_SUFFIXES, MediaInfo
+from latte.data.probe_cache import ProbeCache
+from latte.data.video_stream import is_video_name
 
+LOG = logging.getLogger(__name__)
 OLD_NAME = "quarantine.jsonl"  # what skipped.jsonl was called in 0.1.0; still read
-SAVE_EVERY = 30.0  # seconds between two savings of the cache during a long scan
+NOT_MEDIA = {
+    ".txt",
+    ".csv",
+    ".tsv",
+    ".json",
+    ".jsonl",
+    ".md",
+    ".srt",
+    ".vtt",
+    ".yaml",
+    ".yml",
+    ".html",
+    ".pdf",
+}
 
 
 @dataclass(frozen=True)
@@ -36,14 +50,28 @@ class FoundClip:
 
 @dataclass(frozen=True)
 class ScanResult:
-    """``clips`` in order of their keys, ``classes`` by name (empty: no labels), ``skipped`` as {"path", "reason"}, and how many
-    candidates were ``tried``. A reason is 'code: sentence' (codes: see media.Unreadable)."""
+    """What a scan of ``root`` found."""
 
     root: str
-    clips: tuple[FoundClip, ...]
-    classes: tuple[str, ...]
-    skipped: tuple[dict[str, str], ...]
-    tried: int
+    clips: tuple[FoundClip, ...]  # in order of their keys
+    classes: tuple[str, ...]  # by name; empty: no labels
+    skipped: tuple[dict[str, str], ...]  # {"path", "reason"}; a reason is 'code: sentence', see Unreadable
+    tried: int  # number of candidates
+    ignored: dict[str, int] = field(
+        default_factory=dict
+    )  # suffix -> number of files that no reader exists for
+
+    @property
+    def notes(self) -> list[dict[str, str]]:
+        """{"path", "note"} for everything unusual about usable clips; the first word of a note is its
+        code.
+        """
+        return [{"path": clip.info.path, "note": note} for clip in self.clips for note in clip.info.notes]
+
+    @property
+    def damaged(self) -> list[dict[str, str]]:
+        """{"path": key, "reason"} of the clips of which only a first part can be used."""
+        return [{"path": clip.key, "reason": clip.info.damage} for clip in self.clips if clip.info.damage]
 
 
 def scan(
@@ -53,45 +81,93 @@ def scan(
     cache_dir: str | os.PathLike | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> ScanResult:
-    """Probe every video and every folder of numbered images below ``root``; with a ``rule``, those too short for it are skipped.
+    """Probe every video and every folder of numbered images below ``root``; with a ``rule``, skip those too
+    short for it.
 
-    ``cache_dir`` defaults to latte/ in the user's cache folder. ``progress(done, of)`` is called after each candidate. InputError
-    when there is no such folder or, with ``labels``, when clips lie at different depths, so that their classes are unclear.
+    ``cache_dir`` defaults to latte/ in the user's cache folder. ``progress(done, of)`` is called after each
+    candidate. InputError when there is no such folder or, with ``labels``, when clips are at different
+    depths, so that their classes are unclear.
     """
     base = os.path.abspath(check_folder(root))
-    paths = sorted(_candidates(base))
-    classes = _classes([os.path.relpath(path, base) for path in paths]) if labels else []
-    cache = _ProbeCache(base, cache_dir)
+    ignored: Counter[str] = Counter()
+    paths = sorted(_candidates(base, ignored))
+    keys = [Path(path).relative_to(base).as_posix() for path in paths]
+    classes = _classes([key for key in keys if is_utf8(key)]) if labels else []
+    cache = ProbeCache(base, cache_dir)
     clips, skipped = [], []
-    for done, path in enumerate(paths, start=1):
-        key = Path(path).relative_to(base).as_posix()
-        info = cache.probe(path, key)
-        reason = info if isinstance(info, str) else rule.needs(info.frames, info.times) if rule else None
-        if isinstance(info, str) or reason:
+    for done, (path, key) in enumerate(zip(paths, keys, strict=True), start=1):
+        found = (
+            cache.probe(path, key) if is_utf8(key) else "unsupported: its name is not valid UTF-8; rename it"
+        )
+        reason = found if isinstance(found, str) else rule and rule.needs(found.frames, found.times)
+        if isinstance(found, str) or reason:
             skipped.append({"path": path, "reason": reason or ""})
         else:
-            clips.append(FoundClip(key, info, classes.index(key.split("/")[0]) if classes else None))
+            clips.append(FoundClip(key, found, classes.index(key.split("/")[0]) if classes else None))
         if progress:
             progress(done, len(paths))
     cache.save()
-    return ScanResult(base, tuple(clips), tuple(classes), tuple(skipped), len(paths))
+    result = ScanResult(base, tuple(clips), tuple(classes), tuple(skipped), len(paths), dict(ignored))
+    for line in remarks(result):
+        LOG.info("%s", line)
+    return result
+
+
+def is_utf8(name: str) -> bool:
+    """Return whether ``name`` can be written into manifests and captions, which are UTF-8."""
+    try:
+        name.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def remarks(found: ScanResult) -> list[str]:
+    """Return a line per kind of note, with its number of clips and the first example, and one for the ignored
+    files.
+    """
+    lines = []
+    notes = found.notes
+    for code, count in Counter(note["note"].partition(":")[0] for note in notes).items():
+        first = next(note for note in notes if note["note"].startswith(f"{code}:"))
+        name = printable(os.path.relpath(first["path"], found.root))
+        lines.append(f"{count} clips with note {code}, first {name}: {first['note'].partition(': ')[2]}")
+    if found.ignored:
+        kinds = ", ".join(
+            f"{count} {suffix or 'without a suffix'}" for suffix, count in sorted(found.ignored.items())
+        )
+        lines.append(f"{sum(found.ignored.values())} files are not read, by suffix: {printable(kinds)}")
+    return lines
+
+
+def describe_clips(found: ScanResult) -> list[str]:
+    """Return a line per clip (frames, size, rate, notes), a line per skipped file, the remarks and a summary,
+    for people.
+    """
+    lines = []
+    for clip in found.clips:
+        info = clip.info
+        notes = "".join(f"; {note}" for note in info.notes)
+        size = f"{info.frames} frames of {info.width}x{info.height}, {info.fps:g} fps"
+        lines.append(f"{printable(info.path)}  {size}{notes}")
+    lines += [f"{printable(bad['path'])}  skipped: {bad['reason']}" for bad in found.skipped]
+    names = f": {', '.join(printable(name) for name in found.classes)}" if found.classes else ""
+    counts = f"{len(found.clips)} clips, {len(found.classes)} classes{names}; {len(found.skipped)} skipped"
+    return [*lines, *remarks(found), counts]
 
 
 def check_folder(root: str | os.PathLike, field: str = "data.root") -> str:
-    """``root`` when it is a folder, otherwise an InputError that proposes the neighbour with the nearest name."""
+    """Return ``root`` when it is a folder; otherwise raise an InputError that proposes the neighbour with the
+    nearest name.
+    """
     path = Path(root)
     if path.is_dir():
         return os.fspath(root)
     if path.exists():
         raise InputError(f"{field} is {str(root)!r}, which is a file; give the folder that holds the videos")
-    siblings = sorted(p.name for p in path.parent.iterdir() if p.is_dir()) if path.parent.is_dir() else []
-    hint = (
-        nearest(path.name, siblings)
-        if siblings
-        else ""
-        if path.parent.is_dir()
-        else f"; {str(path.parent)!r} does not exist either"
-    )
+    hint = f"; {str(path.parent)!r} does not exist either"
+    if path.parent.is_dir():
+        hint = nearest(path.name, sorted(p.name for p in path.parent.iterdir() if p.is_dir()))
     raise InputError(f"{field} is {str(root)!r}, but there is no such folder{hint}")
 
 
@@ -100,28 +176,30 @@ def require_clips(result: ScanResult) -> None:
     if result.clips:
         return
     if not result.tried:
-        kinds = ", ".join(VIDEO_SUFFIXES)
+        others = "".join(f"; {line}" for line in remarks(result))
         raise InputError(
-            f"data.root {result.root!r} holds no video ({kinds}) and no folder of numbered images; give another folder"
+            f"data.root {result.root!r} holds no video ({', '.join(VIDEO_SUFFIXES)}) and no folder of "
+            f"numbered images{others}; give another folder"
         )
     first = "; ".join(
-        f"{os.path.relpath(bad['path'], result.root)} ({bad['reason']})" for bad in result.skipped[:3]
+        f"{printable(os.path.relpath(bad['path'], result.root))} ({bad['reason']})"
+        for bad in result.skipped[:3]
     )
     raise InputError(
-        f"data.root {result.root!r} holds no usable video: {result.tried} tried, all refused, first: {first}"
+        f"data.root {result.root!r} holds no usable video: {result.tried} tried, all skipped, first: {first}"
     )
 
 
 def write_skipped(path: str | os.PathLike, records: Iterable[dict[str, str]]) -> int:
-    """Append {"path", "reason"} records to a skipped.jsonl, each once (also when a quarantine.jsonl of 0.1.0
-    beside it lists it); returns how many were new."""
+    """Append {"path", "reason"} records to a skipped.jsonl and return how many were new.
+
+    A record is written once, also when a quarantine.jsonl of 0.1.0 beside the file lists it.
+    """
     path = Path(path)
-    known = {
-        line
-        for file in (path, path.with_name(OLD_NAME))
-        if file.exists()
-        for line in file.read_text(encoding="utf-8").splitlines()
-    }
+    known: set[str] = set()
+    for file in (path, path.with_name(OLD_NAME)):
+        if file.exists():
+            known.update(file.read_text(encoding="utf-8").splitlines())
     lines = [json.dumps({"path": record["path"], "reason": record["reason"]}) for record in records]
     new = [line for line in dict.fromkeys(lines) if line not in known]
     if new:
@@ -131,124 +209,45 @@ def write_skipped(path: str | os.PathLike, records: Iterable[dict[str, str]]) ->
     return len(new)
 
 
-def _candidates(folder: str, ancestors: frozenset[str] = frozenset()) -> Iterator[str]:
-    """Video files, and folders that hold images and no clip otherwise. Hidden names are left out, links followed but never in a circle."""
+def _candidates(folder: str, ignored: Counter[str], ancestors: frozenset[str] = frozenset()) -> Iterator[str]:
+    """Yield video files, and folders that hold images and no clip otherwise; count in ``ignored`` what no
+    reader exists for.
+
+    Hidden names are left out. Links are followed, but never in a circle.
+    """
     here = os.path.realpath(folder)
     if here in ancestors:
         return
     try:
         names = [name for name in sorted(os.listdir(folder)) if not name.startswith((".", "__MACOSX"))]
     except OSError:
-        yield folder  # the probe will say why
+        yield folder  # the probe states why
         return
     paths = [os.path.join(folder, name) for name in names]
     folders = [path for path in paths if os.path.isdir(path)]
     files = [path for path in paths if path not in set(folders)]
-    videos = [path for path in files if path.lower().endswith(VIDEO_SUFFIXES)]
-    below = [found for path in folders for found in _candidates(path, ancestors | {here})]
+    videos = [path for path in files if is_video_name(path)]
+    below = [found for path in folders for found in _candidates(path, ignored, ancestors | {here})]
     yield from videos + below
-    if not videos and not below and any(path.lower().endswith(IMAGE_SUFFIXES) for path in files):
+    images = [path for path in files if path.lower().endswith(IMAGE_SUFFIXES)]
+    used = set(videos)
+    if images and not videos and not below:
         yield folder
+        used = set(images)
+    suffixes = [os.path.splitext(path)[1].lower() for path in files if path not in used]
+    ignored.update(suffix for suffix in suffixes if suffix not in NOT_MEDIA)
 
 
 def _classes(keys: list[str]) -> list[str]:
-    """Class names when every clip is <class>/<clip>; none for a flat folder or for clips that all lie deeper."""
+    """Return the class names when every clip is <class>/<clip>; none for a flat folder or for clips that are
+    all deeper.
+    """
     parts = [Path(key).parts for key in keys]
     depths = {len(part) for part in parts}
     if len(depths) > 1 and min(depths) <= 2:
-        odd = [keys[[len(part) for part in parts].index(depth)] for depth in sorted(depths)[:2]]
+        examples = [keys[[len(part) for part in parts].index(depth)] for depth in sorted(depths)[:2]]
         raise InputError(
-            f"classes are the folders in <root>/<class>/<clip>, but {odd[0]!r} and {odd[1]!r} lie at different depths; "
-            "move them or set data.labels=false"
+            f"classes are the folders in <root>/<class>/<clip>, but {examples[0]!r} and {examples[1]!r} "
+            "are at different depths; move them or set data.labels=false"
         )
     return sorted({part[0] for part in parts}) if depths == {2} else []
-
-
-class _ProbeCache:
-    """Probe results of one root, read at the start and written back (whole, under a temporary name) when anything was new."""
-
-    def __init__(self, root: str, folder: str | os.PathLike | None):
-        self.file = (
-            Path(folder) if folder else _user_cache()
-        ) / f"probes-{hashlib.sha256(os.fsencode(root)).hexdigest()[:16]}.json"
-        self.reader = f"{READER} av {version('av')}"
-        self.entries: dict[str, Any] = {}
-        self.seen: dict[str, Any] = {}
-        self.saved = time.monotonic()
-        try:
-            stored = json.loads(self.file.read_text(encoding="utf-8"))
-            if stored["reader"] == self.reader:
-                self.entries = dict(stored["entries"])
-        except (OSError, ValueError, KeyError, TypeError):
-            pass  # no cache, or a damaged one: probe anew
-
-    def probe(self, path: str, key: str) -> MediaInfo | str:
-        """What ``media.probe`` finds, or the reason why it refuses."""
-        try:
-            stamp = _stamp(path)
-        except (OSError, Unreadable) as error:
-            return (
-                error.reason
-                if isinstance(error, Unreadable)
-                else f"missing: it cannot be opened ({error.__class__.__name__})"
-            )
-        entry = self.entries.get(key)
-        if not isinstance(entry, dict) or entry.get("stamp") != stamp or _restored(entry, path) is None:
-            try:
-                info = {name: value for name, value in asdict(probe(path)).items() if name != "path"}
-                entry = {"stamp": stamp, "info": info}
-            except Unreadable as error:
-                entry = {"stamp": stamp, "reason": error.reason}
-            self.entries[key] = entry
-            if time.monotonic() - self.saved > SAVE_EVERY:
-                self._write(self.entries)
-        self.seen[key] = entry
-        found = _restored(entry, path)
-        assert found is not None
-        return found
-
-    def save(self) -> None:
-        """Keep what this scan has seen; entries of files that are gone are dropped."""
-        self._write(self.seen)
-
-    def _write(self, entries: dict[str, Any]) -> None:
-        self.saved = time.monotonic()
-        text = json.dumps({"reader": self.reader, "entries": entries})
-        partial = self.file.with_suffix(f".{os.getpid()}.partial")
-        try:
-            if self.file.exists() and self.file.read_text(encoding="utf-8") == text:
-                return
-            self.file.parent.mkdir(parents=True, exist_ok=True)
-            partial.write_text(text, encoding="utf-8")
-            os.replace(partial, self.file)
-        except OSError:
-            with suppress(OSError):  # a cache that cannot be written costs time, nothing else
-                partial.unlink()
-
-
-def _user_cache() -> Path:
-    """latte/ in $XDG_CACHE_HOME or ~/.cache; a user without a home gets a path that cannot exist, and so no cache."""
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    return Path(base if os.path.isabs(base) else os.devnull) / "latte"
-
-
-def _stamp(path: str) -> list[int]:
-    """Numbers that change whenever the content does: size and modification time, summed up over the images of a frame folder."""
-    if not os.path.isdir(path):
-        status = os.stat(path)
-        return [status.st_size, status.st_mtime_ns]
-    states = [os.stat(file) for _, file in frame_files(path)]
-    return [len(states), sum(s.st_size for s in states), max((s.st_mtime_ns for s in states), default=0)]
-
-
-def _restored(entry: dict[str, Any], path: str) -> MediaInfo | str | None:
-    """The value of a cache entry, or None when it is not one."""
-    if isinstance(entry.get("reason"), str):
-        return entry["reason"]
-    try:
-        kept = dict(entry["info"])
-        kept["steps"] = tuple((int(step), int(count)) for step, count in kept["steps"])
-        kept["time_base"], kept["keys"] = tuple(kept["time_base"]), tuple(kept["keys"])
-        return MediaInfo(path=path, **kept)
-    except (KeyError, TypeError, ValueError):
-        return None

@@ -31,7 +31,7 @@ class Source:
     codec: str = "unknown"
     height: int = 0  # 0: unknown
     width: int = 0
-    note: str | None = None  # damage or gaps, as the probe found them
+    note: str | None = None  # why only its first frames are used, as the probe found it
     interval: int | None = (
         None  # video frames per frame of a model's training data, None: not generated or unknown
     )

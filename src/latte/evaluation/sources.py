@@ -29,6 +29,7 @@ from latte.data.frame_folder import IMAGE_SUFFIXES, frame_files
 from latte.data.media import VIDEO_SUFFIXES, MediaInfo, read_frames
 from latte.data.shards import MANIFEST, SHARDS, SOURCE, Record, read_manifest
 from latte.data.skipped import check_folder, scan
+from latte.data.video_stream import is_video_name
 from latte.evaluation.detector_files import file_sha256
 from latte.evaluation.plan import Source
 
@@ -174,8 +175,8 @@ def file_hashes(root: Path) -> dict[str, str]:
         visited.add(here)
         for name in files:
             path = Path(folder, name)
-            readable = name.lower().endswith((*VIDEO_SUFFIXES, *IMAGE_SUFFIXES))
-            if readable and not name.startswith(".") and path.is_file():
+            read = name.lower().endswith(IMAGE_SUFFIXES) or is_video_name(str(path))
+            if read and not name.startswith(".") and path.is_file():
                 found[path.relative_to(root).as_posix()] = file_sha256(path)
     return found
 
@@ -202,7 +203,7 @@ def open_folder(root: Path, cache: Path) -> FolderSide:
             sha256 = digest([hashes[name] for name in names])
         info = clip.info
         size = (info.height, info.width)
-        sources.append(Source(clip.key, info.frames, sha256, info.fps, info.codec, *size, info.note))
+        sources.append(Source(clip.key, info.frames, sha256, info.fps, info.codec, *size, info.damage))
     broken = tuple(
         {"id": Path(bad["path"]).relative_to(root).as_posix(), "reason": bad["reason"]}
         for bad in found.skipped
@@ -220,6 +221,7 @@ def _open_latents(root: Path, codec_path: str | None, device: str) -> LatentSide
     config = CodecConfig(name=made["name"], path=codec_path)
     fingerprint = read_fingerprint(made)
     codec = _codec(config, fingerprint, device)
+    damage = {bad["path"]: bad["reason"] for bad in manifest.get("damaged", [])}
     sources = []
     shards = {}
     for entry in manifest["videos"]:
@@ -230,7 +232,9 @@ def _open_latents(root: Path, codec_path: str | None, device: str) -> LatentSide
         content = hashlib.sha256(latent.numpy().tobytes()).hexdigest()
         size = (latent.shape[-2] * codec.downscale, latent.shape[-1] * codec.downscale)
         name = f"latents of {made['name']}"
-        sources.append(Source(record.key, record.frames, content, record.fps, name, *size))
+        sources.append(
+            Source(record.key, record.frames, content, record.fps, name, *size, damage.get(record.key))
+        )
     broken = tuple({"id": bad["path"], "reason": bad["reason"]} for bad in manifest["skipped"])
     return LatentSide(str(root), tuple(sources), broken, shards, config, fingerprint, device)
 
