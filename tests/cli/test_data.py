@@ -142,7 +142,7 @@ def test_encode_reads_captions_first_and_tells_what_is_wrong_with_them_before_an
     found = latte("data", "encode", *words, "text.length=5")
     assert (found.code, len(found.errors), Path("shards").exists()) == (2, 1, False)
     assert re.match(
-        r"error: the caption of \w+/0000\d.mp4 is 'a .*', but it has 6 tokens and text.length is 5 \(",
+        r"error: the caption of \w+/0000\d.mp4, 'a .*', has 6 tokens, but text.length is 5 \(",
         found.errors[0],
     )
     assert found.errors[0].endswith("; give text.length=6, or shorten them")
@@ -151,7 +151,7 @@ def test_encode_reads_captions_first_and_tells_what_is_wrong_with_them_before_an
     assert found.json["new_captions"] == found.json["captions"] + 1
     (told,) = [line for line in found.err.splitlines() if "data.flip" in line]
     assert re.match(
-        r"\d of \d captions say left or right \('a .* (left|right)'\), .*; set data.flip=false$", told
+        r"\d of \d captions mention left or right \('a .* (left|right)'\), .*; set data.flip=false$", told
     )
     assert found.err.index("captions 100%") < found.err.index("encode 100%")
     again = latte("data", "encode", *words, "data.flip=true")

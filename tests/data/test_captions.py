@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Features of captions: each encoded once, padded to one length, stored in parts, and asked for by the caption itself."""
+"""Features of captions: each encoded once, padded to one length, stored in parts, and asked for by the
+caption itself.
+"""
 
 import json
 import logging
@@ -65,10 +67,13 @@ def test_all_lengths_are_checked_before_anything_is_encoded(tmp_path):
         [*(f"word{index}" for index in range(100)), "one two three four", "xx two three four five"],
     )
     assert check_lengths(encoder, captions[:100], {}) == 2 * 100 + 1
-    told = "the caption of b.mp4 is 'xx two three four five', but it has 6 tokens and text.length is 4 (2 of 102 captions are longer); "
-    with pytest.raises(InputError, match=f"^{re.escape(told)}give text.length=6, or shorten them$"):
+    message = (
+        "the caption of b.mp4, 'xx two three four five', has 6 tokens, but text.length is 4 "
+        "(2 of 102 captions are longer); give text.length=6, or shorten them"
+    )
+    with pytest.raises(InputError, match=f"^{re.escape(message)}$"):
         check_lengths(encoder, captions, {"xx two three four five": "b.mp4"})
-    with pytest.raises(InputError, match=r"^a caption is 'xx two"):
+    with pytest.raises(InputError, match=r"^a caption, 'xx two"):
         check_lengths(encoder, captions, {})
     root, codec, before = tmp_path / "videos", Drawn(), []
     codec.before = lambda: before.append("encoded")
@@ -87,7 +92,7 @@ def test_all_lengths_are_checked_before_anything_is_encoded(tmp_path):
     for codec_given in (codec, lambda: before.append("built")):
         with pytest.raises(
             InputError,
-            match=r"caption of a/uneven.mp4 is .* has 8 tokens and text.length is 4 .* text.length=8",
+            match=r"caption of a/uneven.mp4, .* has 8 tokens, but text.length is 4 .* text.length=8",
         ):
             encode_dataset(config, codec_given, tmp_path / "out", cache_dir=tmp_path, text=encoder)
     assert (encoder.asked, before, (tmp_path / "out").exists()) == ([], [], False)
@@ -223,7 +228,7 @@ def test_numbers_beyond_float16_and_next_to_nothing_survive(tmp_path):
         torch.full((len(prompts), 4, 64), torch.nan),
         torch.ones(len(prompts), 4, dtype=torch.bool),
     )
-    with pytest.raises(RunError, match=r"features of caption '' are not numbers"):
+    with pytest.raises(RunError, match=r"features of caption '' hold NaN or Inf"):
         store_captions(tmp_path, encoder, ["red"])
     assert not list(tmp_path.glob(CAPTIONS))
 
@@ -287,7 +292,7 @@ def test_features_by_another_encoder_are_left_alone(tmp_path, monkeypatch):
     monkeypatch.setattr(Counting, "fingerprint", "0" * 16)
     with pytest.raises(
         InputError,
-        match=r"the text encoder is 'builtin 0000.* was made by builtin 42fe.*; give another folder, or remove",
+        match=r"the text encoder is builtin 0000.* was made by builtin 42fe.*; give another folder",
     ):
         store_captions(tmp_path, other, ["red", "blue"])
     assert (other.asked, contents(tmp_path)) == ([], before)
@@ -296,24 +301,25 @@ def test_features_by_another_encoder_are_left_alone(tmp_path, monkeypatch):
 def test_features_that_do_not_fit_are_refused(tmp_path):
     assert stored(tmp_path, ["red"], 4) is None
     store_captions(tmp_path, BuiltinEncoder(4), ["red", "a blue one"])
-    told, path = list_parts(tmp_path), tmp_path / "captions-00000.safetensors"
+    entry, path = list_parts(tmp_path), tmp_path / "captions-00000.safetensors"
     with pytest.raises(InputError, match="lack the features of 'green'; encode again"):
-        stored_captions(tmp_path, told, ["red", "green"], 4)
+        stored_captions(tmp_path, entry, ["red", "green"], 4)
     with pytest.raises(
-        InputError, match=r"text.length is 3, but caption 'a blue one' has 4 tokens; give 4 or more"
+        InputError,
+        match=r"text.length is 3, but caption 'a blue one' has 4 tokens; give text.length=4 or more",
     ):
-        stored_captions(tmp_path, told, ["a blue one"], 3)
+        stored_captions(tmp_path, entry, ["a blue one"], 3)
     content = path.read_bytes()
     for damaged in (content[:50], b"", b"nothing"):
         path.write_bytes(damaged)
         with pytest.raises(InputError, match=r"size of .*captions-00000.safetensors is"):
-            stored_captions(tmp_path, told, ["red"], 4)
+            stored_captions(tmp_path, entry, ["red"], 4)
     path.write_bytes(b"x" * len(content))
     with pytest.raises(InputError, match="cannot be read"):
-        stored_captions(tmp_path, told, ["red"], 4)
+        stored_captions(tmp_path, entry, ["red"], 4)
     path.unlink()
     with pytest.raises(InputError, match=r"is 0, but the manifest says"):
-        stored_captions(tmp_path, told, ["red"], 4)
+        stored_captions(tmp_path, entry, ["red"], 4)
 
 
 def test_the_single_file_of_former_folders_is_still_read_and_added_to(tmp_path):
@@ -387,7 +393,7 @@ def test_words_of_sides():
     assert not any(SIDES.search(caption) for caption in silent)
 
 
-def test_mirrored_clips_whose_captions_say_left_or_right_are_told(tmp_path, caplog):
+def test_mirrored_clips_whose_captions_mention_left_or_right_are_reported(tmp_path, caplog):
     root = make_videos(Path(tmp_path, "set").mkdir() or tmp_path / "set")
     rows = {
         "a/even.mp4": "A man steps to the Right",
@@ -402,7 +408,8 @@ def test_mirrored_clips_whose_captions_say_left_or_right_are_told(tmp_path, capl
     with caplog.at_level(logging.WARNING):
         encode_dataset(config, pixels(), tmp_path / "mirrored", cache_dir=tmp_path)
         assert [record.message for record in caplog.records] == [
-            "1 of 3 captions say left or right ('A man steps to the Right'), but data.flip mirrors half of the clips; set data.flip=false"
+            "1 of 3 captions mention left or right ('A man steps to the Right'), "
+            "but data.flip mirrors half of the clips; set data.flip=false"
         ]
         caplog.clear()
         encode_dataset(replace(config, flip=False), pixels(), tmp_path / "plain", cache_dir=tmp_path)

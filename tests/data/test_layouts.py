@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The paper's data sets: right trees are read, wrong ones are refused with their first misfit and the expected tree."""
+"""The paper's data sets: right trees are read, wrong ones are refused with their first misfit and the
+expected tree.
+"""
 
 from pathlib import Path
 
@@ -67,7 +69,7 @@ def test_right_layouts(tmp_path):
             lambda root: images(root / "a/clip"),
             "'a/clip' is a folder of images, but clips of faceforensics are video",
         ),
-        ("ucf101", lambda root: video(root / "x/y/a.mp4"), "'x/y/a.mp4' does not lie at <class>/<clip>"),
+        ("ucf101", lambda root: video(root / "x/y/a.mp4"), "'x/y/a.mp4' is not at <class>/<clip>"),
         (
             "ucf101",
             lambda root: [video(root / c / "a.mp4") for c in "ab"],

@@ -177,7 +177,7 @@ def test_other_angles_are_turned_to_the_nearest_quarter_and_noted(tmp_path):
     assert [note.partition(":")[0] for note in info.notes] == ["rotation"]
 
 
-EXIF = {  # orientation -> the upright pixels of what is stored, as the EXIF standard states where row 0 and column 0 are
+EXIF = {  # orientation -> upright pixels, by where the EXIF standard puts row 0 and column 0
     1: lambda x: x,
     2: lambda x: x[:, ::-1],
     3: lambda x: x[::-1, ::-1],
@@ -497,7 +497,8 @@ def test_mutated_files_are_read_or_refused_but_never_crash_or_hang(tmp_path):
             if sys.platform == "linux":
                 open_before = open_before or len(os.listdir("/proc/self/fd"))
     print(
-        f"whole {whole}, in part {part}, refused {refused} (of these at reading {failed_later}), slowest {slowest:.2f} s"
+        f"whole {whole}, in part {part}, refused {refused} (of these at reading {failed_later}), "
+        f"slowest {slowest:.2f} s"
     )
     assert whole + part + refused == 120
     assert min(whole, part, refused) >= 10

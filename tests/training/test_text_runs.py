@@ -214,17 +214,17 @@ def test_captions_too_long_are_told_before_the_weights_are_read(tmp_path, t5):
     words = ["text.name=t5", f"text.path={t5}", "text.length=2"]
     with pytest.raises(
         InputError,
-        match=r"^a caption is 'a .*', but it has 8 tokens and text.length is 2 \(.*; give text.length=8",
+        match=r"^a caption, 'a .*', has 8 tokens, but text.length is 2 \(.*; give text.length=8",
     ):
         train(tmp_path / "run", *words)
     with pytest.raises(
-        InputError, match=r"^the caption of 0/\d is 'a .*', but it has 8 tokens .*; give text.length=8"
+        InputError, match=r"^the caption of 0/\d, 'a .*', has 8 tokens .*; give text.length=8"
     ):
         train(tmp_path / "run", *encoded(tmp_path / "latents", None), *words)
     with pytest.raises(InputError, match="cannot be read"):
         train(tmp_path / "run", *words, "text.length=8")
     with pytest.raises(
-        InputError, match=r"^the caption of 0/\d is 'a .*', but it has 8 tokens .*; give text.length=8"
+        InputError, match=r"^the caption of 0/\d, 'a .*', has 8 tokens .*; give text.length=8"
     ):
         encoded(tmp_path / "stored", build_text_encoder(config("unused", *words).text))
     assert not (tmp_path / "stored").exists()

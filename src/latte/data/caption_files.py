@@ -169,7 +169,7 @@ def json_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             row = None
         if not isinstance(row, dict):
             raise InputError(
-                f"{printable(path)}:{number} is not a JSON object; write one per line with path and caption"
+                f"{printable(path)}:{number} is not a JSON object; write one per line, with path and caption"
             )
         yield number, row
 
@@ -180,7 +180,7 @@ def read_text(path: Path) -> str:
         return path.read_text("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(
-            f"captions in {printable(path)} cannot be read ({type(error).__name__}); give a text file in UTF-8"
+            f"captions in {printable(path)} cannot be read ({type(error).__name__}); save it as UTF-8"
         ) from None
 
 

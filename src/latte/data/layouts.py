@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How the paper's four data sets lie on disk; a folder that lies otherwise is refused with its first misfit and the expected tree.
+"""How the paper's four data sets are stored; another layout is refused with its first misfit and the expected
+tree.
 
 The trees are those that the released code reads. Any other folder of videos is ``data.kind=folder``.
 """
@@ -14,11 +15,11 @@ from latte.data.skipped import ScanResult
 
 @dataclass(frozen=True)
 class Layout:
-    """``frames``: is a clip a folder of numbered images (else a video file)? ``num_classes`` folders at the top, None for no labels."""
+    """How one data set is stored."""
 
-    frames: bool
-    tree: tuple[str, ...]
-    num_classes: int | None = None
+    frames: bool  # a clip is a folder of numbered images, not a video file
+    tree: tuple[str, ...]  # the expected tree, line by line
+    num_classes: int | None = None  # number of folders at the top; None: no labels
 
 
 LAYOUTS = {
@@ -38,28 +39,27 @@ LAYOUTS = {
 
 
 def check_layout(name: str, found: ScanResult) -> None:
-    """InputError that names the first clip which does not fit layout ``name``, and draws the tree."""
+    """InputError that names the first clip which does not fit layout ``name``, and shows the expected
+    tree.
+    """
     layout = LAYOUTS[name]
-    expected = "\n".join(
-        (
-            f"a {name} folder looks like this; for any other folder of videos set data.kind=folder:",
-            *layout.tree,
-        )
-    )
+    introduction = f"a {name} folder looks like this; for any other folder of videos set data.kind=folder:"
+    expected = "\n".join((introduction, *layout.tree))
+    kinds = {True: "a folder of images", False: "a video file"}
     for path in [clip.info.path for clip in found.clips] + [bad["path"] for bad in found.skipped]:
         key = Path(path).relative_to(found.root).as_posix()
-        if os.path.isdir(path) != layout.frames:
-            what, wanted = (
-                ("a folder of images", "video files")
-                if os.path.isdir(path)
-                else ("a video file", "folders of numbered images")
-            )
+        is_folder = os.path.isdir(path)
+        if is_folder != layout.frames:
+            needed = "folders of numbered images" if layout.frames else "video files"
             raise InputError(
-                f"data.root {found.root!r}: {key!r} is {what}, but clips of {name} are {wanted}\n{expected}"
+                f"data.root {found.root!r}: {key!r} is {kinds[is_folder]}, but clips of {name} are {needed}\n"
+                + expected
             )
         if layout.num_classes and len(Path(key).parts) != 2:
-            raise InputError(f"data.root {found.root!r}: {key!r} does not lie at <class>/<clip>\n{expected}")
-    if layout.num_classes and found.classes and len(found.classes) != layout.num_classes:
+            raise InputError(f"data.root {found.root!r}: {key!r} is not at <class>/<clip>\n{expected}")
+    num_classes = len(found.classes)
+    if layout.num_classes and num_classes not in (0, layout.num_classes):
         raise InputError(
-            f"data.root {found.root!r} holds {len(found.classes)} classes, but {name} has {layout.num_classes}\n{expected}"
+            f"data.root {found.root!r} holds {num_classes} classes, but {name} has {layout.num_classes}\n"
+            + expected
         )
