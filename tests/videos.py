@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Small videos made on the spot, every frame of which can be told from its pixels."""
+"""Small videos made on the spot, every frame of which can be identified by its pixels."""
 
 from fractions import Fraction
 from pathlib import Path

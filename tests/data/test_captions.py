@@ -52,12 +52,12 @@ class Counting(BuiltinEncoder):
 
 
 def test_every_distinct_caption_is_encoded_once_and_the_empty_one_too():
-    encoder, said = Counting(), []
+    encoder, calls = Counting(), []
     captions = [f"word{index % 40}" for index in range(100)]
-    features = encode_captions(encoder, captions, lambda done, of: said.append((done, of)))
+    features = encode_captions(encoder, captions, lambda done, of: calls.append((done, of)))
     assert [caption for part in encoder.asked for caption in part] == ["", *captions[:40]]
     assert max(map(len, encoder.asked)) == AT_ONCE
-    assert said == [(32, 41), (41, 41)]
+    assert calls == [(32, 41), (41, 41)]
     assert (features.fingerprint, features.length) == (encoder.fingerprint, 4)
 
 
@@ -110,7 +110,7 @@ def test_what_comes_back_is_what_the_encoder_gives():
     assert torch.equal(mask, expected[1])
 
 
-def test_a_clip_with_stills_has_a_row_of_captions():
+def test_a_clip_with_images_has_a_row_of_captions():
     features = encode_captions(BuiltinEncoder(4), ["red", "blue", "a b"])
     text, mask = features([["red", "blue", "a b"], ["blue", "blue", "red"]])
     assert (text.shape, mask.shape) == ((2, 3, 4, 64), (2, 3, 4))
@@ -143,8 +143,8 @@ def test_stored_features_are_those_of_the_encoder_and_are_made_once(tmp_path):
         4,
         sorted(["", *captions]),
     )
-    for mine, theirs in zip(found(captions), BuiltinEncoder(7).encode(captions), strict=True):
-        assert torch.equal(mine, theirs)
+    for stored_part, expected in zip(found(captions), BuiltinEncoder(7).encode(captions), strict=True):
+        assert torch.equal(stored_part, expected)
     before, begun = contents(tmp_path), []
     assert store_captions(tmp_path, encoder, captions[:2], size=2, begin=lambda: begun.append(1)) == 0
     assert (len(encoder.asked), begun) == (calls, []), "they were there"
@@ -373,12 +373,12 @@ def test_the_text_encoder_is_gone_before_the_autoencoder_is_there(tmp_path):
     assert encode_dataset(SHAPES, codec, tmp_path / "out")["captions"] == 5
     assert events[-2:] == ["built", "gone"]
     assert len(read_manifest(tmp_path / "out")["captions"]["parts"]) == 1, (
-        "they are there, whoever comes by without a text encoder"
+        "they stay when a run has no text encoder"
     )
 
 
 def test_words_of_sides():
-    say = [
+    mention = [
         "moves LEFT",
         "to the right.",
         "leftwards",
@@ -389,7 +389,7 @@ def test_words_of_sides():
         "leftmost",
     ]
     silent = ["leftover soup", "bright light", "upright", "copyright", "a clock", "alright", "wright"]
-    assert all(SIDES.search(caption) for caption in say)
+    assert all(SIDES.search(caption) for caption in mention)
     assert not any(SIDES.search(caption) for caption in silent)
 
 
@@ -468,7 +468,7 @@ def test_captions_of_a_folder_reach_the_latents_and_videos_without_any_are_refus
         encode_dataset(folder_config(root), pixels(), tmp_path / "out")
 
 
-def test_stills_bring_their_own_captions(tmp_path):
+def test_images_bring_their_own_captions(tmp_path):
     encode_dataset(SHAPES, pixels(), tmp_path / "out")
     dataset = LatentDataset(latents_of(SHAPES, tmp_path / "out"))
     joint = JointDataset(dataset, 3)

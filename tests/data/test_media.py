@@ -79,7 +79,7 @@ def test_a_seek_that_lands_elsewhere_is_never_believed(tmp_path):
 
 
 def test_a_stream_that_decodes_otherwise_after_a_seek_is_read_from_its_start(tmp_path, monkeypatch):
-    """As 4:4:4 files of old x264 do, without an error: what tells the decoder about them is in the first
+    """As 4:4:4 files of old x264 do, without an error: what the decoder needs to know is in the first
     packet alone.
     """
     even = {"g": "10", "sc_threshold": "0"}
@@ -245,7 +245,7 @@ def test_pixels_that_are_not_square_are_shown_as_players_do(tmp_path):
 
 
 def test_what_a_player_shows_otherwise_is_noted(tmp_path):
-    noted = {
+    paths = {
         "interlaced.mp4": encode(tmp_path / "interlaced.mp4", numbered(4), flags="+ildct+ilme"),
         "hdr.mp4": encode(tmp_path / "hdr.mp4", numbered(4), pix_fmt="yuv420p10le", transfer=16),
         "alpha.mov": tmp_path / "alpha.mov",
@@ -257,7 +257,7 @@ def test_what_a_player_shows_otherwise_is_noted(tmp_path):
             stream.encode(av.VideoFrame.from_ndarray(np.full((16, 16, 4), 90, np.uint8), format="argb"))
         )
         container.mux(stream.encode())
-    for name, path in noted.items():
+    for name, path in paths.items():
         info = probe(path)
         assert [note.partition(":")[0] for note in info.notes] == [name.partition(".")[0]], info.notes
         assert info.damage is None

@@ -129,10 +129,10 @@ class TextEncoderConfig:
 
     @property
     def encoder(self) -> type[TextEncoder]:
-        """The table's entry; InputError without a ``name``."""
+        """The entry of the table; InputError without a ``name``."""
         if self.name is None:
             raise InputError(
-                "text.name is not set, but this model reads captions; set text.name=builtin or another encoder"
+                "text.name is not set, but this model reads captions; set text.name=builtin or another one"
             )
         return choose("text.name", self.name, TEXT_ENCODERS)
 
