@@ -200,7 +200,12 @@ def test_a_model_is_asked_once_a_step_and_leaves_no_gradient():
     ("known", "mask", "strength", "message"),
     [
         (noise(2, 4, 4, 4), FIRST, 1.0, "conditioning frames have shape"),
-        (noise(2, *SHAPE), FIRST[:3], 1.0, r"mask is torch.bool of shape \(3,\).*need bool \(4,\) or \(2, 4\)"),
+        (
+            noise(2, *SHAPE),
+            FIRST[:3],
+            1.0,
+            r"mask is torch.bool of shape \(3,\).*need bool \(4,\) or \(2, 4\)",
+        ),
         (noise(2, *SHAPE), FIRST.float(), 1.0, "mask is torch.float32"),
         (noise(2, *SHAPE), FIRST, -1.0, "strength"),
         (noise(2, *SHAPE), FIRST, float("nan"), "strength"),

@@ -11,7 +11,7 @@ import pytest
 import torch
 from support import noise
 
-from latte.checks import InputError
+from latte.checks import InputError, RunError
 from latte.diffusion.config import DiffusionConfig, build_process
 from latte.diffusion.samplers import SAMPLERS, sample
 from latte.runtime import SampleNoise
@@ -307,7 +307,13 @@ def test_a_sample_carries_no_gradient():
         ("ddim", "paper", 5, 1.5, "eta must be between 0 .* got 1.5"),
         ("ddpm", "paper", 5, 0.5, "ddpm has no eta"),
         ("ddim", "rectified_flow", 5, 0.0, "ddim cannot use a model that predicts flow; use one of flow"),
-        ("flow", "paper", 5, 0.0, "flow cannot use a model that predicts epsilon; use one of ddpm, ddim, dpmpp"),
+        (
+            "flow",
+            "paper",
+            5,
+            0.0,
+            "flow cannot use a model that predicts epsilon; use one of ddpm, ddim, dpmpp",
+        ),
     ],
 )
 def test_what_cannot_be_sampled_is_refused_in_one_line(name, objective, steps, eta, says):
@@ -321,3 +327,25 @@ def test_a_missing_diffusers_is_named(monkeypatch):
     with pytest.raises(InputError, match="pip install diffusers, or use sampler ddpm or ddim"):
         sample("unipc", network, PROCESSES["paper"], SampleNoise([0]), SHAPE, 3)
     sample("ddim", network, PROCESSES["paper"], SampleNoise([0]), SHAPE, 3)
+
+
+@pytest.mark.parametrize("name", [name for name in SAMPLERS if name != "flow"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_model_output_that_is_not_finite_names_the_step(name, bad):
+    calls = []
+
+    def denoise(z, t):
+        calls.append(int(t[0]))
+        return torch.full_like(z, bad) if len(calls) == 3 else network(z, t)
+
+    with pytest.raises(RunError, match=r"model output holds NaN or Inf at step 3 \(timestep ") as caught:
+        sample(name, denoise, PROCESSES["paper"], SampleNoise([0]), SHAPE, 6)
+    assert len(calls) == 3, "it stops there"
+    assert f"timestep {calls[-1]}" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_latent_that_overflows_in_the_last_step_is_refused():
+    process = PROCESSES["rectified_flow"]
+    with pytest.raises(RunError, match="after the last step"):
+        sample("flow", lambda z, t: -z, process, lambda shape: torch.full((1, *shape), 3e38), SHAPE, 1)

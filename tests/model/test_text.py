@@ -176,9 +176,7 @@ def test_the_gate_is_no_parameter_and_opens_to_a_model_without_one():
     assert torch.equal(outs[2], plain(z, T, text))
     assert plain.opened == 1.0
     assert all((outs[1] - out).abs().max() > 1e-3 for out in (outs[0], outs[2]))
-    with pytest.raises(
-        InputError, match=r"gate must be between 0 and 1, got 1.5"
-    ):
+    with pytest.raises(InputError, match=r"gate must be between 0 and 1, got 1.5"):
         gated.open_gate(1.5)
     with pytest.raises(InputError, match="no temporal gate"):
         plain.open_gate(1.0)
@@ -280,6 +278,9 @@ def test_the_table_is_the_trained_one_stretched():
         ({"latent_size": 7}, "the nearest is 8"),
         ({"table_size": 7}, "the nearest is 8"),
         ({"caption_channels": 0}, "from 1 to"),
+        ({"caption_channels": 10**9}, "from 1 to"),
+        ({"depth": 10_000_000}, "from 1 to"),
+        ({"table_size": 10**9}, "from 1 to"),
     ],
 )
 def test_wrong_configurations_say_the_rule_and_the_way_out(changes, message):
