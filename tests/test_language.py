@@ -92,6 +92,7 @@ NAMES = {  # identifiers that say nothing, or something else than the field's te
     ),
 }
 REVIEWED: dict[tuple[str, str], str] = {  # (file, matched text in lower case): why the word is right there
+    ("src/latte/profile/memory.py", "save for"): "autograd's ctx.save_for_backward",
 }
 
 

@@ -161,8 +161,8 @@ def test_a_path_that_is_nothing_is_refused(tmp_path):
 
 def test_a_hub_id_that_cannot_be_had_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(InputError, match=r"nobody-here/no-such-vae is no folder here .* the hub id has no config\.json.*\(.+\)") as caught:
-        load("nobody-here/no-such-vae")
+    with pytest.raises(InputError, match=r"no-owner/no-such-vae is no folder here .* the hub id has no config\.json.*\(.+\)") as caught:
+        load("no-owner/no-such-vae")
     assert "\n" not in str(caught.value)
 
 

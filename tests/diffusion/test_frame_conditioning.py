@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Given frames: they come out as they went in, nothing else changes when there are none, and the others follow them."""
+"""Conditioning frames: they come out as they went in, nothing else changes when there are none, and the others follow them."""
 
 import pytest
 import torch
@@ -43,7 +43,7 @@ def draw(sampler, denoise, process, steps=STEPS, seeds=(0, 1), shape=SHAPE):
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 @pytest.mark.parametrize("kind", ["class", "text"])
-def test_the_given_frames_come_out_and_the_others_are_not_looked_at(kind, sampler):
+def test_the_conditioning_frames_come_out_and_the_others_are_not_read(kind, sampler):
     process, known = process_for(sampler), noise(2, *SHAPE, seed=3)
     denoise = denoiser(kind, learn_sigma=sampler != "flow")
     for mask in (FIRST, torch.tensor([[True, False, False, True], [False, True, False, False]])):
@@ -87,8 +87,8 @@ def test_a_clip_does_not_depend_on_the_clips_beside_it(strength):
         torch.testing.assert_close(alone[0], both[row], rtol=1e-4, atol=1e-5)
 
 
-def test_known_frames_follow_the_forward_process():
-    """Ancestral sampling visits z_t of the given frames as q(z_t | z_0) has it: right mean and spread in the middle of the way."""
+def test_conditioning_frames_follow_the_forward_process():
+    """Ancestral sampling visits z_t of the conditioning frames as q(z_t | z_0) has it: right mean and spread in the middle of the way."""
     process, seen = process_for("ddpm"), {}
 
     def model(z, t):
@@ -111,7 +111,7 @@ def test_known_frames_follow_the_forward_process():
         assert abs(float(given.std()) - float(process.noise[t])) < 0.02
 
 
-def twins(process):
+def equal_frames(process):
     """The exact denoiser of clips whose frames are one and the same draw of a standard normal: E[z_0 | z_t] is their common part."""
 
     def denoise(z, t):
@@ -132,14 +132,14 @@ def test_the_other_frames_follow_the_given_ones(objective):
     for strength in (0.0, 1.0):
         z = draw(
             sampler,
-            condition_on_frames(twins(process), process, known, mask, strength),
+            condition_on_frames(equal_frames(process), process, known, mask, strength),
             process,
             50,
             range(64),
             shape,
         )
         far[strength] = float((z[:, 1] - known[:, 0]).square().mean())
-    plain = draw(sampler, twins(process), process, 50, range(64), shape)
+    plain = draw(sampler, equal_frames(process), process, 50, range(64), shape)
     assert float((plain[:, 1] - known[:, 0]).square().mean()) > 1.5, "two independent draws differ by 2"
     assert far[1.0] < 1e-9 < 0.01 < far[0.0], far
 
@@ -149,7 +149,7 @@ def test_the_other_frames_follow_the_given_ones(objective):
 def test_at_strength_one_the_others_get_their_expectation_however_many_frames_are_given(
     objective, frames, given
 ):
-    """E[z_0 | z_t, the given frames] of twins is what is given, at every timestep; half the strength goes half of the way."""
+    """E[z_0 | z_t, the conditioning frames] of equal_frames is their content, at every timestep; half the strength goes half of the way."""
     process = build_process(DiffusionConfig(objective=objective))
     z, known, mask = (
         noise(6, frames, 1, 2, 2),
@@ -158,9 +158,9 @@ def test_at_strength_one_the_others_get_their_expectation_however_many_frames_ar
     )
     t = torch.tensor([10, 200, 400, 600, 800, 990])
     read = {
-        s: process.estimate(condition_on_frames(twins(process), process, known, mask, s)(z, t), z, t)[0][
-            :, given:
-        ]
+        s: process.estimate(condition_on_frames(equal_frames(process), process, known, mask, s)(z, t), z, t)[
+            0
+        ][:, given:]
         for s in (0.0, 0.5, 1.0)
     }
     torch.testing.assert_close(read[1.0], known[:, given:], rtol=1e-3, atol=1e-3)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Laws of guidance: it is a wrapper that a sampler cannot tell from a model."""
+"""Laws of guidance: a wrapper with the interface of a denoise function."""
 
 import pytest
 import torch
@@ -35,7 +35,7 @@ def halves(model, z):
     return model(z, T, LABEL), model(z, T, torch.full_like(LABEL, NULL_LABEL))
 
 
-def test_scale_one_is_the_plain_model_in_one_pass():
+def test_scale_one_is_the_conditional_model_in_one_pass():
     z, model = noise(3, 2, 4, 2, 2), Model()
     assert torch.equal(guided(model, *labels(), 1.0)(z, T), model(z, T, LABEL))
     assert model.calls[0] == (3, [700] * 3, [2, 0, 5])

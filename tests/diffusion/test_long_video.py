@@ -94,7 +94,7 @@ def test_a_clip_does_not_depend_on_the_clips_beside_it_and_no_call_is_longer_tha
 
 
 @pytest.mark.parametrize("choice", LONG_VIDEO_METHODS)
-def test_given_frames_are_in_the_clip_and_change_the_others(choice):
+def test_conditioning_frames_are_in_the_clip_and_change_the_others(choice):
     first, last = noise(4, 4, 4, seed=5), noise(4, 4, 4, seed=6)
     plain = draw(choice, denoiser(), 7)
     z = draw(choice, denoiser(), 7, given={0: first, 6: last})
@@ -212,12 +212,12 @@ def test_a_model_of_single_frames_does_not_notice_and_no_call_is_longer_than_a_w
 
 
 def blend(z, t):
-    """Every frame is told the mean of its window."""
+    """Every frame becomes the mean of its window."""
     return z.mean(1, keepdim=True).expand_as(z)
 
 
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpmpp"])
-def test_windows_tell_each_other_through_the_overlap(sampler):
+def test_windows_influence_each_other_through_the_overlap(sampler):
     """12 frames, 4 at a time: what the first frame is moves windows that it is not in; without an overlap it does not."""
     process, known = build_process(DiffusionConfig()), noise(1, 12, 4, 4, 4, seed=3)
     mask = torch.arange(12) == 0

@@ -160,11 +160,14 @@ def test_half_precision_answers_are_judged_in_float32():
     assert all(torch.equal(a, b) and a.dtype == torch.float32 for a, b in zip(loss, full, strict=True))
 
 
-def test_the_model_is_told_original_timesteps():
-    process, told = build_process(DiffusionConfig()).respaced("50"), []
+def test_the_model_gets_original_timesteps():
+    process = build_process(DiffusionConfig()).respaced("50")
+    timesteps = []
     z0, eps, _ = batch()
-    OBJECTIVES["paper"](lambda zt, t: told.append(t) or zt, process, z0, torch.tensor([0, 1, 2, 49]), eps)
-    assert told[0].tolist() == [0, 20, 41, 999]
+    OBJECTIVES["paper"](
+        lambda zt, t: timesteps.append(t) or zt, process, z0, torch.tensor([0, 1, 2, 49]), eps
+    )
+    assert timesteps[0].tolist() == [0, 20, 41, 999]
 
 
 def test_an_objective_never_meets_a_process_of_another_prediction():

@@ -82,7 +82,7 @@ def test_posterior_is_bayes(t, schedule):
         (torch.float16, torch.float32),
     ],
 )
-def test_tables_change_precision_only_on_the_way_out(dtype, gives):
+def test_tables_change_precision_only_on_output(dtype, gives):
     z, t = noise(3, 2, 4, 2, 2, dtype=dtype), torch.tensor([0, 500, 999])
     out = PAPER.at("signal", t, z)
     assert out.dtype == gives

@@ -190,16 +190,18 @@ def test_a_sample_does_not_depend_on_its_batch(name, objective):
 
 @pytest.mark.parametrize(("name", "objective"), PAIRS)
 def test_one_step_goes_from_noise_to_the_exact_mean(name, objective):
-    told = []
+    timesteps = []
     process = PROCESSES[objective]
     exact = gaussian(process)
-    out = sample(name, lambda z, t: told.append(t) or exact(z, t), process, SampleNoise([0, 1]), SHAPE, 1)
-    assert [t.tolist() for t in told] == [[999, 999]]
+    out = sample(
+        name, lambda z, t: timesteps.append(t) or exact(z, t), process, SampleNoise([0, 1]), SHAPE, 1
+    )
+    assert [t.tolist() for t in timesteps] == [[999, 999]]
     torch.testing.assert_close(out, torch.full_like(out, MEAN), rtol=0, atol=0.01)
 
 
 @pytest.mark.parametrize(
-    ("name", "steps", "told"),
+    ("name", "steps", "timesteps"),
     [
         ("ddpm", 50, [999, 979, 958, 938, 917]),
         ("ddim", 50, [999, 979, 958, 938, 917]),
@@ -210,7 +212,7 @@ def test_one_step_goes_from_noise_to_the_exact_mean(name, objective):
         ("heun", 50, [999, 979, 979, 959, 959]),
     ],
 )
-def test_the_model_is_told_original_timesteps(name, steps, told):
+def test_the_model_gets_original_timesteps(name, steps, timesteps):
     seen = []
     sample(
         name,
@@ -220,7 +222,7 @@ def test_the_model_is_told_original_timesteps(name, steps, told):
         SHAPE,
         steps,
     )
-    assert [t[0].item() for t in seen[:5]] == told
+    assert [t[0].item() for t in seen[:5]] == timesteps
     assert all(t.dtype == torch.int64 and t.shape == (2,) and t[0] == t[1] for t in seen)
     assert len(seen) == (99 if name == "heun" else 50)
     assert seen[-1][0] == (0 if name in ("ddpm", "ddim") else 19)

@@ -8,7 +8,7 @@ import time
 
 import pytest
 import torch
-from reference.statistics import bank, frechet_1d, frechet_sqrtm
+from reference.statistics import frechet_1d, frechet_sqrtm, random_features
 from support import noise
 
 from latte.checks import InputError
@@ -43,7 +43,7 @@ def trace(*banks):
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("ddof", [0, 1])
 def test_frechet_is_zero_for_equal_banks_and_symmetric(shape, ddof):
-    x, y = bank(*shape), bank(*shape, seed=1, offset=0.1)
+    x, y = random_features(*shape), random_features(*shape, seed=1, offset=0.1)
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
     tolerance = 1e-9 * trace(x, y)
     assert abs(frechet_distance(x, x, ddof)) < tolerance
@@ -59,7 +59,7 @@ def test_frechet_is_zero_for_equal_banks_and_symmetric(shape, ddof):
 
 @pytest.mark.parametrize("shape", SHAPES[:4])
 def test_frechet_under_translation(shape):
-    x, y = bank(*shape), bank(*shape, seed=1)
+    x, y = random_features(*shape), random_features(*shape, seed=1)
     d, shift = frechet_distance(x, y), noise(shape[1], dtype=torch.float64)
     assert frechet_distance(x + shift, y + shift) == pytest.approx(d, abs=1e-9 * trace(x, y))
     assert frechet_distance(x, x + shift) == pytest.approx(float(shift.square().sum()), abs=1e-9 * trace(x))
@@ -70,7 +70,7 @@ def test_frechet_under_translation(shape):
 
 @pytest.mark.parametrize("shape", SHAPES[:4])
 def test_frechet_under_rotation_scale_and_constants(shape):
-    x, y = bank(*shape), bank(*shape, seed=1)
+    x, y = random_features(*shape), random_features(*shape, seed=1)
     d, rotation = (
         frechet_distance(x, y),
         torch.linalg.qr(noise(shape[1], shape[1], seed=5, dtype=torch.float64)).Q,
@@ -139,11 +139,11 @@ def test_frechet_has_its_closed_form(name, ddof):
 
 @pytest.mark.parametrize("ddof", [0, 1])
 def test_frechet_equals_the_textbook(ddof):
-    x, y = bank(400, 30), bank(300, 30, seed=1, offset=0.2)
+    x, y = random_features(400, 30), random_features(300, 30, seed=1, offset=0.2)
     assert frechet_distance(x, y, ddof) == pytest.approx(
         frechet_sqrtm(x.numpy(), y.numpy(), ddof), abs=1e-8 * trace(x, y)
     )
-    one, other = bank(50, 1), bank(40, 1, seed=1, offset=3)
+    one, other = random_features(50, 1), random_features(40, 1, seed=1, offset=3)
     assert frechet_distance(one, other, ddof) == pytest.approx(
         frechet_1d(one.numpy(), other.numpy(), ddof), rel=1e-9
     )
@@ -171,8 +171,8 @@ def test_printed_bias_floor_is_the_law(k, n):
 
 
 def test_bias_floor_of_a_falling_spectrum():
-    sides = [[bank(300, 40, seed=2 * i + j) for j in range(2)] for i in range(20)]
-    assert bias_floor(bank(600, 40, seed=77), 300, 300) == pytest.approx(
+    sides = [[random_features(300, 40, seed=2 * i + j) for j in range(2)] for i in range(20)]
+    assert bias_floor(random_features(600, 40, seed=77), 300, 300) == pytest.approx(
         sum(frechet_distance(*pair) for pair in sides) / 20, rel=0.1
     )
 
@@ -181,7 +181,7 @@ def test_bias_floor_of_a_falling_spectrum():
 
 
 def test_duplicated_rows_change_only_what_n_minus_1_changes():
-    x, y = bank(60, 20), bank(60, 20, seed=1, offset=0.3)
+    x, y = random_features(60, 20), random_features(60, 20, seed=1, offset=0.3)
     twice = [torch.cat([side, side]) for side in (x, y)]
     assert frechet_distance(*twice, ddof=0) == pytest.approx(frechet_distance(x, y, ddof=0), rel=1e-10)
     means = float((x.mean(0) - y.mean(0)).square().sum())
@@ -192,7 +192,7 @@ def test_duplicated_rows_change_only_what_n_minus_1_changes():
 @pytest.mark.parametrize("shape", [(301, 40), (30, 40)])
 @pytest.mark.parametrize("shards", [1, 2, 3, 4, 7])
 def test_shards_make_the_whole(shape, shards):
-    x, other = bank(*shape, offset=5), gaussian(bank(200, 40, seed=1))
+    x, other = random_features(*shape, offset=5), gaussian(random_features(200, 40, seed=1))
     parts = [gaussian(part) for part in x.tensor_split(shards)]
     merged = parts[0]
     for part in parts[1:]:
@@ -205,13 +205,13 @@ def test_shards_make_the_whole(shape, shards):
 
 
 def test_same_bank_same_bits():
-    x, y = bank(500, 40), bank(500, 40, seed=1)
+    x, y = random_features(500, 40), random_features(500, 40, seed=1)
     assert len({frechet_distance(x, y) for _ in range(3)}) == 1
     assert frechet_distance(x.float(), y.float()) == frechet_distance(x.float().double(), y.float().double())
 
 
 def test_covariances_of_banks_longer_than_a_chunk():
-    x = bank(9000, 3, offset=2)
+    x = random_features(9000, 3, offset=2)
     summary = gaussian(x)
     assert summary.root.shape == (3, 3)
     torch.testing.assert_close(summary.root.T @ summary.root / 8999, torch.cov(x.T), rtol=1e-11, atol=1e-11)
@@ -223,26 +223,26 @@ def test_covariances_of_banks_longer_than_a_chunk():
 @pytest.mark.parametrize("function", [frechet_distance, kernel_distance, precision_recall])
 def test_single_rows_and_other_widths_are_refused(function):
     with pytest.raises(InputError, match="rows"):
-        function(bank(1, 4), bank(9, 4))
+        function(random_features(1, 4), random_features(9, 4))
     with pytest.raises(InputError, match=r"real has . features per row and fake"):
-        function(bank(9, 4), bank(9, 5))
+        function(random_features(9, 4), random_features(9, 5))
     with pytest.raises(InputError, match="floating-point"):
-        function(bank(9, 4), torch.ones(9, 4, dtype=torch.long))
+        function(random_features(9, 4), torch.ones(9, 4, dtype=torch.long))
     with pytest.raises(InputError, match="floating-point"):
-        function(bank(9, 4)[0], bank(9, 4))
+        function(random_features(9, 4)[0], random_features(9, 4))
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("function", [frechet_distance, kernel_distance, precision_recall])
 def test_rows_that_are_not_finite_are_named(function, value):
-    broken = bank(5000, 3)
+    broken = random_features(5000, 3)
     broken[4321, 1] = value
     with pytest.raises(InputError, match="the fake features have NaN or Inf in row 4321"):
-        function(bank(9, 3), broken)
+        function(random_features(9, 3), broken)
 
 
 def test_two_rows_are_enough():
-    x, y = bank(2, 5), bank(2, 5, seed=1)
+    x, y = random_features(2, 5), random_features(2, 5, seed=1)
     a, b = x[0] - x[1], y[0] - y[1]  # rank one on both sides: trace sqrt(S1 S2) = |a.b| / 2
     expected = (
         (x.mean(0) - y.mean(0)).square().sum() + a.square().sum() / 2 + b.square().sum() / 2 - (a @ b).abs()
@@ -252,14 +252,14 @@ def test_two_rows_are_enough():
 
 def test_other_ddofs_are_refused():
     with pytest.raises(InputError, match="ddof must be 0 or 1, got 2"):
-        frechet_distance(bank(9, 3), bank(9, 3), ddof=2)
+        frechet_distance(random_features(9, 3), random_features(9, 3), ddof=2)
 
 
 # Speed (the figures at full size come from benchmarks/frechet.py)
 
 
 def test_fvd_sized_banks_take_under_a_second():
-    x, y = bank(2048, 400), bank(2048, 400, seed=1)
+    x, y = random_features(2048, 400), random_features(2048, 400, seed=1)
     seconds = []
     for _ in range(3):
         start = time.process_time()

@@ -10,7 +10,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from reference.statistics import bank, coverage_loops, inception_score_loops, mmd_loops
+from reference.statistics import coverage_loops, inception_score_loops, mmd_loops, random_features
 from support import noise
 
 from latte.checks import InputError
@@ -92,13 +92,13 @@ def test_the_published_example_of_jedi():
 @pytest.mark.parametrize("unbiased", [True, False])
 @pytest.mark.parametrize(("degree", "coef"), [(3, 1.0), (2, 0.0)])
 def test_kernel_distances_equal_the_loops(degree, coef, unbiased):
-    x, y = bank(13, 4), bank(9, 4, seed=1, offset=1)
+    x, y = random_features(13, 4), random_features(9, 4, seed=1, offset=1)
     found = polynomial_mmd(x, y, degree=degree, coef=coef, unbiased=unbiased)
     assert found == pytest.approx(mmd_loops(x.numpy(), y.numpy(), degree, coef, unbiased), rel=1e-10)
 
 
 def test_kernel_distance_over_several_chunks():
-    x, y = bank(2500, 3), bank(2100, 3, seed=1, offset=0.5)
+    x, y = random_features(2500, 3), random_features(2100, 3, seed=1, offset=0.5)
     whole = [((z @ z.T / 3 + 1) ** 3).sum() - ((z.square().sum(1) / 3 + 1) ** 3).sum() for z in (x, y)]
     across = ((x @ y.T / 3 + 1) ** 3).mean()
     expected = whole[0] / (2500 * 2499) + whole[1] / (2100 * 2099) - 2 * across
@@ -113,7 +113,7 @@ def test_unbiased_kernel_distance_lies_around_zero_for_equal_distributions():
 
 
 def test_kernel_distance_over_subsets():
-    x, y = bank(50, 6), bank(40, 6, seed=1, offset=1)
+    x, y = random_features(50, 6), random_features(40, 6, seed=1, offset=1)
     full = kernel_distance_subsets(x, y[:40], num_subsets=1, subset_size=40)
     assert kernel_distance_subsets(x[:40], y, num_subsets=3, subset_size=40).std == pytest.approx(0, abs=1e-9)
     assert kernel_distance_subsets(x[:40], y, 1, 40).mean == pytest.approx(
@@ -204,8 +204,8 @@ def test_extrapolation_of_a_straight_line_is_exact():
     def distance(real, fake):
         return 5 + 100 / len(real)
 
-    found = extrapolate(distance, bank(160, 2), bank(160, 2), sizes=5)
+    found = extrapolate(distance, random_features(160, 2), random_features(160, 2), sizes=5)
     assert found.value == pytest.approx(5, abs=1e-9)
     assert [share for share, _ in found.points] == [0.25, 0.4375, 0.625, 0.8125, 1.0]
     with pytest.raises(InputError, match=r"sizes must be at least 3 .* got 2"):
-        extrapolate(distance, bank(160, 2), bank(160, 2), sizes=2)
+        extrapolate(distance, random_features(160, 2), random_features(160, 2), sizes=2)

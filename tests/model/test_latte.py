@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The whole model: against slow loops, against diffusers' DiT, and the laws that it obeys."""
+"""The whole model: against slow loops, against diffusers' DiT, and the laws it must follow."""
 
 import itertools
 import json
@@ -173,15 +173,15 @@ def test_spatial_blocks_never_mix_frames():
 
 @pytest.mark.parametrize(("variant", "patch", "conditioning", "position"), GRID)
 @torch.no_grad()
-def test_stills_leave_the_clip_untouched(variant, patch, conditioning, position):
+def test_images_leave_the_clip_untouched(variant, patch, conditioning, position):
     model = tiny(variant, patch, conditioning, position)
-    clip, stills, t = noise(2, 4, 3, 4, 6), noise(2, 3, 3, 4, 6, seed=1), torch.tensor([500, 20])
+    clip, images, t = noise(2, 4, 3, 4, 6), noise(2, 3, 3, 4, 6, seed=1), torch.tensor([500, 20])
     labels = torch.tensor([[0, 1, 2, 3], [4, 3, 2, -1]])
-    joint = model(torch.cat([clip, stills], dim=1), t, labels, num_images=3)
+    joint = model(torch.cat([clip, images], dim=1), t, labels, num_images=3)
     assert torch.equal(joint[:, :4], model(clip, t, labels[:, 0]))
     order = torch.tensor([2, 0, 1])
     reordered = torch.cat([labels[:, :1], labels[:, 1:][:, order]], dim=1)
-    shuffled = model(torch.cat([clip, stills[:, order]], dim=1), t, reordered, num_images=3)
+    shuffled = model(torch.cat([clip, images[:, order]], dim=1), t, reordered, num_images=3)
     assert torch.equal(shuffled[:, :4], joint[:, :4])
     torch.testing.assert_close(shuffled[:, 4:], joint[:, 4:][:, order], rtol=1e-4, atol=1e-5)
     assert (joint[:, 4] - joint[:, 5]).abs().max() > 1e-3
@@ -347,7 +347,7 @@ def test_depth_follows_the_parameter_budget():
         ({"width": 2.5}, "an integer from 1 to"),
     ],
 )
-def test_wrong_configurations_say_the_rule_and_the_way_out(changes, message):
+def test_wrong_configurations_state_the_rule_and_what_to_do(changes, message):
     with pytest.raises(InputError, match=message) as error:
         ModelConfig(**changes)
     assert "\n" not in str(error.value)
@@ -381,7 +381,7 @@ def test_absurd_sizes_are_refused_before_anything_is_built(changes):
     assert len(str(error.value)) < 300
 
 
-def test_wrong_calls_say_the_rule_and_the_way_out():
+def test_wrong_calls_state_the_rule_and_what_to_do():
     model, t = tiny(), torch.tensor([1])
     with pytest.raises(InputError, match="takes 3"):
         model(noise(1, 4, 4, 4, 6), t)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The text-to-video model: against diffusers' network of the same weights, and the laws that it obeys."""
+"""The text-to-video model: against diffusers' network of the same weights, and the laws it must follow."""
 
 import json
 from dataclasses import replace
@@ -100,22 +100,22 @@ def test_a_prompt_alone_and_beside_longer_ones():
 
 @pytest.mark.parametrize("own", [False, True])
 @torch.no_grad()
-def test_stills_leave_the_clip_untouched_and_are_pictures(own):
+def test_images_leave_the_clip_untouched_and_are_denoised_alone(own):
     model = tiny()
-    clip, stills = noise(2, 4, 4, 8, 8), noise(2, 3, 4, 8, 8, seed=1)
+    clip, images = noise(2, 4, 4, 8, 8), noise(2, 3, 4, 8, 8, seed=1)
     text, mask = (
         noise(2, 4, 7, 12, seed=2),
         torch.stack([mask_of(3, 7), mask_of(5, 2), mask_of(7, 7), mask_of(1, 6)], 1),
     )
     if not own:
         text, mask = text[:, 0].contiguous(), mask[:, 0]
-    out = model(torch.cat([clip, stills], 1), T, text, mask, num_images=3)
+    out = model(torch.cat([clip, images], 1), T, text, mask, num_images=3)
     first = (text[:, 0], mask[:, 0]) if own else (text, mask)
     assert torch.equal(out[:, :4], model(clip, T, *first))
     for index in range(3):
         captions = (text[:, 1 + index], mask[:, 1 + index]) if own else (text, mask)
-        picture = model(stills[:, index : index + 1], T, *captions, temporal=False)
-        torch.testing.assert_close(out[:, 4 + index : 5 + index], picture, rtol=1e-5, atol=1e-5)
+        image = model(images[:, index : index + 1], T, *captions, temporal=False)
+        torch.testing.assert_close(out[:, 4 + index : 5 + index], image, rtol=1e-5, atol=1e-5)
 
 
 @torch.no_grad()
@@ -224,7 +224,7 @@ def test_gradient_checkpointing_changes_nothing():
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
-def test_trains_on_clips_with_stills():
+def test_trains_on_clips_with_images():
     model = tiny()
     optimiser = torch.optim.AdamW(model.parameters(), 1e-3)
     z, text = noise(2, 6, 4, 8, 8), noise(2, 3, 7, 12)
@@ -283,7 +283,7 @@ def test_the_table_is_the_trained_one_stretched():
         ({"table_size": 10**9}, "from 1 to"),
     ],
 )
-def test_wrong_configurations_say_the_rule_and_the_way_out(changes, message):
+def test_wrong_configurations_state_the_rule_and_what_to_do(changes, message):
     with pytest.raises(InputError, match=message) as error:
         replace(TINY, **changes)
     assert "\n" not in str(error.value)
@@ -304,7 +304,7 @@ def test_wrong_configurations_say_the_rule_and_the_way_out(changes, message):
         ((3, 4, 4, 8, 8), (3, 7, 12), None, 0, "t has shape"),
     ],
 )
-def test_wrong_calls_say_the_rule_and_the_way_out(z, text, mask, images, message):
+def test_wrong_calls_state_the_rule_and_what_to_do(z, text, mask, images, message):
     with pytest.raises(InputError, match=message) as error:
         tiny()(noise(*z), T, noise(*text), None if mask is None else mask_of(*mask), images)
     assert "\n" not in str(error.value)

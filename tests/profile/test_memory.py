@@ -94,16 +94,16 @@ def test_activations_grow_with_the_clips_and_the_blocks():
     assert 1.9 < deep / two <= 2
 
 
-def test_states_are_those_of_a_learner_that_has_learnt():
+def test_states_are_those_of_training():
     model = Latte(TINY)
-    learner = TrainState(model, 1e-3, 0.0, 0.9)
+    train_state = TrainState(model, 1e-3, 0.0, 0.9)
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
     gradients = sum(parameter.grad.nbytes for parameter in model.parameters())
-    learner.optimizer.step()
+    train_state.optimizer.step()
     true = {
         group: sum(tensor.nbytes for tensor in tensors.values())
-        for group, tensors in learner.tensors().items()
+        for group, tensors in train_state.tensors().items()
     }
     found = memory.states(TINY)
     assert (found.weights, found.gradients, found.optimizer, found.ema) == (

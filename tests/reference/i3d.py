@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """I3D written the plain way: pad with zeros, convolve, normalise, rectify, one module per layer, public (capitalised) layer names.
 
-The yardstick for the values and the speed of ``latte.evaluation.networks.i3d``. Shares no code with it.
+Reference for the values and the speed of ``latte.evaluation.networks.i3d``. Shares no code with it.
 Axes: b clip, c channels, t frames, h w size.
 """
 

@@ -74,7 +74,7 @@ def over_time(w, name, x, heads, rotary):
 
 
 def branch(w, name, kind, x, frames, heads, rotary):
-    """x (f+i n d) -> the branch's output; for time, stills get nothing."""
+    """x (f+i n d) -> the branch's output; for time, images get nothing."""
     if kind == "mlp":
         return linear(w, f"{name}.fc2", gelu(linear(w, f"{name}.fc1", x)))
     if kind == "space":
@@ -177,7 +177,7 @@ def latte(config, weights, z, t, labels, num_images=0):
         for one in image
         for k in range(s)
     ]
-    stills = [
+    images = [
         torch.stack(expanded[(frames + i) * s : (frames + i + 1) * s]).mean(0) for i in range(num_images)
     ]
-    return torch.stack(expanded[: frames * s] + stills)
+    return torch.stack(expanded[: frames * s] + images)

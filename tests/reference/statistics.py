@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Feature banks to score, and the scores written out: SciPy's matrix square root and loops over pairs, in float64.
+"""Features to score, and the scores written out: SciPy's matrix square root and loops over pairs, in float64.
 
 Shares nothing with latte.evaluation.
 """
@@ -11,7 +11,7 @@ import scipy.linalg
 import torch
 
 
-def bank(n: int, k: int, seed: int = 0, offset: float = 0.0) -> torch.Tensor:
+def random_features(n: int, k: int, seed: int = 0, offset: float = 0.0) -> torch.Tensor:
     """Correlated features (n k) whose spectrum falls off; the correlation is the same for every ``seed``."""
     mix = torch.randn(k, k, generator=torch.Generator().manual_seed(99), dtype=torch.float64)
     rows = torch.randn(n, k, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
@@ -19,7 +19,7 @@ def bank(n: int, k: int, seed: int = 0, offset: float = 0.0) -> torch.Tensor:
 
 
 def frechet_sqrtm(x: np.ndarray, y: np.ndarray, ddof: int) -> float:
-    """The textbook formula with a matrix square root (good to about 1e-9 of the trace where both banks have full rank)."""
+    """The textbook formula with a matrix square root (good to about 1e-9 of the trace where both sets have full rank)."""
     product = np.cov(x, rowvar=False, ddof=ddof) @ np.cov(y, rowvar=False, ddof=ddof)
     traces = np.trace(np.cov(x, rowvar=False, ddof=ddof)) + np.trace(np.cov(y, rowvar=False, ddof=ddof))
     return float(

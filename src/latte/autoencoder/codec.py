@@ -56,7 +56,7 @@ def kind_at(path: str) -> type[Codec]:
     Without one it is KLCodec.
     """
     kinds = {kind.layout: kind for kind in CODECS.values() if kind.layout is not None}
-    return kinds.get(layout_at(path), KLCodec)
+    return kinds.get(layout_at(path) or "", KLCodec)
 
 
 def decoder_for(codec: Codec, path: str) -> Codec:

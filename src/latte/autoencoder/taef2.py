@@ -3,7 +3,7 @@
 
 Written from the names and shapes of its two weight files, ``taef2_encoder`` and ``taef2_decoder``
 (.safetensors or .pth). It is deterministic. Its images are in [0, 1]; its raw latents have a standard
-deviation of 0.83 over natural video, hence the scale.
+deviation of 0.83 over natural video, which the scale undoes.
 Axes: n frames, c channels, h height, w width.
 """
 

@@ -10,7 +10,7 @@ Axes: b batch, f frames, c channels, h height, w width.
 """
 
 from collections.abc import Callable, Sequence
-from typing import ClassVar, NamedTuple, Protocol
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,32 +22,30 @@ DenoiseFunction = Callable[[Tensor, Tensor], Tensor]
 """(z (b f c h w), original timesteps (b,) int64) -> (b f c h w), or (b f 2c h w) with a learned variance."""
 
 
-class Prediction(Protocol):
-    """What a model's output means at z_t = signal z_0 + noise eps."""
+class Prediction:
+    """What a model's output means at z_t = signal z_0 + noise eps. Abstract."""
 
-    straight_path: ClassVar[bool]
+    straight_path: ClassVar[bool] = False
     """Whether it belongs to the straight path of rectified flow, which has no schedule and no variance."""
 
     @staticmethod
     def target(signal: Tensor, noise: Tensor, z0: Tensor, eps: Tensor) -> Tensor:
         """Return the training target."""
-        ...
+        raise NotImplementedError
 
     @staticmethod
     def z0(signal: Tensor, noise: Tensor, zt: Tensor, output: Tensor) -> Tensor:
         """Return the z_0 that ``output`` implies at z_t."""
-        ...
+        raise NotImplementedError
 
     @staticmethod
     def eps(signal: Tensor, noise: Tensor, zt: Tensor, output: Tensor) -> Tensor:
         """Return the eps that ``output`` implies at z_t."""
-        ...
+        raise NotImplementedError
 
 
-class EpsilonPrediction:
+class EpsilonPrediction(Prediction):
     """The output is the noise eps (DDPM; Latte, Sec. 3.1)."""
-
-    straight_path = False
 
     @staticmethod
     def target(signal: Tensor, noise: Tensor, z0: Tensor, eps: Tensor) -> Tensor:
@@ -62,10 +60,8 @@ class EpsilonPrediction:
         return output
 
 
-class VelocityPrediction:
+class VelocityPrediction(Prediction):
     """The output is v = signal eps - noise z_0 (Salimans & Ho 2022, appendix D)."""
-
-    straight_path = False
 
     @staticmethod
     def target(signal: Tensor, noise: Tensor, z0: Tensor, eps: Tensor) -> Tensor:
@@ -80,7 +76,7 @@ class VelocityPrediction:
         return noise * zt + signal * output
 
 
-class FlowPrediction:
+class FlowPrediction(Prediction):
     """The output is dz/ds = eps - z_0, the velocity of the straight path (Liu et al. 2023, eq. 1)."""
 
     straight_path = True

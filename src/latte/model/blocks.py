@@ -8,7 +8,7 @@ without attention over time (Latte, Sec. 3.3.4).
 Axes: b batch, f frames (or images), n tokens of a frame, d width, h heads, k head width, l sequence.
 """
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -200,6 +200,8 @@ class Block(nn.Module):
     variants 1 and 2).
     """
 
+    branches: Any  # nn.ModuleDict of Branch
+
     def __init__(
         self,
         branches: dict[str, Branch],
@@ -243,4 +245,6 @@ class Block(nn.Module):
 
 def modulate(x: Tensor, shift: Tensor | None, scale: Tensor | None) -> Tensor:
     """Return x (1 + scale) + shift over tokens (b f n d); x itself when there is nothing to modulate with."""
-    return x if scale is None else torch.addcmul(shift, x, 1 + scale)
+    if shift is None or scale is None:
+        return x
+    return torch.addcmul(shift, x, 1 + scale)

@@ -8,24 +8,15 @@ Axes: b batch, f frames (or images), i images, c channels, h w latent size, n to
 patch side, s tube, o output channels.
 """
 
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
 from latte.checks import check
 
 
-class PatchSpec(Protocol):
-    """The part of ModelConfig that patching reads."""
-
-    patch_size: int
-    tube: int
-    latent_channels: int
-    learn_sigma: bool
-
-
 class Patch(Protocol):
-    """A patch embedding: an nn.Module made from (config, width)."""
+    """A patch embedding: an nn.Module made from a model's configuration and its width."""
 
     tube: int
     """Latent frames of one token."""
@@ -33,7 +24,7 @@ class Patch(Protocol):
     """Outputs of the last linear layer per token."""
 
     @staticmethod
-    def frames_per_token(config: PatchSpec) -> int:
+    def frames_per_token(config: Any) -> int:
         """Return latent frames of one token, before anything is built."""
         ...
 
@@ -54,8 +45,9 @@ class UniformPatch(nn.Module):
     """One token per p x p square of every frame."""
 
     tube = 1
+    proj: Any  # nn.Conv2d
 
-    def __init__(self, config: PatchSpec, width: int):
+    def __init__(self, config: Any, width: int):
         super().__init__()
         self.p = config.patch_size
         self.out_channels = config.latent_channels * (2 if config.learn_sigma else 1)
@@ -63,7 +55,7 @@ class UniformPatch(nn.Module):
         self.proj = nn.Conv2d(config.latent_channels, width, self.p, stride=self.p)
 
     @staticmethod
-    def frames_per_token(config: PatchSpec) -> int:
+    def frames_per_token(config: Any) -> int:
         """Return 1."""
         return 1
 
@@ -88,7 +80,10 @@ class CompressionPatch(nn.Module):
     An image counts as a tube of s equal frames, and its output is the mean over the tube.
     """
 
-    def __init__(self, config: PatchSpec, width: int):
+    proj: Any  # nn.Conv3d
+    expand: Any  # nn.ConvTranspose3d
+
+    def __init__(self, config: Any, width: int):
         super().__init__()
         self.p = config.patch_size
         self.tube = config.tube
@@ -100,7 +95,7 @@ class CompressionPatch(nn.Module):
         self.expand = nn.ConvTranspose3d(self.out_channels, self.out_channels, kernel, stride=kernel)
 
     @staticmethod
-    def frames_per_token(config: PatchSpec) -> int:
+    def frames_per_token(config: Any) -> int:
         """Return the tube."""
         return config.tube
 

@@ -56,8 +56,8 @@ def table3(config: ModelConfig) -> Table3:
     """Return the cost as Table 3 counts it, without classes."""
     config = replace(config, num_classes=None)
     model, z, t = on_meta(config, TABLE3_CLIPS)
-    counters = dict.fromkeys((nn.Linear, nn.Conv2d, nn.Conv3d, nn.ConvTranspose3d), multiply_adds)
-    counters[nn.LayerNorm] = norm_operations
+    matrices: tuple[type, ...] = (nn.Linear, nn.Conv2d, nn.Conv3d, nn.ConvTranspose3d)
+    counters = {**dict.fromkeys(matrices, multiply_adds), nn.LayerNorm: norm_operations}
     total = modulation_operations(model)
     parameters = 0
     handles = []
