@@ -91,9 +91,9 @@ class LatteText(Denoiser):
 
     config_class = TextConfig
 
-    time_gate: (
-        Tensor | None
-    )  # (1,), with ``gated_time``: how much of the temporal table is added; not a parameter
+    space_blocks: Any  # nn.ModuleList of SpaceBlock
+    time_blocks: Any  # nn.ModuleList of TimeBlock
+    time_gate: Tensor | None  # (1,) with ``gated_time``: how much of the temporal table is added; a buffer
 
     def __init__(self, config: TextConfig):
         super().__init__(config)
