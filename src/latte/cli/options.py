@@ -28,9 +28,9 @@ def _samplers() -> Iterable[str]:
 
 
 def _long_video() -> Iterable[str]:
-    from latte.diffusion.long_video import LONGER
+    from latte.diffusion.long_video import LONG_VIDEO_METHODS
 
-    return LONGER
+    return LONG_VIDEO_METHODS
 
 
 def _protocols() -> Iterable[str]:
