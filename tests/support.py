@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What several test files share: waking a zero-initialised model, reproducible noise, and the optional folder of real clips."""
+"""What several test files share.
+
+Waking a zero-initialised model, reproducible noise, and the optional folder of real clips.
+"""
 
 from pathlib import Path
 
@@ -13,7 +16,10 @@ SHARED = Path(__file__).parents[2] / "shared"
 
 
 def wake(module: nn.Module, scale: float = 0.05, seed: int = 0) -> nn.Module:
-    """Fill every trainable parameter with small noise: a fresh adaLN-Zero model predicts exactly 0, and a test of it would be empty."""
+    """Fill every trainable parameter with small noise.
+
+    A fresh adaLN-Zero model predicts exactly 0, and a test of it would be empty.
+    """
     draw = generator(seed, "wake")
     with torch.no_grad():
         for parameter in module.parameters():
@@ -27,7 +33,10 @@ def noise(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Ten
 
 
 def shared(*parts: str) -> Path:
-    """A path under the optional folder of real clips and weights; the test is skipped, saying so, where it does not exist."""
+    """A path under the optional folder of real clips and weights.
+
+    The test is skipped, saying so, where it does not exist.
+    """
     path = SHARED.joinpath(*parts)
     if not path.exists():
         pytest.skip(f"optional data {'/'.join(parts)} is not here")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The built-in codec is as good as its card says, and its weights are the ones that the built-in model was trained on."""
+"""The built-in codec is as good as its card states, and has the weights that the built-in model learned."""
 
 import json
 from dataclasses import replace
@@ -38,7 +38,10 @@ def card() -> dict:
 
 
 def test_the_weights_never_change(codec):
-    """A model is tied to the latents that it learned: new weights need a new name, or every built-in model breaks."""
+    """A model is tied to the latents that it learned.
+
+    New weights need a new name, or every built-in model breaks.
+    """
     assert codec.fingerprint == "e42f04ac7221ceed"
 
 

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The KL autoencoder: the same numbers as diffusers' own, every way its folder can be laid out, and every fault in one line."""
+"""The KL autoencoder.
+
+The same numbers as diffusers' own, every way its folder can be laid out, and every fault in one line.
+"""
 
 import json
 import shutil
@@ -161,7 +164,9 @@ def test_a_path_that_is_nothing_is_refused(tmp_path):
 
 def test_a_hub_id_that_cannot_be_had_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(InputError, match=r"no-owner/no-such-vae is no folder here .* the hub id has no config\.json.*\(.+\)") as caught:
+    with pytest.raises(
+        InputError, match=r"no-owner/no-such-vae is no folder here .* the hub id has no config\.json.*\(.+\)"
+    ) as caught:
         load("no-owner/no-such-vae")
     assert "\n" not in str(caught.value)
 

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Conditioning frames: they come out as they went in, nothing else changes when there are none, and the others follow them."""
+"""Conditioning frames.
+
+They come out as they went in, nothing else changes when there are none, and the others follow them.
+"""
 
 import pytest
 import torch
@@ -88,7 +91,10 @@ def test_a_clip_does_not_depend_on_the_clips_beside_it(strength):
 
 
 def test_conditioning_frames_follow_the_forward_process():
-    """Ancestral sampling visits z_t of the conditioning frames as q(z_t | z_0) has it: right mean and spread in the middle of the way."""
+    """Ancestral sampling visits z_t of the conditioning frames as q(z_t | z_0) has it.
+
+    Right mean and spread in the middle of the way.
+    """
     process, seen = process_for("ddpm"), {}
 
     def model(z, t):
@@ -112,7 +118,10 @@ def test_conditioning_frames_follow_the_forward_process():
 
 
 def equal_frames(process):
-    """The exact denoiser of clips whose frames are one and the same draw of a standard normal: E[z_0 | z_t] is their common part."""
+    """The exact denoiser of clips whose frames are one and the same draw of a standard normal.
+
+    E[z_0 | z_t] is their common part.
+    """
 
     def denoise(z, t):
         a, s = process.at("signal", t, z), process.at("noise", t, z)
@@ -149,7 +158,10 @@ def test_the_other_frames_follow_the_given_ones(objective):
 def test_at_strength_one_the_others_get_their_expectation_however_many_frames_are_given(
     objective, frames, given
 ):
-    """E[z_0 | z_t, the conditioning frames] of equal_frames is their content, at every timestep; half the strength goes half of the way."""
+    """E[z_0 | z_t, the conditioning frames] of equal_frames is their content, at every timestep.
+
+    Half the strength goes half of the way.
+    """
     process = build_process(DiffusionConfig(objective=objective))
     z, known, mask = (
         noise(6, frames, 1, 2, 2),

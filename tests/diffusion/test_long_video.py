@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Longer clips: one window is the plain sample, a chain keeps what it has drawn, no call sees more than a window, and a seed is a clip."""
+"""Longer clips.
+
+One window is the plain sample, a chain keeps what it has drawn, no call sees more than a window, and a seed
+is a clip.
+"""
 
 from itertools import pairwise
 
@@ -218,7 +222,10 @@ def blend(z, t):
 
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpmpp"])
 def test_windows_influence_each_other_through_the_overlap(sampler):
-    """12 frames, 4 at a time: what the first frame is moves windows that it is not in; without an overlap it does not."""
+    """12 frames, 4 at a time: what the first frame is moves windows that it is not in.
+
+    Without an overlap it does not.
+    """
     process, known = build_process(DiffusionConfig()), noise(1, 12, 4, 4, 4, seed=3)
     mask = torch.arange(12) == 0
     moved = {}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The process against its published constants, Bayes by brute force, diffusers' DDPM step, and the released code's respacing."""
+"""The process against published constants, Bayes by brute force, diffusers and the released respacing."""
 
 import math
 import pickle
@@ -45,7 +45,7 @@ def test_schedules_agree_with_the_formulas(schedule, num_steps):
 
 
 def test_add_noise_has_the_moments_of_the_chain():
-    """Iterating z_t = sqrt(1 - beta) z_t-1 + sqrt(beta) n moves mean and variance to what add_noise draws at once."""
+    """Iterating z_t = sqrt(1 - beta) z_t-1 + sqrt(beta) n gives add_noise's mean and variance."""
     mean, variance = 1.0, 0.0
     one, none = (
         torch.ones(1, 1, 1, 1, 1, dtype=torch.float64),

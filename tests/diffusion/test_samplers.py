@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Samplers against the exact law of Gaussian data, against diffusers, and against each other.
 
-For data N(m, sd^2) the exact denoiser is affine, so a sampler maps its draws to the sample affinely: row k of a batch is given 1 as its
-k-th draw and 0 otherwise, and mean and variance of what it would generate follow without any randomness (``law``).
+For data N(m, sd^2) the exact denoiser is affine, so a sampler maps its draws to the sample affinely: row k of
+a batch is given 1 as its k-th draw and 0 otherwise, and mean and variance of what it would generate follow
+without any randomness (``law``).
 """
 
 import sys
@@ -32,7 +33,10 @@ DIFFUSERS = ("dpmpp", "unipc", "euler", "heun")
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """These tensors hold a few hundred numbers; waiting for a second thread on a busy machine takes thirty times as long as the work."""
+    """These tensors hold a few hundred numbers.
+
+    Waiting for a second thread on a busy machine takes thirty times as long as the work.
+    """
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -117,7 +121,7 @@ def test_ddim_at_eta_one_is_ddpm_draw_by_draw(steps):
 
 @pytest.mark.parametrize("schedule", ["linear", "squared_cosine"])
 def test_euler_is_ddim_on_its_grid(schedule):
-    """A DDIM step is an Euler step of the same equation in the variables z / sqrt(alphas_cumprod) and sigma."""
+    """A DDIM step is an Euler step of the same ODE in z / sqrt(alphas_cumprod) and sigma."""
     process = build_process(DiffusionConfig(schedule=schedule))
     euler = sample("euler", gaussian(process), process, SampleNoise([1, 2]), SHAPE, 10)
     ddim = sample(

@@ -238,7 +238,10 @@ def test_any_size_and_length_at_call_time():
 
 @torch.no_grad()
 def test_a_clip_does_not_depend_on_its_batch():
-    """In float64, over 40 seeds: what float32 kernels round differently for another batch size is no part of the law."""
+    """In float64, over 40 seeds.
+
+    What float32 kernels round differently for another batch size is no part of the law.
+    """
     model = tiny().double()
     t, label = torch.tensor([1, 500, 999]), torch.tensor([0, 1, -1])
     errors = []

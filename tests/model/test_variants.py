@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A new kind of branch is one class and one table entry: it reaches model, cost, memory plan, training and ablation."""
+"""A new kind of branch is one class and one table entry.
+
+It reaches model, cost, memory plan, training and ablation.
+"""
 
 import pytest
 import torch

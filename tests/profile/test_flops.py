@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Parameters and operations: the paper's Tables 3 and 4 to the last digit, and the true cost against a count by hand."""
+"""Parameters and operations.
+
+The paper's Tables 3 and 4 to the last digit, and the true cost against a count by hand.
+"""
 
 import math
 

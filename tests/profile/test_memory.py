@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The memory of a training step, counted without computing, against what autograd truly saves of the same model."""
+"""The memory of a training step, counted without computing, against what autograd saves."""
 
 from dataclasses import replace
 

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""C3D written the plain way, straight from the published prototxt: eight convolutions, five pools, three linear layers.
+"""C3D written plainly, from the published prototxt: eight convolutions, five pools, three linear layers.
 
-Reference of ``latte.evaluation.networks.c3d``; shares no code with it. Axes: b clip, c channels, t frames, h w size.
+Reference of ``latte.evaluation.networks.c3d``; shares no code with it. Axes: b clip, c channels, t frames, h
+w size.
 """
 
 import torch

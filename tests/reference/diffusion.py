@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The diffusion written once more, slow and obvious: plain Python floats, one element at a time, no tables, nothing of ours imported."""
+"""The diffusion written once more, slow and obvious.
+
+Plain Python floats, one element at a time, no tables, nothing of ours imported.
+"""
 
 import math
 
@@ -25,7 +28,7 @@ def remaining(betas, t):
 
 
 def bayes(betas, t, z0, zt, points=4001, width=12.0):
-    """Mean and variance of q(z_t-1 | z_t, z_0) by summing prior times likelihood over a fine grid of z_t-1."""
+    """Mean and variance of q(z_t-1 | z_t, z_0): prior times likelihood, summed over a fine grid of z_t-1."""
     before = remaining(betas, t - 1)
     centre, spread = math.sqrt(before) * z0, math.sqrt(1 - before)
     mass = first = second = 0.0
@@ -44,7 +47,7 @@ def _cdf(x):
 
 
 def _bits_first(z0, mean, log_variance):
-    """Bits to code z0 into a bin of half-width 1/255 under N(mean, exp log_variance), open-ended beyond 0.999."""
+    """Bits of a bin of half-width 1/255 at z0 under N(mean, exp log_variance), open beyond 0.999."""
     deviation = math.exp(log_variance / 2)
     high, low = _cdf((z0 + 1 / 255 - mean) / deviation), _cdf((z0 - 1 / 255 - mean) / deviation)
     if z0 < -0.999:
@@ -64,7 +67,7 @@ def _bits(mean, log_variance, model_mean, model_log_variance):
 
 
 def clip_loss(objective, betas, t, z0, eps, output, variance):
-    """(total, mse, vlb) of one clip. z0, eps: lists of floats; output(zt): list -> list; variance: list or None."""
+    """(total, mse, vlb) of one clip; output(zt) maps list to list; variance: list or None."""
     count = len(z0)
     level = remaining(betas, t)
     if objective == "rectified_flow":

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""I3D written the plain way: pad with zeros, convolve, normalise, rectify, one module per layer, public (capitalised) layer names.
+"""I3D written plainly, one module per layer, with the public (capitalised) layer names.
 
 Reference for the values and the speed of ``latte.evaluation.networks.i3d``. Shares no code with it.
 Axes: b clip, c channels, t frames, h w size.
@@ -110,7 +110,7 @@ class PlainI3D(nn.Module):
 
 
 def wake_norms(network: nn.Module, seed: int) -> nn.Module:
-    """Fill weights so that signals keep their size, and norms with values for which eps 1e-3 against 1e-5 shows; returns ``network``."""
+    """Return ``network`` with weights that keep signals' size and norms that reveal a wrong eps."""
     draw = torch.Generator().manual_seed(seed)
 
     def uniform(tensor: Tensor, low: float, high: float) -> None:
@@ -131,7 +131,10 @@ def wake_norms(network: nn.Module, seed: int) -> nn.Module:
 
 
 def names_of_hassony2(classes: int = 400) -> dict[str, tuple[int, ...]]:
-    """Keys and shapes of the other public naming, which the TorchScript file has: branches with their number inside."""
+    """Keys and shapes of the other public naming, which the TorchScript file has.
+
+    Branches with their number inside.
+    """
     shapes: dict[str, tuple[int, ...]] = {}
 
     def unit(name: str, c_in: int, c_out: int, kernel: int) -> None:
@@ -157,7 +160,10 @@ def names_of_hassony2(classes: int = 400) -> dict[str, tuple[int, ...]]:
 
 
 def tensorflow_variables(network: PlainI3D) -> dict[str, Tensor]:
-    """The same weights as the TF-Hub graph stores them: kernels (t h w in out), norm vectors (1 1 1 1 c), no gains."""
+    """The same weights as the TF-Hub graph stores them.
+
+    Kernels (t h w in out), norm vectors (1 1 1 1 c), no gains.
+    """
     variables: dict[str, Tensor] = {}
     branches = {
         "b0": "Branch_0/Conv3d_0a_1x1",

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Inception-v3 with FID's pools written the plain way, one class per kind of block, public layer names.
 
-Reference of ``latte.evaluation.networks.inception``; shares no code with it. Axes: b frames, c channels, h w size.
+Reference of ``latte.evaluation.networks.inception``; shares no code with it. Axes: b frames, c channels, h w
+size.
 """
 
 import torch

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The released Latte, evaluated in plain float64 from a state dict with its own names and its own stored tables; and such a state dict.
+"""The released Latte in plain float64, from a state dict with its names and stored tables.
 
 Written from the description of the layout; shares no code with the package.
 """
@@ -38,7 +38,7 @@ def block(w, name, x, c, heads):
 
 
 def released_latte(w, z, t, heads, label=None, picture=False):
-    """z (b f c h w), t (b,), label (b,) -> (b f o h w), float64. ``picture``: DiT, where every block attends within a frame."""
+    """z (b f c h w), t (b,), label (b,) -> (b f o h w), float64; ``picture``: a DiT, without temporal attention."""
     b, f, _, height, width = z.shape
     d, _, p, _ = w["x_embedder.proj.weight"].shape
     patches = torch.nn.functional.unfold(z.double().flatten(0, 1), p, stride=p).transpose(1, 2)  # (bf n cpp)
@@ -79,7 +79,10 @@ def sincos(positions, width):
 def released_state(
     depth=4, width=32, side=8, frames=4, channels=4, patch=2, classes=None, sigma=True, seed=0
 ):
-    """A state dict in the released layout with random weights; ``classes`` adds a label table with a null class."""
+    """A state dict in the released layout with random weights.
+
+    ``classes`` adds a label table with a null class.
+    """
     draw = torch.Generator().manual_seed(seed)
 
     def pair(name, rows, columns):

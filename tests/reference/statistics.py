@@ -19,7 +19,7 @@ def random_features(n: int, k: int, seed: int = 0, offset: float = 0.0) -> torch
 
 
 def frechet_sqrtm(x: np.ndarray, y: np.ndarray, ddof: int) -> float:
-    """The textbook formula with a matrix square root (good to about 1e-9 of the trace where both sets have full rank)."""
+    """The textbook formula with a matrix square root: to 1e-9 of the trace where both sets have full rank."""
     product = np.cov(x, rowvar=False, ddof=ddof) @ np.cov(y, rowvar=False, ddof=ddof)
     traces = np.trace(np.cov(x, rowvar=False, ddof=ddof)) + np.trace(np.cov(y, rowvar=False, ddof=ddof))
     return float(
@@ -66,7 +66,7 @@ def mmd_loops(x: np.ndarray, y: np.ndarray, degree: int, coef: float, unbiased: 
 
 
 def coverage_loops(points: np.ndarray, manifold: np.ndarray, neighbours: int) -> float:
-    """Share of ``points`` that lie within a ball around some row of ``manifold`` reaching its ``neighbours``-th nearest other row."""
+    """Share of ``points`` within the ball of some row of ``manifold`` to its ``neighbours``-th neighbour."""
     radii = []
     for i, row in enumerate(manifold):
         others = sorted(math.dist(row, other) for j, other in enumerate(manifold) if j != i)
