@@ -68,7 +68,7 @@ class Latents:
         z = torch.randn(3, 4, 4, 4, generator=generator("latents", index))
         return Clip(z + 0.1 * torch.randn(z.shape, generator=stream), index % 3, None, f"item-{index}")
 
-    def still(self, index: int, stream: torch.Generator) -> Clip:
+    def image(self, index: int, stream: torch.Generator) -> Clip:
         """The first frame of item ``index``."""
         clip = self.clip(index, stream)
         return replace(clip, video=clip.video[:1])

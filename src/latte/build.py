@@ -6,7 +6,7 @@
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import nn
 
 from latte.autoencoder.codec import Codec, build_codec
 from latte.checkpoint.run import list_checkpoints
-from latte.checks import InputError, check
+from latte.checks import InputError, check, printable
 from latte.config.run import RunConfig
 from latte.data.captions import (
     EMPTY,
@@ -90,9 +90,9 @@ class Job:
             captions=CaptionReader(self.captions, config.text.dropout) if self.captions else None,
             lora=config.lora,
             sample=sample_sheets(self, self.codec, folder / "samples") if self.codec else None,
-            record=asdict(config),
+            record=asdict(replace(config, run=replace(config.run, allow_data_change=False))),
             until=until,
-            allow_data_change=getattr(config.run, "allow_data_change", False),
+            allow_data_change=config.run.allow_data_change,
             workers=config.data.workers,
         )
 
@@ -111,6 +111,8 @@ def build(config: RunConfig, device: str = "auto") -> Job:
         check_sampling(config)
     dataset, codec = open_data(config, resolved)
     check_classes(config.model.num_classes, dataset.classes)
+    if fresh and config.model.num_classes is not None:
+        check_empty_classes(dataset)
     if config.train.start and fresh:
         check_source(config.train.start)
     captions = read_captions(config, dataset, resolved)
@@ -136,7 +138,8 @@ def check_sampling(config: RunConfig) -> None:
         sample(settings.sampler, denoise, process, SampleNoise([0]), shape, settings.steps, settings.eta)
     except InputError as error:
         raise InputError(
-            f"train.sample_every is {config.train.sample_every}, but the settings of section sample cannot generate: {error}"
+            f"train.sample_every is {config.train.sample_every}, but the settings of section sample cannot "
+            f"generate: {error}"
         ) from None
 
 
@@ -151,7 +154,8 @@ def open_data(config: RunConfig, device: torch.device) -> tuple[Dataset, Codec |
         name = dataset.settings["codec"]["name"]
         check(
             config.codec.name == name,
-            f"codec.name is {config.codec.name!r}, but the latents in {config.data.root} were made with codec {name!r}; "
+            f"codec.name is {config.codec.name!r}, but the latents in {config.data.root} were made with "
+            f"codec {name!r}; "
             f"give codec.name={name}, or encode again",
         )
     return dataset, codec
@@ -170,6 +174,24 @@ def check_classes(num_classes: int | None, classes: list[str]) -> None:
     raise InputError(
         f"model.num_classes is {num_classes}, but the data have {len(classes)} classes ({names}); "
         f"set model.num_classes={len(classes)}, or null for an unconditional model"
+    )
+
+
+def check_empty_classes(dataset: Dataset) -> None:
+    """InputError for a class that has no usable clip: the model would offer it without having seen it."""
+    empty = getattr(dataset, "empty_classes", [])
+    if not empty:
+        return
+    reasons = [
+        entry["reason"]
+        for entry in dataset.skipped
+        if f"/{empty[0]}/" in f"/{entry['path']}".replace("\\", "/")
+    ]
+    why = f" ({reasons[0]})" if reasons else ""
+    raise InputError(
+        f"class {printable(empty[0])} has no usable clip{why}; repair its clips, or remove the folder and "
+        "count one "
+        "class less in model.num_classes"
     )
 
 
@@ -207,7 +229,8 @@ def read_captions(config: RunConfig, dataset: Dataset, device: torch.device) -> 
     num_bytes = num_tokens * encoder.channels * encoder.feature_bytes
     if num_bytes > LARGE_FEATURES and rank() == 0:
         LOG.warning(
-            "the features of %d captions will take %.1f GiB of memory in every process; to read them from disk, "
+            "the features of %d captions will take %.1f GiB of memory in every process; to read them from "
+            "disk, "
             "encode once: latte data encode, then data.kind=latents",
             len(captions),
             num_bytes / 2**30,
@@ -235,7 +258,8 @@ def check_captions(stored: CaptionFeatures, config: RunConfig, root: Path, devic
     assert isinstance(made, StoredFeatures)
     check(
         config.text.name == made.encoder,
-        f"text.name is {config.text.name!r}, but the captions in {root} were encoded by {made.encoder!r}; {fix}",
+        f"text.name is {config.text.name!r}, but the captions in {root} were encoded by {made.encoder!r}; "
+        f"{fix}",
     )
     if config.text.path is not None or not TEXT_ENCODERS[made.encoder].has_weights:
         encoder = build_text_encoder(config.text, device)

@@ -283,8 +283,8 @@ def test_a_part_is_a_data_set():
     draw = torch.Generator().manual_seed(0)
     assert torch.equal(part.clip(1, draw).video, whole.clip(2, draw).video)
     assert torch.equal(
-        part.still(0, torch.Generator().manual_seed(1)).video,
-        whole.still(5, torch.Generator().manual_seed(1)).video,
+        part.image(0, torch.Generator().manual_seed(1)).video,
+        whole.image(5, torch.Generator().manual_seed(1)).video,
     )
     assert (len(part), part.classes, part.latent, part.describe()["clips"]) == (
         2,

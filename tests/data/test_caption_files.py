@@ -55,7 +55,7 @@ def captions_of(root, captions="auto") -> dict[str, str]:
     """Key -> caption as the clips have it."""
     dataset = FolderDataset(config(root, captions))
     clips = [dataset.clip(index, generator(index)) for index in range(len(dataset))]
-    images = [dataset.still(index, generator(index)) for index in range(len(dataset))]
+    images = [dataset.image(index, generator(index)) for index in range(len(dataset))]
     assert [clip.caption for clip in clips] == [image.caption for image in images]
     assert dataset.captions == sorted({clip.caption for clip in clips if clip.caption})
     return {clip.key: clip.caption for clip in clips}

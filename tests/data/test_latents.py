@@ -44,10 +44,10 @@ def test_clips_are_those_of_the_folder(videos, tmp_path, changes):
             one, two = source.clip(index, generator(draw)), latents.clip(index, generator(draw))
             assert torch.equal(one.video, two.video)
             assert (one.label, one.caption, one.key) == (two.label, two.caption, two.key)
-            still, same = source.still(index, generator(draw)), latents.still(index, generator(draw))
-            assert still.video.shape[0] == 1
-            assert torch.equal(still.video, same.video)
-            assert still.label == same.label
+            image, same = source.image(index, generator(draw)), latents.image(index, generator(draw))
+            assert image.video.shape[0] == 1
+            assert torch.equal(image.video, same.video)
+            assert image.label == same.label
             seen.add(two.video.numpy().tobytes())
     assert len(seen) > 3 * len(source)
 

@@ -55,9 +55,9 @@ class Part:
         """Clip ``index`` of the part."""
         return self.dataset.clip(self.indices[index], generator)
 
-    def still(self, index: int, generator: torch.Generator) -> Clip:
+    def image(self, index: int, generator: torch.Generator) -> Clip:
         """One frame of clip ``index`` of the part."""
-        return self.dataset.still(self.indices[index], generator)
+        return self.dataset.image(self.indices[index], generator)
 
     def describe(self) -> dict[str, Any]:
         """The whole data set's description, and which clips of it these are."""

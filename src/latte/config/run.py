@@ -52,6 +52,7 @@ class RunSection:
 
     dir: str | None = None
     seed: int = 0
+    allow_data_change: bool = False  # resume although files of the data changed; never saved with the run
 
     def __post_init__(self) -> None:
         require(self.dir != "", "run.dir", self.dir, "it names a folder", "give a path")

@@ -73,7 +73,7 @@ class Dataset(Protocol):
         """
         ...
 
-    def still(self, index: int, generator: torch.Generator) -> Clip:
+    def image(self, index: int, generator: torch.Generator) -> Clip:
         """Return a random frame of clip ``index``: video (1 c H W)."""
         ...
 

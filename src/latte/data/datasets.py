@@ -91,7 +91,7 @@ class FolderDataset:
         frames = choose_frames(found.info.frames, self.config.clip_rule, generator, times)
         return self._read(found, frames, generator)
 
-    def still(self, index: int, generator: torch.Generator) -> Clip:
+    def image(self, index: int, generator: torch.Generator) -> Clip:
         """Return one frame of video ``index``, then its flip, drawn from ``generator``."""
         found = self.clips[index]
         frame = int(torch.randint(found.info.frames, (), generator=generator))
@@ -153,7 +153,7 @@ class ProceduralDataset:
         video: Tensor = to_float(render(scene, config.frames, *config.size))  # (f 3 H W)
         return Clip(video, scene.label if config.labels else None, scene.caption, f"{config.seed}/{index}")
 
-    def still(self, index: int, generator: torch.Generator) -> Clip:
+    def image(self, index: int, generator: torch.Generator) -> Clip:
         """Return one frame of clip ``index``, drawn from ``generator``."""
         clip = self.clip(index)
         frame = int(torch.randint(self.config.frames, (), generator=generator))

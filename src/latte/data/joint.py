@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Image-video joint training (Latte, Sec. 3.3.4): stills of the same set behind every clip.
+"""Image-video joint training (Latte, Sec. 3.3.4): images of the same dataset behind every clip.
 
-The stills are drawn independently of the clip and of each other, and bring their own labels. They ride on the
-frame axis; the model sends them through its spatial path alone. Axes: f clip frames, i stills, c channels, H
-height, W width.
+The images are drawn independently of the clip and of each other, and have their own labels and captions. They
+are appended on the frame axis; the model passes them through its spatial blocks only. Axes: f clip frames, i
+images, c channels, H height, W width.
 """
 
 from collections.abc import Sequence
@@ -13,59 +13,66 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from latte.checks import InputError, require
+from latte.checks import check
 from latte.data.base import Clip, Dataset
 
 
 def append_images(clip: Tensor, images: Tensor) -> Tensor:
-    """(f c H W), (i c H W) -> (f+i c H W); InputError when their sizes differ."""
-    if clip.shape[1:] != images.shape[1:]:
-        raise InputError(
-            f"stills are {tuple(images.shape[1:])} (c h w) but the clip is {tuple(clip.shape[1:])}; "
-            "give both readers the same data.resolution"
-        )
-    return torch.cat([clip, images])
+    """Return clip (f c H W) followed by images (i c H W): (f+i c H W); InputError when they differ in
+    channels or size.
+    """
+    check(
+        clip.ndim == images.ndim == 4 and clip.shape[1:] == images.shape[1:],
+        f"images of shape {tuple(images.shape)} do not fit a clip of shape {tuple(clip.shape)}: "
+        "channels, height and width must be the same",
+    )
+    return torch.cat((clip, images))  # (f+i c H W)
 
 
 class JointDataset:
-    """``dataset`` with ``num_images`` stills behind each clip: video (f+i c H W), label and caption [clip's,
-    stills' ...] or None.
+    """``dataset`` with ``num_images`` images behind each clip.
+
+    ``Clip.video`` is (f+i c H W); label and caption are [of the clip, of each image ...], or None without
+    labels or captions.
     """
 
     def __init__(self, dataset: Dataset, num_images: int):
-        require(
-            num_images >= 1,
-            "train.num_images",
-            num_images,
-            "it counts stills",
-            "give 1 or more, or 0 for clips alone",
+        check(
+            num_images >= 1, f"train.num_images must be at least 1 (0 trains on clips only), got {num_images}"
         )
-        self.dataset, self.num_images = dataset, num_images
-        self.classes, self.latent = dataset.classes, dataset.latent
+        self.dataset = dataset
+        self.num_images = num_images
+        self.classes = dataset.classes
+        self.latent = dataset.latent
 
     @property
     def captions(self) -> Sequence[str]:
-        """The data set's."""
+        """Those of the dataset."""
         return self.dataset.captions
 
     @property
     def skipped(self) -> Sequence[dict[str, str]]:
-        """What the data set left out."""
+        """What the dataset cannot use."""
         return self.dataset.skipped
+
+    @property
+    def files(self) -> dict[str, str]:
+        """The content fingerprints of the dataset's files, {} when it has none."""
+        return getattr(self.dataset, "files", {})
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def clip(self, index: int, generator: torch.Generator) -> Clip:
-        """Clip ``index`` as the data set draws it, then its stills."""
+        """Return clip ``index`` of the dataset and, behind it, images of random clips."""
         clip = self.dataset.clip(index, generator)
         picks = torch.randint(len(self.dataset), (self.num_images,), generator=generator).tolist()
-        stills = [self.dataset.still(pick, generator) for pick in picks]
-        video = append_images(clip.video, torch.cat([still.video for still in stills]))
-        label = None if clip.label is None else [clip.label, *(still.label for still in stills)]
-        caption = None if clip.caption is None else [clip.caption, *(still.caption for still in stills)]
+        images = [self.dataset.image(pick, generator) for pick in picks]
+        video = append_images(clip.video, torch.cat([image.video for image in images]))
+        label: Any = None if clip.label is None else [clip.label, *(image.label for image in images)]
+        caption: Any = None if clip.caption is None else [clip.caption, *(image.caption for image in images)]
         return replace(clip, video=video, label=label, caption=caption)
 
     def describe(self) -> dict[str, Any]:
-        """The data set's description and the number of stills."""
+        """Return the dataset's description and the number of images."""
         return {**self.dataset.describe(), "num_images": self.num_images}

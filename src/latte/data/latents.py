@@ -130,7 +130,7 @@ class LatentDataset:
         frames = choose_frames(record.frames, self.config.clip_rule, generator, times)
         return self._read(index, frames, generator)
 
-    def still(self, index: int, generator: torch.Generator) -> Clip:
+    def image(self, index: int, generator: torch.Generator) -> Clip:
         """Return the latent of one frame of video ``index`` (1 c h w), then its flip, drawn from
         ``generator``.
         """

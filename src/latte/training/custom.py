@@ -60,7 +60,7 @@ class CustomDataset:
         video = as_clip(video, self.latent, f"item {index} of dataset")
         return Clip(video, None if label is None else int(label), caption, f"item-{index}")
 
-    def still(self, index: int, generator: torch.Generator) -> Clip:
+    def image(self, index: int, generator: torch.Generator) -> Clip:
         """Return one frame of item ``index``, drawn from ``generator``: video (1 c h w)."""
         clip = self.clip(index, generator)
         frame = int(torch.randint(len(clip.video), (), generator=generator))

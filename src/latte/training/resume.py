@@ -12,8 +12,9 @@ from typing import Any
 
 from latte.autoencoder.codec import Codec
 from latte.checkpoint.run import latest_checkpoint, load_checkpoint
-from latte.checks import InputError
+from latte.checks import InputError, printable
 from latte.data.datasets import Dataset
+from latte.data.fingerprint import changed_files, combined, read_listing
 from latte.data.joint import JointDataset
 from latte.files import sweep_checkpoints
 from latte.model.denoiser import Denoiser
@@ -22,7 +23,9 @@ from latte.training.distributed import Group
 from latte.training.optim import TrainState
 
 LATER_FACTS = ("diffusion", "classes")  # runs made from Python by 0.1.0 do not record them
-DATA_CONTENT = ("data.clips", "data.content")  # what changes when files are added, removed or replaced
+# What changes when files are added, removed or replaced.
+DATA_CONTENT = ("data.clips", "data.content", "data.files")
+MAX_NAMES = 20  # of changed files in a message
 
 
 def run_facts(
@@ -61,13 +64,15 @@ def restore(
     settings: Mapping[str, object],
     group: Group,
     allow_data_change: bool = False,
+    files: Mapping[str, str] | None = None,
 ) -> tuple[dict[str, Any], Path | None]:
     """Load the newest good checkpoint of ``run_dir`` into ``state``; return what it records and its path,
     or {} and None.
 
     Leftovers of killed processes are removed, and a damaged newest checkpoint is skipped with a warning.
     InputError, with every difference, when the run has other ``facts``; a change of ``settings``, or with
-    ``allow_data_change`` of the data, gives a notice.
+    ``allow_data_change`` of the data, gives a notice. ``files`` are the content fingerprints of the data;
+    those of the run are kept in its folder, so that changed files can be named.
     """
 
     def find() -> Path | None:
@@ -78,7 +83,7 @@ def restore(
     if path is None:
         return {}, None
     checkpoint = load_checkpoint(path)
-    changed = check_facts(run_dir, checkpoint.state["facts"], facts, allow_data_change)
+    changed = check_facts(run_dir, checkpoint.state["facts"], facts, allow_data_change, files or {})
     if group.rank == 0:
         for key, before, now in changed:
             print(
@@ -96,7 +101,11 @@ def restore(
 
 
 def check_facts(
-    run_dir: Path, before: Mapping[str, Any], now: Mapping[str, Any], allow_data_change: bool
+    run_dir: Path,
+    before: Mapping[str, Any],
+    now: Mapping[str, Any],
+    allow_data_change: bool,
+    files: Mapping[str, str],
 ) -> list[tuple[str, str, str]]:
     """InputError with every difference between the facts of a checkpoint and those of a new start.
 
@@ -104,6 +113,8 @@ def check_facts(
     change the classes.
     """
     comparable = {key: value for key, value in now.items() if key in before or key not in LATER_FACTS}
+    if "files" not in before.get("data", {}):  # a run of 0.1.0
+        comparable["data"] = {key: value for key, value in now["data"].items() if key != "files"}
     found = differences(before, comparable)
     allowed = [item for item in found if allow_data_change and item[0] in DATA_CONTENT]
     refused = [
@@ -111,10 +122,34 @@ def check_facts(
         for key, old, new in found
         if (key, old, new) not in allowed
     ]
+    if found and {key for key, _, _ in found} <= set(DATA_CONTENT) and not allow_data_change:
+        raise InputError(
+            "\n".join(
+                [
+                    f"the data of the run in {printable(run_dir)} have changed since its last checkpoint:",
+                    *(named_changes(run_dir, before, files) or refused),
+                    "restore the files, or resume with the data as they are now with "
+                    "run.allow_data_change=true",
+                ]
+            )
+        )
     if refused:
         header = f"run.dir {run_dir} holds a run of another configuration; use its own, or another run.dir:"
         raise InputError("\n".join([header, *refused]))
     return allowed
+
+
+def named_changes(run_dir: Path, before: Mapping[str, Any], files: Mapping[str, str]) -> list[str]:
+    """Return a line for each file that differs from the listing in ``run_dir``; [] if that is not of the
+    checkpoint.
+    """
+    listing = read_listing(run_dir)
+    if combined(listing) != before.get("data", {}).get("files"):
+        return []
+    lines = [f"  {printable(line)}" for line in changed_files(listing, files)]
+    if len(lines) > MAX_NAMES:
+        lines[MAX_NAMES:] = [f"  and {len(lines) - MAX_NAMES} more"]
+    return lines
 
 
 def differences(before: Mapping[str, object], now: Mapping[str, object]) -> list[tuple[str, str, str]]:

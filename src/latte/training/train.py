@@ -24,6 +24,7 @@ from latte.checkpoint.record import describe_run
 from latte.checkpoint.run import list_checkpoints, save_checkpoint
 from latte.checks import InputError, RunError, check
 from latte.data.datasets import Dataset
+from latte.data.fingerprint import write_listing
 from latte.data.joint import JointDataset
 from latte.data.loader import Batch, Loader, default_workers
 from latte.diffusion.config import DiffusionConfig, build_process
@@ -151,13 +152,16 @@ def train(
         settings = {name: getattr(config, name) for name in CHANGEABLE}
         if gated:
             settings["gate_steps"] = config.gate_steps
-        saved, checkpoint = restore(run_dir, state, run, settings, group, allow_data_change)
+        files = getattr(clips, "files", {})
+        saved, checkpoint = restore(run_dir, state, run, settings, group, allow_data_change, files)
         step = saved_step = first_step = saved.get("step", 0)
         gates: list[Any] = [model, state.ema.model] if gated else []
         initial_opening = gates[0].opened if gates else 1.0
         if group.rank == 0:
             record = record or run_record(model, codec, diffusion, config, lora, seed)
             describe_run(run_dir, record, device)
+            if files:
+                write_listing(run_dir, files)
             for notice in [*notices, *finished(run_dir, step, config.steps)]:
                 print(f"notice: {notice}", file=sys.stderr)
 
@@ -281,7 +285,8 @@ def check_parts(
     found = len(dataset.classes)
     check(
         num_classes is None or 0 < found <= num_classes,
-        f"model.num_classes is {num_classes}, but the data have {found} classes; give {found or 'null'}, or other data",
+        f"model.num_classes is {num_classes}, but the data have {found} classes; give {found or 'null'}, or "
+        "other data",
     )
     if isinstance(dataset, CustomDataset):
         check_first_clip(dataset, model, codec)
@@ -301,14 +306,16 @@ def check_disk(run_dir: Path, state: TrainState, keep_last: int) -> None:
         return
     if free < size:
         raise RunError(
-            f"the disk of {run_dir} has {free / 1e9:.2f} GB free, but a checkpoint takes {size / 1e9:.2f} GB; "
+            f"the disk of {run_dir} has {free / 1e9:.2f} GB free, but a checkpoint takes {size / 1e9:.2f} "
+            "GB; "
             "make room, or give another run.dir"
         )
     most = (keep_last + 1) * size  # the oldest one is removed after the newest has been written
     existing = sum(file.stat().st_size for path in list_checkpoints(run_dir) for file in path.iterdir())
     if free + existing < most:
         print(
-            f"notice: the disk of {run_dir} has {free / 1e9:.2f} GB free, but {keep_last + 1} checkpoints (train.keep_last "
+            f"notice: the disk of {run_dir} has {free / 1e9:.2f} GB free, but {keep_last + 1} checkpoints "
+            "(train.keep_last "
             f"and the one being written) take {most / 1e9:.2f} GB",
             file=sys.stderr,
         )
@@ -355,7 +362,8 @@ def data_failure(error: Exception | None, step: int, checkpoint: Path | None) ->
         )
     if isinstance(error, InputError | RunError | OSError):
         return RunError(
-            f"the clips of step {step + 1} could not be loaded: {error}; {saved}; restore the files and run the same command "
+            f"the clips of step {step + 1} could not be loaded: {error}; {saved}; restore the files and run "
+            "the same command "
             "again, or, to resume with the data as they are now, add run.allow_data_change=true"
         )
     error.add_note(f"raised while loading the clips of step {step + 1}; {saved}")
