@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 # What type checkers see. At run time each name is imported at first use, so ``import latte`` loads no torch.
 if TYPE_CHECKING:
+    from latte.autoencoder.codec import CodecConfig as CodecConfig
     from latte.autoencoder.codec import build_codec as build_codec
     from latte.checks import InputError as InputError
     from latte.checks import RunError as RunError
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from latte.inference.pipeline import load_trained as load_trained
     from latte.model.latte import Latte as Latte
     from latte.model.latte import ModelConfig as ModelConfig
+    from latte.training.callbacks import Callback as Callback
     from latte.training.config import TrainConfig as TrainConfig
     from latte.training.train import train as train
 
@@ -33,6 +35,7 @@ _MODULES = {  # public name: the module that defines it
     "ModelConfig": "latte.model.latte",
     "DiffusionConfig": "latte.diffusion.config",
     "build_process": "latte.diffusion.config",
+    "CodecConfig": "latte.autoencoder.codec",
     "build_codec": "latte.autoencoder.codec",
     "RunConfig": "latte.config.run",
     "load_run": "latte.config.run",
@@ -41,6 +44,7 @@ _MODULES = {  # public name: the module that defines it
     "SampleConfig": "latte.inference.generate",
     "train": "latte.training.train",
     "TrainConfig": "latte.training.config",
+    "Callback": "latte.training.callbacks",
     "Trained": "latte.inference.pipeline",
     "load_trained": "latte.inference.pipeline",
 }

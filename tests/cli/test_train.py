@@ -157,7 +157,7 @@ def test_a_text_model_trains_on_a_folder_with_captions(latte, captioned):
         ([], ["data.captions=other.csv"], "there is no such file"),
         ([], ["text.length=3"], "has 6 tokens, but text.length is 3"),
         ([], ["model.variant=2"], "model.variant is 2"),
-        ([], ["text.name=t5"], "text.path is None"),
+        ([], ["text.name=t5"], "text.path is not set"),
         ([], ["text.name=clip"], "text.name is 'clip'"),
         ([], ["text.bits=8"], "text.bits is 8"),
         ([], ["train.init=nowhere.safetensors"], "nowhere.safetensors"),

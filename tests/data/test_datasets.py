@@ -350,7 +350,7 @@ def test_wrong_or_unread_keys_are_refused_by_name(wrong):
 
 
 def test_every_kind_of_data_set_is_in_the_table():
-    assert set(DATASETS) == {"folder", "procedural", "latents", *LAYOUTS}
+    assert set(DATASETS) == {"folder", "procedural", "latents", "custom", *LAYOUTS}
     assert DataConfig(resolution=[48, 64]).size == (48, 64)
 
 

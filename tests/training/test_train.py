@@ -414,16 +414,14 @@ def test_nan_in_any_part_of_the_state_is_found_before_a_checkpoint(tmp_path, mon
 
     spoiled = overflow(state_group)
     monkeypatch.setattr(loop, "TrainState", spoiled["state"])
-    with pytest.raises(RunError, match=r"are not finite after step 3: .* holds 1 non-finite of ") as caught:
+    with pytest.raises(RunError, match=rf"the checkpoint of step 3 was not written: {state_group} tensor .* holds 1 non-finite of ") as caught:
         run(tmp_path, replace(SHORT, steps=3), model=spoiled["model"])
-    assert {"model": "the model's", "ema": "the EMA", "optimizer": "the optimizer's"}[state_group] in str(
-        caught.value
-    )
+    assert "\n" not in str(caught.value)
     assert list_checkpoints(tmp_path) == []
 
 
 def test_a_learning_rate_that_overflows_the_weights_commits_nothing(tmp_path):
-    with pytest.raises(RunError, match="are not finite after step 1"):
+    with pytest.raises(RunError, match="the checkpoint of step 1 was not written: model tensor"):
         run(tmp_path, replace(SHORT, steps=1, lr=1e38, warmup_steps=0, weight_decay=1.0))
     assert list_checkpoints(tmp_path) == []
 

@@ -33,6 +33,8 @@ class Codec(ABC):
     """Channels of the latent."""
     downscale: ClassVar[int]
     """Pixels per latent row and column."""
+    path: str | None = None
+    """Where ``build_codec`` found the weights."""
     scale: float = 1.0
     """What raw latents are multiplied by."""
     stochastic: ClassVar[bool] = False

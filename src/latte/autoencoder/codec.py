@@ -77,4 +77,6 @@ def decoder_for(codec: Codec, path: str) -> Codec:
 
 def build_codec(config: CodecConfig, device: str | torch.device = "cpu") -> Codec:
     """Return the codec of ``config`` on ``device``; InputError for missing or wrong weights."""
-    return CODECS[config.name].load(config.path, config.chunk, device)
+    codec = CODECS[config.name].load(config.path, config.chunk, device)
+    codec.path = config.path
+    return codec

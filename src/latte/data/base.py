@@ -166,10 +166,15 @@ _PROCEDURAL = {
     "flip": "a mirror image would turn left into right",
     "captions": "they are generated too",
 }
+_CUSTOM = dict.fromkeys(
+    ("root", "interval", "rule", "fps", "flip", "labels", *_VIDEOS, "captions"),
+    "the clips come from a dataset in Python",
+)
 _LATENTS = {**_VIDEOS, "captions": "they are in the manifest of the latents, if the encoded videos had any"}
 UNREAD = {
     "folder": _VIDEOS,
     **dict.fromkeys(LAYOUTS, _VIDEOS),
     "procedural": _PROCEDURAL,
     "latents": _LATENTS,
+    "custom": _CUSTOM,  # written by latte.train for a dataset that it got from Python
 }

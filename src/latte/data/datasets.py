@@ -181,11 +181,21 @@ def _folder(
     return FolderDataset(config, cache_dir)
 
 
+def _custom(
+    config: DataConfig, cache_dir: str | os.PathLike | None, codec_fingerprint: str | None
+) -> Dataset:
+    raise InputError(
+        "data.kind is 'custom': the run was trained from Python on a dataset that only Python can make; "
+        "to resume it, call latte.train again with that dataset"
+    )
+
+
 DATASETS = {
     "folder": _folder,
     **dict.fromkeys(LAYOUTS, _folder),
     "procedural": lambda config, cache_dir, codec_fingerprint: ProceduralDataset(config),
     "latents": lambda config, cache_dir, codec_fingerprint: LatentDataset(config, codec_fingerprint),
+    "custom": _custom,
 }
 
 

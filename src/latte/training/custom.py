@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from latte.autoencoder.codec import Codec, CodecConfig
+from latte.autoencoder.codec import Codec
 from latte.checks import InputError
 from latte.data.clips import to_float
 from latte.data.datasets import Clip, Dataset
@@ -169,7 +169,7 @@ def run_record(
     downscale = 8  # of the default codec
     if codec is not None:
         downscale = codec.downscale
-        settings = {"name": codec.name, "path": getattr(codec, "path", None), "chunk": codec.chunk}
+        settings = {"name": codec.name, "path": codec.path, "chunk": codec.chunk}
         record["codec"] = {key: value for key, value in settings.items() if value is not None}
     frames = model.config.num_frames
     data = {"kind": KIND, "frames": frames, "resolution": [height * downscale, width * downscale]}
@@ -178,6 +178,3 @@ def run_record(
         "data": data,
         **record,
     }
-
-
-__all__ = ["CodecConfig", "CustomDataset", "as_dataset", "check_first_clip", "run_record"]

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from latte.checks import InputError, RunError, choose
-from latte.tensors import find_nonfinite
 from latte.training.distributed import Group
 
 FUSED_DEVICES = ("cpu", "cuda", "mps")
@@ -219,17 +218,6 @@ class TrainState:
     def trained(self, model: nn.Module) -> dict[str, Tensor]:
         """Return the tensors of ``model``, or of the EMA model, that are not frozen."""
         return {name: tensor for name, tensor in model.state_dict().items() if name not in self.frozen}
-
-    def check_finite(self, step: int) -> None:
-        """RunError naming the first tensor of model, EMA or optimizer that holds NaN or Inf after ``step``."""
-        for group, tensors in self.tensors().items():
-            found = find_nonfinite(tensors)
-            if found is not None:
-                raise RunError(
-                    f"{TENSOR_GROUPS[group]} are not finite after step {step}: {found} (NaN or Inf); no checkpoint was "
-                    "written; lower train.lr or clip earlier (train.clip_norm, train.clip_start), then run the same "
-                    "command again to resume from the last checkpoint"
-                )
 
 
 class FiniteGuard:

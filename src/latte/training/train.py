@@ -217,7 +217,9 @@ def train(
                     with accumulator.pause():
                         metrics_file.sync()
                         about = {"facts": run, "settings": settings, "tally": accumulator.state()}
-                        checkpoint = group.run_on_rank0(save, run_dir, step, state, about, config.keep_last)
+                        checkpoint = group.run_on_rank0(
+                            save_checkpoint, run_dir, step, state.tensors(), about, config.keep_last
+                        )
                         saved_step = step
                         for callback in watching:
                             callback.on_checkpoint(event, checkpoint)
@@ -341,12 +343,6 @@ def load_next(loader: Loader) -> tuple[Batch | None, Exception | None]:
         return next(loader), None
     except Exception as error:
         return None, error
-
-
-def save(run_dir: Path, step: int, state: TrainState, about: Mapping[str, object], keep_last: int) -> Path:
-    """Commit a checkpoint and return its folder; RunError, with nothing written, for tensors with NaN/Inf."""
-    state.check_finite(step)
-    return save_checkpoint(run_dir, step, state.tensors(), about, keep_last)
 
 
 def data_failure(error: Exception | None, step: int, checkpoint: Path | None) -> Exception:
