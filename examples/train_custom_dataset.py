@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Train on your own dataset, then generate clips: python examples/train_custom_dataset.py [STEPS] [RUN_DIR]."""
+"""Train on your own dataset, then generate clips: examples/train_custom_dataset.py [STEPS] [RUN_DIR]."""
 
 import sys
 
@@ -10,7 +10,7 @@ import latte
 
 
 class MovingSquares(torch.utils.data.Dataset):
-    """Clips uint8 (frames, height, width, 3) of a square that moves left or right, with the class as label."""
+    """Clips uint8 (frames, height, width, 3) of a square that moves left (class 0) or right (class 1)."""
 
     classes = ("left", "right")
 
@@ -34,8 +34,10 @@ def main(steps: int = 400, run_dir: str = "runs/squares") -> None:
     model = latte.Latte(latte.ModelConfig(depth=4, width=96, heads=4, num_classes=2, **shape))
     config = latte.TrainConfig(steps=steps, global_batch=16, lr=1e-3, ema_decay=0.98, clip_norm=1.0)
     latte.train(model=model, dataset=MovingSquares(), codec=codec, config=config, run_dir=run_dir)
-    for seed, video in latte.load_trained(run_dir).generate(seeds=[0, 1], labels=["left", "right"]):
-        print(f"seed {seed}: {video.dtype} {video.shape}")
+    pipe = latte.VideoPipeline.from_pretrained(run_dir)
+    videos = pipe(class_labels=["left", "right"], num_inference_steps=50, seed=0, output_type="uint8").frames
+    latte.export_to_video(videos[0], f"{run_dir}/left.mp4", fps=8)
+    print(f"{videos.dtype} {videos.shape}")
 
 
 if __name__ == "__main__":

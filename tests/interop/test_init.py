@@ -233,7 +233,7 @@ def test_weights_of_another_model_or_process_are_refused(changes, word, told, tm
 
 def test_models_of_classes_and_of_captions_do_not_start_from_each_other(dit, tmp_path):
     tiny_text(depth=2).save_pretrained(tmp_path / "text")
-    with pytest.raises(InputError, match=r"are a model of captions; set text.name"):
+    with pytest.raises(InputError, match=r"are a text-to-video model; set text.name"):
         job(tmp_path / "run", f"train.init={tmp_path / 'text'}")
     words = [*WORDS, "train.steps=1", f"run.dir={tmp_path / 'run'}", f"train.init={dit[1]}"]
     with pytest.raises(InputError, match="is a DiT, which reads no captions; give a PixArt-alpha"):
@@ -254,6 +254,7 @@ def test_the_model_in_the_package_is_a_start_by_name(tmp_path):
         f"run.dir={tmp_path / 'run'}",
         "train.init=builtin",
         "train.steps=1",
+        "train.decay_steps=0",
         "train.global_batch=1",
         "train.sample_every=0",
     ]

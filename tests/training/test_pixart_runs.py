@@ -147,7 +147,9 @@ def test_a_run_with_a_learned_gate_goes_on(image, tmp_path):
     found.tensors["optimizer"] |= {f"time_gate:{what}": torch.ones(1) for what in ("exp_avg", "exp_avg_sq")}
     del found.state["settings"]["gate_steps"]
     save_checkpoint(tmp_path, 1, found.tensors, found.state)
-    assert float(VideoPipeline.from_pretrained(tmp_path, device="cpu").model.state_dict()["time_gate"]) == float(torch.tensor(0.2))
+    assert float(
+        VideoPipeline.from_pretrained(tmp_path, device="cpu").model.state_dict()["time_gate"]
+    ) == float(torch.tensor(0.2))
     assert job(tmp_path, image[1], "train.gate_steps=4", "train.steps=2").train()["step"] == 2
     assert gates(tmp_path)[-1] == (0.5, 0.5)
 

@@ -136,12 +136,14 @@ def test_stored_features_train_as_those_read_on_the_fly_and_are_not_read_again(t
 
 def test_features_of_another_encoder_are_refused(tmp_path, monkeypatch):
     words = encoded(tmp_path / "latents", BuiltinEncoder(8))
-    with pytest.raises(InputError, match=r"text.name is 't5', but the captions in .* were read by 'builtin'"):
+    with pytest.raises(
+        InputError, match=r"text.name is 't5', but the captions in .* were encoded by 'builtin'"
+    ):
         train(tmp_path / "run", *words, "text.name=t5")
     with pytest.raises(InputError, match=r"text.length is 4, but caption .* has 6 tokens"):
         train(tmp_path / "run", *words, "text.length=4")
     monkeypatch.setattr(BuiltinEncoder, "fingerprint", "0" * 16)
-    with pytest.raises(InputError, match=r"the text encoder is '0000.*were read by"):
+    with pytest.raises(InputError, match=r"the text encoder is 0000.*were encoded by"):
         train(tmp_path / "run", *words)
     assert not (tmp_path / "run").exists()
 
@@ -177,7 +179,9 @@ def test_a_run_with_t5_trains_samples_and_frees_it(tmp_path, t5, monkeypatch):
     shutil.move(t5, tmp_path / "moved")
     with pytest.raises(InputError, match="cannot be read"):
         VideoPipeline.from_pretrained(tmp_path / "folder", device="cpu", prompts=["up"])
-    again = VideoPipeline.from_pretrained(tmp_path / "folder", device="cpu", text_encoder_path=str(tmp_path / "moved"))
+    again = VideoPipeline.from_pretrained(
+        tmp_path / "folder", device="cpu", text_encoder_path=str(tmp_path / "moved")
+    )
     assert (next(again.generate([3], prompts=["A red circle moves up "]))[1] == clip).all(), (
         "lower case, stripped"
     )
@@ -191,7 +195,9 @@ def test_another_t5_than_the_models_is_refused(tmp_path, t5):
     for part in (network, tokenizer):
         part.save_pretrained(tmp_path / "other")
     with pytest.raises(InputError, match="but the model learned with"):
-        VideoPipeline.from_pretrained(tmp_path / "run", device="cpu", text_encoder_path=str(tmp_path / "other"), prompts=["up"])
+        VideoPipeline.from_pretrained(
+            tmp_path / "run", device="cpu", text_encoder_path=str(tmp_path / "other"), prompts=["up"]
+        )
 
 
 @pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
@@ -234,7 +240,7 @@ def test_captions_too_long_are_told_before_the_weights_are_read(tmp_path, t5):
 def test_features_that_take_much_memory_are_told(tmp_path, monkeypatch, caplog):
     build(config(tmp_path), "cpu")
     words = encoded(tmp_path / "latents", BuiltinEncoder(8))
-    monkeypatch.setattr("latte.build.HELD", 1000)
+    monkeypatch.setattr("latte.build.LARGE_FEATURES", 1000)
     assert not caplog.records
     job = build(config(tmp_path), "cpu")
     (record,) = caplog.records
@@ -295,7 +301,7 @@ def test_features_in_eight_bits_and_in_more_do_not_mix(tmp_path, t5):
         build_text_encoder(config("unused", *words, *more).text) for more in ([], ["text.bits=8"])
     )
     data = encoded(tmp_path / "latents", eight)
-    with pytest.raises(InputError, match=r"the text encoder is .* were read by .*-8bit"):
+    with pytest.raises(InputError, match=r"the text encoder is .* were encoded by .*-8bit"):
         train(tmp_path / "run", *data, *words)
     assert train(tmp_path / "run", *data, *words, "text.bits=8")
     with pytest.raises(InputError, match=r"text.encoder: the run has .*-8bit"):

@@ -414,7 +414,10 @@ def test_nan_in_any_part_of_the_state_is_found_before_a_checkpoint(tmp_path, mon
 
     spoiled = overflow(state_group)
     monkeypatch.setattr(loop, "TrainState", spoiled["state"])
-    with pytest.raises(RunError, match=rf"the checkpoint of step 3 was not written: {state_group} tensor .* holds 1 non-finite of ") as caught:
+    with pytest.raises(
+        RunError,
+        match=rf"the checkpoint of step 3 was not written: {state_group} tensor .* holds 1 non-finite of ",
+    ) as caught:
         run(tmp_path, replace(SHORT, steps=3), model=spoiled["model"])
     assert "\n" not in str(caught.value)
     assert list_checkpoints(tmp_path) == []
