@@ -246,8 +246,8 @@ def test_features_that_take_much_memory_are_told(tmp_path, monkeypatch, caplog):
     (record,) = caplog.records
     assert record.args == (64, sum(tokens.nbytes for tokens in job.captions.features.values()) / 2**30)
     assert record.message == (
-        "the features of 64 captions will take 0.0 GiB of memory in every process; to read them from the disk "
-        "instead, encode once: latte data encode, then data.kind=latents"
+        "the features of 64 captions will take 0.0 GiB of memory in every process; to read them from disk, "
+        "encode once: latte data encode, then data.kind=latents"
     )
     build(config(tmp_path, *words), "cpu")
     assert len(caplog.records) == 1, "stored ones are not in memory"
