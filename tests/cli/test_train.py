@@ -3,6 +3,7 @@
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import threading
@@ -112,7 +113,10 @@ def test_wrong_input_is_told_before_anything_is_written(latte, tmp_path, words, 
     assert not (tmp_path / "runs").exists()
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGUSR1, 138)],
+)
 def test_a_signal_saves_and_leaves_with_its_code(latte, tmp_path, number, code):
     def send_when_training():
         deadline = time.monotonic() + 60
@@ -186,3 +190,74 @@ def test_videos_without_a_caption_are_told(latte, captioned, row, told):
         found = latte(*command.split(), "shapes-text", *WORDS, *FOLDER)
         assert (found.code, len(found.errors)) == (2, 1), found.err
         assert told in found.errors[0]
+
+
+@pytest.mark.parametrize("recipe", ["shapes", "shapes-text"])
+def test_the_command_that_is_printed_at_the_end_generates_clips(latte, recipe):
+    words = [word for word in WORDS if not word.startswith("data.labels")]
+    found = latte("train", recipe, *words, "train.steps=1", "--out", "my run")
+    assert found.code == 0, found.err
+    (line,) = [line for line in found.out.splitlines() if "latte sample" in line]
+    command = shlex.split(line.partition("latte ")[2])
+    assert command[:2] == ["sample", "my run"]
+    assert ("--prompt" in command) == (recipe == "shapes-text")
+    assert latte(*command, "--count", 1, "--out", "clips").code == 0
+    assert list(Path("clips").glob("*.mp4"))
+
+
+def test_the_command_that_resumes_is_quoted():
+    from latte.cli.train import next_command
+
+    line = next_command({"run": "my run/$HOME"}, [], 130)
+    assert shlex.split(line.partition("latte ")[2]) == ["train", "my run/$HOME"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["sample.steps=2000"], "2000"),
+        (["sample.sampler=flow"], "sampler"),
+        (["model.num_classes=null", "sample.guidance=4"], "guidance"),
+        (["train.decay_steps=500", "train.steps=400"], "give train.decay_steps=400 or less"),
+        (
+            ["train.decay_steps=300", "train.warmup_steps=200", "train.steps=400"],
+            "give train.decay_steps=200 or less",
+        ),
+    ],
+)
+def test_what_would_fail_later_is_refused_before_training(latte, tmp_path, words, message):
+    found = latte("train", "shapes", *WORDS, "train.sample_every=100", *words, "--out", "run")
+    assert (found.code, len(found.errors)) == (2, 1), found.err
+    assert message in found.errors[0]
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_video_that_vanishes_during_training_is_named_and_the_run_resumes_when_allowed(latte, tmp_path):
+    assert latte("data", "synth", "videos", "--count", 6, "--frames", 4, "--size", 16).code == 0
+    videos = sorted(Path("videos").rglob("*.mp4"))
+    words = [*WORDS, "data.kind=folder", "data.root=videos", "model.num_classes=null", "data.labels=false"]
+    words += ["sample.guidance=1", "train.steps=100000", "train.log_every=1"]
+    vanished = videos[0]
+
+    def remove_when_training():
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline and not list(tmp_path.glob("run/checkpoints/step-*")):
+            time.sleep(0.01)
+        vanished.unlink()
+
+    remover = threading.Thread(target=remove_when_training)
+    remover.start()
+    found = latte("train", "shapes", *words, "--out", "run")
+    remover.join()
+    assert not vanished.exists()
+    assert (found.code, len(found.errors)) == (1, 1), found.err
+    assert vanished.name in found.errors[0]
+    steps = [int(path.name[5:]) for path in Path("run/checkpoints").glob("step-*")]
+    assert f"step {max(steps)} was saved" in found.errors[0]
+    again = latte("train", "run", f"train.steps={max(steps) + 1}")
+    assert again.code == 2
+    assert any(f"missing: {vanished.relative_to('videos').as_posix()}" in line for line in again.errors), (
+        again.err
+    )
+    allowed = latte("train", "run", f"train.steps={max(steps) + 1}", "run.allow_data_change=true", "--json")
+    assert allowed.json["step"] == max(steps) + 1

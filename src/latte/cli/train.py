@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``latte train``: train, or go on with, a run."""
+"""``latte train``: train or resume a run."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -35,27 +35,36 @@ def train(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Train a run. The same command on the same folder goes on where it stopped; Ctrl-C saves first."""
+    """Train a run. The same command on the same folder resumes it.
+
+    Ctrl-C, SIGTERM, SIGUSR1 and a closed terminal save a checkpoint first.
+    """
     from latte.build import build
     from latte.config.run import load_run
     from latte.runtime import rank
 
     configure_logging()
     options = {"run.dir": out, "train.dtype": dtype, "run.seed": seed}
-    words = [*(overrides or []), *(f"{key}={value}" for key, value in options.items() if value is not None)]
-    result = build(load_run(run, words)[0], device).train()
+    given = [f"{key}={value}" for key, value in options.items() if value is not None]
+    config, _ = load_run(run, [*(overrides or []), *given])
+    job = build(config, device)
+    result = job.train()
     code = result.pop("interrupted")
     if rank() == 0:
         lines = [f"{key}: {result[key]}" for key in ("run", "step", "loss", "checkpoint")]
-        print_result(
-            result,
-            as_json,
-            [
-                *lines,
-                f"stopped; resume with: {command_line('train', result['run'])}"
-                if code
-                else f"see: {command_line('sample', result['run'])}",
-            ],
-        )
+        lines.append(next_command(result, list(job.dataset.captions) if job.captions else [], code))
+        print_result(result, as_json, lines)
     if code:
         raise typer.Exit(code)
+
+
+def next_command(result: dict[str, Any], captions: list[str], code: int) -> str:
+    """Return the line that says how to resume a stopped run, or how to sample from a complete one.
+
+    ``captions`` are those of the data of a text model, which needs a prompt.
+    """
+    run = result["run"]
+    if code:
+        return f"stopped; to resume: {command_line('train', run)}"
+    prompt = ["--prompt", captions[0]] if captions else []
+    return f"to generate clips: {command_line('sample', run, *prompt)}"
