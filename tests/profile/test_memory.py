@@ -9,7 +9,7 @@ from support import noise, wake
 
 from latte.model.latte import Latte, ModelConfig
 from latte.profile import memory
-from latte.training.optim import TrainState
+from latte.training.optim import OPTIMIZERS, TrainState
 
 TINY = ModelConfig(depth=4, width=32, heads=4, latent_size=8, num_frames=4, num_classes=5)
 
@@ -94,9 +94,10 @@ def test_activations_grow_with_the_clips_and_the_blocks():
     assert 1.9 < deep / two <= 2
 
 
-def test_states_are_those_of_training():
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_states_are_those_of_training(optimizer):
     model = Latte(TINY)
-    train_state = TrainState(model, 1e-3, 0.0, 0.9)
+    train_state = TrainState(model, 1e-3, 0.0, 0.9, optimizer=optimizer)
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
     gradients = sum(parameter.grad.nbytes for parameter in model.parameters())
@@ -105,7 +106,7 @@ def test_states_are_those_of_training():
         group: sum(tensor.nbytes for tensor in tensors.values())
         for group, tensors in train_state.tensors().items()
     }
-    found = memory.states(TINY)
+    found = memory.states(TINY, optimizer=optimizer)
     assert (found.weights, found.gradients, found.optimizer, found.ema) == (
         true["model"],
         gradients,

@@ -138,3 +138,74 @@ def test_alone_everything_is_a_plain_call():
     assert tensor.tolist() == [1.0, 1.0]
     assert group.max(3) == 3
     assert group.run_on_rank0(lambda a, b: a + b, 1, 2) == 3
+
+
+def one_stops(rank: int, port: int, folder: str, pipe) -> None:
+    """A process of two; rank 1 stops for good when training has begun, as on a machine that hangs."""
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1"}
+    os.environ |= {"GLOO_SOCKET_IFNAME": "lo", "MASTER_PORT": str(port)}
+    if rank == 1:
+        threading.Thread(target=stop_process_when_training, daemon=True).start()
+    try:
+        run(Path(folder), replace(TWO, steps=100_000, checkpoint_every=100_000, timeout=3.0))
+    except RunError as error:
+        pipe.send(str(error))
+
+
+def stop_process_when_training() -> None:
+    while signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
+        time.sleep(0.01)
+    time.sleep(0.3)
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def test_a_rank_that_stopped_is_named_within_the_timeout(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    here, there = FORKS.Pipe()
+    children = []
+    for rank in range(2):
+        arguments = (rank, port, str(tmp_path), there)
+        children.append(FORKS.Process(target=one_stops, args=arguments, daemon=True))
+        children[-1].start()
+    answered = here.poll(90)
+    state = Path(f"/proc/{children[1].pid}/stat").read_text().split()[2]
+    for child in children:
+        child.kill()
+        child.join(10)
+    assert state == "T", "rank 1 is stopped"
+    assert answered
+    message = here.recv()
+    assert "rank 1 of 2 did not answer within train.timeout=3 s" in message
+    assert "\n" not in message
+
+
+def test_saving_may_take_longer_than_the_timeout(tmp_path):
+    """Rank 0 writes while the others wait in a group with a limit of its own."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    here, there = FORKS.Pipe()
+    children = [
+        FORKS.Process(target=slow_on_rank0, args=(rank, port, there), daemon=True) for rank in range(2)
+    ]
+    for child in children:
+        child.start()
+    assert here.poll(60)
+    results = [here.recv(), here.recv()]
+    for child in children:
+        child.join(20)
+    assert results == ["done", "done"]
+
+
+def slow_on_rank0(rank: int, port: int, pipe) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1"}
+    os.environ |= {"GLOO_SOCKET_IFNAME": "lo", "MASTER_PORT": str(port)}
+    with distributed.process_group(torch.device("cpu"), timeout=1.0) as group:
+        try:
+            pipe.send(group.run_on_rank0(lambda: time.sleep(3) or "done"))
+        except RunError as error:
+            pipe.send(str(error))

@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from latte.model.denoiser import Denoiser, DenoiserConfig
+from latte.training.optim import OPTIMIZERS
 
 FLOAT32 = 4  # bytes
 # functions that autocast runs in reduced precision: matrix products
@@ -75,13 +76,15 @@ def fresh(config: DenoiserConfig, adapt: Adapt | None) -> Denoiser:
     return model
 
 
-def states(config: DenoiserConfig, adapt: Adapt | None = None) -> States:
-    """Return what training with AdamW and an EMA holds beside activations."""
+def states(config: DenoiserConfig, adapt: Adapt | None = None, optimizer: str = "adamw") -> States:
+    """Return what training with ``optimizer``, a name in OPTIMIZERS, and an EMA holds beside activations."""
     with torch.device("meta"):
         parameters = list(fresh(config, adapt).parameters())
     weights = sum(parameter.numel() * FLOAT32 for parameter in parameters)
-    sizes = [parameter.numel() * FLOAT32 for parameter in parameters if parameter.requires_grad]
-    return States(weights, sum(sizes), 2 * sum(sizes) + FLOAT32 * len(sizes), sum(sizes))
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    size = sum(parameter.numel() * FLOAT32 for parameter in trained)
+    state_bytes = OPTIMIZERS[optimizer].state_bytes
+    return States(weights, size, sum(state_bytes(parameter.shape) for parameter in trained), size)
 
 
 def activations(

@@ -114,7 +114,7 @@ def plan(
     latent = (model.num_frames, model.latent_channels, *model.grid_size)
     batch, held = (
         batches(config, world_size() if processes is None else processes),
-        states(model, adapters(config)),
+        states(model, adapters(config), config.train.optimizer),
     )
     kept, time = min(config.train.keep_last, -(-config.train.steps // config.train.checkpoint_every)), None
     if measure:
@@ -190,7 +190,7 @@ def dtype_of(name: str, device: torch.device) -> torch.dtype:
 def memory(config: RunConfig, batch: Batch, device: torch.device) -> Memory:
     """Memory of one training step with the precision that it has on ``device``."""
     train, dtype = config.train, dtype_of(config.train.dtype, device)
-    held = states(config.network, adapters(config))
+    held = states(config.network, adapters(config), config.train.optimizer)
     found = activations(
         config.network, batch.micro_batch, train.num_images, dtype, config.text.tokens, adapters(config)
     )
