@@ -26,6 +26,9 @@ LATER_FACTS = ("diffusion", "classes")  # runs made from Python by 0.1.0 do not 
 # What changes when files are added, removed or replaced.
 DATA_CONTENT = ("data.clips", "data.content", "data.files")
 MAX_NAMES = 20  # of changed files in a message
+ABSENT = "nothing"
+# Facts that are only recorded when they are not the default.
+DEFAULTS = {"train.optimizer": json.dumps(TrainConfig.optimizer)}
 
 
 def run_facts(
@@ -157,7 +160,7 @@ def differences(before: Mapping[str, object], now: Mapping[str, object]) -> list
     old = flatten(before)
     new = flatten(now)
     return [
-        (key, old.get(key, "nothing"), new.get(key, "nothing"))
+        (key, old.get(key, DEFAULTS.get(key, ABSENT)), new.get(key, DEFAULTS.get(key, ABSENT)))
         for key in {**old, **new}
         if old.get(key) != new.get(key)
     ]
