@@ -41,7 +41,7 @@ def test_every_still_is_a_frame_of_the_set_with_its_own_label():
 
 
 def test_sizes_must_agree():
-    with pytest.raises(InputError, match=r"same data\.resolution"):
+    with pytest.raises(InputError, match="height and width must be the same"):
         append_images(noise(4, 3, 16, 16), noise(2, 3, 8, 8))
     with pytest.raises(InputError, match="num_images"):
         JointDataset(ProceduralDataset(CONFIG), 0)
