@@ -30,10 +30,11 @@ class MovingSquares(torch.utils.data.Dataset):
 
 def main(steps: int = 400, run_dir: str = "runs/squares") -> None:
     codec = latte.build_codec(latte.CodecConfig(name="builtin"))
-    shape = {"num_frames": 8, "latent_size": 32 // codec.downscale, "latent_channels": codec.channels}
-    model = latte.Latte(latte.ModelConfig(depth=4, width=96, heads=4, num_classes=2, **shape))
+    size = latte.ModelConfig(
+        depth=4, width=96, heads=4, num_frames=8, latent_size=4, latent_channels=codec.channels, num_classes=2
+    )  # 32 x 32 pixels are latents of 4 x 4
     config = latte.TrainConfig(steps=steps, global_batch=16, lr=1e-3, ema_decay=0.98, clip_norm=1.0)
-    latte.train(model=model, dataset=MovingSquares(), codec=codec, config=config, run_dir=run_dir)
+    latte.train(model=latte.Latte(size), dataset=MovingSquares(), codec=codec, config=config, run_dir=run_dir)
     pipe = latte.VideoPipeline.from_pretrained(run_dir)
     videos = pipe(class_labels=["left", "right"], num_inference_steps=50, seed=0, output_type="uint8").frames
     latte.export_to_video(videos[0], f"{run_dir}/left.mp4", fps=8)
@@ -41,4 +42,4 @@ def main(steps: int = 400, run_dir: str = "runs/squares") -> None:
 
 
 if __name__ == "__main__":
-    main(*map(int, sys.argv[1:2]), *sys.argv[2:3])
+    main(int(sys.argv[1]) if len(sys.argv) > 1 else 400, *sys.argv[2:3])

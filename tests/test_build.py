@@ -112,7 +112,8 @@ def test_build_makes_what_the_configuration_names():
     [
         (
             ["model.num_classes=3"],
-            r"model.num_classes is 3, but the data have 4 classes \(up, down, left, right\); set model.num_classes=4",
+            r"model.num_classes is 3, but the data have 4 classes \(up, down, left, right\); set "
+            r"model.num_classes=4",
         ),
         (
             ["data.labels=false"],

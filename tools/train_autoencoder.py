@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Train the built-in autoencoder on procedural frames: ``python -m tools.train_autoencoder OUT.safetensors``.
+"""Train the built-in autoencoder on procedural frames: ``python -m tools.train_autoencoder
+OUT.safetensors``.
 
-A third of the batch is other content (two shapes at once, other colours), so that the latent space has no holes between clips.
-Gaussian noise on the unit-variance latents makes neighbours decode alike: a diffusion model's small errors then cost little.
+A third of the batch is other content (two shapes at once, other colours), so that the latent space has no
+holes between clips. Gaussian noise on the unit-variance latents makes neighbours decode alike: a diffusion
+model's small errors then cost little.
 Axes: n frames, c channels, h height, w width.
 """
 
@@ -28,7 +30,9 @@ TRAIN_SEED, TEST_SEED = 7_000_000, 8_000_000  # scenes that no recipe draws
 
 @dataclass(frozen=True)
 class AutoencoderConfig:
-    """``noise`` is the largest standard deviation of the noise on the latents; ``clips`` of 8 frames are rendered once."""
+    """``noise`` is the largest standard deviation of the noise on the latents; ``clips`` of 8 frames are
+    rendered once.
+    """
 
     steps: int = 3000
     batch: int = 64
@@ -81,7 +85,8 @@ def fit(config: AutoencoderConfig, log_every: int = 100) -> BuiltinAutoencoder:
         optimiser.step()
         if step % log_every == 0 or step == config.steps - 1:
             print(
-                f"step {step} loss {loss.item():.4f} noisy psnr {psnr(mse.item()):.2f} {time.perf_counter() - started:.0f} s",
+                f"step {step} loss {loss.item():.4f} noisy psnr {psnr(mse.item()):.2f} "
+                f"{time.perf_counter() - started:.0f} s",
                 flush=True,
             )
     normalise(model, pool)
@@ -90,7 +95,9 @@ def fit(config: AutoencoderConfig, log_every: int = 100) -> BuiltinAutoencoder:
 
 @torch.no_grad()
 def normalise(model: BuiltinAutoencoder, pool: Tensor) -> None:
-    """Put the latents' exact mean and variance over procedural frames (n 3 h w, uint8) into the model's normaliser."""
+    """Put the latents' exact mean and variance over procedural frames (n 3 h w, uint8) into the model's
+    normaliser.
+    """
     model.eval()
     raw = torch.cat([model.encoder(part.float() / 127.5 - 1).double() for part in pool[:8192].split(64)])
     model.normaliser.mean.copy_(raw.mean((0, 2, 3)))
@@ -104,7 +111,9 @@ def psnr(mse: float) -> float:
 
 @torch.no_grad()
 def measure(model: BuiltinAutoencoder, size: int = 64, num_clips: int = 256) -> dict[str, float]:
-    """PSNR over a frame each of unseen clips, with Gaussian noise of three sizes on the latents, and the latents' moments."""
+    """PSNR over a frame each of unseen clips, with Gaussian noise of three sizes on the latents, and the
+    latents' moments.
+    """
     frames = procedural_frames(TEST_SEED, num_clips, size)[3::8].float() / 127.5 - 1
     latent = model.encode(frames)
     draw = generator("autoencoder measure")
@@ -121,7 +130,9 @@ def measure(model: BuiltinAutoencoder, size: int = 64, num_clips: int = 256) -> 
 
 
 def make_weights(out: Path, config: AutoencoderConfig) -> dict:
-    """Train, measure the float16 weights that are stored, write them to ``out`` with their card in the metadata; the card."""
+    """Train, measure the float16 weights that are stored, write them to ``out`` with their card in the
+    metadata; the card.
+    """
     started = time.perf_counter()
     model = fit(config)
     seconds = time.perf_counter() - started

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training from Python: any map-style dataset, runs that can be sampled from and resumed, and what is refused."""
+"""Training from Python: any map-style dataset, runs that can be sampled from and resumed, and what is
+refused.
+"""
 
 import json
 import runpy

@@ -82,7 +82,8 @@ def failure_of_the_first(rank: int) -> str:
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory) -> tuple[Path, list]:
-    """The folder of a run of two processes, stopped and resumed on the way, and what each of them returned."""
+    """The folder of a run of two processes, stopped and resumed on the way, and what each of them returned.
+    """
     folder = tmp_path_factory.mktemp("pair")
     with ExitStack() as held:
         sockets = [held.enter_context(socket.socket()) for _ in range(4)]

@@ -33,7 +33,8 @@ PROMPTS = ["a red circle moves up", "a blue square moves left"]
 
 
 def words(recipe: str, folder, *more: str) -> list[str]:
-    """The smallest run of adapters on the base in ``folder``/base, in ``folder``/run unless told otherwise."""
+    """The smallest run of adapters on the base in ``folder``/base, in ``folder``/run unless told otherwise.
+    """
     diffusion = [
         "diffusion.objective=paper",
         "train.lr=0.01",

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""AdamW and the EMA against formulas in float64, the learning rate, clipping, the guard, and optimizer states."""
+"""AdamW and the EMA against formulas in float64, the learning rate, clipping, the guard, and optimizer
+states.
+"""
 
 import math
 from dataclasses import replace

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The loop: what it writes, what it refuses, and what it does when a number, the disk or the data go wrong."""
+"""The loop: what it writes, what it refuses, and what it does when a number, the disk or the data go wrong.
+"""
 
 import json
 import os

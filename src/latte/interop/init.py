@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a fresh run starts: from random weights or from given ones, with a report of what became of every
-tensor.
+"""How a fresh run starts: from pretrained weights, with a report of every tensor.
 
-From an image model: a class model from a DiT (Latte, Sec. 3.3.5), a text model from PixArt-alpha (Sec.
-4.4). Or from a model like the run's own, to train it further on other data: a weights folder, another run,
-or anybody's Latte that the one door knows. With adapters (LoRA) the given weights are frozen, and are
-needed again whenever the run goes on or is sampled.
+A class model may start from a DiT (Latte, Sec. 3.3.5), a text model from PixArt-alpha (Sec. 4.4). For fine-
+tuning, a model starts from one like itself: a weights folder, another run, or an external Latte checkpoint.
+With LoRA adapters these weights are frozen, and they are needed again whenever the run is resumed or
+sampled.
 """
 
 import logging
@@ -20,7 +19,7 @@ from torch import Tensor
 
 from latte.checkpoint.record import read_fingerprint
 from latte.checkpoint.run import Checkpoint, list_checkpoints, load_checkpoint, load_latest
-from latte.checks import InputError, require
+from latte.checks import InputError, check, command_line
 from latte.diffusion.config import DiffusionConfig, build_process
 from latte.files import commit_file, reported
 from latte.interop.coverage import LABELS, Coverage, Understanding, build, compare, relabelled, some
@@ -35,6 +34,7 @@ from latte.tensors import tensors_sha256
 
 LOG = logging.getLogger(__name__)
 REPORT = "init.txt"
+# Keys of a model that may differ from those of its pretrained weights, or are compared in another way.
 FREE = {
     "size",
     "depth",
@@ -46,57 +46,54 @@ FREE = {
     "class_dropout",
     "num_classes",
 }
-"""Keys of a model that may differ from those of the weights it starts from, or are compared otherwise."""
 
 
 class Start(NamedTuple):
-    """``source``: file, folder, hub id, run or one of its checkpoints, or builtin. ``mapping`` is for a DiT.
+    """The pretrained weights of a fresh run."""
 
-    ``gaps`` are patterns of our names that the source may lack.
-    """
-
-    source: str
-    mapping: str = "all"
-    gaps: tuple[str, ...] = ()
+    source: str  # file, folder, hub id, run or one of its checkpoints, or builtin
+    mapping: str = "all"  # for a DiT: which of our blocks its blocks initialise
+    gaps: tuple[str, ...] = ()  # patterns of our names that the source may lack
 
 
 def start_from(
-    model: Denoiser, start: Start, run_dir: Path, facts: Mapping[str, Any], again: bool = False
+    model: Denoiser, start: Start, run_dir: Path, facts: Mapping[str, Any], adapters: bool = False
 ) -> None:
-    """Fill ``model``; the report goes to the log and to ``run_dir``/init.txt.
+    """Load the weights of ``start`` into ``model``; the report goes to the log and to ``run_dir``/init.txt.
 
-    Nothing happens, and the weights are not needed, when the run has checkpoints: it goes on from them,
-    unless ``again`` says that they do not hold everything. ``facts`` of the run (diffusion, codec, text)
-    are compared with what the weights say of themselves. InputError for weights that do not fit, before
-    anything is written, and for adapters (``again``) on weights whose gate is not open: they would leave it
-    so.
+    A run with checkpoints resumes from them: then nothing happens, and the weights are not needed, unless
+    it trains ``adapters``, whose checkpoints do not hold the rest. ``facts`` of the run (diffusion, codec,
+    text) are compared with those recorded with the weights. InputError, before anything is written, for
+    weights that do not fit, and for adapters on weights that would stay incomplete: missing tensors, or a
+    time gate that is not open.
     """
-    if list_checkpoints(run_dir) and not again:
+    if list_checkpoints(run_dir) and not adapters:
         return
     report = fill(model, start, facts)
     random = [*report.missing, *report.mismatched]
-    if again and start.gaps and random:
+    if adapters and start.gaps and random:
         raise InputError(
-            f"train.init: {start.source} has nothing for {some(random)}, which adapters would leave random; train the whole "
-            "model first, then adapters on it"
+            f"train.init: {start.source} has nothing for {some(random)}, which adapters would leave "
+            "random; train the "
+            "whole model first, then adapters on it"
         )
-    if again:
-        rule = "adapters leave it as it is, and so frames would hardly know their order"
-        require(
+    if adapters:
+        check(
             model.opened == 1.0,
-            f"train.init: time_gate of {start.source}",
-            model.opened,
-            rule,
-            "train the whole model until it is 1, then adapters on it",
+            f"train.init: time_gate of {start.source} is {model.opened}, but adapters do not change it, so "
+            "the model "
+            "would hardly know the order of frames; train the whole model until it is 1, then adapters on it",
         )
     used = "\n".join(f"  used: {name}" for name in report.used)
     LOG.info("%s", used)
-    with reported("the report of the start", run_dir / REPORT):
+    with reported("the report of the pretrained weights", run_dir / REPORT):
         commit_file(run_dir / REPORT, f"{report}\n{used}\n")
 
 
 def check_source(start: Start) -> None:
-    """InputError unless there is something known at ``start``: for before the hours that captions can take."""
+    """InputError unless ``start`` exists and is of a known kind: a check before captions are encoded, which
+    can take hours.
+    """
     source = resolve(start.source, "train.init")
     if source.run is None:
         try:
@@ -106,29 +103,30 @@ def check_source(start: Start) -> None:
 
 
 def fill(model: Denoiser, start: Start, facts: Mapping[str, Any]) -> Coverage:
-    """Weights of any kind -> ``model``; the report, which is logged, too. InputError that says train.init
-    for weights that do not fit.
+    """Load weights of any kind into ``model`` and return the report, which is also logged.
+
+    InputError that names train.init for weights that do not fit.
     """
     source = resolve(start.source, "train.init")
     try:
-        return filled(model, start, source, facts)
+        return load_into(model, start, source, facts)
     except InputError as error:
         raise InputError(f"train.init: {error}") from None
 
 
-def filled(model: Denoiser, start: Start, source: Source, facts: Mapping[str, Any]) -> Coverage:
-    """``fill`` by kind."""
+def load_into(model: Denoiser, start: Start, source: Source, facts: Mapping[str, Any]) -> Coverage:
+    """Load the weights according to the kind of ``source``; see ``fill``."""
     if source.run is not None:
-        tensors, config, said = of_run(source)
+        tensors, config, recorded = read_run(source)
     else:
         layout = source.layout()
         if layout in IMAGE_MODELS:
             return IMAGE_MODELS[layout](model, start)
         loaded = load_external(start.source, heads=model.config.dimensions[2])
-        tensors, config, said = loaded.state_dict, loaded.config, told(loaded.card)
+        tensors, config, recorded = loaded.state_dict, loaded.config, read_card(loaded.card)
     check_same(model, config, start.source)
-    check_told(said, facts, start.source)
-    tensors = in_order(tensors, said.get("classes") or [], facts.get("classes") or [], start.source)
+    check_recorded(recorded, facts, start.source)
+    tensors = sort_classes(tensors, recorded.get("classes") or [], facts.get("classes") or [], start.source)
     found = Understanding(config, {name: name for name in tensors})
     state, report = compare(start.source, type(model).__name__, tensors, found, model.state_dict())
     LOG.info("%s", report)
@@ -138,7 +136,7 @@ def filled(model: Denoiser, start: Start, source: Source, facts: Mapping[str, An
 
 
 def from_dit(model: Denoiser, start: Start) -> Coverage:
-    """A class model from a DiT."""
+    """Load a DiT into a class model."""
     if model.config.reads_text:
         raise InputError(
             f"{start.source} is a DiT, which reads no captions; give a PixArt-alpha, or leave text.name out"
@@ -147,16 +145,23 @@ def from_dit(model: Denoiser, start: Start) -> Coverage:
 
 
 def from_pixart(model: Denoiser, start: Start) -> Coverage:
-    """A text model from a PixArt-alpha; InputError for one without a gate, which would not start as PixArt."""
+    """Load a PixArt-alpha into a text model; InputError for one without a gate, which would not start as
+    PixArt.
+    """
     if not model.config.reads_text:
         raise InputError(
             f"{start.source} is a PixArt-alpha, which reads captions; give a DiT, or set text.name"
         )
-    rule = "PixArt's blocks have one place each in a text model"
-    require(start.mapping == "all", "train.init_mapping", start.mapping, rule, "leave it out")
-    rule = f"{start.source} is a PixArt-alpha, and without a gate the temporal table disturbs its pictures from the start"
-    require(
-        model.config.gated_time, "text.gated_time", model.config.gated_time, rule, "set text.gated_time=true"
+    check(
+        start.mapping == "all",
+        f"train.init_mapping is {start.mapping!r}, but blocks of PixArt fit only one block each; leave it "
+        "out",
+    )
+    check(
+        model.config.gated_time,
+        f"text.gated_time is False, but {start.source} is a PixArt-alpha, whose images the temporal table "
+        "would "
+        "disturb from the start without a gate; set text.gated_time=true",
     )
     return init_from_pixart(model, start.source)
 
@@ -167,9 +172,9 @@ IMAGE_MODELS: dict[str, Callable[[Denoiser, Start], Coverage]] = {
 }
 
 
-def of_run(source: Source) -> tuple[dict[str, Tensor], DenoiserConfig, dict[str, Any]]:
-    """The averaged weights of a run's newest checkpoint, or of this one, its model's configuration, and
-    what it says of itself.
+def read_run(source: Source) -> tuple[dict[str, Tensor], DenoiserConfig, dict[str, Any]]:
+    """Return the EMA weights of a run's newest checkpoint, or of the one given, its model's configuration,
+    and its facts.
     """
     folder = source.run
     if source.kind == "checkpoint":
@@ -177,131 +182,121 @@ def of_run(source: Source) -> tuple[dict[str, Tensor], DenoiserConfig, dict[str,
     else:
         checkpoint = load_latest(source.path, only={"ema"})
     if checkpoint is None:
-        raise InputError(f"{folder} is a run without a checkpoint yet; train it first: latte train {folder}")
+        raise InputError(
+            f"{folder} is a run without a checkpoint; train it first: {command_line('train', folder)}"
+        )
     facts = checkpoint.state["facts"]
     if "lora" in facts:
-        raise InputError(
-            f"{folder} is a run of adapters alone; fold them in first: latte convert {folder} NEW_FOLDER"
-        )
-    kind = config_class(facts["model"])
-    said = {
+        command = command_line("convert", folder, "NEW_FOLDER")
+        raise InputError(f"{folder} is a run of adapters alone; merge them first: {command}")
+    recorded = {
         "diffusion": facts.get("diffusion"),
         "codec": facts.get("codec"),
         "text": facts.get("text", {}).get("encoder"),
         "classes": facts.get("classes"),
     }
-    return checkpoint.tensors["ema"], kind(**facts["model"]), said
+    return checkpoint.tensors["ema"], config_class(facts["model"])(**facts["model"]), recorded
 
 
-def told(card: Mapping[str, Any]) -> dict[str, Any]:
-    """What a weights folder's config.json says beside the model's keys; nothing for other people's."""
-    parts = {key: card.get(key) for key in ("diffusion", "codec", "text")}
-    said = {
-        key: part if key == "diffusion" else read_fingerprint(part)
-        for key, part in parts.items()
-        if isinstance(part, dict)
-    }
-    return {**said, "classes": [str(name) for name in card.get("classes") or ()]}
+def read_card(card: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a weights folder's config.json records beside the model's keys; nothing for external
+    checkpoints.
+    """
+    recorded: dict[str, Any] = {"classes": [str(name) for name in card.get("classes") or ()]}
+    for key in ("diffusion", "codec", "text"):
+        part = card.get(key)
+        if isinstance(part, dict):
+            recorded[key] = part if key == "diffusion" else read_fingerprint(part)
+    return recorded
 
 
 def check_same(model: Denoiser, config: DenoiserConfig, source: str) -> None:
     """InputError unless ``config`` means the same computation as the model's own, on clips of any size."""
-    mine = model.config
+    own: Any = model.config
+    other: Any = config
     kinds = {False: "a class-conditional or unconditional model", True: "a text-to-video model"}
-    rule = f"the weights at {source} are {kinds[config.reads_text]}"
-    require(
-        mine.reads_text == config.reads_text,
-        "the run's model",
-        kinds[mine.reads_text],
-        rule,
-        "set text.name accordingly, or give others",
+    check(
+        own.reads_text == other.reads_text,
+        f"the run trains {kinds[own.reads_text]}, but the weights at {source} are {kinds[other.reads_text]}; "
+        "set text.name accordingly, or give other weights",
     )
-    for what, ours, theirs in zip(
-        ("depth", "width", "heads"), mine.dimensions, config.dimensions, strict=True
+    for name, value, theirs in zip(
+        ("depth", "width", "heads"), own.dimensions, other.dimensions, strict=True
     ):
-        require(
-            ours == theirs,
-            f"model.{what}",
-            ours,
-            f"the weights at {source} have {theirs}",
-            f"set model.{what}={theirs}",
+        check(
+            value == theirs,
+            f"model.{name} is {value}, but the weights at {source} have {theirs}; set model.{name}={theirs}",
         )
-    for item in fields(mine):
-        ours, theirs = getattr(mine, item.name), getattr(config, item.name)
-        if item.name not in FREE:
-            require(
-                ours == theirs,
-                f"model.{item.name}",
-                ours,
-                f"the weights at {source} have {theirs}",
-                "make them the same",
-            )
-    if mine.reads_text:
-        side = config.table_grid[0]
-        require(
-            mine.spans == config.spans,
-            "the grid of positions",
-            mine.table_grid,
-            f"the weights at {source} have {config.table_grid}",
-            f"set text.table_size={side}",
+    for item in fields(own):
+        value, theirs = getattr(own, item.name), getattr(other, item.name)
+        check(
+            item.name in FREE or value == theirs,
+            f"model.{item.name} is {value!r}, but the weights at {source} have {theirs}; make them the "
+            "same",
         )
+    check(
+        not own.reads_text or own.spans == other.spans,
+        f"the grid of positions is {own.reads_text and own.table_grid}, but the weights at {source} have "
+        f"{other.reads_text and other.table_grid}; set "
+        f"text.table_size={other.reads_text and other.table_grid[0]}",
+    )
 
 
-def check_told(said: Mapping[str, Any], facts: Mapping[str, Any], source: str) -> None:
-    """InputError for another diffusion process than the weights learned; a notice for another codec or text
+def check_recorded(recorded: Mapping[str, Any], facts: Mapping[str, Any], source: str) -> None:
+    """InputError for another diffusion process than that of the weights; a notice for another codec or text
     encoder.
     """
-    if said.get("diffusion") and facts.get("diffusion"):
-        before, now = DiffusionConfig(**said["diffusion"]), DiffusionConfig(**facts["diffusion"])
+    if recorded.get("diffusion") and facts.get("diffusion"):
+        before = DiffusionConfig(**recorded["diffusion"])
+        now = DiffusionConfig(**facts["diffusion"])
         rows = [
             (
                 "prediction of diffusion.objective",
                 build_process(before).prediction,
                 build_process(now).prediction,
-            )
+            ),
+            ("diffusion.schedule", before.schedule, now.schedule),
+            ("diffusion.num_steps", before.num_steps, now.num_steps),
         ]
-        rows += [
-            (f"diffusion.{key}", getattr(before, key), getattr(now, key)) for key in ("schedule", "num_steps")
-        ]
-        for what, theirs, ours in rows:
-            require(
-                theirs == ours,
-                what,
-                ours,
-                f"the weights at {source} learned with {theirs}",
-                "give diffusion's keys as they were",
+        for name, trained_with, given in rows:
+            check(
+                trained_with == given,
+                f"{name} is {given!r}, but the weights at {source} learned with {trained_with}; "
+                "use the diffusion settings of their training",
             )
     for part, now in (("codec", facts.get("codec")), ("text", (facts.get("text") or {}).get("encoder"))):
-        if said.get(part) and now and said[part] != now:
+        if recorded.get(part) and now and recorded[part] != now:
             print(
-                f"notice: the weights at {source} learned with {part} {said[part]}, this run has {now}",
+                f"notice: the weights at {source} learned with {part} {recorded[part]}, this run has {now}",
                 file=sys.stderr,
             )
 
 
-def in_order(
-    tensors: dict[str, Tensor], theirs: Sequence[str], ours: Sequence[str], source: str
+def sort_classes(
+    tensors: dict[str, Tensor], before: Sequence[str], now: Sequence[str], source: str
 ) -> dict[str, Tensor]:
-    """``tensors`` with the rows of the label table in the order of this run's classes, by name.
+    """Return ``tensors`` with the rows of the label table in the order of this run's classes ``now``, by
+    name.
 
-    Where the names differ the rows stay as they are, which a notice says: a class then starts as the one
-    with its number.
+    Where the names differ the rows stay as they are, with a notice: a class then starts as the one with its
+    number.
     """
-    if LABELS not in tensors or not theirs or not ours:
+    if LABELS not in tensors or not before or not now:
         return tensors
-    if sorted(theirs) != sorted(ours):
+    if sorted(before) != sorted(now):
         print(
-            f"notice: the classes of the weights at {source} are {', '.join(theirs)}, this run's are {', '.join(ours)}: each starts as "
-            "the one with its number",
+            f"notice: the classes of the weights at {source} are {', '.join(before)}, this run's are "
+            f"{', '.join(now)}: "
+            "each starts as the one with its number",
             file=sys.stderr,
         )
         return tensors
-    return {**tensors, LABELS: relabelled(tensors[LABELS], theirs, ours)}
+    return {**tensors, LABELS: relabelled(tensors[LABELS], before, now)}
 
 
 def adapt(model: Denoiser, lora: LoraConfig, seed: int) -> dict[str, Any]:
-    """Freeze ``model`` and put fresh adapters into it; what a run with them has to have in common with
-    itself: their kind and the base.
+    """Freeze ``model`` and add fresh adapters; return their settings and the hash of the base, which a
+    resumed run must share.
     """
     base = tensors_sha256(model.state_dict())
     add_lora(model, lora, seed)
@@ -311,28 +306,28 @@ def adapt(model: Denoiser, lora: LoraConfig, seed: int) -> dict[str, Any]:
 def rebuild(
     config: DenoiserConfig, seed: int, start: Start, lora: LoraConfig, checkpoint: Checkpoint
 ) -> Denoiser:
-    """The model of a run of adapters, on the CPU: its base from where the run had it, its averaged adapters
-    from ``checkpoint``.
+    """Return the model of a run of adapters on the CPU: pretrained base, and the EMA adapters of
+    ``checkpoint``.
 
-    InputError when the weights are gone or altered.
+    InputError when the base is missing or altered.
     """
-    model, facts = build(config, seed), checkpoint.state["facts"]
+    model = build(config, seed)
+    facts = checkpoint.state["facts"]
     fill(model, start, facts)
-    now, wanted = adapt(model, lora, seed)["base"], facts["lora"]["base"]
-    require(
-        now == wanted,
-        "the weights at train.init",
-        now[:16],
-        f"the adapters of {checkpoint.path} belong to {wanted[:16]}",
+    found = adapt(model, lora, seed)["base"]
+    expected = facts["lora"]["base"]
+    check(
+        found == expected,
+        f"the weights at train.init are {found[:16]!r}, but the adapters of {checkpoint.path} belong to "
+        f"{expected[:16]}; "
         f"put the right ones at {start.source}",
     )
-    tensors, adapters = checkpoint.tensors["ema"], lora_state(model)
-    require(
+    tensors = checkpoint.tensors["ema"]
+    adapters = lora_state(model)
+    check(
         tensors.keys() == adapters.keys(),
-        "lora",
-        asdict(lora),
-        f"{checkpoint.path} holds others",
-        "give the run's own config.yaml",
+        f"lora is {asdict(lora)}, but {checkpoint.path} holds other adapters; restore the run's own "
+        "config.yaml",
     )
     with torch.no_grad():
         for name, tensor in adapters.items():

@@ -168,7 +168,7 @@ class MetricsFile(Callback):
             kept = [line for line in lines if step_of(line) <= event.step]
             if kept != lines:
                 commit_file(self.path, "".join(kept))
-            self.file = open(self.path, "a", encoding="utf-8")
+            self.file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115, on_end closes it
 
     def on_step(self, event: TrainEvent) -> None:
         """Append the step's metrics, if it has any; a process killed right afterwards does not lose them."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a model is trained: the settings, and what follows from them at each step (learning rate, time gate)."""
+"""How a model is trained: the settings, and the learning rate and time gate that follow from them."""
 
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -84,7 +84,8 @@ class TrainConfig:
         micro_batch = self.micro_batch
         check(
             micro_batch is None or micro_batch >= 1,
-            f"train.micro_batch is {micro_batch}, but it must be at least 1, or null for the whole batch at once",
+            f"train.micro_batch is {micro_batch}, but it must be at least 1, or null for the whole batch "
+            "at once",
         )
         check(
             0 < self.lr < float("inf"),
@@ -152,12 +153,15 @@ def check_schedule(config: TrainConfig, gated: bool) -> list[str]:
     notices = []
     if config.warmup_steps > steps:
         notices.append(
-            f"train.warmup_steps is {config.warmup_steps}, but train.steps is {steps}: the learning rate ends at "
-            f"{steps / config.warmup_steps:.0%} of train.lr; set train.warmup_steps={steps} or less to reach it"
+            f"train.warmup_steps is {config.warmup_steps}, but train.steps is {steps}: the learning rate "
+            "ends at "
+            f"{steps / config.warmup_steps:.0%} of train.lr; set train.warmup_steps={steps} or less to "
+            "reach it"
         )
     if config.clip_norm is not None and config.clip_start >= steps:
         notices.append(
-            f"train.clip_start is {config.clip_start}, but train.steps is {steps}: gradients are never clipped"
+            f"train.clip_start is {config.clip_start}, but train.steps is {steps}: gradients are never "
+            "clipped"
         )
     if gated and config.gate_steps > steps:
         notices.append(
@@ -172,7 +176,8 @@ def check_schedule(config: TrainConfig, gated: bool) -> list[str]:
     initial_share = 0.0 if config.ema_warmup else config.ema_decay**steps
     if initial_share > 0.5:
         notices.append(
-            f"train.ema_decay is {config.ema_decay}: after {steps} steps the EMA weights, which samples use, are still "
+            f"train.ema_decay is {config.ema_decay}: after {steps} steps the EMA weights, which samples "
+            "use, are still "
             f"{initial_share:.0%} initial weights; set train.ema_warmup=true, or train longer"
         )
     return notices
@@ -187,7 +192,8 @@ def check_decay(config: TrainConfig) -> None:
         return
     peak = max(learning_rate(step, 1.0, warmup, decay, steps) for step in range(1, steps + 1))
     raise InputError(
-        f"train.decay_steps is {decay}, but train.steps is {steps} and train.warmup_steps is {warmup}: the learning "
+        f"train.decay_steps is {decay}, but train.steps is {steps} and train.warmup_steps is {warmup}: the "
+        "learning "
         f"rate would reach only {peak:.0%} of train.lr={config.lr:g}; "
         f"give train.decay_steps={max(steps - warmup, 0)} or less, or more train.steps"
     )

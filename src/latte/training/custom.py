@@ -38,8 +38,8 @@ class CustomDataset:
     def __init__(self, dataset: Any, num_classes: int | None, latent: bool):
         if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
             raise InputError(
-                f"dataset is a {type(dataset).__name__} without length or indexing; give a map-style dataset with "
-                "__len__ and __getitem__, since the batch of a step must not depend on earlier steps"
+                f"dataset is a {type(dataset).__name__} without length or indexing; give a map-style dataset "
+                "(__len__ and __getitem__), since the batch of a step must not depend on earlier steps"
             )
         self.dataset = dataset
         self.latent = latent
@@ -102,7 +102,8 @@ def as_clip(video: Any, latent: bool, name: str) -> Tensor:
         tensor = torch.as_tensor(video)
     except (TypeError, ValueError, RuntimeError):
         raise InputError(
-            f"{name} is a {type(video).__name__}; give a video, (video, label), (video, label, caption) or a mapping of these"
+            f"{name} is a {type(video).__name__}; give a video, (video, label), (video, label, caption) or a "
+            "mapping of these"
         ) from None
     if tensor.dtype == torch.uint8 and tensor.ndim == 4 and tensor.shape[-1] == 3 and not latent:
         return to_float(tensor.numpy())  # (f 3 H W)
@@ -125,8 +126,8 @@ def as_dataset(dataset: Any, model: Denoiser, codec: Codec | None) -> Dataset:
 
 
 def check_first_clip(dataset: Dataset, model: Denoiser, codec: Codec | None) -> None:
-    """InputError unless the first clip has the frames and the size that ``model`` takes and lies in the
-    expected range.
+    """InputError unless the first clip has the frames and the size that ``model`` takes, with values in
+    [-1, 1].
     """
     clip = dataset.clip(0, torch.Generator().manual_seed(0)).video
     config = model.config
@@ -136,13 +137,15 @@ def check_first_clip(dataset: Dataset, model: Denoiser, codec: Codec | None) -> 
         found = (len(clip), *codec.latent_shape(*clip.shape[-2:]))
     if found != expected:
         raise InputError(
-            f"the first clip {tuple(clip.shape)} has latents of {found} (frames, channels, height, width), but the model "
-            f"takes {expected}; change the clips, or num_frames, latent_channels and latent_size of ModelConfig"
+            f"the first clip {tuple(clip.shape)} has latents of {found} (frames, channels, height, width), "
+            "but the "
+            f"model takes {expected}; change the clips, or num_frames, latent_channels and latent_size of "
+            "ModelConfig"
         )
     if not dataset.latent and float(clip.abs().max()) > 1.001:
         raise InputError(
-            f"the first clip has values up to {float(clip.abs().max()):g}, but float frames must be in [-1, 1]; "
-            "scale them, or give uint8 frames"
+            f"the first clip has values up to {float(clip.abs().max()):g}, but float frames must be in "
+            "[-1, 1]; scale them, or give uint8 frames"
         )
 
 

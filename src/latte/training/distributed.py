@@ -126,8 +126,10 @@ class Group:
             return f"the processes lost their connection ({reason}); check the network, {retry}"
         names = ", ".join(map(str, silent))
         return (
-            f"rank {names} of {self.size} did not answer within train.timeout={self.timeout:g} s: it has stopped, died or is far "
-            f"behind; check its log and its machine, raise train.timeout if it was only slow, {retry}"
+            f"rank {names} of {self.size} did not answer within train.timeout={self.timeout:g} s: it has "
+            "stopped, "
+            "died or is far behind; check its log and its machine, raise train.timeout if it was only "
+            f"slow, {retry}"
         )
 
 
@@ -159,7 +161,7 @@ def process_group(device: torch.device, timeout: float = DEFAULT_TIMEOUT) -> Ite
         dist.destroy_process_group()
 
 
-def wait_for_all(store: dist.Store, number: int, size: int) -> None:
+def wait_for_all(store: Any, number: int, size: int) -> None:
     """Return when all ranks are here, so that what follows can have a short timeout. RunError naming those
     that are missing.
     """
@@ -171,5 +173,6 @@ def wait_for_all(store: dist.Store, number: int, size: int) -> None:
         missing = [str(other) for key, other in keys.items() if not store.check([key])]
         minutes = STARTUP_TIMEOUT.total_seconds() / 60
         raise RunError(
-            f"rank {', '.join(missing)} of {size} did not start within {minutes:g} minutes; check its log, then start again"
+            f"rank {', '.join(missing)} of {size} did not start within {minutes:g} minutes; check its log, "
+            "then start again"
         ) from error

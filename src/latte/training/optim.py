@@ -243,7 +243,8 @@ class FiniteGuard:
         """RunError naming the first step with a NaN/Inf loss or gradient, if there was one."""
         if step := int(self.first_bad_step):
             raise RunError(
-                f"loss or gradient of step {step} is NaN or Inf, and nothing of that step was saved; lower train.lr, "
-                "clip earlier (train.clip_norm, train.clip_start), set train.dtype=fp32, or check the clips of that step, "
-                "then run the same command again to resume from the last checkpoint"
+                f"loss or gradient of step {step} is NaN or Inf, and nothing of that step was saved; lower "
+                "train.lr, clip earlier (train.clip_norm, train.clip_start), set train.dtype=fp32, or "
+                "check the "
+                "clips of that step, then run the same command again to resume from the last checkpoint"
             )
