@@ -38,7 +38,7 @@ def block(w, name, x, c, heads):
 
 
 def released_latte(w, z, t, heads, label=None, picture=False):
-    """z (b f c h w), t (b,), label (b,) -> (b f o h w), float64; ``picture``: a DiT, without temporal attention."""
+    """z (b f c h w), t (b,), label (b,) -> (b f o h w), float64; ``picture``: a DiT."""
     b, f, _, height, width = z.shape
     d, _, p, _ = w["x_embedder.proj.weight"].shape
     patches = torch.nn.functional.unfold(z.double().flatten(0, 1), p, stride=p).transpose(1, 2)  # (bf n cpp)
