@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A configuration becomes objects that fit together, or the numbers that do not are told."""
+"""A configuration becomes objects that fit together, or the numbers that do not are reported."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ def config(*words, recipe=None):
 
 @pytest.fixture
 def videos(tmp_path):
-    """Two classes of two clips of 4 frames, and one file that is none."""
+    """Two classes of two clips of 4 frames, and one file that is no video."""
     for index in range(4):
         write_mp4(
             tmp_path / f"videos/{'ab'[index % 2]}/{index}.mp4", render(draw_scene(0, index, 4), 4, 16, 16)
@@ -59,7 +59,7 @@ def test_what_was_set_by_hand_is_taken_when_it_fits_and_refused_with_both_number
         config(f"model.{key}={wrong}")
 
 
-def test_all_contradictions_are_told_at_once():
+def test_all_contradictions_are_reported_at_once():
     with pytest.raises(InputError) as error:
         config("model.num_frames=8", "model.latent_size=16", "model.latent_channels=8")
     assert len(str(error.value).split("\n")) == 3
@@ -70,13 +70,15 @@ def test_a_configuration_made_by_hand_is_checked_too():
         RunConfig(model=ModelConfig(num_frames=8))
 
 
-def test_a_size_that_the_codec_or_the_patches_do_not_divide_is_told_with_the_nearest():
+def test_a_size_that_the_codec_or_the_patches_do_not_divide_is_reported_with_the_nearest():
     with pytest.raises(
         InputError,
         match=r"data.resolution is 100, but codec 'kl' shrinks 8 times; the nearest multiple is 96",
     ):
         config("data.resolution=100")
-    with pytest.raises(InputError, match=r"model.latent_size is 9, but must be a multiple of model.patch_size = 2"):
+    with pytest.raises(
+        InputError, match=r"model.latent_size is 9, but must be a multiple of model.patch_size = 2"
+    ):
         config("data.resolution=72")
 
 
@@ -121,7 +123,7 @@ def test_build_makes_what_the_configuration_names():
         ),
     ],
 )
-def test_classes_that_do_not_fit_the_data_are_told_with_what_to_set(words, message):
+def test_classes_that_do_not_fit_the_data_are_reported_with_what_to_set(words, message):
     with pytest.raises(InputError, match=message):
         build(config(*WORDS, *words, recipe="shapes"), "cpu")
 
@@ -141,7 +143,7 @@ def test_broken_files_are_noted_and_the_run_goes_on(videos, tmp_path):
     assert "broken.mp4" in (run / "skipped.jsonl").read_text()
 
 
-def test_no_data_is_told(tmp_path):
+def test_no_data_is_reported(tmp_path):
     with pytest.raises(InputError, match=r"data.root is missing"):
         build(config(*WORDS), "cpu")
     with pytest.raises(InputError, match="no such folder"):

@@ -52,7 +52,7 @@ def test_the_run_folder_reloads_to_the_configuration_of_the_command(latte, run_f
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "expected"),
     [
         (["model.width=32"], "model.width"),
         (["run.seed=5"], "seed"),
@@ -61,14 +61,14 @@ def test_the_run_folder_reloads_to_the_configuration_of_the_command(latte, run_f
         (["diffusion.num_steps=500"], "num_steps"),
     ],
 )
-def test_another_configuration_in_the_same_folder_is_refused_and_nothing_is_lost(
-    latte, run_folder, tmp_path, words, told
+def test_another_configuration_in_the_same_folder_is_refused_and_nothing_changes(
+    latte, run_folder, tmp_path, words, expected
 ):
     shutil.copytree(run_folder, tmp_path / "run")
     before = {path: path.read_bytes() for path in (tmp_path / "run/checkpoints").rglob("*") if path.is_file()}
     found = latte("train", "shapes", *WORDS, *words, "train.steps=4", "--out", tmp_path / "run")
     assert found.code == 2
-    assert any(told in line for line in found.errors)
+    assert any(expected in line for line in found.errors)
     assert before == {
         path: path.read_bytes() for path in (tmp_path / "run/checkpoints").rglob("*") if path.is_file()
     }
@@ -95,7 +95,7 @@ def test_options_are_settings(latte):
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "expected"),
     [
         (["shapes", "train.stepz=3", "model.dept=2"], ["train.steps", "model.depth"]),
         (["shape"], ["shapes"]),
@@ -105,11 +105,11 @@ def test_options_are_settings(latte):
         (["shapes", "--dtype", "fp99"], ["train.dtype"]),
     ],
 )
-def test_wrong_input_is_told_before_anything_is_written(latte, tmp_path, words, told):
+def test_wrong_input_is_reported_before_anything_is_written(latte, tmp_path, words, expected):
     found = latte("train", *words)
     assert found.code == 2
     assert "Traceback" not in found.err
-    assert any(word in found.err for word in told)
+    assert any(word in found.err for word in expected)
     assert not (tmp_path / "runs").exists()
 
 
@@ -152,7 +152,7 @@ def test_a_text_model_trains_on_a_folder_with_captions(latte, captioned):
 
 
 @pytest.mark.parametrize(
-    ("rows", "words", "told"),
+    ("rows", "words", "expected"),
     [
         (["up/none.mp4,nothing"], [], "captions.csv:5 describes 'up/none.mp4', but there is no such video"),
         (["up/00000.mp4,again"], [], "this video has a caption already"),
@@ -168,7 +168,7 @@ def test_a_text_model_trains_on_a_folder_with_captions(latte, captioned):
         ([], ["data.kind=procedural", "data.root=null"], "data.captions is 'auto'"),
     ],
 )
-def test_what_a_text_run_cannot_use_is_told_in_one_line(latte, captioned, rows, words, told):
+def test_what_a_text_run_cannot_use_is_reported_in_one_line(latte, captioned, rows, words, expected):
     file = captioned / "captions.csv"
     if rows is None:
         file.unlink()
@@ -176,20 +176,20 @@ def test_what_a_text_run_cannot_use_is_told_in_one_line(latte, captioned, rows, 
         file.write_text(file.read_text() + "".join(row + "\n" for row in rows))
     found = latte("train", "shapes-text", *WORDS, *FOLDER, *words)
     assert (found.code, len(found.errors)) == (2, 1), found.err
-    assert told in found.errors[0]
+    assert expected in found.errors[0]
 
 
 @pytest.mark.parametrize(
-    ("row", "told"), [("up/00000.mp4,", "its caption is empty"), (None, "have no caption, first")]
+    ("row", "expected"), [("up/00000.mp4,", "its caption is empty"), (None, "have no caption, first")]
 )
-def test_videos_without_a_caption_are_told(latte, captioned, row, told):
+def test_videos_without_a_caption_are_reported(latte, captioned, row, expected):
     lines = (captioned / "captions.csv").read_text().splitlines()
     kept = [line for line in lines if not line.startswith("up/00000.mp4")]
     (captioned / "captions.csv").write_text("\n".join([*kept, *([row] if row else [])]) + "\n")
     for command in ("train", "data encode"):
         found = latte(*command.split(), "shapes-text", *WORDS, *FOLDER)
         assert (found.code, len(found.errors)) == (2, 1), found.err
-        assert told in found.errors[0]
+        assert expected in found.errors[0]
 
 
 @pytest.mark.parametrize("recipe", ["shapes", "shapes-text"])

@@ -90,7 +90,7 @@ def test_a_run_that_goes_on_is_not_started_again_and_needs_no_dit(dit, tmp_path)
         start(tmp_path / "another", path)
 
 
-def test_another_width_is_told_with_both_and_nothing_is_written(tmp_path):
+def test_another_width_is_reported_with_both_and_nothing_is_written(tmp_path):
     torch.save(dit_state(depth=2, width=32, side=4), tmp_path / "DiT.pt")
     with pytest.raises(
         InputError, match=r"model.width is 16, but the DiT at .*DiT.pt has a width of 32"
@@ -100,7 +100,7 @@ def test_another_width_is_told_with_both_and_nothing_is_written(tmp_path):
     assert not [file for file in (tmp_path / "run").rglob("*") if file.suffix]
 
 
-def test_a_mapping_that_does_not_exist_is_told_with_the_nearest():
+def test_a_mapping_that_does_not_exist_is_reported_with_the_nearest():
     with pytest.raises(InputError, match=r"train.init_mapping.*did you mean 'spatial'"):
         load_run("shapes", ["train.init=DiT.pt", "train.init_mapping=spatia"])
 
@@ -194,7 +194,7 @@ def test_a_part_that_does_not_fit_is_left_out_only_when_it_is_named(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("changes", "word", "told"),
+    ("changes", "word", "expected"),
     [
         (
             {},
@@ -223,9 +223,9 @@ def test_a_part_that_does_not_fit_is_left_out_only_when_it_is_named(tmp_path):
         ),
     ],
 )
-def test_weights_of_another_model_or_process_are_refused(changes, word, told, tmp_path):
+def test_weights_of_another_model_or_process_are_refused(changes, word, expected, tmp_path):
     tiny_trained(**changes).save_pretrained(tmp_path / "weights")
-    with pytest.raises(InputError, match=told) as error:
+    with pytest.raises(InputError, match=expected) as error:
         job(tmp_path / "run", f"train.init={tmp_path / 'weights'}", word)
     assert "\n" not in str(error.value)
     assert not [file for file in (tmp_path / "run").rglob("*") if file.suffix]
@@ -262,7 +262,7 @@ def test_the_model_in_the_package_is_a_start_by_name(tmp_path):
     assert "0 missing, 0 unexpected, 0 mismatched" in (tmp_path / "run/init.txt").read_text()
 
 
-def test_a_start_that_is_not_there_is_told_before_captions_are_read(tmp_path, monkeypatch):
+def test_a_start_that_is_not_there_is_reported_before_captions_are_read(tmp_path, monkeypatch):
     monkeypatch.setattr("latte.build.read_captions", lambda *words: pytest.fail("captions can take hours"))
     with pytest.raises(InputError, match=r"train.init is 'nowhere', which does not exist"):
         build(

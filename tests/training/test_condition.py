@@ -50,8 +50,8 @@ def gradient(
     task: Task, positions=range(6), dropout=0.3, captions=CAPTIONS, video=VIDEO
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(loss mse vlb), and the whole gradient in one row."""
-    told = CaptionReader(FEATURES, dropout)([captions[position] for position in positions])
-    losses = backward(task, 5, positions, video[list(positions)], told)
+    given = CaptionReader(FEATURES, dropout)([captions[position] for position in positions])
+    losses = backward(task, 5, positions, video[list(positions)], given)
     return losses, torch.cat(
         [parameter.grad.flatten() for parameter in task.model.parameters() if parameter.grad is not None]
     )
@@ -70,7 +70,7 @@ def test_the_shares_of_processes_add_up_to_the_step_of_one():
     torch.testing.assert_close(shares[0][1] + shares[1][1], whole[1], rtol=1e-4, atol=1e-6)
 
 
-def seen_by(dropout: float, captions=CAPTIONS, stills: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+def seen_by(dropout: float, captions=CAPTIONS, images: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     """What reaches the model of a step: text, mask."""
     model, seen = tiny_model(), []
 
@@ -78,8 +78,8 @@ def seen_by(dropout: float, captions=CAPTIONS, stills: int = 0) -> tuple[torch.T
         seen.append((text, mask))
         return model(z, t, text, mask, num_images)
 
-    video = torch.cat([VIDEO, noise(6, stills, 4, 4, 4, seed=1)], 1) if stills else VIDEO
-    gradient(task(model, forward=forward, num_images=stills), dropout=dropout, captions=captions, video=video)
+    video = torch.cat([VIDEO, noise(6, images, 4, 4, 4, seed=1)], 1) if images else VIDEO
+    gradient(task(model, forward=forward, num_images=images), dropout=dropout, captions=captions, video=video)
     return seen[0]
 
 
@@ -97,9 +97,9 @@ def test_a_dropped_caption_is_the_empty_one_by_the_draw_of_its_place():
     assert torch.equal(seen_by(0.0)[0], FEATURES(CAPTIONS)[0])
 
 
-def test_stills_have_captions_of_their_own_and_are_dropped_with_their_clip():
+def test_images_have_captions_of_their_own_and_are_dropped_with_their_clip():
     captions = [[caption, "up", "red"] for caption in CAPTIONS]
-    full, part = seen_by(0.0, captions, stills=2), seen_by(0.3, captions, stills=2)
+    full, part = seen_by(0.0, captions, images=2), seen_by(0.3, captions, images=2)
     assert torch.equal(full[0][:, 1], FEATURES(["up"] * 6)[0])
     empty = FEATURES([""])[0][0]
     gone = [bool((row == empty).all()) for row in part[0]]
@@ -111,10 +111,10 @@ def test_stills_have_captions_of_their_own_and_are_dropped_with_their_clip():
     )
 
 
-@pytest.mark.parametrize("told", [None, torch.zeros(6, dtype=torch.int64)])
-def test_labels_instead_of_captions_are_refused(told):
+@pytest.mark.parametrize("given", [None, torch.zeros(6, dtype=torch.int64)])
+def test_labels_instead_of_captions_are_refused(given):
     with pytest.raises(InputError, match="the data have no captions"):
-        backward(task(), 5, range(6), VIDEO, told)
+        backward(task(), 5, range(6), VIDEO, given)
 
 
 def test_the_caption_changes_the_gradient():

@@ -48,7 +48,7 @@ def test_a_setting_without_full_effect_gives_one_notice_and_a_fitting_one_none(s
     assert check_schedule(TrainConfig(**{**quiet, "steps": 10}), gated=True) == []
 
 
-def test_a_model_without_a_gate_hears_nothing_of_it():
+def test_a_model_without_a_gate_gets_no_notice_of_it():
     assert check_schedule(TrainConfig(**{**QUIET, "steps": 10, "gate_steps": 40}), gated=False) == []
 
 

@@ -27,7 +27,7 @@ TWO = replace(
 
 def one_of_two(rank: int, ports: list[int], folder: str, stops: tuple[int, ...], pipe) -> None:
     """What torchrun would start: a process of two. Its last run is stopped by a signal that the other
-    process alone hears.
+    process alone receives.
 
     Every group has a port of its own: the process that is ahead must not meet the one behind at the store
     of the group before.
@@ -46,7 +46,7 @@ def one_of_two(rank: int, ports: list[int], folder: str, stops: tuple[int, ...],
             os.environ |= {"TORCHELASTIC_RESTART_COUNT": str(attempt), "MASTER_PORT": str(ports.pop())}
             result = run(Path(folder), replace(TWO, steps=steps))
         if rank == 1:
-            threading.Thread(target=stop_once_heard, daemon=True).start()
+            threading.Thread(target=stop_when_handled, daemon=True).start()
         os.environ["MASTER_PORT"] = str(ports.pop())
         stopped = run(Path(folder) / "endless", replace(TWO, steps=100_000, checkpoint_every=100_000))
         os.environ["MASTER_PORT"] = str(ports.pop())
@@ -56,7 +56,7 @@ def one_of_two(rank: int, ports: list[int], folder: str, stops: tuple[int, ...],
         raise
 
 
-def stop_once_heard() -> None:
+def stop_when_handled() -> None:
     """SIGTERM to this process, a little after training has begun to listen for it: before, it would be the
     end of it.
     """
@@ -82,8 +82,7 @@ def failure_of_the_first(rank: int) -> str:
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory) -> tuple[Path, list]:
-    """The folder of a run of two processes, stopped and resumed on the way, and what each of them returned.
-    """
+    """The folder of a run of two processes, stopped and resumed on the way, and what each of them returned."""
     folder = tmp_path_factory.mktemp("pair")
     with ExitStack() as held:
         sockets = [held.enter_context(socket.socket()) for _ in range(4)]
@@ -120,7 +119,7 @@ def test_the_result_is_that_of_one_process(pair, tmp_path):
     assert results[0][0] == results[1][0]
 
 
-def test_a_signal_that_one_of_them_hears_stops_both_at_the_same_step(pair):
+def test_a_signal_that_one_of_them_receives_stops_both_at_the_same_step(pair):
     folder, results = pair
     (_, first, _), (_, second, _) = results
     assert first == second

@@ -33,8 +33,7 @@ PROMPTS = ["a red circle moves up", "a blue square moves left"]
 
 
 def words(recipe: str, folder, *more: str) -> list[str]:
-    """The smallest run of adapters on the base in ``folder``/base, in ``folder``/run unless told otherwise.
-    """
+    """The smallest run of adapters on the base in ``folder``/base, in ``folder``/run unless reported otherwise."""
     diffusion = [
         "diffusion.objective=paper",
         "train.lr=0.01",
@@ -63,8 +62,8 @@ def train(recipe: str, folder, *more: str, until: int | None = None) -> dict:
 
 def clips(trained, recipe: str) -> list[np.ndarray]:
     """Two clips."""
-    told = {"labels": KINDS[recipe][1]} if KINDS[recipe][1] else {"prompts": PROMPTS}
-    return [clip for _, clip in trained.generate([3, 4], **told)]
+    reported = {"labels": KINDS[recipe][1]} if KINDS[recipe][1] else {"prompts": PROMPTS}
+    return [clip for _, clip in trained.generate([3, 4], **reported)]
 
 
 def same(one: list[np.ndarray], other: list[np.ndarray]) -> bool:
@@ -108,7 +107,7 @@ def test_a_stopped_run_is_the_run_that_was_never_stopped(run, tmp_path):
     assert train(recipe, tmp_path)["weights_sha256"] == result["weights_sha256"]
 
 
-def test_run_folded_folder_and_separate_adapters_draw_the_same_clips(run, tmp_path):
+def test_run_folded_folder_and_separate_adapters_generate_the_same_clips(run, tmp_path):
     recipe, folder, _ = run
     trained = VideoPipeline.from_pretrained(folder / "run", device="cpu")
     drawn = clips(trained, recipe)
@@ -158,7 +157,7 @@ def test_another_base_and_other_adapters_are_refused(run, tmp_path):
     with pytest.raises(InputError, match=r"lora.base: the run has .*, you gave"):
         train(recipe, tmp_path, "train.steps=7")
     with pytest.raises(
-        InputError, match=r"the weights at train.init is '.*', but the adapters of .*step-6 belong to"
+        InputError, match=r"the weights at train.init are '.*', but the adapters of .*step-6 belong to"
     ):
         VideoPipeline.from_pretrained(tmp_path / "run", device="cpu")
     shutil.rmtree(tmp_path / "base")
@@ -175,7 +174,7 @@ def test_another_base_and_other_adapters_are_refused(run, tmp_path):
 
 def test_a_run_cannot_start_from_a_run_of_adapters(run, tmp_path):
     recipe, folder, _ = run
-    with pytest.raises(InputError, match=r"is a run of adapters alone; fold them in first: latte convert"):
+    with pytest.raises(InputError, match=r"is a run of adapters alone; merge them first: latte convert"):
         train(recipe, folder, f"train.init={folder / 'run'}", f"run.dir={tmp_path / 'new'}")
     assert not list(tmp_path.rglob("*.safetensors"))
 
@@ -215,7 +214,7 @@ def test_adapters_bring_the_order_of_their_classes_along(tmp_path):
 
 
 def test_adapters_of_another_strength_are_other_weights(run, tmp_path):
-    """What a clip is a function of has a hash that changes with it: an album keeps what is there."""
+    """What a clip is a function of has a hash that changes with it: the outputs keep what is there."""
     _, folder, _ = run
     model, _, facts = run_facts(folder / "run")
     export(model, tmp_path / "adapters", "lora", facts)

@@ -62,18 +62,18 @@ def test_it_is_adam_with_decoupled_weight_decay(weight_decay):
     torch.testing.assert_close(model.weight.double(), w, rtol=0, atol=1e-6)
 
 
-def test_frozen_parameters_are_not_the_optimisers_business():
+def test_frozen_parameters_are_not_the_trained():
     model = layer()
     model.bias.requires_grad_(False)
     assert [len(group["params"]) for group in build_optimizer(model, 1e-3, 0.0).param_groups] == [1]
 
 
-def test_the_rate_rises_in_a_line_and_stays():
+def test_the_learning_rate_rises_in_a_line_and_stays():
     assert [learning_rate(step, 2.0, 4) for step in range(1, 7)] == [0.5, 1.0, 1.5, 2.0, 2.0, 2.0]
     assert learning_rate(1, 2.0, 0) == 2.0
 
 
-def test_the_rate_falls_at_the_end_and_never_reaches_zero():
+def test_the_learning_rate_falls_at_the_end_and_never_reaches_zero():
     rates = [learning_rate(step, 8.0, 2, decay_steps=3, steps=8) for step in range(1, 9)]
     assert rates == [4.0, 8.0, 8.0, 8.0, 8.0, 6.0, 4.0, 2.0]
     assert all(learning_rate(step, 1.0, 5, decay_steps=20, steps=8) > 0 for step in range(1, 9))
@@ -124,24 +124,23 @@ def test_another_models_state_is_refused(change):
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("place", ["loss", "gradient"])
-def test_a_number_that_is_none_never_reaches_weights_or_average(bad, place):
-    learner = TrainState(layer(), 1e-2, 0.0, 0.9)
+def test_a_nan_or_inf_never_reaches_weights_or_average(bad, place):
+    state = TrainState(layer(), 1e-2, 0.0, 0.9)
     losses = torch.zeros(3)
     for step in (1, 2):
-        with_gradient(learner.model, step)
-        learner.update(step, losses, 1e-2, 0.1, Group())
+        with_gradient(state.model, step)
+        state.update(step, losses, 1e-2, 0.1, Group())
     before = {
-        group: {key: value.clone() for key, value in part.items()}
-        for group, part in learner.tensors().items()
+        group: {key: value.clone() for key, value in part.items()} for group, part in state.tensors().items()
     }
-    with_gradient(learner.model, 3)
+    with_gradient(state.model, 3)
     if place == "loss":
         losses[0] = bad
     else:
-        learner.model.weight.grad[1, 2] = bad
+        state.model.weight.grad[1, 2] = bad
     with pytest.raises(RunError, match="loss or gradient of step 3 is NaN or Inf"):
-        learner.update(3, losses, 1e-2, 0.1, Group())
-    for group, part in learner.tensors().items():
+        state.update(3, losses, 1e-2, 0.1, Group())
+    for group, part in state.tensors().items():
         assert all(torch.equal(value, before[group][key]) for key, value in part.items())
 
 
@@ -181,9 +180,13 @@ def test_it_starts_as_a_copy_of_its_own():
     ema = EMA(model, 0.9999)
     assert not ema.model.training
     assert not any(parameter.requires_grad for parameter in ema.model.parameters())
-    for (name, mine), theirs in zip(ema.model.state_dict().items(), model.state_dict().values(), strict=True):
-        assert torch.equal(mine, theirs)
-        assert (mine.data_ptr() == theirs.data_ptr()) == (name == "bias"), "what is frozen is in memory once"
+    for (name, copied), original in zip(
+        ema.model.state_dict().items(), model.state_dict().values(), strict=True
+    ):
+        assert torch.equal(copied, original)
+        assert (copied.data_ptr() == original.data_ptr()) == (name == "bias"), (
+            "what is frozen is in memory once"
+        )
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.9, 0.9999])
@@ -210,7 +213,7 @@ def test_what_is_not_trained_stays_as_it_was():
     assert torch.equal(ema.model.table, torch.arange(3.0))
 
 
-def test_going_on_from_its_state_is_bit_for_bit_never_stopping():
+def test_resuming_from_its_state_is_bit_for_bit_never_stopping():
     model, other = frozen_layer(), frozen_layer()
     ema, again = EMA(model, 0.9), EMA(other, 0.9)
     update_weights(model, ema, range(2, 7))

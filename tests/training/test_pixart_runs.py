@@ -154,7 +154,7 @@ def test_a_run_with_a_learned_gate_goes_on(image, tmp_path):
     assert gates(tmp_path)[-1] == (0.5, 0.5)
 
 
-def test_the_gate_is_told_when_it_is_not_open_with_the_step_where_it_is():
+def test_the_gate_is_reported_when_it_is_not_open_with_the_step_where_it_is():
     gated = LatteText(replace(tiny_text().model.config, gated_time=True))
     gated.open_gate(0.25)
     with pytest.raises(

@@ -113,9 +113,9 @@ def test_a_damaged_newest_checkpoint_costs_steps_but_no_bit(tmp_path, clean, cap
         file.write(b"damage")
     capsys.readouterr()
     run(tmp_path)
-    said = capsys.readouterr().err
-    assert "step-9 is damaged: optimizer.safetensors has sha256" in said
-    assert "resuming from the earlier checkpoint" in said
+    lines = capsys.readouterr().err
+    assert "step-9 is damaged: optimizer.safetensors has sha256" in lines
+    assert "resuming from the earlier checkpoint" in lines
     assert_same(tmp_path, clean)
 
 
@@ -160,8 +160,8 @@ def test_the_optimisers_settings_may_change_and_it_is_said(tmp_path, capsys):
     run(tmp_path, replace(SHORT, steps=2))
     capsys.readouterr()
     run(tmp_path, replace(SHORT, steps=6, lr=5e-4, clip_norm=None, micro_batch=2, log_every=1, keep_last=1))
-    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("notice")]
-    assert said == [
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("notice")]
+    assert lines == [
         "notice: train.lr was 0.001 up to step 2 and is 0.0005 from here on",
         "notice: train.clip_norm was 0.5 up to step 2 and is null from here on",
     ]
@@ -172,7 +172,7 @@ COMMITS = replace(SHORT, steps=250, checkpoint_every=1, log_every=1)
 
 
 def train_and_acknowledge(folder: Path, pipe: int) -> None:
-    """Train, and tell of every checkpoint once it is committed."""
+    """Train, and acknowledge every checkpoint once it is committed."""
 
     def acknowledged(*arguments):
         path = checkpoints.save_checkpoint(*arguments)

@@ -131,17 +131,17 @@ def test_frames_are_encoded_by_place_not_by_batch():
     assert len({tuple(z0.flatten()[:3].tolist()) for z0 in seen[0]}) == 6
 
 
-def test_stills_share_their_clips_timestep_and_bring_labels_of_their_own():
+def test_images_share_their_clips_timestep_and_bring_labels_of_their_own():
     model, calls = tiny_model(), []
 
     def forward(zt, t, label, num_images):
         calls.append((zt.shape, label, num_images))
         return model(zt, t, label, num_images)
 
-    stills = noise(6, 2, 4, 4, 4, seed=3)
+    images = noise(6, 2, 4, 4, 4, seed=3)
     labels = torch.stack([LABEL, LABEL.flip(0), LABEL], dim=1)
     backward(
-        task(model, forward=forward, num_images=2), 5, range(6), torch.cat([VIDEO, stills], dim=1), labels
+        task(model, forward=forward, num_images=2), 5, range(6), torch.cat([VIDEO, images], dim=1), labels
     )
     (shape, label, num_images) = calls[0]
     assert (shape, num_images) == ((6, 5, 4, 4, 4), 2)
@@ -151,7 +151,7 @@ def test_stills_share_their_clips_timestep_and_bring_labels_of_their_own():
     )
     labels[3, 1] = 3
     with pytest.raises(InputError, match="label is 3"):
-        backward(task(num_images=2), 5, range(6), torch.cat([VIDEO, stills], dim=1), labels)
+        backward(task(num_images=2), 5, range(6), torch.cat([VIDEO, images], dim=1), labels)
 
 
 def test_labels_the_model_does_not_have_are_refused_and_an_unconditional_one_takes_none():

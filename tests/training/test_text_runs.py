@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A run of a text model from configuration to clips: exact resume, stills, latents with stored features,
+"""A run of a text model from configuration to clips: exact resume, images, latents with stored features,
 PixArt, T5, and its plan.
 """
 
@@ -50,9 +50,9 @@ def test_a_resumed_run_is_the_run_that_was_never_stopped(tmp_path):
     assert len({line["loss"] for line in lines[0]}) == 6
 
 
-@pytest.mark.parametrize("stills", [0, 2])
-def test_a_step_does_not_depend_on_the_micro_batch(tmp_path, stills):
-    words = ["train.steps=2", f"train.num_images={stills}"]
+@pytest.mark.parametrize("images", [0, 2])
+def test_a_step_does_not_depend_on_the_micro_batch(tmp_path, images):
+    words = ["train.steps=2", f"train.num_images={images}"]
     train(tmp_path / "whole", *words)
     train(tmp_path / "split", *words, "train.micro_batch=1")
     one, two = (
@@ -71,15 +71,15 @@ def test_captions_matter_and_so_does_their_dropout(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("word", "told"), [("text.dropout=0.3", "text.dropout"), ("data.hold_out=7", "data.hold_out")]
+    ("word", "reported"), [("text.dropout=0.3", "text.dropout"), ("data.hold_out=7", "data.hold_out")]
 )
-def test_a_run_goes_on_with_its_own_text_only(tmp_path, word, told):
+def test_a_run_resumes_with_its_own_text_only(tmp_path, word, reported):
     train(tmp_path, "train.steps=1")
-    with pytest.raises(InputError, match=told):
+    with pytest.raises(InputError, match=reported):
         train(tmp_path, "train.steps=2", word)
 
 
-def test_a_run_goes_on_with_its_own_text_encoder_only(tmp_path, monkeypatch):
+def test_a_run_resumes_with_its_own_text_encoder_only(tmp_path, monkeypatch):
     train(tmp_path, "train.steps=1")
     monkeypatch.setattr(BuiltinEncoder, "fingerprint", "0" * 16)
     with pytest.raises(InputError, match=r"text.encoder: the run has .*, you gave .0000"):
@@ -215,12 +215,11 @@ def test_stored_t5_features_train_as_those_read_on_the_fly_in_either_precision(
     assert train(tmp_path / "two", *words, *text) == on_the_fly
 
 
-def test_captions_too_long_are_told_before_the_weights_are_read(tmp_path, t5):
+def test_captions_too_long_are_reported_before_the_weights_are_read(tmp_path, t5):
     (t5 / "model.safetensors").unlink()
     words = ["text.name=t5", f"text.path={t5}", "text.length=2"]
     with pytest.raises(
-        InputError,
-        match=r"^a caption, 'a .*', has 8 tokens, but text.length is 2 \(.*; give text.length=8",
+        InputError, match=r"^a caption, 'a .*', has 8 tokens, but text.length is 2 \(.*; give text.length=8"
     ):
         train(tmp_path / "run", *words)
     with pytest.raises(
@@ -237,7 +236,7 @@ def test_captions_too_long_are_told_before_the_weights_are_read(tmp_path, t5):
     assert not (tmp_path / "run").exists()
 
 
-def test_features_that_take_much_memory_are_told(tmp_path, monkeypatch, caplog):
+def test_features_that_take_much_memory_are_reported(tmp_path, monkeypatch, caplog):
     build(config(tmp_path), "cpu")
     words = encoded(tmp_path / "latents", BuiltinEncoder(8))
     monkeypatch.setattr("latte.build.LARGE_FEATURES", 1000)
@@ -253,7 +252,7 @@ def test_features_that_take_much_memory_are_told(tmp_path, monkeypatch, caplog):
     assert len(caplog.records) == 1, "stored ones are not in memory"
 
 
-def test_captions_that_a_mirror_makes_wrong_are_told_when_training_begins(tmp_path, caplog):
+def test_captions_that_a_mirror_makes_wrong_are_reported_when_training_begins(tmp_path, caplog):
     found = config("unused", "data.hold_out=0")
     encode_dataset(
         replace(found.data, num_clips=8),
@@ -295,7 +294,7 @@ def test_stored_t5_features_need_no_t5(tmp_path, t5):
 @pytest.mark.skipif(
     find_spec("bitsandbytes") is None, reason="needs bitsandbytes (pip install 'latte-video[bits8]')"
 )
-def test_features_in_eight_bits_and_in_more_do_not_mix(tmp_path, t5):
+def test_features_in_int8_and_in_more_do_not_mix(tmp_path, t5):
     words = ["text.name=t5", f"text.path={t5}", "text.length=20"]
     plain, eight = (
         build_text_encoder(config("unused", *words, *more).text) for more in ([], ["text.bits=8"])

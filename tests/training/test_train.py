@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The loop: what it writes, what it refuses, and what it does when a number, the disk or the data go wrong.
-"""
+"""The loop: what it writes, what it refuses, and what it does when a number, the disk or the data go wrong."""
 
 import json
 import os
@@ -170,7 +169,7 @@ def test_frames_and_the_latents_of_their_codec_make_a_run_each(tmp_path):
     assert load_checkpoint(Path(again["checkpoint"])).state["facts"]["codec"] == codec.fingerprint
 
 
-def test_stills_behind_the_clips_belong_to_the_run(tmp_path):
+def test_images_behind_the_clips_belong_to_the_run(tmp_path):
     joint = replace(SHORT, num_images=2)
     whole = run(tmp_path / "whole", replace(joint, steps=4))
     for steps in (2, 4):
@@ -191,7 +190,7 @@ def test_no_file_and_no_thread_is_left_behind(tmp_path):
 
 
 class Poisoned(Latents):
-    """One clip of step 8 holds a number that is none."""
+    """One clip of step 8 holds a NaN or Inf."""
 
     def __init__(self, bad: float):
         self.bad, self.drawn = bad, 0
@@ -237,7 +236,7 @@ def poison(place: str, bad: float) -> dict:
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("place", ["input", "loss", "gradient", "weight"])
-def test_a_number_that_is_none_ends_the_run_and_is_never_kept(tmp_path, place, bad):
+def test_a_nan_or_inf_ends_the_run_and_is_never_saved(tmp_path, place, bad):
     with pytest.raises(RunError, match="of step 8 is NaN or Inf") as caught:
         run(tmp_path, **poison(place, bad))
     assert "\n" not in str(caught.value)

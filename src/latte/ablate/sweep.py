@@ -39,6 +39,7 @@ from latte.evaluation.networks.builtin import MIN_FRAMES
 from latte.evaluation.scores import builtin_score
 from latte.files import commit_file, reported
 from latte.interop.dit import init_from_dit
+from latte.training.callbacks import saved_metrics
 from latte.training.signals import StopRequest
 
 RESULTS, COMMON = "results.jsonl", "ablation.json"
@@ -342,7 +343,7 @@ def measure(
         score = (
             builtin_score(material.real, clips) if plan.graded > 1 and len(clips[0]) >= MIN_FRAMES else None
         )
-    return Point(arm.run, seed, result["step"], loss, accuracy, checkpoint.state["tally"]["seconds"], score)
+    return Point(arm.run, seed, result["step"], loss, accuracy, saved_metrics(checkpoint.state)["seconds"], score)
 
 
 def append(path: Path, point: Point) -> None:

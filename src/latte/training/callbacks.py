@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, TextIO
+from typing import Any, Protocol, TextIO
 
 import torch
 from rich.console import Console
@@ -105,6 +105,11 @@ class MetricsAccumulator:
     def state(self) -> dict[str, object]:
         """Return plain data for the checkpoint; float32 sums survive JSON exactly."""
         return {"sums": self.sums.tolist(), "steps": self.steps, "loss": self.loss, **self.seconds()}
+
+
+def saved_metrics(saved: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the running sums in the state of a checkpoint; 0.1.0 called them "tally"."""
+    return saved.get("metrics") or saved.get("tally") or {}
 
 
 @dataclass

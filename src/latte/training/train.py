@@ -35,7 +35,14 @@ from latte.interop.lora import LoraConfig
 from latte.model.denoiser import Denoiser
 from latte.runtime import resolve_device, resolve_dtype
 from latte.tensors import tensors_sha256
-from latte.training.callbacks import Callback, MetricsAccumulator, MetricsFile, ProgressBar, TrainEvent
+from latte.training.callbacks import (
+    Callback,
+    MetricsAccumulator,
+    MetricsFile,
+    ProgressBar,
+    TrainEvent,
+    saved_metrics,
+)
 from latte.training.condition import CaptionReader
 from latte.training.config import CHANGEABLE, TrainConfig, check_schedule, gate_opening, learning_rate
 from latte.training.custom import CustomDataset, as_dataset, check_first_clip, run_record
@@ -181,7 +188,7 @@ def train(
         )
         share = config.global_batch // group.size
         positions = range(group.rank * share, (group.rank + 1) * share)
-        accumulator = MetricsAccumulator(device, saved.get("tally", {}))
+        accumulator = MetricsAccumulator(device, saved_metrics(saved))
         event = TrainEvent(run_dir, step, config.steps, model, state.ema.model, accumulator)
         metrics_file = MetricsFile(run_dir / "metrics.jsonl")
         watching = [metrics_file, ProgressBar(), *callbacks] if group.rank == 0 else []
@@ -216,7 +223,7 @@ def train(
                     state.guard.check()
                     with accumulator.pause():
                         metrics_file.sync()
-                        about = {"facts": run, "settings": settings, "tally": accumulator.state()}
+                        about = {"facts": run, "settings": settings, "metrics": accumulator.state()}
                         checkpoint = group.run_on_rank0(
                             save_checkpoint, run_dir, step, state.tensors(), about, config.keep_last
                         )
