@@ -22,6 +22,27 @@ def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
+def check_weights(tensors: Mapping[str, Tensor], source: object) -> None:
+    """Raise InputError when weights read from ``source`` are quantized (int8, float8, packed) or hold NaN
+    or Inf.
+    """
+    packed = [name for name, tensor in tensors.items() if is_quantized(tensor)]
+    if packed:
+        dtype = str(tensors[packed[0]].dtype).removeprefix("torch.")
+        raise InputError(
+            f"weights {source} are quantized: {len(packed):,} tensors of {dtype}, the first is "
+            f"{packed[0]!r}; "
+            "use the checkpoint in float16, bfloat16 or float32"
+        )
+    check_finite(tensors, source)
+
+
+def is_quantized(tensor: Tensor) -> bool:
+    """Does ``tensor`` hold int8, int16, float8 or packed numbers, which mean nothing without their scales?"""
+    small = tensor.element_size() == 1 and tensor.dtype != torch.bool
+    return small or tensor.dtype in (torch.int16, torch.uint16) or tensor.is_quantized
+
+
 def find_nonfinite(tensors: Mapping[str, Tensor]) -> str | None:
     """Describe the first tensor that holds NaN or Inf: its name and how many values; None when all are
     finite.
@@ -32,7 +53,7 @@ def find_nonfinite(tensors: Mapping[str, Tensor]) -> str | None:
         values = tensor.detach()
         if values.element_size() == 1:
             values = values.float()  # torch has no isfinite for float8
-        # NaN and Inf survive a sum, which is many times faster than isfinite. A sum that overflows is looked into.
+        # NaN and Inf survive a sum, which is many times faster than isfinite; a sum may also overflow
         if torch.isfinite(values.sum()):
             continue
         finite = torch.isfinite(values)

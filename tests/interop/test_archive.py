@@ -199,14 +199,14 @@ def tensor_pickle(numel, offset, size, stride, calls=1):
 @pytest.mark.parametrize(
     ("numel", "offset", "size", "stride", "reason"),
     [
-        (4, 0, (8,), (1,), "beyond its numbers"),
-        (4, 2, (3,), (1,), "beyond its numbers"),
-        (4, 0, (2, 2), (3, 1), "beyond its numbers"),
-        (4, 0, (2**40,), (0,), "beyond its numbers"),
+        (4, 0, (8,), (1,), "beyond its storage"),
+        (4, 2, (3,), (1,), "beyond its storage"),
+        (4, 0, (2, 2), (3, 1), "beyond its storage"),
+        (4, 0, (2**40,), (0,), "beyond its storage"),
         (4, -1, (2,), (1,), "not a plain view"),
         (4, 0, (2,), (-1,), "not a plain view"),
         (4, 0, (2, 2), (1,), "not a plain view"),
-        (2**40, 0, (2,), (1,), "not as long as the tensors say"),
+        (2**40, 0, (2,), (1,), "not have the length that the tensors state"),
         (3, 0, (2,), (1,), "expected"),
     ],
 )

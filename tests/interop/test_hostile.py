@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Hostile and broken weight files: nothing in them is run, no size that they state is believed, each is refused in one line.
+"""Hostile and broken weight files: nothing in them is run, no size that they state is believed, each is
+refused in one line.
 
 Each hostile file is first shown to be armed: an unguarded reader lets it write its marker.
 """
@@ -12,6 +13,7 @@ import os
 import pickle
 import struct
 import tarfile
+import time
 import tracemalloc
 import warnings
 import zipfile
@@ -20,10 +22,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from reference.official import released_state
+from safetensors.torch import save_file
 
 from latte.checks import InputError
 from latte.interop.load import load_external
 from latte.interop.readers import read_tensors
+from latte.model.latte import Latte, ModelConfig
 
 GOOD = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(2, dtype=torch.int64)}
 
@@ -210,6 +215,43 @@ def laughs(path):
     assert path.stat().st_size < 10_000
 
 
+def thousands_of_views(path):
+    """4000 tensors of 4 MB that share one storage: 16 GB of copies out of a file of 5 MB."""
+    shared = torch.zeros(1_000_000)
+    torch.save({str(number): shared.view(1000, 1000) for number in range(4000)}, path)
+    assert path.stat().st_size < 6 * 2**20
+
+
+def pickled(path, data):
+    """A zipped checkpoint with this data.pkl."""
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("x/data.pkl", data)
+
+
+def text_opcode(number):
+    return b"X\x05\x00\x00\x00" + f"{number:05d}".encode()
+
+
+def copies_of_an_ordered_dict(path):
+    """A list of 2000 pairs that 25,000 calls of OrderedDict copy: 50 million items out of 200 kB."""
+    pairs = b"".join(b"(" + text_opcode(number) + b"K\x01t" for number in range(2000))
+    start = b"\x80\x02](ccollections\nOrderedDict\nq\x01](" + pairs + b"eq\x00"
+    pickled(path, start + b"h\x01h\x00\x85R" * 25_000 + b"e.")
+
+
+def copies_of_attributes(path):
+    """The same with attributes that are set on 20,000 dicts."""
+    items = b"".join(text_opcode(number) + b"K\x01" for number in range(2000))
+    pickled(path, b"\x80\x02](}(" + items + b"uq\x00" + b"}h\x00b" * 20_000 + b"e.")
+
+
+def facts_without_end(path):
+    """A dict of 20,000 values that are the same dict of 20,000 values: 400 million plain values."""
+    items = b"".join(text_opcode(number) + b"N" for number in range(20_000))
+    outer = b"".join(text_opcode(number) + b"h\x00" for number in range(20_000))
+    pickled(path, b"\x80\x02}(X\x05\x00\x00\x00first}(" + items + b"uq\x00" + outer + b"u.")
+
+
 def cut_short(path):
     torch.save(GOOD, path)
     path.write_bytes(path.read_bytes()[:-200])
@@ -241,8 +283,12 @@ def no_tensors(path):
         (torchscript, "which no checkpoint has"),
         (unknown_object, "a call of posixpath.join"),
         (zip_bomb, "is compressed"),
-        (beyond_the_storage, "reaches beyond its numbers"),
+        (beyond_the_storage, "reaches beyond its storage"),
         (laughs, "nested without end"),
+        (thousands_of_views, "views of the same storage"),
+        (copies_of_an_ordered_dict, "copies the same container again and again"),
+        (copies_of_attributes, "copies the same container again and again"),
+        (facts_without_end, "nested without end"),
         (cut_short, "refused"),
         (empty, "refused"),
         (pointer, "git lfs pull"),
@@ -253,8 +299,12 @@ def no_tensors(path):
 )
 def test_other_bad_pickles_are_refused_in_one_line_and_little_memory(make, message, tmp_path):
     make(tmp_path / "x.pt")
-    tracemalloc.start()
+    started = time.monotonic()
     with pytest.raises(InputError, match=message) as error:
+        read_tensors(tmp_path / "x.pt")
+    assert time.monotonic() - started < 10
+    tracemalloc.start()
+    with pytest.raises(InputError, match=message):
         read_tensors(tmp_path / "x.pt")
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
@@ -298,6 +348,84 @@ def test_bad_safetensors_are_refused(text, size, tmp_path):
     header(tmp_path / "x.safetensors", text, size=size)
     with pytest.raises(InputError, match="refused") as error:
         read_tensors(tmp_path / "x.safetensors")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("count", "message"), [(20_000, r"20,000 tensors, but no model here"), (200_000, "a header of")]
+)
+def test_a_file_of_more_tensors_than_any_model_is_refused_at_once(count, message, tmp_path):
+    entries = {
+        f"blocks.{number}.attn.qkv.weight": entry(4 * number, 4 * number + 4) for number in range(count)
+    }
+    header(tmp_path / "x.safetensors", entries, b"\0" * 4 * count)
+    started = time.monotonic()
+    with pytest.raises(InputError, match=message) as error:
+        load_external(tmp_path / "x.safetensors")
+    assert time.monotonic() - started < 5
+    assert "\n" not in str(error.value)
+
+
+def test_an_index_of_more_tensors_than_any_model_is_refused_at_once(tmp_path):
+    places = {f"blocks.{number}": "model-00001-of-00001.safetensors" for number in range(20_000)}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    (tmp_path / "model-00001-of-00001.safetensors").touch()
+    with pytest.raises(InputError, match="lists 20,000 tensors"):
+        load_external(tmp_path)
+
+
+def test_a_depth_beyond_the_files_tensors_is_refused_at_once(tmp_path):
+    model = Latte(ModelConfig(depth=2, width=16, heads=2, num_frames=4, latent_size=4))
+    model.save_pretrained(tmp_path)
+    values = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**values, "depth": 10_000_000}))
+    started = time.monotonic()
+    with pytest.raises(InputError, match="depth"):
+        load_external(tmp_path)
+    assert time.monotonic() - started < 5
+
+
+QUANTIZED = [torch.int8, torch.uint8, torch.int16, torch.float8_e4m3fn, torch.float8_e5m2]
+
+
+@pytest.mark.parametrize("dtype", QUANTIZED, ids=str)
+@pytest.mark.parametrize("suffix", ["safetensors", "pt"])
+def test_quantized_weights_under_the_right_names_are_one_refusal(dtype, suffix, tmp_path):
+    state = {"final_layer.linear.bias": torch.ones(3), "blocks.0.attn.qkv.weight": torch.ones(4, 4).to(dtype)}
+    if suffix == "safetensors":
+        save_file(state, tmp_path / "x.safetensors")
+        message = (
+            f"are quantized: 1 tensors of {str(dtype)[6:]}, the first is 'blocks.0.attn.qkv.weight'; use the"
+        )
+    else:
+        torch.save(state, tmp_path / "x.pt")
+        message = "are quantized|a storage of|a call of torch._utils._rebuild"  # float8
+    with pytest.raises(InputError, match=message) as error:
+        load_external(tmp_path / f"x.{suffix}")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("wrapper", ["safetensors", "pt", "ema", "shard"])
+def test_nonfinite_weights_are_refused_by_tensor(value, wrapper, tmp_path):
+    state = released_state()
+    state["blocks.1.mlp.fc1.weight"][1] = value
+    if wrapper == "safetensors":
+        save_file(state, tmp_path / "x.safetensors")
+    elif wrapper == "shard":
+        file = "model-00001-of-00001.safetensors"
+        save_file(state, tmp_path / file)
+        index = {"weight_map": dict.fromkeys(state, file)}
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    else:
+        torch.save(
+            {"ema": state, "model": released_state()} if wrapper == "ema" else state, tmp_path / "x.pt"
+        )
+    count = state["blocks.1.mlp.fc1.weight"].shape[1]
+    with pytest.raises(
+        InputError, match=rf"blocks\.1\.mlp\.fc1\.weight' holds {count} non-finite of"
+    ) as error:
+        load_external(tmp_path if wrapper == "shard" else next(tmp_path.iterdir()), heads=4)
     assert "\n" not in str(error.value)
 
 

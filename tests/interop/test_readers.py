@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weight files, folders, shards and the hub: what is read, and what is incomplete or mixed and therefore refused."""
+"""Weight files, folders, shards and the hub: what is read, and what is incomplete or mixed and therefore
+refused.
+"""
 
 import collections
 import json
@@ -86,8 +88,8 @@ FIRST, SECOND = (f"diffusion_pytorch_model-0000{k}-of-00003.safetensors" for k i
     [
         (lambda f: (f / SECOND).unlink(), f"lacks 1 of its 3 shards .{SECOND}"),
         (lambda f: (f / SECOND).rename(f / (SECOND + ".incomplete")), "lacks 1 of its 3 shards"),
-        (lambda f: (f / SECOND).write_bytes((f / FIRST).read_bytes()), "does not hold what"),
-        (lambda f: save_file({"x": torch.ones(1)}, f / SECOND), "of another model"),
+        (lambda f: (f / SECOND).write_bytes((f / FIRST).read_bytes()), "does not hold the tensors that"),
+        (lambda f: save_file({"x": torch.ones(1)}, f / SECOND), "belongs to another model"),
         (
             lambda f: edit(
                 f,
@@ -101,7 +103,6 @@ FIRST, SECOND = (f"diffusion_pytorch_model-0000{k}-of-00003.safetensors" for k i
             ),
             "several splits",
         ),
-        (lambda f: edit(f, lambda i: i["metadata"].update(total_size=7)), "mixed from two models"),
         (
             lambda f: edit(f, lambda i: i["weight_map"].update({"x": "../../secret.safetensors"})),
             "outside its folder",
@@ -121,6 +122,15 @@ def test_damaged_folders_are_refused_in_one_line(damage, message, tmp_path):
     with pytest.raises(InputError, match=message) as error:
         load_external(tmp_path)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("metadata", [{"total_size": 7}, {"total_size": "much"}, {}, None, 3])
+def test_a_wrong_total_size_is_a_warning_with_both_numbers(metadata, tmp_path, caplog):
+    model, _ = shards(tmp_path)
+    edit(tmp_path, lambda index: index.update(metadata=metadata))
+    assert load_external(tmp_path).config == model.config
+    warned = "metadata.total_size is" in caplog.text
+    assert warned == (isinstance(metadata, dict) and "total_size" in metadata)
 
 
 @pytest.mark.parametrize(
@@ -186,7 +196,7 @@ def test_a_connection_that_breaks_off_is_one_line(monkeypatch):
     for name in ("snapshot_download", "hf_hub_download"):
         monkeypatch.setattr(huggingface_hub, name, break_off)
     for source in ("owner/name", "owner/name/ffs.pt"):
-        with pytest.raises(InputError, match=r"the hub does not give them \(the read operation timed out\)"):
+        with pytest.raises(InputError, match=r"the hub does not serve them \(the read operation timed out\)"):
             load_external(source)
 
 

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """A pickle read as a description, never as a program.
 
-A pickle tells its reader which functions to import and call. Here a stack machine interprets it that knows the thirty-odd opcodes which
-tensors in plain containers need and has no way to import or call: ``GLOBAL`` only yields a name, and ``REDUCE`` compares that name with
-five known ones. Whatever else a file asks for is refused with its name.
+A pickle names functions that its reader should import and call. The stack machine here interprets only the
+opcodes that tensors in plain containers need, and it cannot import or call anything: ``GLOBAL`` yields a
+name, and ``REDUCE`` compares that name with five known ones. Everything else is refused by name. Time and
+memory are bounded by the size of the file.
 """
 
 import pickletools
@@ -14,6 +15,9 @@ from typing import IO, Any
 import torch
 
 MAX_OPCODES = 200_000  # a network of 344 tensors takes 12,000
+MAX_COPIES = (
+    4  # items copied out of shared containers, per opcode read; a plain OrderedDict needs less than 1
+)
 DTYPES = {
     "FloatStorage": torch.float32,
     "DoubleStorage": torch.float64,
@@ -29,19 +33,19 @@ DTYPES = {
 
 
 class Refused(Exception):
-    """What a file asks for and does not get; its reader turns it into an InputError that names the file."""
+    """Content of a file that is not read; the reader of the file turns it into an InputError."""
 
 
 @dataclass(frozen=True)
 class Global:
-    """A name that a pickle mentions; never looked up."""
+    """The name of a module attribute; it is never looked up."""
 
     name: str
 
 
 @dataclass(frozen=True)
 class StorageRef:
-    """A flat run of numbers kept elsewhere in the file."""
+    """A flat array of numbers that is stored elsewhere in the file."""
 
     key: str
     dtype: torch.dtype
@@ -59,19 +63,24 @@ class TensorRef:
 
 
 class Machine:
-    """Interprets one pickle. The result is made of dict, list, tuple, plain values, ``Global``, ``StorageRef`` and ``TensorRef``."""
+    """Interprets one pickle: dict, list, tuple, plain values, ``Global``, ``StorageRef`` and
+    ``TensorRef``.
+    """
 
     def __init__(self) -> None:
         self.stack: list[Any] = []
         self.marks: list[int] = []
         self.memo: dict[int, Any] = {}
+        self.num_opcodes = 0
+        self.num_copied = 0
 
     def run(self, source: IO[bytes]) -> Any:
-        """The value of the pickle that starts at the position of ``source``, which is left behind it."""
-        for count, (opcode, argument, _) in enumerate(pickletools.genops(source)):
+        """Return the value of the pickle at the position of ``source``, which is moved behind it."""
+        for opcode, argument, _ in pickletools.genops(source):
             if opcode.name == "STOP":
                 return self.stack.pop()
-            if count > MAX_OPCODES:
+            self.num_opcodes += 1
+            if self.num_opcodes > MAX_OPCODES:
                 raise Refused(f"a pickle of more than {MAX_OPCODES} opcodes")
             action = ACTIONS.get(opcode.name)
             if action is None:
@@ -83,16 +92,25 @@ class Machine:
         """Put ``value`` on the stack."""
         self.stack.append(value)
 
+    def copy(self, items: Any) -> Any:
+        """Return ``items``, refused when this pickle copies shared containers more often than its size
+        allows.
+        """
+        self.num_copied += len(items)
+        if self.num_copied > MAX_COPIES * self.num_opcodes:
+            raise Refused("a pickle that copies the same container again and again")
+        return items
+
     def since_mark(self) -> list[Any]:
-        """Take everything above the last mark off the stack."""
+        """Pop everything above the last mark."""
         start = self.marks.pop()
         items, self.stack[start:] = self.stack[start:], []
         return items
 
     def take(self, count: int) -> list[Any]:
-        """Take ``count`` values off the stack."""
+        """Pop ``count`` values."""
         if count > len(self.stack):
-            raise Refused("a pickle that takes more than it put")
+            raise Refused("a pickle that pops more than it pushed")
         items = self.stack[len(self.stack) - count :]
         del self.stack[len(self.stack) - count :]
         return items
@@ -111,28 +129,31 @@ class Machine:
         self.stack[-1].extend(items)
 
     def reduce(self) -> None:
-        """What would be a call: five names are understood, every other is refused."""
+        """Interpret a call: five names are known, every other is refused."""
         function, arguments = self.take(2)
         if type(function) is not Global or type(arguments) is not tuple or function.name not in REDUCIBLE:
             raise Refused(
                 f"a call of {function.name if type(function) is Global else type(function).__name__}"
             )
+        for argument in arguments:
+            if type(argument) in (dict, list):
+                self.copy(argument)
         self.push(REDUCIBLE[function.name](*arguments))
 
     def new(self) -> None:
-        """What would be an object: a TorchScript module becomes an empty dict."""
+        """Interpret the creation of an object: a TorchScript module becomes an empty dict."""
         kind, arguments = self.take(2)
         if type(kind) is not Global or not kind.name.startswith("__torch__.") or arguments != ():
             raise Refused(f"an object of {kind.name if type(kind) is Global else type(kind).__name__}")
         self.push({})
 
     def build(self) -> None:
-        """An object's attributes: a module's are its dict; what an OrderedDict carries beside its items is dropped."""
+        """Set attributes: those of a module become items of its dict; those of an OrderedDict are dropped."""
         (state,) = self.take(1)
         if type(self.stack[-1]) is not dict or type(state) is not dict:
             raise Refused("attributes for something that is not a module")
         if "_metadata" not in state:
-            self.stack[-1].update(state)
+            self.stack[-1].update(self.copy(state))
 
     def persistent(self) -> None:
         """('storage', type, key, location, numel, ...) -> StorageRef."""
@@ -144,17 +165,17 @@ class Machine:
         self.push(StorageRef(key, DTYPES[name], numel))
 
     def remember(self, index: int | None) -> None:
-        """Keep the top of the stack under ``index`` (the next free one for None)."""
+        """Store the top of the stack under ``index`` (None: the next free one)."""
         self.memo[len(self.memo) if index is None else index] = self.stack[-1]
 
     def name(self, argument: str | None) -> None:
-        """A global name; ``argument`` None takes module and name off the stack."""
+        """Push a global name; ``argument`` None pops module and name."""
         module, name = self.take(2) if argument is None else argument.split(" ", 1)
         self.push(Global(f"{module}.{name}"))
 
 
 def rebuild_tensor(storage: Any, offset: Any, size: Any, stride: Any, *_: Any) -> TensorRef:
-    """torch._utils._rebuild_tensor_v2 as a description; gradients and hooks are dropped."""
+    """Interpret torch._utils._rebuild_tensor_v2; gradients and hooks are dropped."""
     counts = [offset, *size, *stride]
     if (
         type(storage) is not StorageRef
@@ -175,17 +196,17 @@ REDUCIBLE: dict[str, Callable[..., Any]] = {
 
 
 def constant(value: Any) -> Callable[[Machine, Any], None]:
-    """An action that pushes a fresh copy of ``value``."""
+    """Return an action that pushes a copy of ``value``."""
     return lambda machine, _: machine.push(value.copy() if isinstance(value, (dict, list)) else value)
 
 
 def literal(machine: Machine, argument: Any) -> None:
-    """Push what stands in the pickle itself."""
+    """Push a value that is stored in the pickle."""
     machine.push(argument)
 
 
 def tuple_of(count: int) -> Callable[[Machine, Any], None]:
-    """An action that makes a tuple of the last ``count`` values."""
+    """Return an action that makes a tuple of the last ``count`` values."""
     return lambda machine, _: machine.push(tuple(machine.take(count)))
 
 

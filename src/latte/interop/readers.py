@@ -1,18 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tensors from weight files of other people: a file, a folder, shards with their index, or a repository of the hub.
+"""Tensors of external checkpoints: a file, a folder, shards with their index, or a repository of the hub.
 
-Nothing in a file is ever run. safetensors are data by construction; a pickle is read as a description by a machine that has no way to
-import or call (evaluation/pickles.py), which is stricter than torch's ``weights_only=True`` and yet reads what that refuses: training
-files with an argparse.Namespace or OmegaConf object in them. Of those objects plain values are kept, and whatever is not on the list
-below is refused with its name.
+No code in a file is ever run. safetensors hold only data; pickles are interpreted by interop/pickles.py,
+which cannot import or call anything. That is stricter than torch's ``weights_only=True``, and it still
+reads training files that hold an argparse.Namespace or an OmegaConf object: their plain values are kept.
+Objects that are not listed below are refused by name.
 """
 
 import json
+import logging
 import os
 import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
+from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -22,6 +24,7 @@ from torch import Tensor
 from latte.checks import InputError
 from latte.interop.archive import BROKEN, MAX_PICKLE, collect, entry_bytes, read_legacy, stored
 from latte.interop.pickles import Global, Machine, Refused, StorageRef
+from latte.tensors import check_weights
 
 BUILTIN = Path(str(resources.files("latte"))) / "builtin"
 SAFE, PICKLED = (".safetensors",), (".pt", ".pth", ".bin", ".ckpt")
@@ -39,7 +42,10 @@ ENTRIES = re.compile(
     r"data\.pkl|byteorder|version|\.format_version|\.storage_alignment|\.data/serialization_id|data/\d+"
 )
 SHARD = re.compile(r".+-(\d+)-of-(\d+)\.\w+")
-MAX_JSON = 64 * 2**20
+MAX_JSON = 8 * 2**20
+MAX_HEADER = 8 * 2**20  # bytes of the header of a safetensors file; 10,000 tensors need 1.5 MB
+MAX_TENSORS = 10_000  # of a model; Latte-XL has 400
+MAX_FACTS, MAX_VALUES = 100, 10_000
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(/[\w./-]+)?")
 HUB_FILES = [
     "config.json",
@@ -48,14 +54,16 @@ HUB_FILES = [
     "diffusion_pytorch_model*",
     "transformer/*",
 ]
+INDEX = "model_index.json"
 Tensors = dict[str, Tensor]
+LOG = logging.getLogger(__name__)
 
 
 class Lenient(Machine):
-    """Also reads past inert objects of training files: each becomes a dict of its plain attributes."""
+    """Also reads inert objects of training files: each becomes a dict of its plain attributes."""
 
     def new(self) -> None:
-        """What would be an object: an empty dict for the listed kinds, refused for any other."""
+        """Interpret the creation of an object: an empty dict for the listed kinds, every other is refused."""
         kind, arguments = self.take(2)
         name = kind.name if type(kind) is Global else type(kind).__name__
         if not name.startswith(INERT_OBJECTS) or arguments != ():
@@ -63,7 +71,7 @@ class Lenient(Machine):
         self.push({})
 
     def reduce(self) -> None:
-        """What would be a call: an empty dict for the listed inert ones."""
+        """Interpret a call: the listed inert ones become an empty dict."""
         function = self.stack[-2]
         if type(function) is Global and function.name in INERT_CALLS:
             self.take(2)
@@ -73,9 +81,11 @@ class Lenient(Machine):
 
 
 def fetch(source: str | Path) -> Path:
-    """A path as it is; builtin, the folder in the package; a hub id (owner/name, or owner/name/file) as the place of its download.
+    """Return the local path of ``source``: a path as it is, a hub id (owner/name or owner/name/file) after
+    its download.
 
-    Offline the hub's cache is asked. InputError when there is neither.
+    ``builtin`` is the folder in the package. Offline, only the cache of the hub is used. InputError when
+    there is neither.
     """
     path, name = Path(source), str(source)
     if name == "builtin":
@@ -85,11 +95,12 @@ def fetch(source: str | Path) -> Path:
             return path
     except (OSError, ValueError) as error:  # a name that no file can have
         raise InputError(
-            f"weights {name[:100]!r} cannot be looked for ({error.__class__.__name__}); check the path"
+            f"weights {name[:100]!r} cannot be a path ({type(error).__name__}); check the name"
         ) from None
     if not HUB_ID.fullmatch(name) or {".", ".."} & set(name.split("/")):
         raise InputError(
-            f"weights {name!r} are neither a file, a folder nor a hub id (owner/name or owner/name/file); check the path"
+            f"weights {name!r} do not exist ({path.absolute()}), and this is no hub id (owner/name or "
+            "owner/name/file); check the path"
         )
     from huggingface_hub import hf_hub_download, snapshot_download
 
@@ -99,93 +110,113 @@ def fetch(source: str | Path) -> Path:
         if file:
             return Path(hf_hub_download(repository, file, local_files_only=offline))
         return Path(snapshot_download(repository, allow_patterns=HUB_FILES, local_files_only=offline))
-    except (
-        Exception
-    ) as error:  # of the hub, of the disk, and of whichever HTTP client carries the hub's files
-        said = str(error).partition("\n")[0] or type(error).__name__
-        reason = "HF_HUB_OFFLINE is set and it is not in the cache" if offline else said
+    except Exception as error:  # of the hub, of the disk, and of the HTTP client that the hub uses
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        if offline:
+            reason = "HF_HUB_OFFLINE is set and it is not in the cache"
         raise InputError(
-            f"weights {name!r} are no file or folder here, and the hub does not give them ({reason}); check the name"
+            f"weights {name!r} are not a file or folder here, and the hub does not serve them ({reason}); "
+            "check the name"
         ) from None
 
 
 def read_tensors(path: str | Path, branches: tuple[str, ...] = ()) -> tuple[Tensors, dict[str, str]]:
-    """A weight file, or a folder of one model -> ({dotted name: tensor as stored}, plain facts beside them, as text).
+    """Read a weight file, or the folder of one model: ({dotted name: tensor as stored}, the plain values
+    beside them).
 
-    Of a training file only the first of ``branches`` that it has is read. Raises InputError, in one line, for anything that is not
-    plain tensors, is cut short, or is not all of one model.
+    Of a training file only the first of ``branches`` that it has is read. Raises InputError, in one line,
+    for anything but plain tensors, for truncated, incomplete or mixed files, and, by tensor, for quantized
+    weights and for NaN/Inf.
     """
     path = Path(path)
     file = find_weights(path) if path.is_dir() else path
     if not file.is_file():
-        raise InputError(f"weights {file} do not exist; give a file, a folder or a hub id")
+        raise InputError(f"weights {file} do not exist ({file.absolute()}); use a file, a folder or a hub id")
     if file.name.endswith(".index.json"):
         return read_shards(file)
     try:
-        tensors, facts = read_safe(file) if file.suffix in SAFE else read_pickled(file, branches)
-    except BROKEN as error:
+        tensors, facts = read_safetensors(file) if file.suffix in SAFE else read_pickled(file, branches)
+        if len(tensors) > MAX_TENSORS:
+            raise Refused(f"{len(tensors):,} tensors, but no model here has more than {MAX_TENSORS:,}")
+    except (*BROKEN, OSError) as error:
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise InputError(
-            f"weights {file} were refused, nothing in them was run: {reason}; give an unaltered, complete file"
+            f"weights {file} were refused, nothing in them was run: {reason}; use an unaltered, complete file"
         ) from error
     if not tensors:
-        raise InputError(f"weights {file} hold no tensors; give the weight file itself")
+        raise InputError(f"weights {file} hold no tensors; use the weight file itself")
+    check_weights(tensors, file)
     return tensors, facts
 
 
 def find_weights(folder: Path) -> Path:
-    """The weight file, or the index of the shards, of a model's folder or of the ``transformer`` in a pipeline's. InputError if unclear."""
-    if (folder / "model_index.json").is_file() or not any(
-        file.suffix in SAFE + PICKLED for file in folder.iterdir()
-    ):
-        folder = folder / "transformer" if (folder / "transformer").is_dir() else folder
+    """Return the weight file, or the index of the shards, in a model's folder or in the ``transformer`` of
+    a pipeline.
+
+    InputError when there is none, or more than one candidate.
+    """
     names = sorted(file.name for file in folder.iterdir())
+    has_weights = any(Path(name).suffix in SAFE + PICKLED for name in names)
+    if (INDEX in names or not has_weights) and (folder / "transformer").is_dir():
+        folder = folder / "transformer"
+        names = sorted(file.name for file in folder.iterdir())
     for suffixes in (SAFE, PICKLED):
-        whole = [name for name in names if name.endswith(suffixes) and not SHARD.fullmatch(name)]
-        whole += [
-            name for name in names if name.endswith(tuple(f"{suffix}.index.json" for suffix in suffixes))
-        ]
-        whole = [name for name in whole if name.split(".")[0] in PREFERRED and name.count(".") < 4] or whole
-        plain = [
-            name for name in whole if name.count(".") == (3 if name.endswith(".json") else 1)
-        ] or whole  # no variant such as .fp16
-        if len(plain) == 1:
-            return folder / plain[0]
-        if plain:
+        found = candidates(names, suffixes)
+        if len(found) == 1:
+            return folder / found[0]
+        if found:
             raise InputError(
-                f"folder {folder} holds several weight files ({', '.join(plain[:4])}); give one of them"
+                f"folder {folder} holds several weight files ({', '.join(found[:4])}); use one of them"
             )
-    shards = [name for name in names if SHARD.fullmatch(name)]
-    partly = [name for name in names if name.endswith(".incomplete")]
-    why = (
-        f"{shards[0]} but no index of the shards"
-        if shards
-        else f"{partly[0]}, an interrupted download"
-        if partly
-        else "a distributed checkpoint, which only its trainer can read"
-        if ".metadata" in names
-        else f"none of {', '.join(SAFE + PICKLED)}"
+    raise InputError(
+        f"folder {folder} holds {why_no_weights(names)}; fetch it again, or use the weight file itself"
     )
-    raise InputError(f"folder {folder} holds {why}; fetch it again, or give the weight file itself")
+
+
+def candidates(names: Sequence[str], suffixes: tuple[str, ...]) -> list[str]:
+    """Return the files among ``names`` that hold a whole model: preferred names first, and no variant such
+    as .fp16.
+    """
+    indices = tuple(f"{suffix}.index.json" for suffix in suffixes)
+    found = [name for name in names if name.endswith(suffixes) and not SHARD.fullmatch(name)]
+    found += [name for name in names if name.endswith(indices)]
+    found = [name for name in found if name.split(".")[0] in PREFERRED and name.count(".") < 4] or found
+    return [name for name in found if name.count(".") == (3 if name.endswith(".json") else 1)] or found
+
+
+def why_no_weights(names: Sequence[str]) -> str:
+    """Describe a folder without a usable weight file."""
+    shards = [name for name in names if SHARD.fullmatch(name)]
+    partial = [name for name in names if name.endswith(".incomplete")]
+    if shards:
+        return f"{shards[0]} but no index of the shards"
+    if partial:
+        return f"{partial[0]}, an interrupted download"
+    if ".metadata" in names:
+        return "a distributed checkpoint, which only its trainer can read"
+    return f"none of {', '.join(SAFE + PICKLED)}"
 
 
 def read_card(path: Path) -> dict[str, Any] | None:
-    """config.json of the model at ``path`` (a folder, or a weight file of a usual name beside it); None when there is none.
+    """Return config.json of the model at ``path`` (a folder, or a weight file of a usual name beside it),
+    or None.
 
-    InputError for a folder of diffusers without it: heads and frames would be guessed. The weight file itself can still be given.
+    InputError for a folder of diffusers without it, because heads and frames would be guesses. The weight
+    file alone is read.
     """
     file = find_weights(path) if path.is_dir() else path
     card = file.with_name("config.json")
     if path.is_dir() and file.name.startswith(DIFFUSERS) and not card.is_file():
         raise InputError(
-            f"folder {file.parent} holds {file.name} but no config.json, which says what the tensors do not; it is half "
-            "downloaded, fetch it again, or give the weight file itself"
+            f"folder {file.parent} holds {file.name} but no config.json, which has the number of heads and "
+            "frames; "
+            "the download is incomplete: fetch it again, or use the weight file itself"
         )
     return read_json(card) if file.name.split(".")[0] in PREFERRED and card.is_file() else None
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object; InputError for anything else."""
+    """Return the JSON object in ``file``; InputError for anything else."""
     try:
         if file.stat().st_size > MAX_JSON:
             raise ValueError(f"it has more than {MAX_JSON} bytes")
@@ -199,22 +230,26 @@ def read_json(file: Path) -> dict[str, Any]:
     return found
 
 
-def read_safe(file: Path) -> tuple[Tensors, dict[str, str]]:
-    """A safetensors file."""
+def read_safetensors(file: Path) -> tuple[Tensors, dict[str, str]]:
+    """Read a safetensors file: (tensors, metadata)."""
     refuse_pointer(file)
+    with open(file, "rb") as opened:
+        size = int.from_bytes(opened.read(8), "little")
+    if MAX_HEADER < size <= file.stat().st_size:
+        raise Refused(f"a header of {size:,} bytes, but no model here needs more than {MAX_HEADER:,}")
     with safe_open(file, framework="pt") as opened:
-        return {name: opened.get_tensor(name) for name in opened.keys()}, dict(opened.metadata() or {})
+        return {name: opened.get_tensor(name) for name in opened.keys()}, dict(opened.metadata() or {})  # noqa: SIM118
 
 
 def refuse_pointer(file: Path) -> None:
-    """Refused if it is what Git LFS leaves in place of a file."""
+    """Refuse the pointer that Git LFS leaves in place of a file."""
     with open(file, "rb") as opened:
         if opened.read(20).startswith(b"version https://git"):
             raise Refused("it is a pointer of Git LFS, whose file was never fetched (git lfs pull)")
 
 
 def read_pickled(file: Path, branches: tuple[str, ...]) -> tuple[Tensors, dict[str, str]]:
-    """A checkpoint of torch: zip, or the format before 1.6."""
+    """Read a checkpoint of torch: zip, or the format before 1.6."""
     if file.suffix not in PICKLED:
         raise Refused(f"its name ends in none of {', '.join(SAFE + PICKLED)}")
     refuse_pointer(file)
@@ -225,7 +260,9 @@ def read_pickled(file: Path, branches: tuple[str, ...]) -> tuple[Tensors, dict[s
 
 
 def read_zip(file: BinaryIO, branches: tuple[str, ...]) -> tuple[Tensors, dict[str, str]]:
-    """A zipped checkpoint with nothing else in it than torch.save puts there (so no TorchScript, which is a program)."""
+    """Read a zipped checkpoint that holds only what torch.save writes (so no TorchScript, which is a
+    program).
+    """
     with zipfile.ZipFile(file) as archive:
         names = [entry.filename for entry in archive.infolist()]
         root = names[0].partition("/")[0] + "/" if names else ""
@@ -242,32 +279,51 @@ def read_zip(file: BinaryIO, branches: tuple[str, ...]) -> tuple[Tensors, dict[s
         def load(storage: StorageRef) -> bytes:
             return entry_bytes(archive, f"{root}data/{storage.key}", storage.numel * storage.dtype.itemsize)
 
-        branch = next(
-            (name for name in branches if isinstance(tree, dict) and isinstance(tree.get(name), dict)), None
-        )
-        return collect(tree if branch is None else {branch: tree[branch]}, load), plain_facts(tree)
+        facts = plain_facts(tree)
+        for name in branches:
+            if isinstance(tree, dict) and isinstance(tree.get(name), dict):
+                tree = {name: tree[name]}
+                break
+        return collect(tree, load), facts
 
 
 def plain_facts(tree: Any) -> dict[str, str]:
-    """Texts and numbers at the top of a training file and one level below, such as args.model, as text."""
+    """Return the strings and numbers at the top of a training file and one level below, such as args.model,
+    as text.
+    """
     facts: dict[str, str] = {}
-    for key, value in tree.items() if isinstance(tree, dict) else ():
-        for name, leaf in value.items() if type(value) is dict else ((None, value),):
-            if type(leaf) in (str, int, float, bool) and len(facts) < 100:
-                facts[str(key) if name is None else f"{key}.{name}"] = str(leaf)[:200]
+    for name, value in islice(plain_values(tree), MAX_VALUES):
+        if type(value) in (str, int, float, bool) and len(facts) < MAX_FACTS:
+            facts[name] = str(value)[:200]
     return facts
 
 
+def plain_values(tree: Any) -> Iterator[tuple[str, Any]]:
+    """Yield (dotted name, value) of the two upper levels of a dict."""
+    for key, value in tree.items() if isinstance(tree, dict) else ():
+        if type(value) is dict:
+            yield from ((f"{key}.{name}", leaf) for name, leaf in value.items())
+        else:
+            yield str(key), value
+
+
 def read_shards(index: Path) -> tuple[Tensors, dict[str, str]]:
-    """The shards that an index lists, refused unless all of them are there and each holds exactly what the index says."""
+    """Read the shards that an index lists; InputError unless all exist and each holds exactly what the
+    index lists.
+    """
     listing = read_json(index)
     places = listing.get("weight_map")
     if not isinstance(places, dict) or not places or not all(type(file) is str for file in places.values()):
         raise InputError(f"{index} has no weight_map of tensors to files; fetch it again")
+    if len(places) > MAX_TENSORS:
+        raise InputError(
+            f"{index} lists {len(places):,} tensors, but no model here has more than {MAX_TENSORS:,}; "
+            "use the index of a Latte"
+        )
     files = sorted(set(places.values()))
     counts = {match[2] if (match := SHARD.fullmatch(file)) else "" for file in files}
     if any(Path(file).name != file or not file.endswith(SAFE + PICKLED) for file in files):
-        raise InputError(f"{index} names files outside its folder; fetch it again from a place you trust")
+        raise InputError(f"{index} names files outside its folder; fetch it again from a trusted source")
     if len(counts) > 1 or int("".join(counts) or len(files)) != len(files):
         raise InputError(
             f"{index} mixes the shards of several splits ({', '.join(files[:4])}); fetch all of one"
@@ -275,26 +331,38 @@ def read_shards(index: Path) -> tuple[Tensors, dict[str, str]]:
     absent = [file for file in files if not (index.parent / file).is_file()]
     if absent:
         raise InputError(
-            f"folder {index.parent} lacks {len(absent)} of its {len(files)} shards ({', '.join(absent[:4])}); fetch it again"
+            f"folder {index.parent} lacks {len(absent)} of its {len(files)} shards "
+            f"({', '.join(absent[:4])}); fetch it again"
         )
     tensors: Tensors = {}
     for file in files:
         found, _ = read_tensors(index.parent / file)
-        odd = sorted(found.keys() ^ {name for name, place in places.items() if place == file})
-        if odd:
+        different = sorted(found.keys() ^ {name for name, place in places.items() if place == file})
+        if different:
             raise InputError(
-                f"shard {index.parent / file} does not hold what {index.name} says ({odd[0]}); it is of another model"
+                f"shard {index.parent / file} does not hold the tensors that {index.name} lists "
+                f"({different[0]}); "
+                "it belongs to another model, fetch it again"
             )
         tensors |= found
-    check_mix(index, listing, tensors)
+    compare_total_size(index, listing, tensors)
     return tensors, {}
 
 
-def check_mix(index: Path, listing: Mapping[str, Any], tensors: Tensors) -> None:
-    """InputError when the shards together are not what the index was written for: another total size."""
-    said = listing["metadata"].get("total_size") if isinstance(listing.get("metadata"), dict) else None
+def compare_total_size(index: Path, listing: Mapping[str, Any], tensors: Tensors) -> None:
+    """Log a warning when metadata.total_size of the index is not the size of the tensors.
+
+    Some programs write a wrong number there. Names were compared with the index, and shapes will be with
+    the configuration.
+    """
+    metadata = listing.get("metadata")
+    listed = metadata.get("total_size") if isinstance(metadata, dict) else None
     total = sum(tensor.nbytes for tensor in tensors.values())
-    if said is not None and said != total:
-        raise InputError(
-            f"the shards of {index} hold {total} bytes of tensors where the index says {said}; they are mixed from two models"
+    if listed is not None and listed != total:
+        LOG.warning(
+            "%s: metadata.total_size is %s, but the shards hold %d bytes of tensors; every tensor that the "
+            "index lists was found",
+            index,
+            listed,
+            total,
         )

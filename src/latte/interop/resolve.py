@@ -8,10 +8,10 @@ from pathlib import Path
 from latte.checks import InputError, nearest, printable
 from latte.interop.key_maps import BRANCHES, unwrap
 from latte.interop.layouts import recognise
-from latte.interop.readers import BUILTIN, HUB_ID, PICKLED, SAFE, fetch, read_json, read_tensors
+from latte.interop.readers import BUILTIN, HUB_ID, INDEX, PICKLED, SAFE, fetch, read_json, read_tensors
 from latte.model.pretrained import CONFIG, WEIGHTS
 
-RUN_CONFIG, INDEX, STEP = "config.yaml", "model_index.json", re.compile(r"step-(\d+)")
+RUN_CONFIG, STEP = "config.yaml", re.compile(r"step-(\d+)")
 FACTS = {"diffusion", "codec", "sample", "classes"}  # what stands beside a model's keys in config.json
 KINDS = {
     "run": f"a run folder ({RUN_CONFIG})",

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from latte.checks import InputError, RunError
 from latte.files import check_replaceable, commit_folder, reported
-from latte.tensors import check_finite, tensors_sha256
+from latte.tensors import check_finite, check_weights, tensors_sha256
 
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
 Config = TypeVar("Config")
@@ -136,7 +136,7 @@ def read_weights(file: Path) -> dict[str, Tensor]:
     except (OSError, RuntimeError, SafetensorError) as error:
         reason = str(error).partition("\n")[0]
         raise InputError(f"weights {file} cannot be read ({reason}); fetch the file again") from None
-    check_finite(tensors, file)
+    check_weights(tensors, file)
     return tensors
 
 
