@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``latte convert``: weights in from every layout, out to every layout, and one line with exit 2 for what does not go."""
+"""``latte convert``: weights in from every layout, out to every layout, and one line with exit 2 for what
+does not go.
+"""
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +18,7 @@ from latte.inference.generate import SampleConfig
 from latte.inference.pipeline import VideoPipeline
 from latte.interop.load import load_external
 from latte.interop.pipeline import save_pipeline
-from latte.model.latte import Latte
+from latte.model.latte import Latte, ModelConfig
 from latte.model.text import LatteText, TextConfig
 from tiny_pipeline import NAMES, VAES, tiny_codec, tiny_denoiser, tiny_t5
 
@@ -51,7 +54,10 @@ def test_released_file_to_our_folder_and_back_bit_for_bit(latte, released, tmp_p
 
 def test_a_run_goes_out_and_comes_back_with_what_it_knows(latte, run_folder, tmp_path):
     assert latte("convert", run_folder, "ours").code == 0
-    ours, run = VideoPipeline.from_pretrained(tmp_path / "ours", device="cpu"), VideoPipeline.from_pretrained(run_folder, device="cpu")
+    ours, run = (
+        VideoPipeline.from_pretrained(tmp_path / "ours", device="cpu"),
+        VideoPipeline.from_pretrained(run_folder, device="cpu"),
+    )
     assert (ours.weights, ours.classes, ours.codec.fingerprint, ours.diffusion) == (
         run.weights,
         run.classes,
@@ -117,7 +123,7 @@ def test_named_gaps_are_allowed(latte, released, tmp_path):
         (["ucf.pt", "taken", "--heads", 4], "folder taken already exists"),
         (
             ["ucf.pt", "x", "--heads", 4, "--to", "pipeline"],
-            "text to video, but this model reads no captions",
+            "is text to video, but this model reads no captions",
         ),
         (["nothing.pt", "ours"], "which does not exist"),
         (["empty", "ours"], "a folder without weights"),
@@ -158,9 +164,9 @@ def test_a_pipeline_goes_in_and_out(latte, tmp_path):
     )
     alone = latte("convert", "in/transformer", "out", "--to", "pipeline")
     assert (alone.code, len(alone.errors)) == (2, 1)
-    assert "--text-encoder is None, but a pipeline holds its text encoder" in alone.errors[0]
+    assert "a pipeline holds its text encoder" in alone.errors[0]
     half = latte("convert", "in/transformer", "out", "--to", "pipeline", "--text-encoder", "in")
-    assert (half.code, "--codec is None" in half.errors[0]) == (2, True)
+    assert (half.code, "give --codec" in half.errors[0]) == (2, True)
     assert latte("convert", "in", "out", "--to", "pipeline").code == 0, "a pipeline's folder holds its parts"
     assert sorted(file.name for file in (tmp_path / "out").iterdir()) == [
         "model_index.json",
@@ -205,7 +211,9 @@ def test_a_pipeline_is_sampled_as_it_is_and_goes_out_with_its_own_autoencoder(ki
 
 
 def pixels(source: str, **places) -> np.ndarray:
-    """A clip; without guidance, since random weights at 7.5 blow the last bit of a product up to grey levels."""
+    """A clip; without guidance, since random weights at 7.5 blow the last bit of a product up to grey
+    levels.
+    """
     trained = VideoPipeline.from_pretrained(source, device="cpu", **places)
     config = SampleConfig(sampler="ddim", steps="ddim5")
     return next(trained.generate([0], prompts=["a red circle moves up"], config=config))[1].astype(int)
@@ -282,8 +290,8 @@ def test_a_run_is_pushed_to_the_hub_and_a_refusal_is_one_line(latte, run_folder,
     assert b"cc-by-4.0" in pushed["README.md"]
     refused = latte("convert", run_folder, "nobody/name", "--to", "hub")
     assert refused.code == 1
-    said = "could not push to the hub as nobody/name (401 Client Error); use OWNER/NAME, and log in first: hf auth login"
-    assert refused.errors == [f"error: {said}"]
+    message = "could not push to the hub as nobody/name (401 Client Error); use OWNER/NAME, and log in first"
+    assert refused.errors == [f"error: {message}: hf auth login"]
 
 
 def test_what_is_known_of_a_run_is_on_its_card(latte, run_folder, tmp_path):
@@ -306,3 +314,63 @@ def test_what_is_known_of_a_run_is_on_its_card(latte, run_folder, tmp_path):
         "| data | kind procedural, resolution 16, frames 3, interval 1 |"
         in (tmp_path / "plain" / "README.md").read_text()
     )
+
+
+@pytest.mark.parametrize("name", ["", ".", " "])
+def test_an_empty_destination_is_refused(name, latte, released, tmp_path):
+    before = sorted(tmp_path.rglob("*"))
+    answer = latte("convert", "ucf.pt", name, "--heads", 4)
+    assert (answer.code, len(answer.errors)) == (2, 1)
+    assert "choose a new folder, e.g. ./weights" in answer.errors[0]
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("to", ["latte", "official"])
+def test_a_pipe_or_device_as_destination_is_refused_and_stays(to, latte, released, tmp_path):
+    os.mkfifo(tmp_path / "pipe.pt")
+    answer = latte("convert", "ucf.pt", "pipe.pt", "--heads", 4, "--to", to)
+    assert (answer.code, len(answer.errors)) == (2, 1)
+    assert "already exists (a named pipe)" in answer.errors[0]
+    assert (tmp_path / "pipe.pt").is_fifo()
+
+
+def test_hidden_files_beside_the_destination_are_left_alone(latte, released, tmp_path):
+    for name in (".tmp-notes", ".old-photos", ".old-gone"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "thesis.tex").touch()
+    before = sorted(tmp_path.rglob("*"))
+    assert latte("convert", "ucf.pt", "ours", "--heads", 4).code == 0
+    after = [path for path in sorted(tmp_path.rglob("*")) if "ours" not in path.parts]
+    assert after == before
+
+
+def test_a_model_saved_alone_converts_and_names_its_missing_codec(latte, tmp_path):
+    model = wake(Latte(ModelConfig(depth=2, width=16, heads=2, num_frames=4, latent_size=4)))
+    model.save_pretrained(tmp_path / "bare")
+    assert latte("convert", "bare", "ours", "--codec", "owner/vae").code == 0
+    facts = json.loads((tmp_path / "ours" / "config.json").read_text())
+    assert facts["codec"]["path"] == "owner/vae"
+    alone = latte("sample", "bare", "--count", 1)
+    assert (alone.code, len(alone.errors)) == (2, 1)
+    assert "--codec-path" in alone.errors[0]
+
+
+def test_one_checkpoint_of_a_run_goes_out(latte, run_folder, tmp_path):
+    checkpoint = next((run_folder / "checkpoints").glob("step-*"))
+    answer = latte("convert", checkpoint, "ours", "--json")
+    assert (answer.code, answer.json["layout"]) == (0, f"run, step {checkpoint.name[5:]}")
+
+
+def test_nonfinite_and_quantized_files_are_one_line_and_nothing_is_written(latte, released, tmp_path):
+    released["blocks.1.attn.qkv.bias"][2] = float("inf")
+    torch.save({"ema": released}, tmp_path / "inf.pt")
+    quantized = {name: tensor.to(torch.int8) for name, tensor in released_state(classes=5).items()}
+    torch.save({"ema": quantized}, tmp_path / "int8.pt")
+    for name, message in (
+        ("inf.pt", "blocks.1.attn.qkv.bias' holds 1 non-finite"),
+        ("int8.pt", "are quantized: "),
+    ):
+        answer = latte("convert", name, "ours", "--heads", 4)
+        assert (answer.code, len(answer.errors)) == (2, 1)
+        assert message in answer.errors[0]
+        assert not (tmp_path / "ours").exists()

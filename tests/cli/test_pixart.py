@@ -64,7 +64,7 @@ def test_a_run_from_pixart_becomes_a_pipeline_when_its_gate_is_open(latte, words
         early = latte("convert", "run", "early", "--to", target)
         assert (early.code, len(early.errors)) == (2, 1)
         assert (
-            "time_gate is 0.75, but diffusers adds the temporal table whole; train on to step"
+            "time_gate is 0.75, but diffusers has no gate, as if it were 1; resume training up to step"
             in early.errors[0]
         )
         assert not (tmp_path / "early").exists()

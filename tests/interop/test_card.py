@@ -2,6 +2,7 @@
 """The model card says what is known, names what is not, and is a card that the hub can read."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -93,8 +94,26 @@ def test_half_known_facts_and_scores_without_an_interval():
     assert "| fvd | 123.456, protocol paper-fvd-16" in text
 
 
-def test_a_cell_stays_one_cell():
+def test_a_cell_stays_one_cell_of_plain_text():
     assert cell({"a": [1, 2], "b": None, "c": "x|y\nz"}) == "a 1, 2, c x\\|y z"
+    hostile = "<script>alert(1)</script> [link](http://x) ![i](y) `code` *b* _i_ a_b \x1b[2J\u202e"
+    found = cell(hostile)
+    assert not re.search(r"[<>]|(?<!\\)[\[\]`*]", found)
+    assert found.isprintable()
+    assert r"a_b" in found
+    assert r"\_i\_" in found
+
+
+def test_class_names_cannot_put_html_or_markdown_on_a_card(tmp_path):
+    names = ["<img src=x onerror=alert(1)>", "[click](javascript:alert(1))"]
+    facts = {**FACTS, "classes": names, "about": {"data": "<b>\n# Title", "licence": "mit\nlicense: other"}}
+    save_ours(model("class"), tmp_path / "w", facts)
+    text = (tmp_path / "w" / "README.md").read_text()
+    assert "<img" not in text
+    assert "[click]" not in text
+    assert "\n# Title" not in text
+    assert ModelCard.load(tmp_path / "w" / "README.md").data.license == "mit\nlicense: other"
+    assert json.loads((tmp_path / "w" / "config.json").read_text())["classes"] == names
 
 
 def test_score_of_takes_what_a_card_needs():

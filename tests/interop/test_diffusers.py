@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""LatteT2V folders: diffusers loads what we write, we load what diffusers writes, bit for bit and with the same output."""
+"""LatteT2V folders: diffusers loads what we write, we load what diffusers writes, bit for bit and with the
+same output.
+"""
 
 import json
 
@@ -69,7 +71,7 @@ def test_every_name_of_the_published_size():
     assert exported == {name: tensor.shape for name, tensor in theirs.state_dict().items()}
     assert len(exported) == 967
     names = translate(exported, TABLE, "to_ours")
-    assert translate(names.values(), TABLE, "to_theirs") == {ours: name for name, ours in names.items()}
+    assert translate(names.values(), TABLE, "to_external") == {ours: name for name, ours in names.items()}
 
 
 def test_a_pipeline_folder_a_bare_file_and_the_old_buffer(ours, tmp_path):
@@ -106,16 +108,16 @@ def test_the_first_uploads_card_with_other_keys(ours, tmp_path):
         ("norm_type", "ada_norm_zero", "norm_type"),
         ("activation_fn", "geglu", "gelu-approximate"),
         ("norm_eps", 1e-5, "norm_eps"),
-        ("num_attention_heads", 3, "3 heads of 16.*width of 32"),
-        ("sample_size", "64", "whole number"),
-        ("video_length", -1, "whole number"),
-        ("interpolation_scale", 2, "goes with 1"),
-        ("num_layers", 3, "num_layers is 3, but the tensors say 2; the folder is mixed"),
-        ("in_channels", 8, "the tensors say 4"),
-        ("out_channels", 4, "the tensors say 8"),
-        ("patch_size", 4, "the tensors say 2"),
-        ("cross_attention_dim", 64, "the tensors say 32"),
-        ("caption_channels", 4096, "the tensors say 12"),
+        ("num_attention_heads", 3, "3 heads of width 16.*width 32"),
+        ("sample_size", "64", "must be an integer of at least 1"),
+        ("video_length", -1, "must be an integer of at least 1"),
+        ("interpolation_scale", 2, "needs 1"),
+        ("num_layers", 3, "num_layers 3, but the tensors have 2; the folder is mixed"),
+        ("in_channels", 8, "the tensors have 4"),
+        ("out_channels", 4, "the tensors have 8"),
+        ("patch_size", 4, "the tensors have 2"),
+        ("cross_attention_dim", 64, "the tensors have 32"),
+        ("caption_channels", 4096, "the tensors have 12"),
     ],
 )
 def test_a_card_of_another_network_is_refused(key, value, message, ours, tmp_path):
@@ -130,18 +132,17 @@ def test_a_card_of_another_network_is_refused(key, value, message, ours, tmp_pat
 def test_heads_that_contradict_the_card_are_refused_and_so_is_a_folder_without_one(ours, tmp_path):
     save_diffusers(ours, tmp_path / "t")
     assert load_external(tmp_path / "t", heads=2).config == TINY
-    with pytest.raises(InputError, match=r"heads is 4, but config.json says 2"):
+    with pytest.raises(InputError, match=r"heads is 4, but config.json has 2"):
         load_external(tmp_path / "t", heads=4)
     (tmp_path / "t" / "config.json").unlink()
     for heads in (None, 2):
         with pytest.raises(
-            InputError,
-            match=r"no config.json, .* half downloaded, fetch it again, or give the weight file itself",
+            InputError, match=r"no config.json, .* incomplete: fetch it again, or use the weight file itself"
         ):
             load_external(tmp_path / "t", heads=heads)
     file = tmp_path / "t" / "diffusion_pytorch_model.safetensors"
     assert load_external(file, heads=2).config.dimensions == TINY.dimensions
-    with pytest.raises(InputError, match="heads is 0, but it counts attention heads"):
+    with pytest.raises(InputError, match="heads must be at least 1, got 0"):
         load_external(file, heads=0)
 
 
@@ -166,7 +167,7 @@ def test_exports_only_what_diffusers_can_express_and_only_into_its_own_folder(tm
     gated = LatteText(
         TextConfig(depth=1, width=32, heads=2, latent_size=8, caption_channels=12, gated_time=True)
     )
-    with pytest.raises(InputError, match=r"time_gate is 0\.0.*adds the temporal table whole"):
+    with pytest.raises(InputError, match=r"time_gate is 0, but diffusers has no gate"):
         save_diffusers(gated, tmp_path / "t")
     with torch.no_grad():
         gated.time_gate.fill_(1)

@@ -93,7 +93,7 @@ def test_a_run_that_goes_on_is_not_started_again_and_needs_no_dit(dit, tmp_path)
 def test_another_width_is_reported_with_both_and_nothing_is_written(tmp_path):
     torch.save(dit_state(depth=2, width=32, side=4), tmp_path / "DiT.pt")
     with pytest.raises(
-        InputError, match=r"model.width is 16, but the DiT at .*DiT.pt has a width of 32"
+        InputError, match=r"model.width is 16, but the DiT at .*DiT.pt has 32"
     ) as error:
         start(tmp_path / "run", tmp_path / "DiT.pt")
     assert "\n" not in str(error.value)
@@ -181,7 +181,7 @@ def test_a_part_that_does_not_fit_is_left_out_only_when_it_is_named(tmp_path):
     start = f"train.init={tmp_path / 'weights'}"
     with pytest.raises(
         InputError,
-        match=r"train.init: .*label_embedding.table.weight has the shape \(8, 16\) where \(5, 16\) belongs",
+        match=r"train.init: .*label_embedding.table.weight has shape \(8, 16\) instead of \(5, 16\)",
     ):
         job(tmp_path / "run", start)
     found = job(tmp_path / "run", start, "train.init_gaps=label_embedding.*")

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The door for weights: layouts told by their names, training files read past their settings, and the report of every load."""
+"""The door for weights: layouts told by their names, training files read past their settings, and the
+report of every load.
+"""
 
 import argparse
 import collections
@@ -135,14 +137,14 @@ def test_the_report_counts_and_refuses():
         ["a"],
         ["blocks.1.q", "blocks.2.q"],
         ["extra"],
-        {"m": "has the shape (1,) where (2,) belongs"},
+        {"m": "has the shape (1,) instead of (2,)"},
         {"t": "why"},
     )
     assert str(report).splitlines()[1:] == [
         "  missing: blocks.1.q",
         "  missing: blocks.2.q",
         "  unexpected: extra",
-        "  mismatched: m has the shape (1,) where (2,) belongs",
+        "  mismatched: m has the shape (1,) instead of (2,)",
         "  dropped: t why",
     ]
     for missing, unexpected in (
@@ -150,6 +152,6 @@ def test_the_report_counts_and_refuses():
         (["blocks.*", "m"], []),
         (["m", "blocks.1.*"], ["*"]),
     ):
-        with pytest.raises(InputError, match="does not fit"):
+        with pytest.raises(InputError, match="does not match"):
             report.refuse(missing, unexpected)
     report.refuse(["blocks.*", "m"], ["ext*"])

@@ -1,14 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""LoRA: nothing changes until it is trained, nothing else is trained, and folding in and out again leaves every bit of the base."""
+"""LoRA: nothing changes until it is trained, nothing else is trained, and folding in and out again leaves
+every bit of the base.
+"""
 
 import json
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from support import noise, wake
 
-from latte.checks import InputError
+from latte.checks import InputError, RunError, printable
 from latte.interop.lora import (
     LoraConfig,
     add_lora,
@@ -18,6 +21,7 @@ from latte.interop.lora import (
     lora_state,
     merged,
     merged_state,
+    read_settings,
     save_lora,
     target_names,
 )
@@ -174,14 +178,14 @@ def test_adapters_of_other_weights_or_broken_ones_are_refused_and_change_nothing
     save_lora(adapted("class"), tmp_path / "a")
     other = wake(plain("class"), seed=9)
     state = copied(other.state_dict())
-    with pytest.raises(InputError, match=r"the model's weights is .* was trained on"):
+    with pytest.raises(InputError, match=r"the model's weights have hash .* was trained on"):
         load_lora(other, tmp_path / "a")
     weights, card = tmp_path / "a" / "adapter_model.safetensors", tmp_path / "a" / "adapter_config.json"
     tensors, settings = load_file(weights), json.loads(card.read_text())
     name = next(iter(tensors))
     for change, message in (
-        ({name: tensors[name][:, :3].contiguous()}, "do not agree on it"),
-        ({"base_model.model.more.lora_A.weight": torch.zeros(2, 2)}, "do not agree on it"),
+        ({name: tensors[name][:, :3].contiguous()}, "does not match this"),
+        ({"base_model.model.more.lora_A.weight": torch.zeros(2, 2)}, "does not match this"),
     ):
         save_file({**tensors, **change}, weights)
         with pytest.raises(InputError, match=message):
@@ -199,11 +203,10 @@ def test_adapters_of_other_weights_or_broken_ones_are_refused_and_change_nothing
         load_lora(other, tmp_path / "a")
     with pytest.raises(InputError, match="adapters already"):
         add_lora(other, LoraConfig(2))
-    with pytest.raises(InputError, match="no adapters that stand apart"):
+    with pytest.raises(InputError, match="no separate adapters to save"):
         save_lora(plain("class"), tmp_path / "b")
     with pytest.raises(
-        InputError,
-        match=r"holds no adapters .adapter_config.json is not there.; give a folder that latte convert",
+        InputError, match=r"holds no adapters .adapter_config.json is missing.; use a folder of latte convert"
     ):
         load_lora(plain("class"), tmp_path / "b")
 
@@ -211,9 +214,9 @@ def test_adapters_of_other_weights_or_broken_ones_are_refused_and_change_nothing
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"rank": 0}, "lora.rank is 0"),
-        ({"rank": 2, "alpha": 0}, "lora.alpha is 0"),
-        ({"rank": 2, "targets": ()}, "something has to be adapted"),
+        ({"rank": 0}, "lora.rank must be at least 1"),
+        ({"rank": 2, "alpha": 0}, "lora.alpha must be positive"),
+        ({"rank": 2, "targets": ()}, "lora.targets is empty"),
         ({"rank": 2, "targets": ("qvk",)}, "did you mean 'qkv'"),
         ({"alpha": 4.0}, "without lora.rank there are no adapters"),
         ({"targets": ("mlp",)}, "without lora.rank there are no adapters"),
@@ -228,9 +231,79 @@ def test_a_target_that_the_model_has_not_is_refused():
     model = plain("class")
     with pytest.raises(
         InputError,
-        match=r"lora.targets is 'cross', but Latte has no such projection; give some of qkv, proj, mlp",
+        match=r"lora.targets has 'cross', but Latte has no such projection; give some of qkv, proj, mlp",
     ):
         add_lora(model, LoraConfig(2, targets=("qkv", "cross")))
-    with pytest.raises(InputError, match="adapters have one"):
+    with pytest.raises(InputError, match="adapters need a rank"):
         add_lora(model, LoraConfig())
     assert not lora_layers(model)
+
+
+PEFT_DEFAULTS = {
+    "megatron_core": "megatron.core",
+    "qalora_group_size": 16,
+    "use_qalora": False,
+    "loftq_config": {},
+}
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("init_lora_weights", "pissa"),
+        ("init_lora_weights", "olora"),
+        ("init_lora_weights", "corda"),
+        ("alora_invocation_tokens", [1, 2]),
+        ("use_qalora", True),
+        ("use_dora", True),
+        ("use_rslora", True),
+        ("use_bdlora", {"nblocks": 2}),
+        ("rank_pattern", {"blocks.0": 4}),
+        ("alpha_pattern", {"blocks.0": 4}),
+        ("layers_to_transform", [0]),
+        ("layer_replication", [[0, 1]]),
+        ("modules_to_save", ["final_linear"]),
+        ("trainable_token_indices", [1]),
+        ("bias", "all"),
+        ("fan_in_fan_out", True),
+        ("exclude_modules", ["blocks.0"]),
+        ("a_kind_of_next_year\x1b[2J", True),
+    ],
+)
+def test_other_kinds_of_adapters_are_refused_by_their_key(key, value, tmp_path):
+    save_lora(adapted("class"), tmp_path / "a")
+    card, model = tmp_path / "a" / "adapter_config.json", plain("class")
+    settings = {**json.loads(card.read_text()), **PEFT_DEFAULTS}
+    card.write_text(json.dumps({**settings, key: value}))
+    with pytest.raises(InputError) as error:
+        load_lora(model, tmp_path / "a")
+    message = str(error.value)
+    assert f"{printable(key)} is " in message
+    assert message.isprintable()
+    assert not lora_layers(model)
+    card.write_text(json.dumps(settings))
+    load_lora(plain("class"), tmp_path / "a")
+
+
+def test_every_setting_that_peft_writes_for_plain_lora_is_accepted(tmp_path):
+    peft.LoraConfig(r=4, lora_alpha=8, target_modules=["qkv"], lora_dropout=0.1).save_pretrained(tmp_path)
+    assert read_settings(tmp_path / "adapter_config.json") == (4, 8, ["qkv"])
+
+
+def test_nonfinite_adapters_are_neither_saved_nor_loaded(tmp_path):
+    model = adapted("class")
+    save_lora(model, tmp_path / "a")
+    file = tmp_path / "a" / "adapter_model.safetensors"
+    with safe_open(file, "pt") as opened:
+        metadata = opened.metadata()
+    tensors = load_file(file)
+    name = next(iter(tensors))
+    tensors[name][0] = float("inf")
+    save_file(tensors, file, metadata=metadata)
+    with pytest.raises(InputError, match=f"'{name}' holds"):
+        load_lora(plain("class"), tmp_path / "a")
+    with torch.no_grad():
+        next(iter(lora_state(model).values()))[0] = float("nan")
+    with pytest.raises(RunError, match="NaN or Inf"):
+        save_lora(model, tmp_path / "b")
+    assert not (tmp_path / "b").exists()

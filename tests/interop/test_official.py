@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Released Latte files: against a plain evaluation of the released layout, and bit for bit out again."""
 
+import resource
+from pathlib import Path
+
 import pytest
 import torch
 from reference.official import released_latte, released_state
@@ -12,6 +15,7 @@ from latte.interop.load import load_external
 from latte.interop.official import TABLE, official_state, save_official, understand
 from latte.interop.readers import read_tensors
 from latte.model.latte import Latte, ModelConfig
+from tiny_runs import FORKS
 
 T = torch.tensor([3, 777])
 
@@ -156,7 +160,7 @@ def test_half_precision_files_load_and_go_out_as_they_came(tmp_path):
         (lambda s: s.update({"pos_embed": s["pos_embed"].roll(1, 2)}), "pos_embed differs by"),
         (lambda s: s.update({"temp_embed": s["temp_embed"] + 0.01}), "temp_embed differs by 0.01"),
         (lambda s: s.update({"pos_embed": s["pos_embed"][:, :15]}), "released models are square"),
-        (lambda s: s.update({"pos_embed": s["pos_embed"][..., :30]}), "where .1, 16, 32. belongs"),
+        (lambda s: s.update({"pos_embed": s["pos_embed"][..., :30]}), "instead of .1, 16, 32."),
         (lambda s: s.pop("temp_embed"), "temp_embed is not in the file"),
         (lambda s: s.pop("blocks.1.attn.qkv.bias"), "1 tensors missing .blocks.1.branches.time.qkv.bias."),
         (
@@ -165,10 +169,10 @@ def test_half_precision_files_load_and_go_out_as_they_came(tmp_path):
         ),
         (
             lambda s: s.update({"blocks.2.mlp.fc1.weight": torch.ones(64, 32)}),
-            r"blocks.2.mlp.fc1.weight has the shape \(64, 32\) where",
+            r"blocks.2.mlp.fc1.weight has shape \(64, 32\) instead of",
         ),
-        (lambda s: s.update({"x_embedder.proj.weight": torch.ones(32, 16)}), "4 axes belong there"),
-        (lambda s: s.update({"final_layer.linear.weight": torch.ones(33, 32)}), "33 numbers per token"),
+        (lambda s: s.update({"x_embedder.proj.weight": torch.ones(32, 16)}), "instead of 4 axes"),
+        (lambda s: s.update({"final_layer.linear.weight": torch.ones(33, 32)}), "33 rows"),
         (
             lambda s: [s.pop(name) for name in list(s) if name.startswith("blocks.3.")],
             "needs a multiple of 2",
@@ -184,14 +188,14 @@ def test_files_that_do_not_fit_are_refused_in_one_line(change, message, tmp_path
 
 
 def test_heads_cannot_be_read(tmp_path):
-    with pytest.raises(InputError, match=r"width of 32.*give heads="):
+    with pytest.raises(InputError, match=r"width 32.*give heads="):
         load_external(write(tmp_path / "a.pt", released_state()))
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"variant": 2}, "has 1 alone"),
+        ({"variant": 2}, "supports model.variant=1 only"),
         ({"conditioning": "all_tokens"}, "s_adaln"),
         ({"temporal_position": "rotary"}, "absolute"),
         ({"patch": "compression"}, "uniform"),
@@ -217,7 +221,7 @@ def test_a_table_is_a_bijection():
     )
     with torch.device("meta"):
         ours = list(Latte(ModelConfig(num_classes=3)).state_dict())
-    theirs = translate(ours, TABLE, "to_theirs")
+    theirs = translate(ours, TABLE, "to_external")
     assert len(set(theirs.values())) == len(ours)
     assert {there: here for here, there in theirs.items()} == translate(theirs.values(), TABLE, "to_ours")
     with pytest.raises(InputError, match="did you mean 'to_ours'"):
@@ -228,7 +232,7 @@ def test_a_table_is_a_bijection():
 def test_only_a_file_with_the_ending_of_one_is_written(name, tmp_path):
     (tmp_path / "folder.pt").mkdir()
     model = Latte(ModelConfig(depth=2, width=32, heads=4, latent_size=8, num_frames=4))
-    with pytest.raises(InputError, match=rf"{name}', but it is a file whose name ends in one of .pt"):
+    with pytest.raises(InputError, match=rf"{name}' does not end in .pt|is a folder, not a regular file"):
         save_official(model, tmp_path / name)
     assert [file.name for file in tmp_path.iterdir()] == ["folder.pt"]
 
@@ -250,3 +254,51 @@ def test_reads_what_it_writes_under_dotted_names(tmp_path):
     )
     tensors, _ = read_tensors(tmp_path / "a.pt")
     assert all(name.startswith("ema.") for name in tensors)
+
+
+def save_on_a_small_disk(folder: str, limits: list[int], results) -> None:
+    model = Latte(ModelConfig(depth=2, width=32, heads=4, latent_size=8, num_frames=4))
+    for limit in limits:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+        try:
+            save_official(model, Path(folder) / "x.pt")
+            results.put((limit, None, []))
+        except Exception as error:
+            results.put(
+                (limit, f"{type(error).__name__}: {error}", [file.name for file in Path(folder).iterdir()])
+            )
+    results.put(None)
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path):
+    """torch reports a full disk as a RuntimeError of its own; the disk is really too small here."""
+    limits = [0, 1, 100, 10_000, 100_000]
+    results = FORKS.SimpleQueue()
+    arguments = (str(tmp_path), [*limits, 10**7], results)
+    child = FORKS.Process(target=save_on_a_small_disk, args=arguments, daemon=True)
+    child.start()
+    seen = list(iter(results.get, None))
+    child.join(20)
+    assert seen.pop() == (10**7, None, [])
+    assert len(seen) == len(limits)
+    for _, message, left in seen:
+        assert message.startswith("RunError: could not write the released layout to ")
+        assert "File too large" in message
+        assert "\n" not in message
+        assert left == []
+
+
+def test_nonfinite_weights_are_not_exported(tmp_path):
+    model = Latte(ModelConfig(depth=2, width=32, heads=4, latent_size=8, num_frames=4))
+    with torch.no_grad():
+        model.final_linear.bias[3] = float("nan")
+    with pytest.raises(RunError, match=r"'final_layer.linear.bias' holds 1 non-finite"):
+        save_official(model, tmp_path / "x.pt")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_is_as_readable_as_the_umask_says(tmp_path):
+    model = Latte(ModelConfig(depth=2, width=32, heads=4, latent_size=8, num_frames=4))
+    (tmp_path / "plain").touch()
+    save_official(model, tmp_path / "x.pt")
+    assert (tmp_path / "x.pt").stat().st_mode == (tmp_path / "plain").stat().st_mode

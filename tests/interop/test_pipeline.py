@@ -217,11 +217,11 @@ def test_parts_that_a_pipeline_cannot_hold_are_refused(model, tmp_path):
     for parts, message in (
         (
             (kl, Hashing(), tokenizer),
-            "the text encoder is 'Hashing', but a LattePipeline reads captions with T5EncoderModel",
+            "the text encoder is Hashing, but a LattePipeline needs T5EncoderModel",
         ),
         ((build_codec(CodecConfig("builtin")), encoder, tokenizer), "the codec is 'builtin'"),
-        ((kl, tiny_t5(16)[0], tokenizer), "width is 16, but the model reads captions of 12"),
-        ((kl, encoder, [*range(17)]), "the tokenizer's size is 17"),
+        ((kl, tiny_t5(16)[0], tokenizer), "width 16, but the model reads captions of 12"),
+        ((kl, encoder, [*range(17)]), "the tokenizer has 17 tokens"),
     ):
         with pytest.raises(InputError, match=message) as caught:
             save_pipeline(model, *parts, DiffusionConfig(), tmp_path / "out")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a foreign layout's reader finds out about a file, and the report of what became of each of its tensors."""
+"""What the reader of a layout finds in a file, and the report of what became of each tensor."""
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,21 +10,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from latte.checks import InputError, require
+from latte.checks import InputError, check, printable
 from latte.model.denoiser import SIZES, DenoiserConfig
 from latte.runtime import generator
 
 LABELS = "label_embedding.table.weight"
 SHOWN = 4  # names in a one-line message
-TABLE_TOLERANCE = 2e-3  # tables saved in half precision differ from ours by 5e-4, those averaged over a training by less; others by 1
+TABLE_TOLERANCE = 2e-3  # half precision differs from our table by 5e-4, EMA by less, another table by 1
 Config = DenoiserConfig
 
 
 @dataclass(frozen=True)
 class Understanding:
-    """A file's configuration; ``names``: its tensors' names -> ours; ``dropped`` and ``strange``: its names -> why.
+    """The configuration of a file; ``names`` translates its names to ours.
 
-    ``dropped`` tensors are not needed, ``strange`` ones are as bad as missing.
+    ``dropped`` tensors are not needed, ``strange`` ones are as bad as missing; both give the reason by name.
     """
 
     config: Config
@@ -35,9 +35,10 @@ class Understanding:
 
 @dataclass(frozen=True)
 class Coverage:
-    """What became of every tensor. ``used``, ``unexpected``, ``mismatched`` and ``dropped`` are the file's names, ``missing`` ours.
+    """What became of every tensor; str() is the report.
 
-    ``mismatched`` and ``dropped`` say why. str() is the report for people.
+    ``used``, ``unexpected``, ``mismatched`` and ``dropped`` are names of the file, ``missing`` are ours.
+    ``mismatched`` and ``dropped`` give the reason.
     """
 
     source: str
@@ -49,45 +50,50 @@ class Coverage:
     dropped: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        counts = (
+        source = printable(self.source)
+        used = (
             f"{len(self.used)} tensors used, {len(self.missing)} missing, {len(self.unexpected)} unexpected"
         )
-        lines = [
-            f"{self.source} ({self.layout}): {counts}, {len(self.mismatched)} mismatched, {len(self.dropped)} dropped"
-        ]
+        rest = f"{len(self.mismatched)} mismatched, {len(self.dropped)} dropped"
+        lines = [f"{source} ({self.layout}): {used}, {rest}"]
         lines += [f"  missing: {name}" for name in self.missing]
-        lines += [f"  unexpected: {name}" for name in self.unexpected]
-        lines += [f"  mismatched: {name} {why}" for name, why in self.mismatched.items()]
-        lines += [f"  dropped: {name} {why}" for name, why in self.dropped.items()]
+        lines += [f"  unexpected: {printable(name)}" for name in self.unexpected]
+        lines += [f"  mismatched: {printable(name)} {reason}" for name, reason in self.mismatched.items()]
+        lines += [f"  dropped: {printable(name)} {reason}" for name, reason in self.dropped.items()]
         return "\n".join(lines)
 
     def refuse(self, allow_missing: Sequence[str], allow_unexpected: Sequence[str], hint: str = "") -> None:
-        """InputError in one line unless every missing, mismatched or unexpected tensor is allowed by a pattern such as 'blocks.*'."""
-        missing, mismatched = (
-            not_allowed(self.missing, allow_missing),
-            not_allowed(self.mismatched, allow_missing),
-        )
+        """Raise InputError, in one line, for a tensor that no pattern such as 'blocks.*' allows to differ.
+
+        ``hint`` replaces the advice to allow them.
+        """
+        missing = not_allowed(self.missing, allow_missing)
+        mismatched = not_allowed(self.mismatched, allow_missing)
         unexpected = not_allowed(self.unexpected, allow_unexpected)
-        faults = [
-            f"{len(names)} tensors {what} ({some(names)})"
-            for what, names in (("missing", missing), ("unexpected", unexpected))
-            if names
-        ]
-        faults += [f"{name} {self.mismatched[name]}" for name in mismatched[:1]]
-        faults += [f"{len(mismatched) - 1} more like it"] if len(mismatched) > 1 else []
+        faults = []
+        if missing:
+            faults.append(f"{len(missing)} tensors missing ({some(missing)})")
+        if unexpected:
+            faults.append(f"{len(unexpected)} tensors unexpected ({some(unexpected)})")
+        if mismatched:
+            faults.append(f"{printable(mismatched[0])} {self.mismatched[mismatched[0]]}")
+        if len(mismatched) > 1:
+            faults.append(f"{len(mismatched) - 1} more like it")
         if faults:
-            way_out = hint or "to load it in part, name them in allow_missing or allow_unexpected"
-            raise InputError(f"{self.source} ({self.layout}) does not fit: {', '.join(faults)}; {way_out}")
+            advice = hint or "to load a part of it, name them in allow_missing or allow_unexpected"
+            source = printable(self.source)
+            raise InputError(f"{source} ({self.layout}) does not match: {', '.join(faults)}; {advice}")
 
 
 def not_allowed(names: Iterable[str], patterns: Sequence[str]) -> list[str]:
-    """The names that no pattern fits."""
+    """Return the names that match no pattern."""
     return [name for name in names if not any(fnmatchcase(name, allowed) for allowed in patterns)]
 
 
 def some(names: Sequence[str]) -> str:
-    """The first few names."""
-    return ", ".join(names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")
+    """Return the first few names, safe to print."""
+    shown = [printable(name) for name in names[:SHOWN]]
+    return ", ".join([*shown, "..."] if len(names) > SHOWN else shown)
 
 
 def compare(
@@ -95,82 +101,90 @@ def compare(
     layout: str,
     tensors: Mapping[str, Tensor],
     found: Understanding,
-    wanted: Mapping[str, Tensor],
+    expected: Mapping[str, Tensor],
 ) -> tuple[dict[str, Tensor], Coverage]:
-    """A file's ``tensors`` against the ``wanted`` ones of a model (by our names) -> (state dict under our names, report)."""
-    state, used, unexpected, mismatched = {}, [], [], dict(found.strange)
+    """Compare the ``tensors`` of a file with the ``expected`` ones of a model, which have our names.
+
+    Returns (state dict under our names, report).
+    """
+    state: dict[str, Tensor] = {}
+    used: list[str] = []
+    unexpected: list[str] = []
+    mismatched = dict(found.strange)
     for name, tensor in tensors.items():
         ours = found.names.get(name)
         if name in found.dropped or name in mismatched:
             continue
-        if ours is None or ours not in wanted:
+        if ours is None or ours not in expected:
             unexpected.append(name)
-        elif tensor.shape != wanted[ours].shape:
-            mismatched[name] = (
-                f"has the shape {tuple(tensor.shape)} where {tuple(wanted[ours].shape)} belongs"
-            )
+        elif tensor.shape != expected[ours].shape:
+            mismatched[name] = f"has shape {tuple(tensor.shape)} instead of {tuple(expected[ours].shape)}"
+        elif not tensor.is_floating_point():
+            mismatched[name] = f"has dtype {str(tensor.dtype)[6:]} instead of floating point"
         else:
             state[ours] = tensor
             used.append(name)
     there = set(state) | {found.names[name] for name in mismatched if name in found.names}
-    missing = [name for name in wanted if name not in there]
+    missing = [name for name in expected if name not in there]
     return state, Coverage(source, layout, used, missing, unexpected, mismatched, found.dropped)
 
 
 def build(config: Config, seed: int = 0) -> Any:
-    """The model of ``config``, its weights a function of ``seed``."""
+    """Return a fresh model of ``config``; its weights depend on ``seed`` alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(generator(seed, "weights").initial_seed())
         return config.build()
 
 
 def expected_tensors(config: Config) -> dict[str, Tensor]:
-    """Names and shapes of the tensors that a model of ``config`` has, without storage."""
+    """Return the state dict of a model of ``config`` on the meta device: names and shapes."""
     with torch.device("meta"):
         return build(config).state_dict()
 
 
 def relabelled(table: Tensor, before: Sequence[str], after: Sequence[str]) -> Tensor:
-    """A label table (k+1|k d) whose rows stand for the classes ``before``, in the order ``after`` of these names; the null class stays."""
-    return table[[*(list(before).index(name) for name in after), *range(len(after), len(table))]]
+    """Reorder the rows of a label table (k+1|k d) from the classes ``before`` to ``after``; the null class
+    stays last.
+    """
+    rows = [list(before).index(name) for name in after]
+    return table[[*rows, *range(len(after), len(table))]]  # (k+1|k d)
 
 
 def shape_of(tensors: Mapping[str, Tensor], name: str, axes: int) -> tuple[int, ...]:
-    """The shape of the tensor ``name``; InputError unless it is there with that many axes, none of them empty."""
+    """Return the shape of tensor ``name``; InputError unless it exists with that many axes, none of them
+    empty.
+    """
     if name not in tensors:
         raise InputError(
-            f"the file has no tensor {name}, which tells the model's size; give the complete file"
+            f"the file has no tensor {name}, from which the model's size follows; use the complete file"
         )
     shape = tuple(tensors[name].shape)
     if len(shape) != axes or 0 in shape:
         raise InputError(
-            f"{name} has the shape {shape}, but {axes} axes belong there; the file is of another architecture"
+            f"{name} has shape {shape} instead of {axes} axes; the file holds another architecture"
         )
     return shape
 
 
 def count_blocks(names: Iterable[str], prefix: str) -> int:
-    """How many different numbers follow ``prefix`` in the names."""
+    """Return how many different numbers follow ``prefix`` in the names."""
     return len({match[1] for name in names if (match := re.match(rf"{re.escape(prefix)}\.(\d+)\.", name))})
 
 
 def dimensions(depth: int, width: int, heads: int | None) -> dict[str, Any]:
-    """Keywords of a configuration: the size's name where Table 4 has these numbers, else the numbers themselves.
+    """Return keywords of a configuration: the name of the size if Table 4 has these numbers, else the
+    numbers.
 
-    The number of heads cannot be seen in the tensors: it is Table 4's for that width unless ``heads`` says otherwise.
+    The number of heads does not follow from the tensors: without ``heads`` it is that of Table 4 for this
+    width.
     """
     known = {w: h for _, w, h in SIZES.values()}
-    require(
-        heads is None or heads >= 1,
-        "heads",
-        heads,
-        "it counts attention heads",
-        "give 1 or more, or leave it out",
-    )
+    check(heads is None or heads >= 1, f"heads must be at least 1, got {heads}")
     if heads is None and width not in known:
         raise InputError(
-            f"the file's model has a width of {width}, which is none of Table 4's ({', '.join(map(str, known))}), and the "
-            "number of attention heads cannot be read from the tensors; give heads=..."
+            f"the model has width {width}, which is not in Table 4 ({', '.join(map(str, known))}), and the "
+            "number of "
+            "attention heads does not follow from the tensors; give heads=..."
         )
     heads = known[width] if heads is None else heads
     for size, numbers in SIZES.items():
@@ -180,27 +194,31 @@ def dimensions(depth: int, width: int, heads: int | None) -> dict[str, Any]:
 
 
 def learns_sigma(rows: int, patch: int, channels: int) -> bool:
-    """Whether the last linear layer's ``rows`` hold noise and variance (True) or noise alone; InputError for any other number."""
+    """Return whether the ``rows`` of the last linear layer hold noise and variance (True) or noise alone
+    (False).
+
+    InputError for any other number.
+    """
     per_channel = rows / (patch * patch * channels)
     if per_channel not in (1, 2):
         raise InputError(
-            f"the last layer gives {rows} numbers per token, but patches of {patch} x {patch} with {channels} channels need "
-            f"{patch * patch * channels}, or twice that with learned sigma; the file is of another architecture"
+            f"the last layer has {rows} rows, but patches of {patch} x {patch} with {channels} channels need "
+            f"{patch * patch * channels}, or twice that with learned sigma; the file holds another "
+            "architecture"
         )
     return per_channel == 2
 
 
-def against_table(stored: Tensor, computed: Tensor) -> tuple[bool, str]:
-    """Whether a stored position table (1 n d) is the computed one (n d), and the finding in words."""
+def compare_table(stored: Tensor, computed: Tensor) -> tuple[bool, str]:
+    """Return whether a stored position table (1 n d) equals the computed one (n d), and the result as
+    text.
+    """
     if stored.shape[1:] != computed.shape:
         return (
             False,
-            f"has the shape {tuple(stored.shape)} where (1, {computed.shape[0]}, {computed.shape[1]}) belongs",
+            f"has shape {tuple(stored.shape)} instead of (1, {computed.shape[0]}, {computed.shape[1]})",
         )
     difference = float((stored[0].double() - computed.double()).abs().max())
     if not difference <= TABLE_TOLERANCE:
-        return (
-            False,
-            f"differs by {difference:.3g} from the table that is computed here: the model has learned another one",
-        )
+        return False, f"differs by {difference:.3g} from the computed table: the model learned another one"
     return True, f"is computed here; the file's differs by {difference:.1g}"

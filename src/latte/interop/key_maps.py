@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Two-way rename tables: a row is (their name, our name) with the same placeholders on both sides.
+"""Two-way rename tables: a row is (external name, our name) with the same placeholders on both sides.
 
-``{i}`` stands for a number, ``{even}`` and ``{odd}`` for such numbers, ``{w}`` for weight or bias. One function reads a table in either
-direction, so what comes in by a table goes out by it, name for name.
+``{i}`` is a number, ``{even}`` and ``{odd}`` are such numbers, ``{w}`` is weight or bias. One function
+reads a table in both directions, so import and export cannot disagree.
 """
 
 import re
@@ -15,13 +15,15 @@ from latte.checks import InputError, choose
 
 Table = Sequence[tuple[str, str]]
 PLACEHOLDERS = {"i": r"\d{1,6}", "even": r"\d{0,5}[02468]", "odd": r"\d{0,5}[13579]", "w": "weight|bias"}
-DIRECTIONS = {"to_ours": (0, 1), "to_theirs": (1, 0)}
-BRANCHES = ("ema", "model", "state_dict")  # what training files wrap their weights in, the best first
+DIRECTIONS = {"to_ours": (0, 1), "to_external": (1, 0)}
+BRANCHES = ("ema", "model", "state_dict")  # keys under which training files store weights, the best first
 PREFIXES = ("_orig_mod.", "module.")  # of compiled and of distributed models
 
 
 def translate(names: Iterable[str], table: Table, direction: str) -> dict[str, str]:
-    """Every name that a row of ``table`` fits -> its translation, 'to_ours' or 'to_theirs'; names that no row fits are left out."""
+    """Return name -> translation ('to_ours' or 'to_external') of every name that matches a row of
+    ``table``.
+    """
     source, target = choose("direction", direction, DIRECTIONS)
     found = {}
     for name in names:
@@ -35,19 +37,19 @@ def translate(names: Iterable[str], table: Table, direction: str) -> dict[str, s
 
 @lru_cache(maxsize=1024)
 def pattern(row: str) -> re.Pattern[str]:
-    """One side of a row as a regular expression with a group per placeholder."""
+    """Return one side of a row as a regular expression with a group per placeholder."""
     parts = re.split(r"\{(\w+)\}", row)
-    return re.compile(
-        "".join(
-            f"(?P<{part}>{PLACEHOLDERS[part]})" if k % 2 else re.escape(part) for k, part in enumerate(parts)
-        )
-    )
+    sides = [
+        re.escape(part) if k % 2 == 0 else f"(?P<{part}>{PLACEHOLDERS[part]})" for k, part in enumerate(parts)
+    ]
+    return re.compile("".join(sides))
 
 
 def unwrap(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors without the wrapper of a training file: of ``ema``, else ``model``, else all; without prefixes of torch.compile and DDP.
+    """Remove the wrapper of a training file: ``ema``, else ``model``, else all; and prefixes of
+    torch.compile and DDP.
 
-    InputError when two tensors get the same name by it.
+    InputError when two tensors get the same name.
     """
     for branch in BRANCHES:
         inner = {
@@ -63,7 +65,8 @@ def unwrap(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         short = re.sub(rf"^({'|'.join(re.escape(prefix) for prefix in PREFIXES)})+", "", name)
         if short in found:
             raise InputError(
-                f"two tensors of the file are both called {short} when {' and '.join(PREFIXES)} are left out; save it again"
+                f"two tensors of the file are both called {short} without the prefixes "
+                f"{' and '.join(PREFIXES)}; save it again"
             )
         found[short] = tensor
     return found

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A whole LattePipeline of diffusers out of our parts: transformer, autoencoder, text encoder, tokenizer and scheduler in one folder.
+"""A whole LattePipeline of diffusers from our parts: transformer, autoencoder, text encoder, tokenizer,
+scheduler in a folder.
 
-``diffusers.LattePipeline.from_pretrained(folder)`` loads it and draws what we draw with ``ddim`` at a whole stride ("ddim50"), from the
-same features of the text. From the same words it draws another clip where guidance is not 1: it attends to the padding of the negative
-prompt, which we never do. The other way, such a folder is a weight source like any other: ``load_external`` finds its transformer,
-codec.path its autoencoder.
+``diffusers.LattePipeline.from_pretrained(folder)`` loads it and, from the same text features, generates
+what we generate with ``ddim`` at an integer stride ("ddim50"). From the same prompt it generates another
+clip where guidance is not 1: it attends to the padding of the negative prompt, which we never do. In the
+other direction ``load_external`` reads the transformer of such a folder, and codec.path its autoencoder.
 """
 
 import json
@@ -16,9 +17,9 @@ from safetensors.torch import save_file
 
 from latte.autoencoder.codec import Codec, CodecConfig, build_codec
 from latte.checkpoint.record import read_fingerprint
-from latte.checks import InputError, require
+from latte.checks import InputError, check
 from latte.diffusion.config import DiffusionConfig, build_process
-from latte.files import commit_folder, reported
+from latte.files import check_replaceable, commit_folder, reported
 from latte.interop.diffusers import WEIGHTS, diffusers_state, save_diffusers
 from latte.model.text import LatteText
 from latte.text.t5 import load_t5
@@ -31,20 +32,18 @@ PREDICTIONS = {"epsilon": "epsilon", "v": "v_prediction"}
 
 
 def scheduler_settings(diffusion: DiffusionConfig, learn_sigma: bool) -> dict[str, Any]:
-    """Keywords of diffusers' DDIMScheduler for a model trained with ``diffusion``: the released grid, z_0 not clipped.
+    """Return keywords of diffusers' DDIMScheduler for a model trained with ``diffusion``: the released
+    grid, z_0 not clipped.
 
-    The pipeline takes half of the model's channels for variance unless the scheduler's file speaks of a ``variance_type``, which
-    DDIMScheduler itself has not: a model without learned variance needs it there, a model with must not have it. InputError for a
-    rectified flow.
+    The pipeline takes half of the model's channels for variance unless the scheduler's file has a
+    ``variance_type``, which DDIMScheduler itself does not read: a model without learned variance needs it
+    there, a model with it must not have it. InputError for a rectified flow.
     """
     process = build_process(diffusion)
-    known = process.prediction in PREDICTIONS
-    require(
-        known,
-        "diffusion.objective",
-        diffusion.objective,
-        "DDIM, the pipeline's sampler, knows no flows",
-        "keep it in our own layout",
+    check(
+        process.prediction in PREDICTIONS,
+        f"a LattePipeline samples with DDIM, which cannot sample diffusion.objective={diffusion.objective}; "
+        "use --to latte",
     )
     scale = 1000 / diffusion.num_steps  # of both ends of the linear schedule, see diffusion/process.py
     return {
@@ -57,8 +56,7 @@ def scheduler_settings(diffusion: DiffusionConfig, learn_sigma: bool) -> dict[st
         "steps_offset": 0,
         "set_alpha_to_one": True,
         "clip_sample": False,
-        **({} if learn_sigma else {"variance_type": "learned"}),
-    }
+    } | ({} if learn_sigma else {"variance_type": "learned"})
 
 
 def save_pipeline(
@@ -71,17 +69,11 @@ def save_pipeline(
 ) -> None:
     """Write the folder that ``LattePipeline.from_pretrained`` loads; an earlier one is replaced.
 
-    ``text_encoder`` is a T5EncoderModel of transformers, ``tokenizer`` its tokenizer. InputError for parts that a LattePipeline does not
-    hold (another autoencoder or text encoder, a flow) and for anything else in ``folder``; RunError when the disk refuses.
+    ``text_encoder`` is a T5EncoderModel of transformers, ``tokenizer`` its tokenizer. InputError for parts
+    that a LattePipeline cannot hold (another autoencoder or text encoder, a flow) and for other files in
+    ``folder``; RunError when the disk refuses.
     """
-    others = sorted(file.name for file in folder.glob("*") if file.name not in (INDEX, *PARTS))
-    require(
-        not others,
-        "folder",
-        str(folder),
-        f"it holds other files ({', '.join(others[:3])})",
-        "give a new folder",
-    )
+    check_replaceable(folder, (INDEX, *PARTS))
     check_parts(model, codec, text_encoder, tokenizer)
     import diffusers
 
@@ -111,91 +103,74 @@ def save_pipeline(
         write_json(place / INDEX, index)
 
     parts = (model, codec.network, text_encoder)
-    with reported(
-        "the pipeline", folder, sum(tensor.nbytes for part in parts for tensor in part.state_dict().values())
-    ):
+    needed = sum(tensor.nbytes for part in parts for tensor in part.state_dict().values())
+    with reported("the pipeline", folder, needed):
         commit_folder(folder, write)
 
 
 def check_parts(model: LatteText, codec: Codec, text_encoder: Any, tokenizer: Any) -> None:
-    """InputError unless diffusers has a class for each part and they fit each other."""
+    """Raise InputError unless diffusers has a class for each part and they match each other."""
     if codec.layout is None:
         raise InputError(
-            f"the codec is {codec.name!r}, but a LattePipeline decodes with an autoencoder of Stable Diffusion's layout; "
-            "keep this model in our own folder (--to latte)"
+            f"the codec is {codec.name!r}, but a LattePipeline decodes with an autoencoder of Stable "
+            "Diffusion; use --to latte"
         )
     found = type(text_encoder).__name__
-    require(
-        found == ENCODER,
-        "the text encoder",
-        found,
-        f"a LattePipeline reads captions with {ENCODER} of transformers alone",
-        "keep this model in our own folder (--to latte)",
+    check(
+        found == ENCODER, f"the text encoder is {found}, but a LattePipeline needs {ENCODER}; use --to latte"
     )
     width, channels = text_encoder.config.d_model, model.config.caption_channels
-    require(
+    check(
         width == channels,
-        "the text encoder's width",
-        width,
-        f"the model reads captions of {channels} channels",
-        "give the text encoder that it was trained with",
+        f"the text encoder has width {width}, but the model reads captions of {channels} channels; "
+        "use the text encoder that it was trained with",
     )
-    words, known = len(tokenizer), text_encoder.config.vocab_size
-    require(
-        words <= known,
-        "the tokenizer's size",
-        words,
-        f"the text encoder knows {known} tokens",
-        "give the tokenizer that belongs to it",
+    num_tokens, vocabulary = len(tokenizer), text_encoder.config.vocab_size
+    check(
+        num_tokens <= vocabulary,
+        f"the tokenizer has {num_tokens} tokens, but the text encoder has {vocabulary}; use its own "
+        "tokenizer",
     )
 
 
 def write_json(file: Path, content: Mapping[str, Any]) -> None:
-    """A small file of its own folder, which is made."""
+    """Write a small file, and create its folder."""
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def to_pipeline(model: Any, folder: Path, facts: Mapping[str, Any]) -> None:
-    """``save_pipeline`` from the ``facts`` of ``checkpoint.export``: codec and text encoder are read from the paths that stand there."""
+    """``save_pipeline`` with the codec and text encoder at the paths in ``facts`` (as for
+    ``interop.export``).
+    """
     if not model.config.reads_text:
         raise InputError(
-            "--to is 'pipeline', which is text to video, but this model reads no captions; give --to official"
+            "--to pipeline is text to video, but this model reads no captions; use --to official"
         )
-    diffusers_state(
-        model, (facts.get("about") or {}).get("gate_steps")
-    )  # refuse what diffusers cannot express before a T5 is read
+    # refuse what diffusers cannot express before a T5 is read
+    diffusers_state(model, (facts.get("about") or {}).get("gate_steps"))
     codec, text = facts.get("codec") or {}, facts.get("text") or {}
     name, path = text.get("name"), text.get("path")
-    require(
+    check(
         name in (None, "t5"),
-        "the text encoder",
-        name,
-        f"a LattePipeline reads captions with {ENCODER} of transformers alone",
-        "keep this model in our own folder (--to latte)",
+        f"the text encoder is {name!r}, but a LattePipeline needs {ENCODER}; use --to latte",
     )
-    require(
+    check(
         path is not None,
-        "--text-encoder",
-        path,
-        "a pipeline holds its text encoder, and this source does not say where it is",
-        "give the folder or hub id of the T5 that the model was trained with",
+        "a pipeline holds its text encoder, and this source has no path of one; "
+        "give --text-encoder with the folder or hub id of the T5 that the model was trained with",
     )
-    require(
+    check(
         codec.get("path") is not None,
-        "--codec",
-        codec.get("path"),
-        "a pipeline holds its autoencoder",
-        "give the folder or hub id of the one that the model was trained with",
+        "a pipeline holds its autoencoder, and this source has no path of one; "
+        "give --codec with the folder or hub id of the one that the model was trained with",
     )
     autoencoder = build_codec(CodecConfig(codec.get("name", "kl"), codec["path"]))
     fingerprint = read_fingerprint(codec)
-    require(
+    check(
         fingerprint in (None, autoencoder.fingerprint),
-        "--codec",
-        codec["path"],
-        f"the model learned latents of {fingerprint}",
-        "give that one",
+        f"--codec {codec['path']} is {autoencoder.fingerprint}, but the model learned latents of "
+        f"{fingerprint}; use that one",
     )
     save_pipeline(
         model, autoencoder, *load_t5(str(path)), DiffusionConfig(**facts.get("diffusion", {})), folder

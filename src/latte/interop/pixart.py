@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Starting text-to-video from PixArt-alpha, an image model: every one of its tensors has its place in LatteText.
+"""Starting text-to-video from PixArt-alpha, an image model: each of its tensors has a place in LatteText.
 
-The temporal blocks are new. What they add starts at zero, and the temporal table behind a gate that starts at zero, so at step 0 the
-model is PixArt, frame by frame. Training opens the gate to exactly 1, and then the model is one of the released LatteT2V's shape. Without
-the gate (``gated_time=False``) the table moves every frame from the start, which a run refuses.
+The temporal blocks are new. Their output starts at zero, and the temporal table is behind a gate that
+starts at zero, so at step 0 the model is PixArt, frame by frame. Training opens the gate to exactly 1; the
+model then has the shape of the released LatteT2V. Without the gate (``gated_time=False``) the table
+disturbs every frame from the start, which a run refuses.
 """
 
 import logging
@@ -14,7 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
-from latte.checks import InputError, require
+from latte.checks import InputError, check
 from latte.interop import diffusers
 from latte.interop.coverage import Coverage, Understanding, build, compare, some
 from latte.interop.key_maps import BRANCHES, unwrap
@@ -24,12 +25,13 @@ from latte.model.text import LatteText
 LOG = logging.getLogger(__name__)
 NEW = ("time_blocks.*", "time_gate")
 HINT = (
-    "it is an image model: start a run from it with train.init and text.gated_time=true, or allow what is missing, 'time_*', "
-    "which is then new and silent"
+    "it is an image model: start a run from it with train.init and text.gated_time=true, or allow the "
+    "missing 'time_*', "
+    "which is then new and adds nothing"
 )
-WAYS_OUT = {
-    "caption_channels": "give the text encoder that it was trained with",
-    "latent_channels": "give its autoencoder",
+ADVICE = {
+    "caption_channels": "use the text encoder that it was trained with",
+    "latent_channels": "use its autoencoder",
     "patch_size": "make them the same",
     "learn_sigma": "make them the same",
 }
@@ -37,7 +39,7 @@ MICRO = "adaln_single.emb.resolution_embedder."
 
 
 def recognise(names: Mapping[str, Any]) -> bool:
-    """Does a file with these names hold a PixArt transformer?"""
+    """Return whether a file with these names holds a PixArt transformer."""
     return (
         "transformer_blocks.0.scale_shift_table" in names
         and "adaln_single.linear.weight" in names
@@ -48,11 +50,13 @@ def recognise(names: Mapping[str, Any]) -> bool:
 def understand(
     tensors: Mapping[str, Tensor], card: Mapping[str, Any] | None, heads: int | None
 ) -> Understanding:
-    """As LatteT2V's, with a gate; InputError for the models of 1024 pixels, which are told the picture's size."""
+    """Read as LatteT2V, with a gate; InputError for the models of 1024 pixels, which are conditioned on the
+    size.
+    """
     if any(name.startswith(MICRO) for name in tensors):
         raise InputError(
-            "this PixArt is conditioned on resolution and aspect ratio, which a clip has no place for; "
-            "give the model of 512 pixels or less"
+            "this PixArt is conditioned on resolution and aspect ratio, which LatteText is not; "
+            "use the model of 512 pixels or less"
         )
     found = diffusers.understand(tensors, card, heads)
     return replace(found, config=replace(found.config, gated_time=True))
@@ -61,9 +65,10 @@ def understand(
 def from_pixart(
     source: str | Path, num_frames: int = 16, gated_time: bool = True, seed: int = 0, heads: int | None = None
 ) -> tuple[LatteText, Coverage]:
-    """A LatteText of PixArt's size, started from the folder, file or hub id ``source`` -> (model, report, which is logged, too).
+    """Return a LatteText of PixArt's size, started from the folder, file or hub id ``source``, and the
+    logged report.
 
-    The new weights are a function of ``seed``. InputError as for ``init_from_pixart``.
+    The new weights depend on ``seed`` alone. InputError as for ``init_from_pixart``.
     """
     tensors, found = read_pixart(source, heads)
     config = replace(found.config, num_frames=num_frames, gated_time=gated_time)
@@ -72,47 +77,44 @@ def from_pixart(
 
 
 def init_from_pixart(model: LatteText, source: str | Path) -> Coverage:
-    """Fill ``model`` from the PixArt at ``source`` (folder, file or hub id) -> the report, which is logged, too.
+    """Fill ``model`` from the PixArt at ``source`` (folder, file or hub id); return the report, which is
+    also logged.
 
-    The temporal blocks keep fresh weights but add nothing yet, and are ``missing`` in the report. InputError for another width, depth or
-    other heads (with both numbers), another text encoder, and files that are not PixArt-alpha.
+    The temporal blocks keep fresh weights but add nothing yet; they are ``missing`` in the report.
+    InputError for another width, depth or number of heads, another text encoder, and files that are not
+    PixArt-alpha.
     """
     return fill(model, source, *read_pixart(source, model.config.dimensions[2]))
 
 
 def read_pixart(source: str | Path, heads: int | None) -> tuple[dict[str, Tensor], Understanding]:
-    """(tensors, what they are) of a PixArt; ``heads`` counts where config.json says nothing."""
+    """Return tensors and configuration of a PixArt; ``heads`` is used where config.json has none."""
     path = fetch(source)
     tensors, card = unwrap(read_tensors(path, BRANCHES)[0]), read_card(path) or {}
     if not recognise(tensors):
         raise InputError(
-            f"weights {source} are not PixArt-alpha's (its tensors: {some(sorted(tensors))}); give its transformer folder"
+            f"weights {source} are not PixArt-alpha (first tensors: {some(sorted(tensors))}); use its "
+            "transformer folder"
         )
     return tensors, understand(tensors, card, None if "num_attention_heads" in card else heads)
 
 
 def fill(model: LatteText, source: str | Path, tensors: dict[str, Tensor], found: Understanding) -> Coverage:
-    """Load, and silence what is new."""
-    for what, ours, theirs in zip(
-        ("depth", "width", "heads"), model.config.dimensions, found.config.dimensions, strict=True
-    ):
-        require(
-            ours == theirs,
-            f"model.{what}",
-            ours,
-            f"the PixArt at {source} has {theirs}",
-            f"set model.{what}={theirs}",
+    """Load the tensors of a PixArt, and make the new temporal blocks add nothing."""
+    sizes = zip(("depth", "width", "heads"), model.config.dimensions, found.config.dimensions, strict=True)
+    for name, ours, pixart in sizes:
+        check(
+            ours == pixart,
+            f"model.{name} is {ours}, but the PixArt at {source} has {pixart}; set model.{name}={pixart}",
         )
-    for what, way_out in WAYS_OUT.items():
-        ours, theirs = getattr(model.config, what), getattr(found.config, what)
-        require(ours == theirs, f"model.{what}", ours, f"the PixArt at {source} has {theirs}", way_out)
-    grids = model.config.table_grid, found.config.table_grid
-    require(
-        grids[0] == grids[1],
-        "the grid of positions",
-        grids[0],
-        f"the PixArt at {source} has {grids[1]}",
-        f"set table_size={grids[1][0]}, in a run text.table_size",
+    for name, advice in ADVICE.items():
+        ours, pixart = getattr(model.config, name), getattr(found.config, name)
+        check(ours == pixart, f"model.{name} is {ours}, but the PixArt at {source} has {pixart}; {advice}")
+    ours, pixart = model.config.table_grid, found.config.table_grid
+    check(
+        ours == pixart,
+        f"the grid of positions is {ours}, but the PixArt at {source} has {pixart}; "
+        f"set table_size={pixart[0]} (text.table_size in a run)",
     )
     state, report = compare(str(source), "PixArt-alpha", tensors, found, model.state_dict())
     LOG.info("%s", report)
