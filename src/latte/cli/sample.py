@@ -2,14 +2,18 @@
 """``latte sample``: clips from a run, a weights folder, the hub or the built-in model."""
 
 import re
-from dataclasses import replace
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from latte.checks import InputError, check
 from latte.cli.options import Debug, Device, Dtype, Json, configure_logging, print_result, progress_line
+
+if TYPE_CHECKING:
+    from latte.inference.pipeline import VideoPipeline
+    from latte.inference.requests import SampleRequest
 
 Model = Annotated[
     str, typer.Argument(metavar="[MODEL]", help="A run folder, a weights folder, a hub id, or builtin.")
@@ -33,9 +37,7 @@ Count = Annotated[
 Steps = Annotated[
     str | None, typer.Option(metavar="N", help="Denoising steps: a number, or a respacing like ddim50.")
 ]
-SamplerName = Annotated[
-    str | None, typer.Option(metavar="NAME", help="ddpm, ddim, dpmpp, unipc, euler, heun, or flow.")
-]
+SamplerName = Annotated[str | None, typer.Option(metavar="NAME", help="One of {samplers}.")]
 Guidance = Annotated[float | None, typer.Option(help="Classifier-free guidance scale; 1 turns guidance off.")]
 Eta = Annotated[float | None, typer.Option(help="Noise of ddim, 0 to 1.")]
 Seed = Annotated[int, typer.Option(help="Seed of the first clip; each further clip adds 1.")]
@@ -46,13 +48,10 @@ Window = Annotated[
     int | None,
     typer.Option(metavar="N", help="For longer clips: the model sees N frames at a time, overlapping."),
 ]
-Longer = Annotated[
-    str | None,
-    typer.Option(metavar="NAME", help="How windows join: freenoise (scene stays) or chained (it moves on)."),
-]
+Longer = Annotated[str | None, typer.Option(metavar="NAME", help="How windows become a clip: {long_video}.")]
 Overlap = Annotated[
     int | None,
-    typer.Option(metavar="N", help="Frames that neighboring windows share; half a window by default."),
+    typer.Option(metavar="N", help="Frames that adjacent windows share; half a window by default."),
 ]
 First = Annotated[
     Path | None, typer.Option(metavar="FILE", help="First frame: an image, or a video's first frame.")
@@ -130,95 +129,103 @@ def sample(
     debug: Debug = False,
 ) -> None:
     """Generate clips: an mp4 each, one gif, and a contact sheet (rows: clips, columns: frames)."""
-    from latte.diffusion.long_video import LONG_VIDEO_METHODS
     from latte.inference import requests as read
-    from latte.inference.outputs import check_output_folder, clip_facts, default_folder
-    from latte.inference.pipeline import VideoPipeline
+    from latte.inference.generate import changed
+    from latte.inference.outputs import clip_facts
 
     configure_logging()
-    if out is not None:
-        check_output_folder(out)
-    windowed = {"--overlap": overlap, "--longer": longer}
-    refuse(windowed if window is None else {}, "needs --window, the frames that the model sees at a time")
-    texts = [read.check_prompt(text) for text in prompt or []] + (
-        read.read_prompts(prompts) if prompts else []
-    )
+    texts = check_before_loading(out, window, {"--overlap": overlap, "--longer": longer}, prompt, prompts)
+    parts = {"codec_path": codec_path, "text_encoder_path": text_encoder, "text_bits": text_bits}
+    parts |= {"decoder": decoder, "lora": lora, "offload": offload, "device": device, "dtype": dtype}
+    pipe = load(model, texts, negative, parts)
+    unread = {"--negative": negative, "--text-encoder": text_encoder, "--text-bits": text_bits}
+    requests = make_requests(pipe, texts, labels, count, seed, unread)
     frame_size = read_size(size)
-    pipe = VideoPipeline.from_pretrained(
-        model,
-        dtype=dtype,
-        device=device,
-        codec_path=codec_path,
-        text_encoder_path=text_encoder,
-        text_bits=text_bits,
-        decoder=decoder,
-        lora=lora,
-        offload=offload,
-        prompts=[*texts, read.check_text(negative, "--negative")] if texts else [],
-    )
-    refuse_unread(
-        pipe,
-        bool(texts),
-        labels,
-        {"--negative": negative, "--text-encoder": text_encoder, "--text-bits": text_bits},
-    )
-    requests = (
-        read.prompt_requests(texts, count, seed) if texts else read.class_requests(pipe, labels, count, seed)
-    )
-    chosen = {
-        "steps": read_steps(steps),
-        "sampler": sampler,
-        "guidance": guidance,
-        "eta": eta,
-        "batch": batch,
-        "fps": fps,
-    }
-    options = {
-        "config": replace(pipe.sample, **{key: value for key, value in chosen.items() if value is not None}),
-        "frames": frames,
-        "size": frame_size,
-        "dtype": pipe.dtype,
-        "window": window,
-        "conditioning_frames": read.read_conditioning_frames(first, last, pipe.frame_size(frame_size)),
-        "longer": longer or next(iter(LONG_VIDEO_METHODS)),
-        "overlap": overlap,
-    }
-    facts = clip_facts(pipe, options, negative)
-    folder = default_folder(pipe, facts) if out is None else Path(out)
-    sheet, gif = pipe.write_clips(
-        requests,
-        folder,
-        negative,
-        facts=facts,
-        progress=lambda part, parts: progress_line("sample", part, parts),
-        **options,
-    )
-    clips = [
-        {
-            "path": str(folder / request.file),
-            "seed": request.seed,
-            "label": request.word,
-            "class": request.label,
-        }
-        | ({} if request.prompt is None else {"prompt": request.prompt})
-        for request in requests
-    ]
-    source = {"model": pipe.name, "weights_sha256": pipe.weights}
-    result = {"clips": clips, "sheet": str(sheet), "gif": str(gif), **source}
+    chosen = {"sampler": sampler, "guidance": guidance, "eta": eta, "batch": batch, "fps": fps}
+    options = {"config": changed(pipe.sample, steps=read_steps(steps), **chosen), "frames": frames}
+    options |= {"size": frame_size, "dtype": pipe.dtype, "window": window, "overlap": overlap}
+    options["longer"] = longer or "freenoise"
+    options["conditioning_frames"] = read.read_conditioning_frames(first, last, pipe.frame_size(frame_size))
+    folder, sheet, gif = write(pipe, requests, out, negative, clip_facts(pipe, options, negative), options)
+    clips = [describe(request, folder) for request in requests]
+    result = {"clips": clips, "sheet": str(sheet), "gif": str(gif)}
+    result |= {"model": pipe.name, "weights_sha256": pipe.weights}
     print_result(result, as_json, [*(clip["path"] for clip in clips), str(sheet), str(gif)])
 
 
-def refuse_unread(pipe: Any, has_prompt: bool, labels: str | None, text_options: dict[str, Any]) -> None:
-    """Raise InputError for options that this kind of model does not read, and for a text model without a
-    prompt.
-    """
-    pipe.check_prompts(has_prompt)
+def check_before_loading(
+    out: str | None, window: int | None, windowed: dict[str, Any], prompt: list[str] | None, file: Path | None
+) -> list[str]:
+    """Return the prompts; InputError for options that are wrong whatever the model is."""
+    from latte.inference.outputs import check_output_folder
+    from latte.inference.requests import check_prompt, read_prompts
+
+    if out is not None:
+        check_output_folder(out)
+    if window is None:
+        refuse(windowed, "needs --window, the frames that the model sees at a time")
+    texts = [check_prompt(text) for text in prompt or []]
+    if file is not None:
+        texts += read_prompts(file)
+    return texts
+
+
+def load(model: str, texts: list[str], negative: str, parts: dict[str, Any]) -> "VideoPipeline":
+    """Return the pipeline, which has encoded the prompts before the denoiser takes its memory."""
+    from latte.inference.pipeline import VideoPipeline
+    from latte.inference.requests import check_text
+
+    check_text(negative, "--negative")
+    prompts = texts and [*texts, negative]
+    return VideoPipeline.from_pretrained(model, prompts=prompts, **parts)
+
+
+def make_requests(
+    pipe: "VideoPipeline",
+    texts: list[str],
+    labels: str | None,
+    count: int | None,
+    seed: int,
+    unread: dict[str, Any],
+) -> "list[SampleRequest]":
+    """Return one request per clip; InputError for options that this kind of model does not read."""
+    from latte.inference.requests import class_requests, prompt_requests
+
+    pipe.check_prompts(bool(texts))
     if pipe.reader:
         refuse(
             {"--labels": labels}, f"is for class models, but {pipe.name} reads text; give a prompt instead"
         )
-    else:
-        refuse(text_options, f"is for text models, but {pipe.name} reads no text; leave it out")
+        return prompt_requests(texts, count, seed)
+    refuse(unread, f"is for text models, but {pipe.name} reads no text; leave it out")
+    return class_requests(pipe, labels, count, seed)
+
+
+def write(
+    pipe: "VideoPipeline",
+    requests: "list[SampleRequest]",
+    out: str | None,
+    negative: str,
+    facts: dict[str, Any],
+    options: dict[str, Any],
+) -> tuple[Path, Path, Path]:
+    """Write the clips into ``out``, or by default into samples/NAME-HASH; return (folder, sheet, gif)."""
+    from latte.inference.outputs import default_folder
+
+    def progress(part: int, parts: int) -> Callable[[int, int], None]:
+        return progress_line("sample", part, parts)
+
+    folder = Path(out or default_folder(pipe, facts))
+    return folder, *pipe.write_clips(requests, folder, negative, facts=facts, progress=progress, **options)
+
+
+def describe(request: "SampleRequest", folder: Path) -> dict[str, Any]:
+    """Return what --json prints of a clip."""
+    values = {"path": str(folder / request.file), "seed": request.seed}
+    values |= {"label": request.word, "class": request.label}
+    if request.prompt is not None:
+        values["prompt"] = request.prompt
+    return values
 
 
 def refuse(options: dict[str, Any], why: str) -> None:
@@ -229,7 +236,9 @@ def refuse(options: dict[str, Any], why: str) -> None:
 
 def read_steps(text: str | None) -> int | str | None:
     """Return '50' as 50, and 'ddim50' as it is."""
-    return int(text) if text is not None and re.fullmatch(r"[0-9]{1,9}", text) else text
+    if text is not None and re.fullmatch(r"[0-9]{1,9}", text):
+        return int(text)
+    return text
 
 
 def read_size(text: str | None) -> tuple[int, int] | None:

@@ -6,7 +6,7 @@ Axes: b batch, f latent frames, t frames, c channels, h height, w width.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -79,50 +79,56 @@ def generate(
 ) -> Iterator[tuple[int, np.ndarray]]:
     """Return an iterator over (seed, uint8 (t h w c)), one clip per seed in order, computed batch by batch.
 
-    Args:
-        labels: one class number per seed, -1 for the null class; None: all null. A text model reads
-            ``prompts`` instead.
-        frames, size: clip length and (height, width) in pixels; by default what the model was trained with.
-        dtype: precision of matrix products.
-        progress: called as progress(done, total), counting denoising steps over all batches.
-        window, longer, overlap: the model sees ``window`` frames at a time, sharing ``overlap`` (None: half);
-            memory does not grow with ``frames``. ``longer``, a name in LONG_VIDEO_METHODS, is how windows become one clip
-            (diffusion/long_video.py).
-        conditioning_frames: {frame: uint8 (h w c) of the clip's size} that every clip contains, -1 for the
-            last frame; ``conditioning_strength`` is their guidance strength on the others
-            (diffusion/frame_conditioning.py).
-        decoder: decodes instead of ``codec``.
-        offload: the device that model and codec visit while they compute; otherwise they stay where they are.
+    Each seed has a class number in ``labels`` (-1 or None: the null class), or a text model a prompt.
+    ``frames`` and ``size``, (height, width) in pixels, default to what the model was trained with. ``dtype``
+    is the precision of matrix products. ``progress(done, total)`` counts denoising steps over all batches.
+    The model sees ``window`` frames at a time, sharing ``overlap`` (None: half), joined by ``longer`` of
+    LONG_VIDEO_METHODS. ``conditioning_frames``: {frame, -1 for the last: uint8 (h w c) of the clip's size},
+    with their guidance strength on the other frames. ``decoder`` decodes instead of ``codec``; ``offload``:
+    the device that parts visit while they compute.
 
-    Raises InputError at the call, before anything is computed, for labels, prompts, sizes or frames that do
-    not fit the model; RunError, while iterating, for a batch with NaN/Inf.
+    InputError at the call for conditions and settings that do not fit; RunError, while iterating, for
+    NaN/Inf.
     """
-    config, frames = config or SampleConfig(), model.config.num_frames if frames is None else frames
-    shape = check_settings(model, process, codec, config, frames, size, window, longer, overlap)
-    check_conditioning_frames(conditioning_frames or {}, codec, shape)
+    config = config or SampleConfig()
+    num_frames = model.config.num_frames if frames is None else frames
+    span = num_frames if window is None else window
+    images = conditioning_frames or {}
+    shape = check_settings(model, process, codec, config, num_frames, size, span, longer, overlap)
+    check_conditioning_frames(images, codec, shape)
     home = next(model.parameters()).device
-    device, decoder = offload or home, decoder or codec
+    device = offload or home
     denoiser_for = condition(model, labels, prompts, len(seeds), config.guidance, dtype, device)
+    walk = walker(config, process, device, conditioning_strength)
+    join = LONG_VIDEO_METHODS[longer]
 
     def run() -> Iterator[tuple[int, np.ndarray]]:
-        with borrowed(codec, device if conditioning_frames and offload else codec.device, codec.device):
-            latents, mask = encode_frames(conditioning_frames or {}, codec, shape)
-        known = latents.to(device), mask
-        join, walk = LONG_VIDEO_METHODS[longer], walker(config, process, device, conditioning_strength)
+        latents, mask = encode_frames(images, codec, shape, offload)
+        known = latents.to(device)
         model.eval()
         parts = [slice(start, start + config.batch) for start in range(0, len(seeds), config.batch)]
         for index, part in enumerate(parts):
-            advance = None if progress is None else partial_progress(progress, index, len(parts))
+            advance = progress and partial_progress(progress, index, len(parts))
             noise = SampleNoise(seeds[part])
             with borrowed(model, device, home):
-                z = join(walk, denoiser_for(part), noise, *known, window or frames, overlap, advance)
-            check_finite(z, seeds[part], "latent")
-            with torch.no_grad(), borrowed(decoder, offload or decoder.device, decoder.device):
-                decoded = decoder.decode(z)
-            check_finite(decoded, seeds[part], "decoded video")
-            yield from zip(seeds[part], np.asarray(to_uint8(decoded)), strict=True)
+                z = join(walk, denoiser_for(part), noise, known, mask, span, overlap, advance)
+            yield from zip(seeds[part], decode(decoder or codec, z, seeds[part], offload), strict=True)
 
     return run()
+
+
+def decode(decoder: Codec, z: Tensor, seeds: Sequence[int], offload: torch.device | None) -> np.ndarray:
+    """Decode latents (b f c h w) to uint8 (b t h w c), on ``offload`` if given; RunError for NaN/Inf."""
+    check_finite(z, seeds, "latent")
+    with torch.no_grad(), borrowed(decoder, offload or decoder.device, decoder.device):
+        video = decoder.decode(z)
+    check_finite(video, seeds, "decoded video")
+    return np.asarray(to_uint8(video))
+
+
+def changed(config: SampleConfig, **changes: Any) -> SampleConfig:
+    """Return ``config`` with those ``changes`` that are not None."""
+    return replace(config, **{key: value for key, value in changes.items() if value is not None})
 
 
 def check_settings(
@@ -132,7 +138,7 @@ def check_settings(
     config: SampleConfig,
     frames: int,
     size: tuple[int, int] | None,
-    window: int | None,
+    window: int,
     longer: str,
     overlap: int | None,
 ) -> tuple[int, int, int, int]:
@@ -141,8 +147,7 @@ def check_settings(
     """
     check(frames >= 1, f"frames must be at least 1, got {frames}")
     choose("longer", longer, LONG_VIDEO_METHODS)
-    length = frames if window is None else window
-    window_starts(frames, length, length // 2 if overlap is None else overlap)
+    window_starts(frames, window, window // 2 if overlap is None else overlap)
     indices(SAMPLERS[config.sampler], process.num_steps, config.steps)
     return frames, *latent_shape(model, codec, size)
 
@@ -174,21 +179,28 @@ def check_conditioning_frames(
         )
         check(
             image.shape[:2] == size,
-            f"conditioning frame {frame} has the size {image.shape[:2]}, but the clips have {size}; resize it",
+            f"conditioning frame {frame} has the size {image.shape[:2]}, but clips have {size}; resize it",
         )
 
 
 @torch.no_grad()
 def encode_frames(
-    conditioning_frames: Mapping[int, np.ndarray], codec: Codec, shape: tuple[int, ...]
+    conditioning_frames: Mapping[int, np.ndarray],
+    codec: Codec,
+    shape: tuple[int, ...],
+    offload: torch.device | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Encode {frame: uint8 (h w c)}; return latents (1 f c h w) of ``shape`` (f c h w), 0 elsewhere, and a
-    bool mask (f,).
+    bool mask (f,). With ``offload`` the codec visits that device.
     """
-    latents, mask = torch.zeros(1, *shape, device=codec.device), torch.zeros(shape[0], dtype=torch.bool)
-    for frame, image in conditioning_frames.items():
-        latents[:, frame] = codec.encode(to_float(image[None])[None])[:, 0]  # (1 c h w)
-        mask[frame] = True
+    mask = torch.zeros(shape[0], dtype=torch.bool)
+    if not conditioning_frames:
+        return torch.zeros(1, *shape, device=codec.device), mask
+    with borrowed(codec, offload or codec.device, codec.device):
+        latents = torch.zeros(1, *shape, device=codec.device)
+        for frame, image in conditioning_frames.items():
+            latents[:, frame] = codec.encode(to_float(image[None])[None])[:, 0]  # (1 c h w)
+            mask[frame] = True
     return latents, mask
 
 
@@ -260,10 +272,7 @@ def check_labels(model: Denoiser, labels: Sequence[int] | None, count: int) -> T
     """
     classes = model.config.num_classes
     if classes is None:
-        check(
-            labels is None,
-            f"labels are {labels}, but this model is unconditional (model.num_classes is null); leave them out",
-        )
+        check(labels is None, f"labels are {labels}, but this model is unconditional; leave them out")
         return None
     labels = [-1] * count if labels is None else labels
     check(

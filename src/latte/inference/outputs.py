@@ -2,7 +2,7 @@
 """A folder of generated clips: one mp4 per seed, a gif of all of them, a contact sheet, and a record of what
 they are.
 
-The record (clips.json; 0.1.0 called it album.json) holds what the clips are a function of, their prompts if
+The record (clips.json) holds what the clips are a function of, their prompts if
 they have any, and the hash of each finished file. A second run into the same folder generates only what is
 missing, in the same batches, so a killed job that is repeated ends with the same files as one that was never
 killed.
@@ -31,7 +31,8 @@ from latte.files import commit_file, reported
 from latte.inference.requests import SampleRequest
 
 FORMAT = 1
-RECORD, OLD_RECORD = "clips.json", "album.json"
+RECORD = "clips.json"
+OLD_RECORD = "album.json"  # of 0.1.0
 MAX_SHOWN = 16  # clips on the sheet and in the gif
 Frames = np.ndarray | Tensor | list[list[Image.Image]]
 Generate = Callable[[int, Sequence[SampleRequest]], Iterable[tuple[int, np.ndarray]]]
@@ -73,7 +74,7 @@ def to_frames(frames: np.ndarray | Tensor | Sequence[Image.Image | np.ndarray]) 
         )
     check(
         frames.ndim == 4 and frames.shape[-1] == 3,
-        f"frames have the shape {frames.shape}; pass one video (t h w 3), such as frames[0] of a pipeline's output",
+        f"frames have the shape {frames.shape}; pass one video (t h w 3), e.g. frames[0] of the output",
     )
     if frames.dtype == np.uint8:
         return frames
@@ -89,7 +90,8 @@ def clip_facts(pipe: Any, options: Mapping[str, Any], negative: str = "") -> dic
     ``options`` are those of ``VideoPipeline.generate``. The keys, and so the default folder names, are those
     of 0.1.0.
     """
-    images, window = options["conditioning_frames"], options["window"]
+    images = options["conditioning_frames"]
+    window = options["window"]
     facts = {key: value for key, value in asdict(options["config"]).items() if key != "batch"}
     facts |= {"weights": pipe.weights, "codec": pipe.codec.fingerprint}
     facts |= {"frames": options["frames"], "size": options["size"], "dtype": str(options["dtype"])}
@@ -120,7 +122,8 @@ def check_output_folder(folder: str | Path, num_bytes: int = 0) -> Path:
     check(str(folder) != "", "--out is empty; give the name of a folder")
     path = Path(folder)
     try:
-        exists, is_folder = os.path.lexists(path), path.is_dir()
+        exists = os.path.lexists(path)
+        is_folder = path.is_dir()
         parent = next(place for place in (path, *path.absolute().parents) if place.is_dir())
     except (OSError, ValueError) as error:  # names that no file can have
         raise InputError(
@@ -209,7 +212,8 @@ def is_finished(folder: Path, request: SampleRequest, record: Mapping[str, Any])
     """Return whether the request's file is there, unaltered and of the same prompt (shortened names can
     collide).
     """
-    name, files = request.file, record["files"]
+    name = request.file
+    files = record["files"]
     same = record.get("prompts", {}).get(name) == request.prompt
     return same and name in files and (folder / name).is_file() and file_sha256(folder / name) == files[name]
 
@@ -227,7 +231,8 @@ def write_overview(folder: Path, requests: Sequence[SampleRequest], fps: float) 
         info = probe(folder / request.file)
         clips.append(read_frames(info, range(info.frames)))
     captions = [caption_of(request) for request in requests]
-    sheet, gif = folder / "sheet.png", folder / "clips.gif"
+    sheet = folder / "sheet.png"
+    gif = folder / "clips.gif"
     with reported("the contact sheet", sheet):
         contact_sheet(clips, captions=captions).save(sheet)
     write_gif(gif, mosaic(clips), fps)
@@ -236,8 +241,10 @@ def write_overview(folder: Path, requests: Sequence[SampleRequest], fps: float) 
 
 def caption_of(request: SampleRequest) -> str:
     """Return the line above a clip on the contact sheet."""
-    name = request.prompt if request.label is None else request.word or str(request.label)
-    return f"seed {request.seed}" + (f", {name}" if name else "")
+    name = request.prompt or request.word
+    if name is None and request.label is not None:
+        name = str(request.label)
+    return ", ".join(filter(None, [f"seed {request.seed}", name]))
 
 
 def mosaic(clips: Sequence[np.ndarray], gap: int = 2) -> np.ndarray:

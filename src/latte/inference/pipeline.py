@@ -6,41 +6,59 @@ Axes: b clips, t f frames, h height, w width, c channels.
 """
 
 import logging
-import re
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypedDict, TypeVar, Unpack
 
 import numpy as np
 import torch
 
-from latte.autoencoder.codec import Codec, CodecConfig, build_codec, decoder_for
-from latte.checks import InputError, check, choose
+from latte.autoencoder.codec import Codec, CodecConfig, decoder_for
+from latte.checks import check, choose
 from latte.diffusion.config import DiffusionConfig, build_process
-from latte.diffusion.frame_conditioning import DEFAULT_STRENGTH
-from latte.inference.generate import SampleConfig, generate
+from latte.inference.generate import SampleConfig, changed, generate
 from latte.inference.outputs import OUTPUT_TYPES, Frames, check_output_folder, smallest_clip, write_clips
 from latte.inference.prompts import PromptReader
-from latte.inference.requests import Image, SampleRequest, as_list, choose_seeds, read_conditioning_frames
-from latte.inference.run_folder import open_run
-from latte.inference.stored import StoredModel, open_external_model, open_weights_folder
+from latte.inference.requests import (
+    Conditioned,
+    Image,
+    SampleRequest,
+    as_list,
+    choose_seeds,
+    read_conditioning_frames,
+    repeat,
+)
+from latte.inference.run_folder import open_source
+from latte.inference.stored import check_complete, open_codec, open_reader
 from latte.interop.export import publish, save_ours
 from latte.interop.lora import CLIPS, load_lora, merged
-from latte.interop.resolve import resolve
 from latte.model.denoiser import Denoiser
 from latte.runtime import DTYPES, resolve_device, resolve_dtype
 from latte.tensors import tensors_sha256
-from latte.text.encoders import TextEncoderConfig, same_weights
+from latte.text.encoders import same_weights
 
 RENAMED_OPTIONS = {"given": "conditioning_frames", "given_strength": "conditioning_strength"}  # of 0.1.0
 LOG = logging.getLogger(__name__)
 LONG_JOB = 600.0  # seconds from which on the log estimates the time left
 BatchProgress = Callable[[int, int], Callable[[int, int], None]]
+T = TypeVar("T")
 Callback = Callable[["VideoPipeline", int, int, dict[str, Any]], Any]
+
+
+class CallOptions(TypedDict, total=False):
+    """Further options of a call, which diffusers' pipelines do not have."""
+
+    sampler: str  # a name in SAMPLERS
+    eta: float  # noise of ddim, 0 to 1
+    batch_size: int  # videos generated at once; it does not change them
+    window: int  # for more frames than the model was trained with: frames that it sees at a time
+    longer: str  # how windows become one video, a name in LONG_VIDEO_METHODS
+    overlap: int  # frames that adjacent windows share; half a window by default
+    conditioning_strength: float  # guidance strength of image and last_image on the other frames
 
 
 @dataclass(frozen=True)
@@ -52,7 +70,7 @@ class VideoPipelineOutput:
 
 
 @dataclass(eq=False)
-class VideoPipeline:
+class VideoPipeline(Conditioned):
     """Generate videos: ``VideoPipeline.from_pretrained("builtin")(class_labels=["up"], seed=7).frames``.
 
     ``name`` is the source, ``weights`` the hash of the weights, ``classes`` the class names in label order,
@@ -94,41 +112,38 @@ class VideoPipeline:
         prompts: Sequence[str] = (),
     ) -> Self:
         """Load 'builtin', a run folder or one of its checkpoints, a weights folder, an external checkpoint or
-        a hub id.
+        a hub id. InputError when a part is missing, altered or does not fit the model.
 
         A run provides its EMA weights. ``codec_path`` and ``text_encoder_path`` locate weights that have
         moved; ``codec`` and ``diffusion`` supply parts that the source does not record. ``decoder``: path or
-        hub id of a KL autoencoder that decodes instead (such as one with a temporal decoder). ``text_bits`` 8
-        holds a T5 in int8. ``prompts`` are encoded now, before the denoiser takes its memory; others can be
-        encoded later. InputError when a part is missing, altered or does not fit the model.
+        hub id of a KL autoencoder that decodes instead. ``text_bits`` 8 holds a T5 in int8. ``lora``:
+        adapters to merge. ``offload``: as ``enable_model_cpu_offload``. ``prompts`` are encoded now, before
+        the denoiser takes its memory; others can be encoded later.
         """
         work = resolve_device(device)
-        if offload:
-            check(
-                work.type != "cpu",
-                f"CPU offload needs a GPU, but device is {str(work)!r}; leave --offload out",
-            )
-        home = torch.device("cpu") if offload else work
+        home = offload_home(work) if offload else work
         stored = open_source(source, codec_path, text_encoder_path, codec is not None)
         diffusion = stored.diffusion or diffusion
         check_complete(stored, diffusion, codec)
         assert diffusion is not None
         reader = open_reader(stored, work, text_encoder_path, text_bits, prompts)
         network, weights = stored.load()
+        codec = open_codec(stored, codec, codec_path, home)
         pipe = cls(
-            name=stored.name,
-            model=network.to(home),
-            diffusion=diffusion,
-            codec_config=stored.codec,
-            codec=open_codec(stored, codec, codec_path, home),
-            classes=stored.classes,
-            sample=stored.sample,
-            weights=weights,
-            reader=reader,
-            about=stored.about,
-            offload=work if offload else None,
-            dtype=resolve_dtype(dtype, work),
+            stored.name,
+            network.to(home),
+            diffusion,
+            stored.codec,
+            codec,
+            stored.classes,
+            stored.sample,
+            weights,
         )
+        pipe.reader = reader
+        pipe.about = stored.about
+        pipe.dtype = resolve_dtype(dtype, work)
+        if offload:
+            pipe.offload = work
         if lora is not None:
             pipe.load_lora_weights(lora)
         if decoder is not None:
@@ -140,7 +155,6 @@ class VideoPipeline:
         prompt: str | Sequence[str] | None = None,
         class_labels: int | str | Sequence[int | str] | None = None,
         negative_prompt: str | None = None,
-        *,
         num_frames: int | None = None,
         height: int | None = None,
         width: int | None = None,
@@ -151,81 +165,49 @@ class VideoPipeline:
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         image: Image | None = None,
         last_image: Image | None = None,
-        sampler: str | None = None,
-        eta: float | None = None,
-        batch_size: int | None = None,
-        window: int | None = None,
-        longer: str = "freenoise",
-        overlap: int | None = None,
-        conditioning_strength: float = DEFAULT_STRENGTH,
         callback_on_step_end: Callback | None = None,
         output_type: str = "np",
+        **options: Unpack[CallOptions],
     ) -> VideoPipelineOutput:
-        """Generate ``num_videos_per_prompt`` videos per prompt or class label; settings left out are the
-        model's own (``sample``).
+        """Generate ``num_videos_per_prompt`` videos per prompt or class label.
 
-        Args:
-            prompt: text or texts, for a text model. ``negative_prompt`` is what guidance steers all of them
-                away from.
-            class_labels: names or numbers, for a class model; "none" and -1 are the null (unconditional)
-                class.
-            num_frames, height, width: size of the videos in frames and pixels; by default what the model was
-                trained with.
-            num_inference_steps: denoising steps, or a respacing such as "ddim50". ``sampler``: a name of
-                ``SAMPLERS``; ``eta``: ddim's.
-            guidance_scale: classifier-free guidance; 1 turns it off.
-            seed: video i uses seed + i, or pass one seed per video. ``generator``: source of the seeds
-                instead. Without either the seeds come from torch's global generator. A video depends on its
-                own seed alone, not on its batch.
-            image, last_image: first and last frame (PIL image, array (h w c), tensor (c h w) or path),
-                cropped and resized to fit.
-            window, longer, overlap: for more frames than the model was trained with, see
-                ``latte.diffusion.long_video``.
-            conditioning_strength: guidance strength of ``image`` and ``last_image`` on the other frames.
-            batch_size: videos generated at once; it does not change them.
-            callback_on_step_end: called as (pipe, step, timestep, {}) after every denoising step of every
-                batch; the return value is ignored.
-            output_type: "np": float32 (b t h w c) in [0, 1]; "pt": tensor (b t c h w) in [0, 1]; "pil": lists
-                of images; "uint8": array (b t h w c).
+        What is left out is the model's own: size, frames and ``self.sample``. Conditions: ``prompt`` for a
+        text model, ``negative_prompt`` is what guidance steers away from; ``class_labels``, names or numbers,
+        for a class model, "none" and -1 are the null class. ``image`` and ``last_image`` are the first and
+        the last frame (PIL image, array (h w c), tensor (c h w) or path), cropped and resized to fit.
 
-        Returns an object with ``frames`` and ``seeds``. InputError for arguments that do not fit the model,
-        RunError for NaN/Inf.
+        Video i has the seed ``seed`` + i, or the i-th of a list, or one drawn from ``generator`` (None:
+        torch's global one), and depends on nothing else of its batch. ``num_inference_steps`` is a count or a
+        respacing such as "ddim50". ``callback_on_step_end(pipe, step, timestep, {})`` is called after each
+        step of each batch. ``output_type``: a key of OUTPUT_TYPES. ``options``: see CallOptions.
+
+        Returns ``.frames`` and ``.seeds``. InputError for arguments that do not fit, RunError for NaN/Inf.
         """
         convert = choose("output_type", output_type, OUTPUT_TYPES)
-        prompts, labels = as_list("prompt", prompt), as_list("class_labels", class_labels)
-        self.check_conditions(prompts, labels)
-        items = prompts or labels or [None]
         check(
             num_videos_per_prompt >= 1,
             f"num_videos_per_prompt must be at least 1, got {num_videos_per_prompt}",
         )
-        seeds = choose_seeds(seed, generator, len(items) * num_videos_per_prompt)
-        changes = {
-            "sampler": sampler,
-            "steps": num_inference_steps,
-            "guidance": guidance_scale,
-            "eta": eta,
-            "batch": batch_size,
-        }
+        prompts = repeat(as_list("prompt", prompt), num_videos_per_prompt)
+        labels = repeat(as_list("class_labels", class_labels), num_videos_per_prompt)
+        self.check_conditions(prompts, labels)
+        seeds = choose_seeds(seed, generator, len(prompts or labels or range(num_videos_per_prompt)))
+        names = {"sampler": "sampler", "eta": "eta", "batch_size": "batch"}
+        changes = {name: options.pop(key, None) for key, name in names.items()}
         default = self.frame_size()
-        size = None if height is None and width is None else (height or default[0], width or default[1])
+        size = height or default[0], width or default[1]
         with self.step_callback(callback_on_step_end) as progress:
             clips = self.generate(
                 seeds,
-                labels and [label for label in labels for _ in range(num_videos_per_prompt)],
-                prompts and [text for text in prompts for _ in range(num_videos_per_prompt)],
+                labels,
+                prompts,
                 negative_prompt or "",
-                config=replace(
-                    self.sample, **{key: value for key, value in changes.items() if value is not None}
-                ),
+                config=changed(self.sample, steps=num_inference_steps, guidance=guidance_scale, **changes),
                 frames=num_frames,
                 size=size,
-                window=window,
-                longer=longer,
-                overlap=overlap,
-                conditioning_frames=read_conditioning_frames(image, last_image, size or default),
-                conditioning_strength=conditioning_strength,
+                conditioning_frames=read_conditioning_frames(image, last_image, size),
                 progress=progress,
+                **options,
             )
             return VideoPipelineOutput(convert(np.stack([clip for _, clip in clips])), seeds)
 
@@ -253,18 +235,13 @@ class VideoPipeline:
             "offload": self.offload,
             "dtype": self.dtype,
         }
-        numbers = None if labels is None else [self.label(label) for label in labels]
+        options = {**defaults, **options}
+        if labels is not None:
+            labels = [self.label(label) for label in labels]
         self.check_prompts(prompts is not None)
-        encoded = self.reader(prompts, negative) if self.reader and prompts is not None else None
-        return generate(
-            self.model,
-            build_process(self.diffusion),
-            self.codec,
-            seeds,
-            numbers,
-            prompts=encoded,
-            **{**defaults, **options},
-        )
+        if self.reader and prompts is not None:
+            options["prompts"] = self.reader(prompts, negative)
+        return generate(self.model, build_process(self.diffusion), self.codec, seeds, labels, **options)
 
     def write_clips(
         self,
@@ -284,18 +261,20 @@ class VideoPipeline:
         sheet, gif). InputError, before anything is computed, for settings that do not fit; RunError for a
         full disk and for NaN/Inf, with nothing of that batch written.
         """
-        config, began = options.get("config", self.sample), time.monotonic()
+        began = time.monotonic()
+        config = options.get("config", self.sample)
         batches = -(-len(requests) // config.batch)
-        height, width = self.frame_size(options.get("size"))
         frames = options.get("frames") or self.model.config.num_frames
-        check_output_folder(folder, len(requests) * smallest_clip(frames, height, width))
+        check_output_folder(
+            folder, len(requests) * smallest_clip(frames, *self.frame_size(options.get("size")))
+        )
 
         def run(number: int, part: Sequence[SampleRequest]) -> Iterator[tuple[int, np.ndarray]]:
             labels = [request.label for request in part if request.label is not None] or None
             prompts = [request.prompt for request in part if request.prompt is not None] or None
-            advance = progress(number, batches) if progress else None
-            seeds = [request.seed for request in part]
-            yield from self.generate(seeds, labels, prompts, negative, progress=advance, **options)
+            if progress:
+                options["progress"] = progress(number, batches)
+            yield from self.generate([request.seed for request in part], labels, prompts, negative, **options)
             left = (batches - 1) * (time.monotonic() - began)
             if number == 0 and left > LONG_JOB:
                 LOG.info("%d batches of clips: about %.1f hours left", batches, left / 3600)
@@ -338,8 +317,10 @@ class VideoPipeline:
         unknown = named.keys() - {"device", "dtype"}
         check(not unknown, f"to() accepts device and dtype, got {', '.join(sorted(unknown))}")
         for target in (*targets, *named.values()):
-            if isinstance(target, torch.dtype) or target in DTYPES:
-                self.dtype = resolve_dtype(target, self.device)
+            if isinstance(target, torch.dtype) or str(target) in DTYPES:
+                self.dtype = choose(
+                    "dtype", target, {**DTYPES, **{dtype: dtype for dtype in DTYPES.values()}}
+                )
                 continue
             device = resolve_device(target)
             self.offload = None
@@ -375,14 +356,13 @@ class VideoPipeline:
         for part, fingerprint in own.items():
             check(
                 None in (fingerprint, facts.get(part)) or same_weights(str(facts[part]), str(fingerprint)),
-                f"the {part} of {self.name} is {fingerprint}, but the adapters in {folder} were trained with {facts.get(part)}; "
-                "use adapters of this model",
+                f"the {part} of {self.name} is {fingerprint}, but the adapters in {folder} were trained with "
+                f"{facts.get(part)}; use adapters of this model",
             )
         self.model = merged(self.model).to(next(self.model.parameters()).device)
-        size = {key: facts[key] for key in CLIPS if facts.get(key)}
-        size = {key: tuple(value) if isinstance(value, list) else value for key, value in size.items()}
-        self.model.config = replace(self.model.config, **size)
-        self.name, self.classes = f"{self.name}+{Path(folder).name}", facts["classes"]
+        self.model.config = replace(self.model.config, **{key: facts[key] for key in CLIPS if facts.get(key)})
+        self.name = f"{self.name}+{Path(folder).name}"
+        self.classes = facts["classes"]
         self.weights = tensors_sha256(self.model.state_dict())
 
     def save_pretrained(self, folder: str | Path, half: bool = False) -> None:
@@ -391,7 +371,8 @@ class VideoPipeline:
 
         ``half`` stores float16, half the bytes; it is read back as float32.
         """
-        save_ours(self.model, Path(folder), self.facts(), torch.float16 if half else torch.float32)
+        dtypes = {True: torch.float16, False: torch.float32}
+        save_ours(self.model, Path(folder), self.facts(), dtypes[half])
 
     def push_to_hub(self, repo_id: str, private: bool | None = None, token: str | None = None) -> str:
         """Upload what ``save_pretrained`` writes to the hub as owner/name; returns the commit's address."""
@@ -399,77 +380,19 @@ class VideoPipeline:
 
     def facts(self) -> dict[str, Any]:
         """Return what config.json stores beside the model's keys, as plain data."""
-        path = self.codec_config.path if self.codec_config else None
-        text = {**asdict(self.reader.config), "fingerprint": self.reader.fingerprint} if self.reader else None
-        return {
+        codec = {"name": self.codec.name, "path": None, "fingerprint": self.codec.fingerprint}
+        if self.codec_config:
+            codec["path"] = self.codec_config.path
+        facts = {
             "diffusion": asdict(self.diffusion),
-            "codec": {"name": self.codec.name, "path": path, "fingerprint": self.codec.fingerprint},
+            "codec": codec,
             "classes": self.classes,
             "sample": asdict(self.sample),
             "about": dict(self.about),
-            **({"text": text} if text else {}),
         }
-
-    def check_conditions(self, prompts: Sequence[str] | None, labels: Sequence[int | str] | None) -> None:
-        """Raise InputError unless there are prompts for a text model, labels for a class model, neither
-        for an unconditional one.
-        """
-        self.check_prompts(prompts is not None)
-        for label in labels or ():
-            self.label(label)
-        if self.model.config.num_classes is not None and labels is None and not self.reader:
-            raise InputError(
-                f"class_labels is missing, but {self.name} has the classes {self.describe_classes()}; pass names or numbers, "
-                "or 'none' for the null (unconditional) class"
-            )
-
-    def check_prompts(self, present: bool) -> None:
-        """Raise InputError unless prompts are ``present`` exactly for a text model."""
-        if present and self.reader is None:
-            raise InputError(
-                f"a prompt was given, but {self.name} reads no text; leave it out, or use a model that was trained on captions"
-            )
-        if self.reader and not present:
-            raise InputError(
-                f"{self.name} reads text, but no prompt was given; give one, e.g. --prompt 'a red square moves left'"
-            )
-
-    def label(self, label: int | str) -> int:
-        """Return the number of a class by name or number; 'none' and -1 are the null class. InputError
-        lists the classes.
-        """
-        count = self.model.config.num_classes
         if self.reader:
-            raise InputError(f"label {label!r} was given, but {self.name} reads text; give a prompt instead")
-        if count is None:
-            raise InputError(
-                f"label {label!r} was given, but {self.name} is unconditional; leave the labels out"
-            )
-        numbers: dict[int | str, int] = {
-            "none": -1,
-            **{name: number for number, name in enumerate(self.classes)},
-        }
-        if isinstance(label, str) and label not in numbers and not re.fullmatch(r"-?\d{1,9}", label):
-            return choose("label", label, numbers)
-        number = int(numbers.get(label, label))
-        check(
-            -1 <= number < count,
-            f"label {label!r} is out of range: {self.name} has the classes {self.describe_classes()}; give one of them",
-        )
-        return number
-
-    def class_name(self, label: int) -> str:
-        """Return the name of a class number, the number as text where classes have no names, 'none' for
-        -1.
-        """
-        if label < 0:
-            return "none"
-        return self.classes[label] if self.classes else str(label)
-
-    def describe_classes(self) -> str:
-        """Return text such as '0 to 3 (up, down, left, right)'."""
-        count = self.model.config.num_classes or 0
-        return f"0 to {count - 1}" + (f" ({', '.join(self.classes)})" if self.classes else "")
+            facts["text"] = {**asdict(self.reader.config), "fingerprint": self.reader.fingerprint}
+        return facts
 
     def frame_size(self, size: tuple[int, int] | None = None) -> tuple[int, int]:
         """Return (height, width) of the videos in pixels: ``size``, or what the model was trained with."""
@@ -477,67 +400,10 @@ class VideoPipeline:
         return size or (height * self.codec.downscale, width * self.codec.downscale)
 
 
-def open_source(
-    source: str | Path,
-    codec_path: str | None = None,
-    text_encoder_path: str | None = None,
-    own_codec: bool = False,
-) -> StoredModel:
-    """Describe the model at any source that ``from_pretrained`` accepts; InputError for anything else.
-
-    ``own_codec``: the caller supplies the codec, so its record is not read.
-    """
-    found = resolve(source)
-    if found.run is not None:
-        return open_run(found.path, own_codec)
-    if found.kind == "weights":
-        return open_weights_folder(found.path, found.name, own_codec)
-    return open_external_model(found, codec_path, text_encoder_path)
-
-
-def check_complete(stored: StoredModel, diffusion: DiffusionConfig | None, codec: Codec | None) -> None:
-    """Raise InputError that lists what a source with the denoiser alone needs beside it."""
-    actions = {
-        "give its autoencoder with --codec-path or codec=": codec is None and stored.codec is None,
-        "give its T5 with --text-encoder": stored.lacks_text,
-        "pass the diffusion process that it was trained with as diffusion=": diffusion is None,
-    }
-    missing = "; ".join(action for action, needed in actions.items() if needed)
-    check(
-        not missing,
-        f"{stored.name} holds only the denoiser, which generates latents: {missing} "
-        "(VideoPipeline.save_pretrained records all of this)",
-    )
-
-
-def open_reader(
-    stored: StoredModel, device: torch.device, path: str | None, bits: int | None, prompts: Sequence[str]
-) -> PromptReader | None:
-    """Return the prompt reader of a text model, after it has encoded ``prompts``; None for other models."""
-    if stored.text is None:
-        return None
-    config: TextEncoderConfig = replace(
-        stored.text, path=path or stored.text.path, bits=bits or stored.text.bits
-    )
-    reader = PromptReader(config, device, stored.text_fingerprint)
-    if prompts:
-        reader.learn(prompts)
-    return reader
-
-
-def open_codec(stored: StoredModel, codec: Codec | None, path: str | None, device: torch.device) -> Codec:
-    """Return ``codec``, or the one that ``stored`` records; InputError unless the model was trained on its
-    latents.
-    """
-    if codec is None:
-        assert stored.codec is not None
-        codec = build_codec(replace(stored.codec, path=path or stored.codec.path), device)
-    check(
-        stored.codec_fingerprint in (None, codec.fingerprint),
-        f"codec is {codec.name} {codec.fingerprint}, but the model was trained on the latents of {stored.codec_fingerprint}; "
-        "give the weights it was trained with by --codec-path",
-    )
-    return codec
+def offload_home(work: torch.device) -> torch.device:
+    """Return where parts rest when they visit ``work`` only to compute; InputError when that is no GPU."""
+    check(work.type != "cpu", f"CPU offload needs a GPU, but device is {str(work)!r}; leave --offload out")
+    return torch.device("cpu")
 
 
 Trained = VideoPipeline
@@ -549,24 +415,9 @@ def load_trained(
     codec_path: str | None = None,
     text_encoder_path: str | None = None,
     prompts: Sequence[str] = (),
-    lora: str | Path | None = None,
-    decoder: str | None = None,
-    text_bits: int | None = None,
-    offload: bool = False,
+    **options: Any,
 ) -> VideoPipeline:
-    """Load a model as 0.1.0 did, with float32 matrix products. Deprecated: use
-    ``VideoPipeline.from_pretrained``.
-    """
+    """Load a model as 0.1.0 did, with float32 matrix products. Deprecated: use ``from_pretrained``."""
     warnings.warn("load_trained is now VideoPipeline.from_pretrained", DeprecationWarning, stacklevel=2)
-    return VideoPipeline.from_pretrained(
-        source,
-        dtype="fp32",
-        device=device,
-        codec_path=codec_path,
-        text_encoder_path=text_encoder_path,
-        text_bits=text_bits,
-        decoder=decoder,
-        lora=lora,
-        offload=offload,
-        prompts=prompts,
-    )
+    options |= {"codec_path": codec_path, "text_encoder_path": text_encoder_path, "prompts": prompts}
+    return VideoPipeline.from_pretrained(source, dtype="fp32", device=device, **options)

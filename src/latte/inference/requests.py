@@ -9,6 +9,7 @@ import hashlib
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from numbers import Integral
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,10 +19,12 @@ import torch
 from PIL import Image as PillowImage
 from torch import Tensor
 
-from latte.checks import InputError, check, printable
+from latte.checks import InputError, check, choose, printable
 from latte.data.clips import centre_crop_resize
 from latte.data.frame_folder import IMAGE_SUFFIXES, read_image
 from latte.data.media import probe, read_frames
+from latte.inference.prompts import PromptReader
+from latte.model.denoiser import Denoiser
 
 Image = str | Path | PillowImage.Image | np.ndarray | Tensor
 MAX_CLIPS = 100_000  # of one call: twice the largest set that a published score needs
@@ -45,38 +48,114 @@ class SampleRequest:
 
         The hash of a prompt follows its first letters, because two prompts can begin alike.
         """
-        word = re.sub(r"[^A-Za-z0-9_-]+", "-", self.word or self.prompt or "").strip("-")[:40].strip("-")
-        number = "" if self.label is None or self.label < 0 else str(self.label)
-        digest = "" if self.prompt is None else hashlib.sha256(self.prompt.encode()).hexdigest()[:6]
-        parts = ["seed", f"{self.seed:04d}", number, word, digest]
+        parts = ["seed", f"{self.seed:04d}"]
+        if self.label is not None and self.label >= 0:
+            parts.append(str(self.label))
+        parts.append(
+            re.sub(r"[^A-Za-z0-9_-]+", "-", self.word or self.prompt or "").strip("-")[:40].strip("-")
+        )
+        if self.prompt is not None:
+            parts.append(hashlib.sha256(self.prompt.encode(errors="surrogatepass")).hexdigest()[:6])
         return "-".join(part for part in parts if part) + ".mp4"
 
 
-def class_requests(pipe: Any, labels: str | None, count: int | None, seed: int) -> list[SampleRequest]:
+class Conditioned:
+    """What a pipeline's model can be conditioned on. Abstract: ``VideoPipeline`` provides the attributes."""
+
+    name: str
+    model: Denoiser
+    classes: list[str]
+    reader: PromptReader | None
+
+    def check_conditions(self, prompts: Sequence[str] | None, labels: Sequence[int | str] | None) -> None:
+        """Raise InputError unless there are prompts for a text model, labels for a class model, else
+        neither.
+        """
+        self.check_prompts(prompts is not None)
+        for label in labels or ():
+            self.label(label)
+        if self.model.config.num_classes is not None and labels is None and not self.reader:
+            raise InputError(
+                f"class_labels is missing, but {self.name} has the classes {self.describe_classes()}; "
+                "pass names or numbers, or 'none' for the null (unconditional) class"
+            )
+
+    def check_prompts(self, present: bool) -> None:
+        """Raise InputError unless prompts are ``present`` exactly for a text model."""
+        if present and self.reader is None:
+            raise InputError(
+                f"a prompt was given, but {self.name} reads no text; leave it out, "
+                "or use a model that was trained on captions"
+            )
+        if self.reader and not present:
+            raise InputError(
+                f"{self.name} reads text, but no prompt was given; "
+                "give one, e.g. --prompt 'a red square moves left'"
+            )
+
+    def label(self, label: int | str) -> int:
+        """Return the number of a class given by name or number; 'none' and -1 are the null class."""
+        count = self.model.config.num_classes
+        if self.reader:
+            raise InputError(f"label {label!r} was given, but {self.name} reads text; give a prompt instead")
+        if count is None:
+            raise InputError(
+                f"label {label!r} was given, but {self.name} is unconditional; leave the labels out"
+            )
+        numbers: dict[int | str, int] = {name: number for number, name in enumerate(self.classes)}
+        numbers.setdefault("none", -1)
+        if isinstance(label, str) and label not in numbers and not re.fullmatch(r"-?[0-9]{1,9}", label):
+            return choose("label", label, numbers)
+        number = int(numbers.get(label, label))
+        check(
+            -1 <= number < count,
+            f"label {label!r} is out of range: {self.name} has the classes {self.describe_classes()}; "
+            "give one of them",
+        )
+        return number
+
+    def class_name(self, label: int) -> str:
+        """Return the name of a class number (the number where classes have no names), 'none' for -1."""
+        if label < 0:
+            return "none"
+        return self.classes[label] if self.classes else str(label)
+
+    def describe_classes(self) -> str:
+        """Return text such as '0 to 3 (up, down, left, right)'."""
+        count = self.model.config.num_classes or 0
+        names = ", ".join(map(printable, self.classes))
+        return f"0 to {count - 1}" + f" ({names})" * bool(names)
+
+
+def class_requests(
+    pipe: Conditioned, labels: str | None, count: int | None, seed: int
+) -> list[SampleRequest]:
     """Return ``count`` requests (None: 4, or one per label) with seeds from ``seed`` up; labels repeat in
     turn.
 
     ``labels``: class names or numbers separated by commas, None: every class of the pipeline that has clips.
     """
-    words = [word.strip() for word in labels.split(",") if word.strip()] if labels is not None else []
+    words = [word.strip() for word in (labels or "").split(",") if word.strip()]
     if labels is not None and not words:
         raise InputError(f"--labels {labels!r} names no class; give names or numbers separated by commas")
     numbers = [pipe.label(word) for word in words]
     num_classes = pipe.model.config.num_classes
     if not numbers and num_classes is not None:
         numbers = list(range(num_classes))
-    count = max(4, len(words)) if count is None else count
+    if count is None:
+        count = max(4, len(words))
     check_counts(count, seed)
-    picked = [numbers[index % len(numbers)] if numbers else None for index in range(count)]
-    return [
-        SampleRequest(seed + index, label, None if label is None else pipe.class_name(label))
-        for index, label in enumerate(picked)
-    ]
+    seeds = range(seed, seed + count)
+    if not numbers:
+        return [SampleRequest(number) for number in seeds]
+    labels_in_turn = zip(seeds, cycle(numbers), strict=False)
+    return [SampleRequest(number, label, pipe.class_name(label)) for number, label in labels_in_turn]
 
 
 def prompt_requests(prompts: Sequence[str], count: int | None, seed: int) -> list[SampleRequest]:
     """Return ``count`` (None: 1) requests per prompt, in order, with seeds from ``seed`` up."""
-    count = 1 if count is None else count
+    if count is None:
+        count = 1
     check_counts(count, seed, len(prompts))
     return [
         SampleRequest(seed + index, prompt=prompts[index // count]) for index in range(count * len(prompts))
@@ -106,7 +185,8 @@ def check_text(text: str, option: str) -> str:
         text.encode()
     except UnicodeEncodeError:
         raise InputError(
-            f"{option} {printable(text[:80])!r} is not valid UTF-8; give the text in UTF-8, or a file with --prompts"
+            f"{option} {printable(text[:80])!r} is not valid UTF-8; "
+            "give the text in UTF-8, or a file with --prompts"
         ) from None
     return text
 
@@ -125,20 +205,28 @@ def read_prompts(path: Path) -> list[str]:
         lines = [line.strip() for line in path.read_text("utf-8-sig").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(
-            f"--prompts {name!r} cannot be read ({type(error).__name__}); give a text file in UTF-8, one prompt per line"
+            f"--prompts {name!r} cannot be read ({type(error).__name__}); "
+            "give a text file in UTF-8, one prompt per line"
         ) from None
     found = [line for line in lines if line]
     check(bool(found), f"--prompts {name!r} holds no prompt; give a text file with one prompt per line")
     return found
 
 
-def as_list(name: str, value: T | Iterable[T] | None) -> list[T] | None:
+def as_list(name: str, value: Any) -> list[Any] | None:
     """Return one value or several as a list, None as it is; InputError for an empty list."""
     if value is None:
         return None
-    values = [value] if isinstance(value, str | Integral) else list(value)  # type: ignore[arg-type]
+    if isinstance(value, str | Integral) or not isinstance(value, Iterable):
+        return [value]
+    values = list(value)
     check(bool(values), f"{name} is empty; pass at least one, or leave it out")
-    return values  # type: ignore[return-value]
+    return values
+
+
+def repeat(values: list[T] | None, times: int) -> list[T] | None:
+    """Repeat each value ``times``, in order; None stays None."""
+    return values and [value for value in values for _ in range(times)]
 
 
 def choose_seeds(
@@ -154,24 +242,28 @@ def choose_seeds(
         count <= MAX_CLIPS,
         f"this makes {count:,} videos, but one call generates at most {MAX_CLIPS:,}; split it",
     )
-    if isinstance(seed, Integral):
-        check(0 <= seed < 2**63 - count, f"seed must be in [0, 2^63), got {seed}")
-        return [int(seed) + index for index in range(count)]
-    if seed is not None:
+    if isinstance(seed, Sequence | np.ndarray):
         check(
             len(seed) == count,
             f"there are {len(seed)} seeds for {count} videos; pass one seed, or one per video",
         )
         return [int(value) for value in seed]
-    sources = [generator] * count if isinstance(generator, torch.Generator | None) else list(generator)
-    check(
-        len(sources) == count,
-        f"there are {len(sources)} generators for {count} videos; pass one, or one per video",
-    )
-    return [
-        int(torch.randint(2**31, (), generator=source, device=source.device if source else None))
-        for source in sources
-    ]
+    if seed is not None:
+        check(0 <= seed < 2**63 - count, f"seed must be in [0, 2^63), got {seed}")
+        return list(range(int(seed), int(seed) + count))
+    if isinstance(generator, Sequence):
+        check(
+            len(generator) == count,
+            f"there are {len(generator)} generators for {count} videos; pass one, or one per video",
+        )
+        return [draw_seed(source) for source in generator]
+    return [draw_seed(generator) for _ in range(count)]
+
+
+def draw_seed(generator: torch.Generator | None) -> int:
+    """Return a seed drawn from ``generator``, None: from torch's global one."""
+    device = generator.device if generator else torch.device("cpu")
+    return int(torch.randint(2**31, (), generator=generator, device=device))
 
 
 def read_conditioning_frames(
@@ -201,10 +293,13 @@ def read_frame(image: Image, frame: int) -> np.ndarray:
     if isinstance(image, PillowImage.Image):
         return np.asarray(image.convert("RGB"))
     if isinstance(image, Tensor):
-        image = image.detach().cpu().movedim(-3, -1).numpy() if image.ndim >= 3 else image.numpy()  # (h w c)
+        check(image.ndim in (3, 4), f"image has the shape {tuple(image.shape)}; pass a tensor (3 h w)")
+        image = image.detach().cpu().movedim(-3, -1).numpy()  # (h w c)
     if not isinstance(image, np.ndarray):
         raise InputError(f"image is a {type(image).__name__}; pass a PIL image, an array, a tensor or a path")
-    array = image[0] if image.ndim == 4 and len(image) == 1 else image
+    array = image
+    if array.ndim == 4 and len(array) == 1:
+        array = array[0]  # (h w c)
     check(
         array.ndim == 3 and array.shape[2] == 3 and array.size > 0,
         f"image has the shape {image.shape}; pass an array (h w 3), or a tensor (3 h w)",

@@ -19,10 +19,19 @@ from latte.checkpoint.run import Checkpoint, load_checkpoint, load_latest
 from latte.checks import InputError, check, command_line
 from latte.diffusion.config import DiffusionConfig
 from latte.inference.generate import SampleConfig
-from latte.inference.stored import StoredModel, load_network, typed
+from latte.inference.stored import (
+    StoredModel,
+    check_complete,
+    load_network,
+    open_external_model,
+    open_weights_folder,
+    optional,
+    typed,
+)
 from latte.interop.coverage import Coverage
 from latte.interop.init import Start, rebuild
 from latte.interop.lora import LoraConfig, merged
+from latte.interop.resolve import resolve
 from latte.model.denoiser import Denoiser
 from latte.model.text import config_class
 from latte.tensors import tensors_sha256
@@ -36,6 +45,24 @@ def run_of(path: Path) -> Path | None:
     """Return the run folder that ``path`` is, or that it is a checkpoint of; None for any other path."""
     run = path.parents[1] if path.parent.name == "checkpoints" else path
     return run if (run / RUN_FILE).is_file() else None
+
+
+def open_source(
+    source: str | Path,
+    codec_path: str | None = None,
+    text_encoder_path: str | None = None,
+    own_codec: bool = False,
+) -> StoredModel:
+    """Describe the model at any source that ``from_pretrained`` accepts; InputError for anything else.
+
+    ``own_codec``: the caller supplies the codec, so its record is not read.
+    """
+    found = resolve(source)
+    if found.run is not None:
+        return open_run(found.path, own_codec)
+    if found.kind == "weights":
+        return open_weights_folder(found.path, found.name, own_codec)
+    return open_external_model(found, codec_path, text_encoder_path)
 
 
 def open_run(path: Path, own_codec: bool = False) -> StoredModel:
@@ -53,7 +80,9 @@ def stored_run(
     """Describe the model of a run that ``read_run`` has read."""
     facts = checkpoint.state["facts"]
     text = section(folder, sections, "text", TextEncoderConfig)
-    codec = section(folder, sections, "codec", CodecConfig) if "codec" in sections and not own_codec else None
+    codec = None
+    if "codec" in sections and not own_codec:
+        codec = section(folder, sections, "codec", CodecConfig)
 
     def load() -> tuple[Denoiser, str]:
         network = load_run_network(folder, sections, checkpoint)
@@ -115,7 +144,7 @@ def read_sections(file: Path) -> dict[str, Any]:
     for name, values in sections.items():
         check(
             values is None or name == "version" or isinstance(values, dict),
-            f"{file}: {name} is {str(values)[:40]!r}, but it must be a section with its keys indented under it",
+            f"{file}: {name} is {str(values)[:40]!r}, but it must be a section of keys",
         )
     return {name: values for name, values in sections.items() if values}
 
@@ -135,8 +164,8 @@ def check_unchanged(folder: Path, sections: Mapping[str, Any], checkpoint: Check
     if "text" in sections:
         check(
             bool(text.name) == (kind.reads_text),
-            f"text.name is {text.name!r}, but {checkpoint.path} was trained {'with' if kind.reads_text else 'without'} "
-            f"a text encoder; restore text.name in {folder / RUN_FILE}",
+            f"text.name is {text.name!r}, but {checkpoint.path} is a model of another kind; "
+            f"restore text.name in {folder / RUN_FILE}",
         )
     model = {key: value for key, value in sections.get("model", {}).items() if key in field_names(kind)}
     if text.name:
@@ -174,8 +203,7 @@ def load_run_network(folder: Path, sections: Mapping[str, Any], checkpoint: Chec
     train = sections.get("train", {})
     check(
         bool(train.get("init")),
-        f"{checkpoint.path} holds LoRA adapters, but {folder / RUN_FILE} has no train.init that names the weights under them; "
-        "restore it there",
+        f"{checkpoint.path} holds LoRA adapters, but {folder / RUN_FILE} has no train.init; restore it there",
     )
     start = Start(train["init"], train.get("init_mapping", "all"), tuple(train.get("init_gaps") or ()))
     lora = typed(
@@ -190,11 +218,9 @@ def run_facts(path: Path) -> tuple[Denoiser, Coverage, dict[str, Any]]:
     """
     folder, sections, checkpoint = read_run(path)
     stored = stored_run(folder, sections, checkpoint)
-    check(
-        stored.codec is not None and stored.diffusion is not None,
-        f"{folder / RUN_FILE} lacks the section {'codec' if stored.codec is None else 'diffusion'}; add it",
-    )
-    assert stored.codec and stored.diffusion
+    check_complete(stored, stored.diffusion, None)
+    assert stored.codec
+    assert stored.diffusion
     facts = {
         "diffusion": asdict(stored.diffusion),
         "classes": stored.classes,
@@ -219,30 +245,32 @@ def diffusion_of(
     records it.
     """
     values = sections.get("diffusion") or facts.get("diffusion")
-    return typed(DiffusionConfig, values, f"{folder / RUN_FILE}: diffusion") if values else None
+    return optional(DiffusionConfig, values, f"{folder / RUN_FILE}: diffusion")
 
 
 def about_run(sections: Mapping[str, Any], checkpoint: Checkpoint) -> dict[str, Any]:
     """Return a model card's training metadata: data by name (never its path), step, clips seen, and origin
     of the weights.
     """
-    facts, data, train = checkpoint.state["facts"], sections.get("data", {}), sections.get("train", {})
+    facts = checkpoint.state["facts"]
+    data = sections.get("data", {})
+    train = sections.get("train", {})
+    about: dict[str, Any] = {}
     clips = {key: data[key] for key in ("kind", "resolution", "frames", "interval") if key in data}
-    name = {"name": Path(data["root"]).name} if data.get("root") else {}
-    start = f", started from {Path(train['init']).name}" if train.get("init") else ""
-    what = f"LoRA adapters of rank {facts['lora']['rank']}" if "lora" in facts else "weights"
-    gate = (
-        {"gate_steps": train["gate_steps"]}
-        if facts["model"].get("gated_time") and "gate_steps" in train
-        else {}
-    )
-    return {
-        **({"data": {**name, **clips}} if clips else {}),
-        "step": checkpoint.step,
-        "clips_seen": checkpoint.step * facts["train"]["global_batch"],
-        "source": f"EMA {what} of a run{start}",
-        **gate,
-    }
+    if data.get("root"):
+        clips = {"name": Path(data["root"]).name, **clips}
+    if clips:
+        about["data"] = clips
+    about["step"] = checkpoint.step
+    about["clips_seen"] = checkpoint.step * facts["train"]["global_batch"]
+    about["source"] = "EMA weights of a run"
+    if "lora" in facts:
+        about["source"] = f"EMA LoRA adapters of rank {facts['lora']['rank']} of a run"
+    if train.get("init"):
+        about["source"] += f", started from {Path(train['init']).name}"
+    if facts["model"].get("gated_time") and "gate_steps" in train:
+        about["gate_steps"] = train["gate_steps"]
+    return about
 
 
 def field_names(kind: type) -> list[str]:

@@ -11,7 +11,7 @@ the released models have in common fills the gaps.
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,11 +19,12 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
-from latte.autoencoder.codec import CodecConfig, kind_at
+from latte.autoencoder.codec import Codec, CodecConfig, build_codec, kind_at
 from latte.checkpoint.record import read_fingerprint
 from latte.checks import InputError, check
 from latte.diffusion.config import DiffusionConfig
 from latte.inference.generate import SampleConfig
+from latte.inference.prompts import PromptReader
 from latte.interop.coverage import Coverage, build
 from latte.interop.load import Loaded, load_external
 from latte.interop.readers import read_tensors
@@ -34,7 +35,8 @@ from latte.tensors import check_finite, tensors_sha256
 from latte.text.encoders import TextEncoderConfig
 
 LOG = logging.getLogger(__name__)
-WEIGHTS, CARD = "model.safetensors", "config.json"
+WEIGHTS = "model.safetensors"
+CARD = "config.json"
 RELEASED_T2V = SampleConfig(sampler="ddim", steps="ddim50", guidance=7.5, batch=1)
 T = TypeVar("T")
 
@@ -45,9 +47,9 @@ class StoredModel:
     its weights.
 
     ``diffusion`` and ``codec`` are None where the source does not record them. The fingerprints are those of
-    the codec and the text encoder that the model was trained with, None where unknown. ``lacks_text``: the model reads
-    text, but where its T5 is stored is unknown. ``about`` is the
-    training metadata for a model card.
+    the codec and the text encoder that the model was trained with, None where unknown. ``lacks_text``: the
+    model reads text, but where its T5 is stored is unknown. ``about`` is the training metadata for a model
+    card.
     """
 
     name: str
@@ -87,8 +89,10 @@ def open_weights_folder(folder: Path, name: str, own_codec: bool = False) -> Sto
             "give a folder that VideoPipeline.save_pretrained wrote"
         ) from None
     where = str(folder / CARD)
-    text_keys = {key: text[key] for key in text if key not in ("fingerprint", "identity")} or {"name": "t5"}
-    codec_keys = {key: codec[key] for key in ("name", "path") if key in codec}
+    text_keys = {key: text[key] for key in text if key not in ("fingerprint", "identity")}
+    if kind.reads_text and not text_keys:
+        text_keys = {"name": "t5"}  # what the released models read, whose files do not record it
+    codec_keys = {key: codec[key] for key in ("name", "path") if key in codec and not own_codec}
     config, recorded = typed(kind, shape, where), card.get("weights_sha256")
 
     def load() -> tuple[Denoiser, str]:
@@ -104,12 +108,12 @@ def open_weights_folder(folder: Path, name: str, own_codec: bool = False) -> Sto
     return StoredModel(
         name=name,
         load=load,
-        diffusion=typed(DiffusionConfig, diffusion, f"{where}: diffusion") if diffusion else None,
-        codec=typed(CodecConfig, codec_keys, f"{where}: codec") if codec_keys and not own_codec else None,
+        diffusion=optional(DiffusionConfig, diffusion, f"{where}: diffusion"),
+        codec=optional(CodecConfig, codec_keys, f"{where}: codec"),
         sample=typed(SampleConfig, sample, f"{where}: sample"),
         classes=classes,
         codec_fingerprint=read_fingerprint(codec),
-        text=typed(TextEncoderConfig, text_keys, f"{where}: text") if kind.reads_text else None,
+        text=optional(TextEncoderConfig, text_keys, f"{where}: text"),
         text_fingerprint=read_fingerprint(text),
         about=about,
     )
@@ -146,7 +150,8 @@ def open_external(
 def open_external_model(source: Source, codec_path: str | None, text_encoder_path: str | None) -> StoredModel:
     """Describe an external checkpoint with the codec and the T5 at these paths.
 
-    A model alone in our own layout, as ``Latte.save_pretrained`` writes it, may have learned any diffusion process: None in the result.
+    A model alone in our own layout, as ``Latte.save_pretrained`` writes it, may have learned any diffusion
+    process: None in the result.
     """
     loaded, facts = open_external(source.name)
     place, text = codec_path or facts["codec"]["path"], facts.get("text")
@@ -189,12 +194,17 @@ def load_network(config: DenoiserConfig, tensors: Mapping[str, Tensor], where: s
     ]
     if faults:
         raise InputError(
-            f"{where} {faults[0]} ({len(faults)} faults in total): these weights belong to another model configuration"
+            f"{where} {faults[0]} ({len(faults)} faults in total): they belong to another configuration"
         )
     LOG.info("%s", Coverage(where, type(network).__name__, list(tensors), [], []))
     check_finite(tensors, where)
     network.load_state_dict({key: tensor.float() for key, tensor in tensors.items()}, assign=True)
     return network.requires_grad_(False).eval()
+
+
+def optional(kind: type[T], values: object, where: str) -> T | None:
+    """Return ``typed`` of ``values``, None where there are none."""
+    return typed(kind, values, where) if values else None
 
 
 def typed(kind: type[T], values: object, where: str) -> T:
@@ -206,4 +216,49 @@ def typed(kind: type[T], values: object, where: str) -> T:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         key = ".".join(str(part) for part in first["loc"])
-        raise InputError(f"{where}: {key + ': ' if key else ''}{first['msg']}; correct it there") from None
+        raise InputError(f"{where}: {key}{': ' * bool(key)}{first['msg']}; correct it there") from None
+
+
+def check_complete(stored: StoredModel, diffusion: DiffusionConfig | None, codec: Codec | None) -> None:
+    """Raise InputError that lists what a source with the denoiser alone needs beside it."""
+    actions = {
+        "give its autoencoder with --codec-path or codec=": codec is None and stored.codec is None,
+        "give its T5 with --text-encoder": stored.lacks_text,
+        "pass the diffusion process that it was trained with as diffusion=": diffusion is None,
+    }
+    missing = "; ".join(action for action, needed in actions.items() if needed)
+    check(
+        not missing,
+        f"{stored.name} holds only the denoiser, which generates latents: {missing} "
+        "(VideoPipeline.save_pretrained records all of this)",
+    )
+
+
+def open_reader(
+    stored: StoredModel, device: torch.device, path: str | None, bits: int | None, prompts: Sequence[str]
+) -> PromptReader | None:
+    """Return the prompt reader of a text model, after it has encoded ``prompts``; None for other models."""
+    if stored.text is None:
+        return None
+    config: TextEncoderConfig = replace(
+        stored.text, path=path or stored.text.path, bits=bits or stored.text.bits
+    )
+    reader = PromptReader(config, device, stored.text_fingerprint)
+    if prompts:
+        reader.learn(prompts)
+    return reader
+
+
+def open_codec(stored: StoredModel, codec: Codec | None, path: str | None, device: torch.device) -> Codec:
+    """Return ``codec``, or the one that ``stored`` records; InputError unless the model was trained on its
+    latents.
+    """
+    if codec is None:
+        assert stored.codec is not None
+        codec = build_codec(replace(stored.codec, path=path or stored.codec.path), device)
+    check(
+        stored.codec_fingerprint in (None, codec.fingerprint),
+        f"codec is {codec.name} {codec.fingerprint}, but the model was trained on the latents of "
+        f"{stored.codec_fingerprint}; give the weights it was trained with by --codec-path",
+    )
+    return codec
