@@ -201,7 +201,9 @@ def test_the_strength_of_given_frames_is_handed_on(trained, monkeypatch, strengt
         "conditioning_frames": {0: np.zeros((16, 16, 3), np.uint8)},
     }
     draw(trained, [0], [1], conditioning_strength=strength, **options)
-    assert asked == [strength, CHAIN_STRENGTH * strength], "of a chain, the later windows are given many frames"
+    assert asked == [strength, CHAIN_STRENGTH * strength], (
+        "of a chain, the later windows are given many frames"
+    )
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ Every clip has its own random stream, so the clip of a seed is the same, to roun
 Axes: b batch, f latent frames, t frames, c channels, h height, w width.
 """
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -94,7 +95,7 @@ def generate(
     num_frames = model.config.num_frames if frames is None else frames
     span = num_frames if window is None else window
     images = conditioning_frames or {}
-    shape = check_settings(model, process, codec, config, num_frames, size, span, longer, overlap)
+    shape = check_settings(model, process, codec, config, len(seeds), num_frames, size, span, longer, overlap)
     check_conditioning_frames(images, codec, shape)
     home = next(model.parameters()).device
     device = offload or home
@@ -136,6 +137,7 @@ def check_settings(
     process: Process | Flow,
     codec: Codec,
     config: SampleConfig,
+    num_clips: int,
     frames: int,
     size: tuple[int, int] | None,
     window: int,
@@ -147,9 +149,26 @@ def check_settings(
     """
     check(frames >= 1, f"frames must be at least 1, got {frames}")
     choose("longer", longer, LONG_VIDEO_METHODS)
+    shape = frames, *latent_shape(model, codec, size)
+    check_memory(min(config.batch, num_clips), shape, codec)
     window_starts(frames, window, window // 2 if overlap is None else overlap)
     indices(SAMPLERS[config.sampler], process.num_steps, config.steps)
-    return frames, *latent_shape(model, codec, size)
+    return shape
+
+
+def check_memory(batch: int, shape: tuple[int, int, int, int], codec: Codec) -> None:
+    """Raise InputError when the frames of one batch alone, as float32, exceed this machine's memory."""
+    frames, _, height, width = shape
+    needed = 4 * 3 * batch * frames * height * width * codec.downscale**2
+    try:
+        available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):  # not POSIX: unknown
+        return
+    check(
+        needed <= available,
+        f"one batch of {batch} clips of {frames} frames needs {needed / 2**30:,.0f} GiB for its pixels alone, but "
+        f"this machine has {available / 2**30:,.0f} GiB; lower --batch, --frames or --size",
+    )
 
 
 def check_finite(values: Tensor, seeds: Sequence[int], what: str) -> None:

@@ -188,10 +188,10 @@ class VideoPipeline(Conditioned):
             num_videos_per_prompt >= 1,
             f"num_videos_per_prompt must be at least 1, got {num_videos_per_prompt}",
         )
-        prompts = repeat(as_list("prompt", prompt), num_videos_per_prompt)
-        labels = repeat(as_list("class_labels", class_labels), num_videos_per_prompt)
+        prompts = as_list("prompt", prompt)
+        labels = as_list("class_labels", class_labels)
         self.check_conditions(prompts, labels)
-        seeds = choose_seeds(seed, generator, len(prompts or labels or range(num_videos_per_prompt)))
+        seeds = choose_seeds(seed, generator, len(prompts or labels or [None]) * num_videos_per_prompt)
         names = {"sampler": "sampler", "eta": "eta", "batch_size": "batch"}
         changes = {name: options.pop(key, None) for key, name in names.items()}
         default = self.frame_size()
@@ -199,8 +199,8 @@ class VideoPipeline(Conditioned):
         with self.step_callback(callback_on_step_end) as progress:
             clips = self.generate(
                 seeds,
-                labels,
-                prompts,
+                repeat(labels, num_videos_per_prompt),
+                repeat(prompts, num_videos_per_prompt),
                 negative_prompt or "",
                 config=changed(self.sample, steps=num_inference_steps, guidance=guidance_scale, **changes),
                 frames=num_frames,

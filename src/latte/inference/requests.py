@@ -291,7 +291,7 @@ def read_frame(image: Image, frame: int) -> np.ndarray:
         info = probe(path)
         return read_frames(info, [frame % info.frames])[0]
     if isinstance(image, PillowImage.Image):
-        return np.asarray(image.convert("RGB"))
+        return np.array(image.convert("RGB"))  # a copy, because torch wants writable arrays
     if isinstance(image, Tensor):
         check(image.ndim in (3, 4), f"image has the shape {tuple(image.shape)}; pass a tensor (3 h w)")
         image = image.detach().cpu().movedim(-3, -1).numpy()  # (h w c)
