@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Seconds and memory of a Frechet distance: python benchmarks/frechet.py [--rows 50000 --features 2048] (default: FVD's 2048 x 400).
+"""Seconds and memory of a Frechet distance: python benchmarks/frechet.py [--rows 50000 --features 2048].
 
-The banks are standard normal, so the value must lie near its expectation D (D + 5) / (2 N), which is printed beside it. On a busy
-machine read ``processor_s``, the seconds of all threads together.
+The default is FVD's 2048 x 400. The features are standard normal, so the value must be near its expectation D
+(D + 5) / (2 N), which is printed too. On a busy machine use ``processor_s``, the seconds of all threads
+together.
 """
 
 import argparse
@@ -21,13 +22,13 @@ from latte.runtime import generator
 
 
 def peak_bytes() -> int:
-    """Most memory that this process has held so far (Linux counts KiB, macOS bytes)."""
+    """Return the peak memory of this process (Linux counts KiB, macOS bytes)."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if platform.system() == "Darwin" else 1024)
 
 
 def main(argv: Sequence[str] | None = None) -> dict:
     """Measure, print one JSON line, return it."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--rows", type=int, default=2048)
     parser.add_argument("--features", type=int, default=400)
     parser.add_argument("--repeats", type=int, default=3)
@@ -36,10 +37,13 @@ def main(argv: Sequence[str] | None = None) -> dict:
     if options.threads:
         torch.set_num_threads(options.threads)
     n, k = options.rows, options.features
-    real, fake = (torch.randn(n, k, generator=generator(0, "bank", side)) for side in ("real", "fake"))
-    walls, processors, value = [], [], 0.0
+    real, fake = (torch.randn(n, k, generator=generator(0, "features", side)) for side in ("real", "fake"))
+    walls: list[float] = []
+    processors: list[float] = []
+    value = 0.0
     for _ in range(options.repeats):
-        wall, processor = time.perf_counter(), time.process_time()
+        wall = time.perf_counter()
+        processor = time.process_time()
         value = frechet_distance(real, fake)
         walls.append(time.perf_counter() - wall)
         processors.append(time.process_time() - processor)

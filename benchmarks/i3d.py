@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Seconds of the I3D features of a clip, ours against a plain port of the public module: python benchmarks/i3d.py.
+"""Seconds of the I3D features of a clip, ours against a plain port of the public module: python
+benchmarks/i3d.py.
 
-Both have the same random weights. Beside them: the plain port in channels-last order, ours without the call to oneDNN by name (what the
-public convolution chooses), ours in bf16. Ratios are medians over rounds in which all of them took turns.
+Both have the same random weights. Also measured: the plain port in channels-last order, ours without the
+explicit call to oneDNN, ours in bf16. Ratios are medians over rounds in which all of them ran alternately.
 """
 
 import argparse
@@ -26,22 +27,23 @@ from reference.i3d import (  # the plain port lives with the tests, which compar
 )
 
 
-def folded(plain: nn.Module) -> i3d.I3D:
-    """Ours with the weights of the plain port."""
+def with_weights_of(plain: nn.Module) -> i3d.I3D:
+    """Return our network with the weights of the plain port."""
     network = i3d.I3D()
     network.load_state_dict(
         fold_norms(rename(plain.state_dict(), i3d.NETWORK, "the plain port"), i3d.NORM_EPS)
     )
-    return channels_last(network).eval()
+    channels_last(network)
+    return network.eval()
 
 
 def operations(network: nn.Module, clip: Tensor) -> float:
-    """2 per multiply-add of every convolution on ``clip``."""
+    """Return the operations of every convolution on ``clip``, 2 per multiply-add."""
     total = 0
-    hooks = []
 
     def count(module: nn.Module, _: object, output: Tensor) -> None:
         nonlocal total
+        assert isinstance(module, Conv)
         total += 2 * module.weight[0].numel() * output.numel()
 
     hooks = [module.register_forward_hook(count) for module in network.modules() if isinstance(module, Conv)]
@@ -52,7 +54,7 @@ def operations(network: nn.Module, clip: Tensor) -> float:
 
 
 def through_public_calls(network: nn.Module, clip: Tensor) -> Tensor:
-    """``network(clip)`` with the convolution that torch chooses by itself."""
+    """Return ``network(clip)`` with the convolution that torch chooses."""
     chosen, layers.convolve = layers.convolve, layers.public_convolve
     try:
         return network(clip)
@@ -62,7 +64,7 @@ def through_public_calls(network: nn.Module, clip: Tensor) -> Tensor:
 
 def main(argv: Sequence[str] | None = None) -> dict:
     """Measure, print one JSON line, return it."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     measure.add_arguments(parser)
     parser.add_argument("--frames", type=int, default=16)
     parser.add_argument("--batch", type=int, default=1, help="clips at once")
@@ -71,13 +73,14 @@ def main(argv: Sequence[str] | None = None) -> dict:
     torch.manual_seed(0)
     clip = torch.rand(options.batch, 3, options.frames, 224, 224).to(device) * 2 - 1
     plain = wake_norms(PlainI3D(), seed=0)
-    ours = folded(plain)
+    ours = with_weights_of(plain)
     with torch.inference_mode():
         count = operations(ours, clip.cpu())
     ordered = wake_norms(PlainI3D(), seed=0).to(device, memory_format=torch.channels_last_3d)
-    plain, ours, half = plain.to(device), ours.to(device), folded(plain).to(device, torch.bfloat16)
+    plain, ours, half = plain.to(device), ours.to(device), with_weights_of(plain).to(device, torch.bfloat16)
     clip_ordered, clip_half = clip.contiguous(memory_format=torch.channels_last_3d), clip.bfloat16()
-    task, yard = measure.Task("ours", lambda: ours(clip), count), measure.matmul(device, dtype)
+    task = measure.Task("ours", lambda: ours(clip), count)
+    yard = measure.matmul(device, dtype)
     others = {
         "plain": lambda: plain(clip),
         "plain_channels_last": lambda: ordered(clip_ordered),

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A detector of a few operations: 16 x 16 pixels, 6 features that feel brightness, place and motion. Other processes can import it."""
+"""A detector of a few operations: 16 x 16 pixels, 6 features of brightness, position and motion. Other
+processes can import it.
+"""
 
 from pathlib import Path
 
@@ -23,9 +25,9 @@ class TinyNetwork(nn.Module):
         self.mix = nn.Parameter(torch.randn(6, 24, generator=generator(seed, "tiny")), requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        still = nn.functional.adaptive_avg_pool3d(x, (1, 2, 2)).flatten(1)
+        static = nn.functional.adaptive_avg_pool3d(x, (1, 2, 2)).flatten(1)
         motion = nn.functional.adaptive_avg_pool3d(x.diff(dim=2).abs(), (1, 2, 2)).flatten(1)
-        return torch.cat([still, motion], 1) @ self.mix.T
+        return torch.cat([static, motion], 1) @ self.mix.T
 
 
 def open_weights(path: Path | None = None, sha256: str | None = None) -> Weights:
@@ -50,7 +52,7 @@ def build_tiny(
     return Detector(name, SPEC, open_weights(path), pixels, layer, group, "cpu")
 
 
-def draw_clip(seed: int, frames: int = 7, size: int = 24) -> np.ndarray:
+def render_clip(seed: int, frames: int = 7, size: int = 24) -> np.ndarray:
     """uint8 (t h w c): a bright square that moves over a coarse pattern, both functions of the seed."""
     draw = generator(seed, "clip")
     ground = (
@@ -71,5 +73,5 @@ def draw_clip(seed: int, frames: int = 7, size: int = 24) -> np.ndarray:
 def write_side(folder: Path, seeds: range, frames: int = 7, fps: float = 8) -> Path:
     """A folder of mp4 files 00.mp4, 01.mp4, ..."""
     for index, seed in enumerate(seeds):
-        write_mp4(folder / f"{index:02d}.mp4", draw_clip(seed, frames), fps)
+        write_mp4(folder / f"{index:02d}.mp4", render_clip(seed, frames), fps)
     return folder

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Train the built-in detector on procedural clips: ``python -m tools.train_detector OUT.safetensors``.
 
-detector_clips.py draws the clips and says what is to be seen in them: the network classifies and measures all of it. The features are the
-layer before these answers, scaled when the training is over (``whiten``). A training that was stopped goes on where it was.
+detector_clips.py renders the clips with labels of their content, all of which the network predicts. The
+features are the layer before these predictions, whitened after the training (``whiten``). A training that was
+stopped resumes.
 Axes: b clips, t frames, c channels, h height, w width, k features.
 """
 
@@ -17,61 +18,60 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
-from latte.checks import require
+from latte.checks import check
 from latte.evaluation.networks.builtin import CLASSES, MEASURES, BuiltinDetector
 from latte.tensors import tensors_sha256
 from tools.detector_clips import POOL_FRAMES, UNKNOWN, draw_batch, draw_pool, procedural_clips, to_input
 
-TRAIN_SEED, TEST_SEED, SCALE_SEED = 7_100_000, 8_100_000, 7_200_000  # scenes that no recipe draws
-SCALED, SHRINKAGE = 640, 0.01  # clips that decide the features' scale; see whiten
+TRAIN_SEED, TEST_SEED, SCALE_SEED = 7_100_000, 8_100_000, 7_200_000  # scenes that no recipe uses
+SCALED, SHRINKAGE = 640, 0.01  # see whiten
 KEEP_EVERY = 500  # steps
 
 
 @dataclass(frozen=True)
 class DetectorConfig:
-    """``clips`` scenes are rendered once; a step sees ``batch`` of them."""
+    """Settings of a training."""
 
     steps: int = 8000
-    batch: int = 16
+    batch: int = 16  # clips per step
     lr: float = 2e-3
-    clips: int = 3072
+    clips: int = 3072  # scenes that are rendered once
     seed: int = 0
 
 
 def loss_of(model: BuiltinDetector, clips: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropies of the classes and squared errors of the measures, each a mean over the clips that show them, summed."""
-    answers, total = model.predict(to_input(clips)), torch.zeros(())
+    """Return the sum of the cross-entropies of the classes and squared errors of the measures, over clips
+    that have them.
+    """
+    outputs = model.predict(to_input(clips))
+    total = torch.zeros(())
     for i, name in enumerate(CLASSES):
         known = labels[:, i] != UNKNOWN
         if known.any():
-            error = functional.cross_entropy(answers[name][known], labels[known, i].long())
+            error = functional.cross_entropy(outputs[name][known], labels[known, i].long())
             total = total + (2 if name == "shape" else 1) * error  # shapes are the hardest
-    measured, wanted = torch.cat([answers[name] for name in MEASURES], 1), labels[:, len(CLASSES) :]
-    known = wanted.isfinite()
-    errors = torch.where(known, measured - wanted.nan_to_num(), 0).square()
+    measured = torch.cat([outputs[name] for name in MEASURES], 1)  # (b measures)
+    targets = labels[:, len(CLASSES) :]
+    known = targets.isfinite()
+    errors = torch.where(known, measured - targets.nan_to_num(), 0).square()
     return total + (errors.sum(0) / known.sum(0).clamp(min=1)).sum()
 
 
 @torch.no_grad()
 def condition(model: BuiltinDetector, clips: Tensor) -> None:
-    """Scale and shift every layer's filters, one layer after the other, so that on ``clips`` its outputs have mean 0 and variance 1."""
-    seen: list[Tensor] = []
-    for layer in (
-        model.stem,
-        model.down1,
-        model.time1,
-        model.down2,
-        model.time2,
-        model.last,
-        model.hidden,
-        model.second,
-    ):
-        with layer.register_forward_hook(lambda _module, _inputs, output: seen.append(output)):
+    """Scale and shift the filters of one layer after the other, so that its outputs on ``clips`` have mean 0,
+    variance 1.
+    """
+    captured: list[Tensor] = []
+    names = ("stem", "down1", "time1", "down2", "time2", "last", "hidden", "second")
+    for layer in (model.get_submodule(name) for name in names):
+        assert isinstance(layer, nn.Conv2d | nn.Linear)
+        with layer.register_forward_hook(lambda *call: captured.append(call[2])):
             model.embed(to_input(clips))
-        output = seen.pop()
+        output = captured.pop()
         var, mean = torch.var_mean(output, [axis for axis in range(output.ndim) if axis != 1])
         scale = (var + 1e-8).rsqrt()
         assert layer.bias is not None
@@ -85,9 +85,11 @@ def fit(
     keep: Path | None = None,
     log_every: int = 100,
 ) -> BuiltinDetector:
-    """Train from nothing, or from the weights ``start``; the learning rate rises for 50 steps and falls to 0 along a cosine.
+    """Train from random weights or from ``start``; the learning rate warms up for 50 steps and decays to 0
+    along a cosine.
 
-    The state goes to the file ``keep`` now and then, and what is there is gone on with. The last layer is left as it is drawn.
+    The state is saved to the file ``keep`` every KEEP_EVERY steps, and resumed from there. The last layer is
+    not trained.
     """
     pool = draw_pool(TRAIN_SEED + config.seed, config.clips)
     with torch.random.fork_rng(devices=[]):
@@ -99,60 +101,58 @@ def fit(
         )
     else:
         model.load_state_dict(start)
-    optimiser = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=1e-3)
-    first = read_state(keep, model, optimiser, config) if keep and keep.exists() else 0
-    started, recent = time.process_time(), []
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=1e-3)
+    first = read_state(keep, model, optimizer, config) if keep and keep.exists() else 0
+    started = time.process_time()
+    recent: list[float] = []
     for step in range(first, config.steps):
-        rate = min(1.0, (step + 1) / 50) * 0.5 * (1 + math.cos(math.pi * step / config.steps))
-        for group in optimiser.param_groups:
-            group["lr"] = config.lr * rate
+        factor = min(1.0, (step + 1) / 50) * 0.5 * (1 + math.cos(math.pi * step / config.steps))
+        for group in optimizer.param_groups:
+            group["lr"] = config.lr * factor
         loss = loss_of(model, *draw_batch(pool, config.batch, config.seed, step))
-        optimiser.zero_grad(set_to_none=True)
+        optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 5.0)
-        optimiser.step()
+        optimizer.step()
         recent = [*recent[1 - log_every :], loss.item()]
         if (step + 1) % log_every == 0 or step == config.steps - 1:
+            mean = sum(recent) / len(recent)
             print(
-                f"step {step + 1} loss {sum(recent) / len(recent):.4f} {time.process_time() - started:.0f} processor seconds",
-                flush=True,
+                f"step {step + 1} loss {mean:.4f} {time.process_time() - started:.0f} CPU seconds", flush=True
             )
         if keep and (step + 1) % KEEP_EVERY == 0:
-            write_state(keep, model, optimiser, config, step + 1)
+            write_state(keep, model, optimizer, config, step + 1)
     return model.eval()
 
 
 def write_state(
-    path: Path, model: BuiltinDetector, optimiser: torch.optim.AdamW, config: DetectorConfig, step: int
+    path: Path, model: BuiltinDetector, optimizer: torch.optim.AdamW, config: DetectorConfig, step: int
 ) -> None:
-    """Weights and the optimiser's two means of each, after ``step`` steps of ``config``."""
+    """Save the weights and both optimizer moments of each after ``step`` steps of ``config``."""
     state = {
         f"weight {name}": parameter.detach().contiguous() for name, parameter in model.named_parameters()
     }
     for name, parameter in model.named_parameters():
         for kind in ("exp_avg", "exp_avg_sq"):
-            if parameter in optimiser.state:
-                state[f"{kind} {name}"] = optimiser.state[parameter][kind].contiguous()
+            if parameter in optimizer.state:
+                state[f"{kind} {name}"] = optimizer.state[parameter][kind].contiguous()
     temporary = path.with_name(f"{path.name}.part")
     save_file(state, temporary, metadata={"step": str(step), "config": json.dumps(asdict(config))})
     temporary.replace(path)
 
 
 def read_state(
-    path: Path, model: BuiltinDetector, optimiser: torch.optim.AdamW, config: DetectorConfig
+    path: Path, model: BuiltinDetector, optimizer: torch.optim.AdamW, config: DetectorConfig
 ) -> int:
-    """Put back what ``write_state`` wrote -> the number of steps done; InputError when it is of another training."""
+    """Restore what ``write_state`` saved and return the number of steps done; InputError if it is of another
+    training.
+    """
     with safe_open(path, "pt") as file:
         written = file.metadata()
     same = json.loads(written["config"]) == asdict(config)
-    require(
-        same,
-        "the kept state",
-        str(path),
-        f"it is of {written['config']}",
-        "delete it, or train with those settings",
-    )
-    state, step = load_file(path), int(written["step"])
+    check(same, f"{path} is the state of {written['config']}; delete it, or train with those settings")
+    state = load_file(path)
+    step = int(written["step"])
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(state[f"weight {name}"])
@@ -161,33 +161,35 @@ def read_state(
                     kind: state[f"{kind} {name}"].clone(memory_format=torch.preserve_format)
                     for kind in ("exp_avg", "exp_avg_sq")
                 }
-                optimiser.state[parameter] = {"step": torch.tensor(float(step)), **kinds}
+                optimizer.state[parameter] = {"step": torch.tensor(float(step)), **kinds}
     return step
 
 
 @torch.no_grad()
 def whiten(model: BuiltinDetector, num_clips: int) -> None:
-    """Fill the last layer: the principal components of training clips, damaged ones among them, on the scale of undamaged clips.
+    """Fill the last layer: the principal components of training clips, corrupted ones included, on the scale
+    of clean clips.
 
-    That scale is the mean covariance of procedural clips of 16 frames and of 8, each about their own mean, and SHRINKAGE of that of
-    the training clips: without it a direction in which undamaged clips hardly differ drowns all others.
+    That scale is the mean covariance of procedural clips of 16 and of 8 frames, each about their own mean,
+    plus SHRINKAGE times that of the training clips: without it, a direction in which clean clips hardly
+    differ dominates all others.
     """
 
-    def codes(clips: Tensor) -> Tensor:
+    def embed(clips: Tensor) -> Tensor:
         return torch.cat([model.embed(to_input(part)) for part in clips.split(16)]).double()
 
     pool = draw_pool(SCALE_SEED, num_clips)
     shown = torch.cat(
-        [codes(draw_batch(pool, 16, SCALE_SEED, step)[0]) for step in range(num_clips // 16)]
+        [embed(draw_batch(pool, 16, SCALE_SEED, step)[0]) for step in range(num_clips // 16)]
     ).T.cov()
     clean = [
-        codes(procedural_clips(SCALE_SEED, num_clips // 2, frames)[0])
+        embed(procedural_clips(SCALE_SEED, num_clips // 2, frames)[0])
         for frames in (POOL_FRAMES, POOL_FRAMES // 2)
     ]
-    scale = sum((bank.T.cov() for bank in clean), SHRINKAGE * len(clean) * shown) / len(clean)
+    scale = sum((rows.T.cov() for rows in clean), SHRINKAGE * len(clean) * shown) / len(clean)
     axes = torch.linalg.eigh(shown).eigenvectors[:, -model.whiten.out_features :]
-    level, turned = torch.linalg.eigh(axes.T @ scale @ axes)
-    matrix = (axes @ turned / level.sqrt()).T
+    level, rotated = torch.linalg.eigh(axes.T @ scale @ axes)
+    matrix = (axes @ rotated / level.sqrt()).T
     model.whiten.weight.copy_(matrix)
     model.whiten.bias.copy_(-matrix @ clean[0].mean(0))
 
@@ -196,28 +198,32 @@ def whiten(model: BuiltinDetector, num_clips: int) -> None:
 def measure(
     model: BuiltinDetector, num_clips: int = 512, frames: int = 8, seed: int = TEST_SEED
 ) -> dict[str, float]:
-    """On unseen undamaged scenes: the share of right classes, and the mean absolute error of speed, size and place."""
+    """Return the accuracy of each class and the mean absolute error of speed, size and position on unseen
+    clean scenes.
+    """
     clips, labels = procedural_clips(seed, num_clips, frames)
     parts = [model.predict(to_input(part)) for part in clips.split(16)]
-    answers = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    outputs = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     result = {
-        name: (answers[name].argmax(1) == labels[:, i]).float().mean().item()
+        name: (outputs[name].argmax(1) == labels[:, i]).float().mean().item()
         for i, name in enumerate(CLASSES)
     }
     for name in ("speed", "size", "x", "y"):
-        wanted = labels[:, len(CLASSES) + MEASURES.index(name)]
-        result[f"{name}_error"] = (answers[name][:, 0] - wanted).abs().mean().item()
+        target = labels[:, len(CLASSES) + MEASURES.index(name)]
+        result[f"{name}_error"] = (outputs[name][:, 0] - target).abs().mean().item()
     return result
 
 
 def make_weights(out: Path, config: DetectorConfig, start: Path | None = None) -> dict:
-    """Train (on from ``start``), round to the stored float16, scale the features, measure, write to ``out`` with a card; the card."""
-    started, processor = time.perf_counter(), time.process_time()
+    """Train, round to float16, whiten, measure, write to ``out`` with a card, which is returned."""
+    started = time.perf_counter()
+    processor_started = time.process_time()
     with safe_open(start, "pt") if start else nullcontext() as file:
         before = json.loads(file.metadata()["card"]) if file else None
     keep = out.with_name(f"{out.name}.state")
     model = fit(config, load_file(start) if start else None, keep)
-    seconds, processor = time.perf_counter() - started, time.process_time() - processor
+    seconds = time.perf_counter() - started
+    processor = time.process_time() - processor_started
     model.half().float()
     whiten(model, SCALED)
     stored = {name: tensor.half().contiguous() for name, tensor in model.state_dict().items()}
@@ -247,16 +253,16 @@ def make_weights(out: Path, config: DetectorConfig, start: Path | None = None) -
 
 
 def main() -> None:
-    """The command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description="Train the built-in detector on procedural clips.")
     parser.add_argument("out", type=Path)
     for name, value in asdict(DetectorConfig()).items():
         parser.add_argument(f"--{name}", type=type(value), default=value)
-    parser.add_argument("--start", type=Path, help="weights to train on from")
+    parser.add_argument("--start", type=Path, help="weights to start from")
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     if not options.out.parent.is_dir():
-        parser.error(f"the folder {options.out.parent} does not exist; make it first")
+        parser.error(f"the folder {options.out.parent} does not exist; create it first")
     torch.set_num_threads(options.threads)
     config = DetectorConfig(**{name: getattr(options, name) for name in asdict(DetectorConfig())})
     print(json.dumps(make_weights(options.out, config, options.start)))

@@ -22,7 +22,7 @@ from latte.evaluation import report as page
 from latte.evaluation.detector_files import file_sha256
 from latte.evaluation.detectors import DETECTORS
 from latte.evaluation.frechet import frechet_distance
-from tiny_detector import TINY, draw_clip, write_side
+from tiny_detector import TINY, render_clip, write_side
 
 TINY3 = replace(TINY, name="tiny3", frames=3)
 
@@ -75,7 +75,7 @@ def test_a_score_with_its_manifest_and_again_from_it(latte, sides):
     assert other.code == 2
     assert len(other.errors) == 1
     assert "preset.name is 'tiny3'" in other.errors[0]
-    write_mp4(sides / "real" / "03.mp4", draw_clip(999), 8)
+    write_mp4(sides / "real" / "03.mp4", render_clip(999), 8)
     changed = latte("evaluate", "--from-manifest", found["manifest"], "--out", "third")
     assert changed.code == 2
     assert "not those of the manifest" in changed.errors[0]
@@ -101,7 +101,7 @@ REFUSALS = {
         "overlap in 1 videos",
     ),
     "short fake": (
-        lambda root: write_mp4(root / "fake" / "short.mp4", draw_clip(70, 3), 8),
+        lambda root: write_mp4(root / "fake" / "short.mp4", render_clip(70, 3), 8),
         "has 3 frames, 4 are needed",
     ),
     "broken fake": (
@@ -207,7 +207,7 @@ def write_features(root):
         np.save(root / f"{side}.npy", table.numpy())
         np.savez(root / f"{side}.npz", features=table.numpy(), labels=np.zeros((len(table), 2)))
         torch.save(table, root / f"{side}.pt")
-        torch.save({"names": ["a"], "epoch": torch.ones(3), "bank": {"x": table}}, root / f"{side}2.pt")
+        torch.save({"names": ["a"], "epoch": torch.ones(3), "nested": {"x": table}}, root / f"{side}2.pt")
         safetensors.torch.save_file({"features": table}, root / f"{side}.safetensors")
     for name in ("{}.npy", "{}.npz", "{}.pt", "{}2.pt", "{}.safetensors"):
         found[name] = (name.format("real"), name.format("fake"))
@@ -531,7 +531,7 @@ def other_size(root):
     for path in (root / "fake").iterdir():
         path.unlink()
     for index in range(7):
-        write_mp4(root / "fake" / f"{index:02d}.mp4", draw_clip(50 + index, size=48), 8)
+        write_mp4(root / "fake" / f"{index:02d}.mp4", render_clip(50 + index, size=48), 8)
 
 
 def test_sides_of_other_frame_sizes_are_refused_unless_allowed(latte, sides):

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The built-in detector knows what procedural clips show, sees damage, and is the one that figures were
-measured with.
+"""The built-in detector reads procedural clips, detects corruptions, and has the weights of the published
+scores.
 """
 
 import json
@@ -30,7 +30,7 @@ from latte.evaluation.networks.builtin import (
 from latte.runtime import generator
 from tools import detector_clips
 from tools import train_detector as training
-from tools.detector_clips import draw_batch, draw_damages, draw_pool, procedural_clips, show, to_input
+from tools.detector_clips import draw_batch, draw_corruptions, draw_pool, procedural_clips, show, to_input
 from tools.train_detector import DetectorConfig, fit, make_weights, measure
 
 UNSEEN = 123_456
@@ -50,7 +50,7 @@ def card() -> dict:
 
 
 def test_the_weights_never_change(detector):
-    """New weights would make other figures under the same protocol: they need a new version of it."""
+    """Other weights would give other scores under the same protocol: they need a new version of it."""
     assert detector.tensors_sha256[:16] == "529e66012020b9e0"
 
 
@@ -87,23 +87,23 @@ def test_features_do_not_depend_on_the_batch(detector):
 
 def test_order_and_speed_change_the_features(detector):
     clips = procedural_clips(UNSEEN, 8, 8)[0]
-    still = detector(clips)
+    plain = detector(clips)
     for other in (clips.flip(1), clips[:, [0, 2, 1, 3, 4, 6, 5, 7]], clips[:, ::2]):
-        assert ((detector(other) - still).norm(dim=1) > 0.1 * still.norm(dim=1)).all()
+        assert ((detector(other) - plain).norm(dim=1) > 0.1 * plain.norm(dim=1)).all()
 
 
 @pytest.mark.parametrize("name", ["blur", "frozen"])
-def test_the_distance_rises_with_damage(detector, monkeypatch, name):
+def test_the_distance_increases_with_corruption(detector, monkeypatch, name):
     monkeypatch.syspath_prepend(BENCHMARKS)
     import sensitivity
 
     real, clean = (
-        detector(sensitivity.draw_clips(1, 48, 8)),
-        sensitivity.draw_clips(sensitivity.FAKE_SEED, 48, 8),
+        detector(sensitivity.render_clips(1, 48, 8)),
+        sensitivity.render_clips(sensitivity.FAKE_SEED, 48, 8),
     )
-    strengths = sensitivity.DAMAGES[name][1]
+    strengths = sensitivity.CORRUPTIONS[name][1]
     values = [
-        frechet_distance(real, detector(sensitivity.damaged(name, strength, clean)))
+        frechet_distance(real, detector(sensitivity.corrupt(name, strength, clean)))
         for strength in strengths[::2]
     ]
     assert values == sorted(values)
@@ -111,15 +111,15 @@ def test_the_distance_rises_with_damage(detector, monkeypatch, name):
     del sys.modules["sensitivity"]
 
 
-def test_every_damage_leaves_strength_0_alone(monkeypatch):
+def test_strength_0_changes_nothing(monkeypatch):
     monkeypatch.syspath_prepend(BENCHMARKS)
     import sensitivity
 
-    clips = sensitivity.draw_clips(sensitivity.FAKE_SEED, 2, 8)
-    for name, (_, strengths) in sensitivity.DAMAGES.items():
+    clips = sensitivity.render_clips(sensitivity.FAKE_SEED, 2, 8)
+    for name, (_, strengths) in sensitivity.CORRUPTIONS.items():
         assert len(strengths) == 5
-        assert torch.equal(sensitivity.damaged(name, strengths[0], clips), clips)
-        most = sensitivity.damaged(name, strengths[-1], clips)
+        assert torch.equal(sensitivity.corrupt(name, strengths[0], clips), clips)
+        most = sensitivity.corrupt(name, strengths[-1], clips)
         assert most.dtype == torch.uint8
         assert most.shape == clips.shape
         assert not torch.equal(most, clips)
@@ -163,9 +163,7 @@ def test_neighbours_and_moments_are_what_they_say():
 
 
 def centres(clips):
-    """Place of the shape in every frame of uint8 (b t h w c), from pixels alone: (b t 2), x and y in frame
-    sides.
-    """
+    """Position (b t 2) of the shape in every frame of uint8 (b t h w c), x and y in frame sides."""
     bright = (clips.float().amax(-1) > 60).float()
     axis = (torch.arange(64.0) + 0.5) / 64
     return torch.stack(
@@ -182,7 +180,7 @@ WAYS = torch.tensor([[0.0, -1.0], [0.0, 1.0], [-1.0, 0.0], [1.0, 0.0]])
 
 
 def test_a_batch_is_a_function_of_its_step_and_its_labels_are_true(monkeypatch):
-    monkeypatch.setattr(detector_clips, "draw_damages", lambda draw: {})
+    monkeypatch.setattr(detector_clips, "draw_corruptions", lambda draw: {})
     pool = draw_pool(5, 16)
     for step, frames in ((0, 8), (1, 8), (2, 16)):  # every speed and length
         clips, labels = draw_batch(pool, 32, 0, step)
@@ -213,12 +211,12 @@ def test_a_batch_is_a_function_of_its_step_and_its_labels_are_true(monkeypatch):
         )
 
 
-@pytest.mark.parametrize("damages", [{"shuffled": 0.5}, {"frozen": 0.4}, {"shuffled": 1.0, "frozen": 0.3}])
-def test_damaged_order_is_labelled_as_the_pixels_show_it(damages):
+@pytest.mark.parametrize("strengths", [{"shuffled": 0.5}, {"frozen": 0.4}, {"shuffled": 1.0, "frozen": 0.3}])
+def test_corrupted_order_is_labelled_as_the_pixels_show(strengths):
     clips, scenes = draw_pool(6, 4)
     draw = generator("damaged order")
     for clip, scene in zip(clips, scenes, strict=True):
-        shown, labels = show(clip, scene, torch.arange(15, -1, -1), True, damages, draw)
+        shown, labels = show(clip, scene, torch.arange(15, -1, -1), True, strengths, draw)
         path = centres(shown[None])[0]
         steps = path.diff(dim=0).norm(dim=1)
         found = {name: float(answer(labels[None], name)) for name in MEASURES}
@@ -232,7 +230,7 @@ def test_damaged_order_is_labelled_as_the_pixels_show_it(damages):
             * torch.tensor([1.0, -1.0])
         )
         wrong = ((path.diff(dim=0) - usual).norm(dim=1) > scene.speed / 2) & (steps > scene.speed / 2)
-        assert found["wild"] / 2 == pytest.approx(float(wrong.float().mean()))
+        assert found["erratic"] / 2 == pytest.approx(float(wrong.float().mean()))
         assert (
             (found["speed"] != found["speed"])
             == (answer(labels[None], "direction").item() < 0)
@@ -240,7 +238,7 @@ def test_damaged_order_is_labelled_as_the_pixels_show_it(damages):
         )
 
 
-def test_damaged_pixels_are_labelled_with_their_damage():
+def test_corrupted_pixels_are_labelled():
     (clip,), (scene,) = draw_pool(8, 1)
     draw = generator("damaged pixels")
     shown, labels = show(clip, scene, torch.arange(8), False, {"blur": 3.0, "noise": 24.0, "hue": 60.0}, draw)
@@ -257,9 +255,9 @@ def test_damaged_pixels_are_labelled_with_their_damage():
     torch.testing.assert_close(labels[red : red + 3], peak / 127.5 - 1, rtol=0, atol=0.02)
 
 
-def test_every_damage_is_drawn_and_two_of_five_clips_have_none():
+def test_every_corruption_occurs_and_two_of_five_clips_have_none():
     draw = generator("kinds of damage")
-    drawn = [draw_damages(draw) for _ in range(600)]
+    drawn = [draw_corruptions(draw) for _ in range(600)]
     assert sum(not kinds for kinds in drawn) == pytest.approx(240, abs=50)
     assert max(len(kinds) for kinds in drawn) == 2
     for name, most in detector_clips.STRENGTHS.items():
@@ -276,7 +274,7 @@ def test_a_fresh_training_is_a_function_of_its_seed(tmp_path):
     )
 
 
-def test_a_stopped_training_goes_on_where_it_was(tmp_path, monkeypatch):
+def test_a_stopped_training_resumes(tmp_path, monkeypatch):
     monkeypatch.setattr(training, "KEEP_EVERY", 2)
     keep, config, whole = tmp_path / "state", replace(SMALL, steps=4), draw_batch
 

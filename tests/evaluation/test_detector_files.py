@@ -63,7 +63,7 @@ def published(plain, tmp_path, monkeypatch):
     file = PublicFile(
         "c3d_small.pt", "c3d", file_sha256(path), path.stat().st_size, ("https://example.org/c3d_small.pt",)
     )
-    other = PublicFile("other.pt", None, "0" * 64, note="a file that nobody should use")
+    other = PublicFile("other.pt", None, "0" * 64, note="a file that no detector reads")
     monkeypatch.setattr(detector_files, "FILES", (file, other))
     return path
 
@@ -139,6 +139,12 @@ def test_nonfinite_weights_are_refused_by_tensor(published, plain, tmp_path, val
     with pytest.raises(InputError, match=r"tensor 'fc7\.weight' holds 1 non-finite"):
         import_weights("c3d", NETWORK, tmp_path / "nan.pt", sha256=file_sha256(tmp_path / "nan.pt"))
     assert not list(cache_dir().glob("*"))
+
+
+def test_converted_weights_have_the_mode_of_other_files(published, tmp_path):
+    (tmp_path / "other").write_text("x")
+    mode = import_weights("c3d", NETWORK, published).stat().st_mode
+    assert mode == (tmp_path / "other").stat().st_mode
 
 
 def test_numpy_weights_take_the_mean_clip_beside_them(plain, tmp_path, published):
@@ -284,7 +290,7 @@ def test_folding_is_the_norm_behind_the_convolution():
     )
 
 
-def test_identity_of_tensors_is_names_shapes_and_bits():
+def test_the_hash_of_tensors_covers_names_shapes_and_bits():
     a = {"x": noise(2, 3), "y": torch.tensor(3)}
     assert tensors_sha256(a) == tensors_sha256(dict(reversed(a.items())))
     assert tensors_sha256(a) == tensors_sha256(

@@ -227,18 +227,18 @@ def test_random_i3d_is_the_same_on_every_machine(random_i3d):
         detectors.random_i3d(path="x")
 
 
-def test_random_i3d_tells_kinds_of_clips_apart(random_i3d):
+def test_random_i3d_separates_kinds_of_clips(random_i3d):
     smooth = [
         Pixels(64).prepare(clips(1, 9, 3, 3, seed=i))[0].permute(1, 2, 3, 0) * 127.5 + 127.5 for i in range(4)
     ]
     rough = [clip + 60 * noise(*clip.shape, seed=i) for i, clip in enumerate(smooth)]
-    banks = [
+    features = [
         random_i3d(torch.stack(side).clamp(0, 255).to(torch.uint8))
         for side in (smooth[:2], smooth[2:], rough[2:])
     ]
-    assert frechet_distance(banks[0], banks[2]) > 1.5 * frechet_distance(banks[0], banks[1])
+    assert frechet_distance(features[0], features[2]) > 1.5 * frechet_distance(features[0], features[1])
     values = torch.linalg.svdvals(
-        torch.cat(banks[:2]).double() - torch.cat(banks[:2]).double().mean(0)
+        torch.cat(features[:2]).double() - torch.cat(features[:2]).double().mean(0)
     ).square()
     assert (
         float(values.sum() ** 2 / values.square().sum()) > 2

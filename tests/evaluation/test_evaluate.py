@@ -4,12 +4,13 @@ features.
 """
 
 import copy
+import dataclasses
 import io
 import json
 import logging
 import os
 import shutil
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from xml.etree import ElementTree
@@ -41,7 +42,7 @@ from latte.evaluation.protocols import FrameRule
 from latte.evaluation.scores import builtin_score, distances_from_real, score
 from latte.evaluation.sources import open_side
 from latte.runtime import generator
-from tiny_detector import PIXELS, TINY, build_tiny, draw_clip, write_side
+from tiny_detector import PIXELS, TINY, build_tiny, render_clip, write_side
 
 CONFIG = EvaluateConfig(protocol="tiny", device="cpu")
 
@@ -169,11 +170,11 @@ def rewrite(path, frames):
 
 
 MUTATIONS = {
-    "file added": lambda root: write_mp4(root / "real" / "99.mp4", draw_clip(99), 8),
+    "file added": lambda root: write_mp4(root / "real" / "99.mp4", render_clip(99), 8),
     "file removed": lambda root: (root / "real" / chosen_real(root)).unlink(),
     "file touched": lambda root: os.utime(root / "real" / "00.mp4"),
     "file rewritten, same size and time": lambda root: rewrite(
-        root / "real" / chosen_real(root), np.repeat(draw_clip(7)[:1], 12, 0)
+        root / "real" / chosen_real(root), np.repeat(render_clip(7)[:1], 12, 0)
     ),
     "stride": {"stride_real": 2},
     "number of clips": {"clips": 5},
@@ -339,12 +340,12 @@ def test_frame_folders_latents_and_videos_are_sides(folders, tmp_path):
     for index in range(3):
         folder = tmp_path / "frames" / f"clip{index}"
         folder.mkdir(parents=True)
-        for t, frame in enumerate(draw_clip(index)):
+        for t, frame in enumerate(render_clip(index)):
             Image.fromarray(frame).save(folder / f"{t:03d}.png")
     side = open_side("real", tmp_path / "frames", tmp_path / "probes")
     assert [(s.id, s.frames, s.codec) for s in side.sources] == [(f"clip{i}", 7, "images") for i in range(3)]
     assert len({s.sha256 for s in side.sources}) == 3
-    np.testing.assert_array_equal(side.read("clip1", [2, 4]), draw_clip(1)[[2, 4]])
+    np.testing.assert_array_equal(side.read("clip1", [2, 4]), render_clip(1)[[2, 4]])
 
     data = DataConfig(root=str(folders["real"]), resolution=24, frames=4, labels=False)
     encode_dataset(data, build_codec(CodecConfig("pixels")), tmp_path / "latents", dtype="float32")
@@ -356,12 +357,12 @@ def test_frame_folders_latents_and_videos_are_sides(folders, tmp_path):
         np.testing.assert_array_equal(latent.read("03.mp4", indices), video.read("03.mp4", indices))
 
 
-def test_what_sample_writes_beside_its_clips_is_no_fake(folders, tmp_path):
-    shutil.copytree(folders["fake"], tmp_path / "album")
-    shutil.copy(folders["real"] / "00.mp4", tmp_path / "album" / "clips.gif")
-    assert len(open_side("fake", tmp_path / "album", tmp_path / "p").sources) == 9
-    (tmp_path / "album" / "album.json").write_text("{}")
-    assert len(open_side("fake", tmp_path / "album", tmp_path / "p").sources) == 8
+def test_the_mosaic_of_latte_sample_is_not_a_fake(folders, tmp_path):
+    shutil.copytree(folders["fake"], tmp_path / "generated")
+    shutil.copy(folders["real"] / "00.mp4", tmp_path / "generated" / "clips.gif")
+    assert len(open_side("fake", tmp_path / "generated", tmp_path / "p").sources) == 9
+    (tmp_path / "generated" / "album.json").write_text("{}")
+    assert len(open_side("fake", tmp_path / "generated", tmp_path / "p").sources) == 8
 
 
 def test_the_page_is_well_formed_and_names_files_that_are_there(finished):
@@ -402,7 +403,7 @@ def test_worst_clips_lie_far_from_the_real_mean():
 
 
 def test_the_floor_follows_its_law_on_white_features():
-    """E20: within 5 % of D (D + 5) / (2 N); N(0, I) banks of 32 features."""
+    """E20: within 5 % of D (D + 5) / (2 N); N(0, I) with 32 features."""
     draw = partial(torch.randn, generator=generator(1, "white"))
     scores = score(draw(1024, 32), draw(1024, 32), replace(TINY, metrics=("fvd",)))
     assert scores.floor.white == pytest.approx(32 * 37 / 2048)
@@ -454,3 +455,108 @@ def test_extract_refuses_a_clip_that_vanished(folders, tmp_path, monkeypatch):
         extract(plan, sides, make(), make, tmp_path / "out")
     jobs = [job for job in plan_jobs(plan, make(), tmp_path / "out") if job.clips[0].side == "fake"]
     assert "cannot be used" in run_jobs_in_process(jobs, sides, make, TINY.frame, torch.get_num_threads())
+
+
+def test_features_with_nan_name_the_clip(folders, tmp_path, monkeypatch):
+    monkeypatch.setattr(feature_files, "SHARD", 2)
+    sides = opened(folders, tmp_path / "probes")
+    plan = make_plan(TINY, {side: sides[side].sources for side in sides})
+    poisoned = plan.side("fake")[3].id
+    forward = tiny_detector.TinyNetwork.forward
+    reads = []
+
+    def read(self, id, indices):
+        reads.append(id)
+        return original(self, id, indices)
+
+    original = type(sides["real"]).read
+    monkeypatch.setattr(type(sides["real"]), "read", read)
+
+    def spoiled(self, x):
+        found = forward(self, x)
+        return found * torch.nan if reads[-1] == poisoned and len(reads) > 6 else found
+
+    monkeypatch.setattr(tiny_detector.TinyNetwork, "forward", spoiled)
+    with pytest.raises(InputError, match=rf"features of fake clip {poisoned} have NaN or Inf"):
+        evaluate(*sides.values(), CONFIG, tmp_path)
+    assert reads[-1] == poisoned
+    assert not (tmp_path / "fake.safetensors").exists()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_latents_that_decode_to_nan_name_the_video(folders, tmp_path, value):
+    data = DataConfig(root=str(folders["real"]), resolution=24, frames=4, labels=False)
+    encode_dataset(data, build_codec(CodecConfig("pixels")), tmp_path / "latents", dtype="float32")
+    shard = next((tmp_path / "latents").rglob("*.safetensors"))
+    with safetensors.safe_open(shard, "pt") as file:
+        metadata = file.metadata()
+    tensors = safetensors.torch.load_file(shard)
+    name = next(name for name in tensors if name.endswith("03.mp4"))
+    tensors[name][2, 0, 1, 1] = value
+    safetensors.torch.save_file(tensors, shard, metadata)
+    side = open_side("real", tmp_path / "latents", tmp_path / "probes")
+    assert side.read("02.mp4", [0, 1, 2]).shape == (3, 24, 24, 3)
+    with pytest.raises(InputError, match=r"latents of 03\.mp4 in .* have NaN or Inf"):
+        side.read("03.mp4", [0, 1, 2])
+
+
+@dataclass
+class WrittenClips:
+    """A model of a few lines: it 'generates' the clips of some seeds."""
+
+    interval: int | None = 1
+    name: str = "written"
+    seed: int = 50
+    shape: tuple = (7, 24, 24)
+    calls: list = dataclasses.field(default_factory=list)
+
+    def generate(self, folder, count, fps, progress):
+        self.calls.append((count, fps))
+        write_side(folder, range(self.seed, self.seed + count), fps=fps)
+        progress(count, count)
+        return {"weights": "none"}
+
+
+def test_anything_that_writes_clips_can_be_the_fake_side(folders, tmp_path):
+    real = open_side("real", folders["real"], tmp_path / "probes")
+    model = WrittenClips()
+    found = evaluate(real, model, CONFIG, tmp_path / "model")
+    assert model.calls == [(6, 8.0)]
+    fake = open_side("fake", tmp_path / "model" / "samples", tmp_path / "probes")
+    assert evaluate(real, fake, CONFIG, tmp_path / "folder")["value"] == found["value"]
+    written = read_report(found["manifest"])
+    assert (written["replay"]["model"], written["replay"]["sample_seed"]) == ("written", 50)
+    assert written["manifest"]["generation"]["interval"] == 1
+    with pytest.raises(InputError, match="trained on every 3rd frame"):
+        evaluate(real, WrittenClips(interval=3), CONFIG, tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
+def test_settings_of_generated_clips_are_recorded_completely(folders, tmp_path):
+    shutil.copytree(folders["fake"], tmp_path / "fake")
+    usual = {"sampler": "ddim", "steps": 20, "guidance": 2.0, "weights": "w", "codec": "c", "fps": 8.0}
+    usual |= {"eta": 0.0, "dtype": "torch.float32", "frames": None, "size": None}
+    unusual = {"eta": 0.5, "dtype": "torch.bfloat16", "frames": 32}
+    found = {}
+    for name, facts in (("usual", usual), ("unusual", usual | unusual)):
+        (tmp_path / "fake" / "album.json").write_text(json.dumps({"facts": facts}))
+        _, found[name] = run({"real": folders["real"], "fake": tmp_path / "fake"}, tmp_path / name)
+    generation = {name: report["manifest"]["generation"] for name, report in found.items()}
+    assert generation["usual"]["other"] is None
+    assert generation["unusual"]["other"] == unusual
+    assert (generation["usual"]["sampler"], generation["usual"]["steps"]) == ("ddim", 20)
+    assert found["usual"]["manifest_hash"] != found["unusual"]["manifest_hash"]
+
+
+def test_two_ranks_are_refused(folders, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    sides = opened(folders, tmp_path / "probes")
+    with pytest.raises(InputError, match="without torchrun and give --processes"):
+        evaluate(*sides.values(), CONFIG, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_files_of_features_have_the_mode_of_other_files(finished):
+    out = finished[0]
+    modes = {name: (out / name).stat().st_mode for name in ("real.safetensors", "manifest.json", "real.png")}
+    assert len(set(modes.values())) == 1, modes

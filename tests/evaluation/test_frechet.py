@@ -25,16 +25,16 @@ SHAPES = [
 ]  # longer, as long, shorter than wide; more than one chunk
 
 
-def exact_bank(n, mean, root, ddof, seed=0):
+def exact_features(n, mean, root, ddof, seed=0):
     """n rows whose sample mean is ``mean`` (k,) and whose sample covariance is root^T root, both exactly."""
     raw = noise(n, len(mean), seed=seed, dtype=torch.float64)
     white = torch.linalg.qr(raw - raw.mean(0)).Q * math.sqrt(n - ddof)
     return white @ root + mean
 
 
-def trace(*banks):
+def trace(*tables):
     """Sum of the variances, the scale of every tolerance."""
-    return sum(float(b.double().var(0).sum()) for b in banks)
+    return sum(float(b.double().var(0).sum()) for b in tables)
 
 
 # 1. A distance
@@ -42,7 +42,7 @@ def trace(*banks):
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("ddof", [0, 1])
-def test_frechet_is_zero_for_equal_banks_and_symmetric(shape, ddof):
+def test_frechet_is_zero_for_equal_features_and_symmetric(shape, ddof):
     x, y = random_features(*shape), random_features(*shape, seed=1, offset=0.1)
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
     tolerance = 1e-9 * trace(x, y)
@@ -130,7 +130,7 @@ def test_frechet_has_its_closed_form(name, ddof):
         len(a),
         (noise(len(a), seed=7, dtype=torch.float64), noise(len(a), seed=8, dtype=torch.float64)),
     )
-    x, y = exact_bank(2 * k + 60, means[0], a, ddof), exact_bank(k + 90, means[1], b, ddof, seed=1)
+    x, y = exact_features(2 * k + 60, means[0], a, ddof), exact_features(k + 90, means[1], b, ddof, seed=1)
     expected = (means[0] - means[1]).square().sum() + a.square().sum() + b.square().sum() - 2 * shared
     assert frechet_distance(x, y, ddof) == pytest.approx(
         float(expected), abs=1e-9 * float(a.square().sum() + b.square().sum())
@@ -204,13 +204,13 @@ def test_shards_make_the_whole(shape, shards):
     assert frechet_of(merged, other, 1) == pytest.approx(frechet_of(whole, other, 1), rel=1e-12)
 
 
-def test_same_bank_same_bits():
+def test_same_features_same_bits():
     x, y = random_features(500, 40), random_features(500, 40, seed=1)
     assert len({frechet_distance(x, y) for _ in range(3)}) == 1
     assert frechet_distance(x.float(), y.float()) == frechet_distance(x.float().double(), y.float().double())
 
 
-def test_covariances_of_banks_longer_than_a_chunk():
+def test_covariances_of_features_longer_than_a_chunk():
     x = random_features(9000, 3, offset=2)
     summary = gaussian(x)
     assert summary.root.shape == (3, 3)
@@ -255,10 +255,10 @@ def test_other_ddofs_are_refused():
         frechet_distance(random_features(9, 3), random_features(9, 3), ddof=2)
 
 
-# Speed (the figures at full size come from benchmarks/frechet.py)
+# Speed (benchmarks/frechet.py measures it at full size)
 
 
-def test_fvd_sized_banks_take_under_a_second():
+def test_fvd_sized_features_take_under_a_second():
     x, y = random_features(2048, 400), random_features(2048, 400, seed=1)
     seconds = []
     for _ in range(3):

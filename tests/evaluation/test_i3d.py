@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""I3D against a plain port, its public names, its limits; published FVD values where the weights are at hand."""
+"""I3D against a plain port, its public names, its limits; published FVD values if the weights exist."""
 
 import tempfile
 from pathlib import Path
@@ -135,11 +135,11 @@ def test_clips_it_cannot_read_are_refused(ours, shape):
         ours(torch.zeros(1, 3, *shape))
 
 
-# Published values, for whoever has the weights. They are looked for in the detector cache and beside the project.
+# Published values, tested if the weights are in the detector cache or beside the project.
 
 
 def published_i3d(name):
-    """The network ``name`` with its real weights and the TF graph's eps, or a skip that says what is missing."""
+    """The network ``name`` with its real weights and the TF graph's eps, or a skip that names the file."""
     file = next(file for file in FILES if file.detector == name)
     places = [
         *cache_dir().glob(f"{name}-{file.sha256[:8]}.safetensors"),
@@ -191,8 +191,8 @@ def test_published_table_of_lengths():
 @torch.inference_mode()
 def test_published_fvd_of_noise():
     network = published_i3d("i3d")
-    banks = []
+    features = []
     for seed in (1, 2):
         clips = torch.from_numpy(np.random.RandomState(seed).rand(128, 16, 224, 224, 3).astype(np.float32))
-        banks.append(torch.cat([network(clip[None].permute(0, 4, 1, 2, 3)) for clip in clips]))
-    assert frechet_distance(banks[1], banks[0], ddof=1) == pytest.approx(10.138084766713924, rel=1e-3)
+        features.append(torch.cat([network(clip[None].permute(0, 4, 1, 2, 3)) for clip in clips]))
+    assert frechet_distance(features[1], features[0], ddof=1) == pytest.approx(10.138084766713924, rel=1e-3)

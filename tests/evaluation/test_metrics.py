@@ -6,6 +6,7 @@ The numbers are the fingerprint groups of the evaluation reference.
 """
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,8 +15,11 @@ from reference.statistics import coverage_loops, inception_score_loops, mmd_loop
 from support import noise
 
 from latte.checks import InputError
+from latte.evaluation.external import Statistics, score_statistics
 from latte.evaluation.frechet import frechet_distance
 from latte.evaluation.metrics import (
+    METRICS,
+    Metric,
     inception_score,
     jedi_distance,
     kernel_distance,
@@ -24,7 +28,9 @@ from latte.evaluation.metrics import (
     polynomial_mmd,
     precision_recall,
 )
-from latte.evaluation.scores import extrapolate, half_sample_interval, random_halves
+from latte.evaluation.protocols import PROTOCOLS
+from latte.evaluation.report import headline
+from latte.evaluation.scores import extrapolate, half_sample_interval, random_halves, score
 
 # 9. Inception Score
 
@@ -151,8 +157,8 @@ def test_precision_and_recall_at_the_extremes():
 # Uncertainty
 
 
-def pair_of_banks(seed, shift, scale, n=256, k=32):
-    """Two banks of one experiment."""
+def pair_of_tables(seed, shift, scale, n=256, k=32):
+    """Real and fake features of one experiment."""
     return noise(n, k, seed=2 * seed, dtype=torch.float64), scale * noise(
         n, k, seed=2 * seed + 1, dtype=torch.float64
     ) + shift
@@ -160,9 +166,9 @@ def pair_of_banks(seed, shift, scale, n=256, k=32):
 
 @pytest.mark.parametrize(("shift", "scale"), [(0.0, 1.0), (0.3, 1.5)])
 def test_intervals_cover_the_truth_about_nine_times_in_ten(shift, scale):
-    truth = np.mean([frechet_distance(*pair_of_banks(1000 + i, shift, scale)) for i in range(200)])
+    truth = np.mean([frechet_distance(*pair_of_tables(1000 + i, shift, scale)) for i in range(200)])
     intervals = [
-        half_sample_interval(frechet_distance, *pair_of_banks(i, shift, scale), seed=i) for i in range(100)
+        half_sample_interval(frechet_distance, *pair_of_tables(i, shift, scale), seed=i) for i in range(100)
     ]
     covered = sum(interval.low <= truth <= interval.high for interval in intervals)
     assert 80 <= covered <= 98
@@ -171,14 +177,14 @@ def test_intervals_cover_the_truth_about_nine_times_in_ten(shift, scale):
 
 
 def test_interval_holds_for_other_distances_and_levels():
-    banks = pair_of_banks(0, 0.5, 1.0)
-    narrow, wide = (half_sample_interval(kernel_distance, *banks, level=level) for level in (0.5, 0.99))
-    assert narrow.value == wide.value == kernel_distance(*banks)
+    tables = pair_of_tables(0, 0.5, 1.0)
+    narrow, wide = (half_sample_interval(kernel_distance, *tables, level=level) for level in (0.5, 0.99))
+    assert narrow.value == wide.value == kernel_distance(*tables)
     assert wide.low < narrow.low < narrow.value < narrow.high < wide.high
-    assert half_sample_interval(kernel_distance, *banks, seed=1) != narrow
+    assert half_sample_interval(kernel_distance, *tables, seed=1) != narrow
     for wrong in ({"level": 1.0}, {"halves": 9}, {"halves": 6}):
         with pytest.raises(InputError):
-            half_sample_interval(kernel_distance, *banks, **wrong)
+            half_sample_interval(kernel_distance, *tables, **wrong)
 
 
 @pytest.mark.parametrize("rows", [10, 11])
@@ -193,8 +199,8 @@ def test_halves_share_no_row(rows):
     ("shift", "scale", "population"), [(0.0, 1.0, 0.0), (0.3, 1.5, 2.88 + 8.0), (1.0, 1.0, 32.0)]
 )
 def test_extrapolation_takes_the_bias_off(shift, scale, population):
-    found = [extrapolate(frechet_distance, *pair_of_banks(i, shift, scale), seed=i).value for i in range(20)]
-    plain = [frechet_distance(*pair_of_banks(i, shift, scale)) for i in range(20)]
+    found = [extrapolate(frechet_distance, *pair_of_tables(i, shift, scale), seed=i).value for i in range(20)]
+    plain = [frechet_distance(*pair_of_tables(i, shift, scale)) for i in range(20)]
     error = np.std(found) / math.sqrt(20)
     assert np.mean(found) == pytest.approx(population, abs=4 * error)
     assert np.mean(plain) > population + 8 * np.std(plain) / math.sqrt(20)
@@ -209,3 +215,45 @@ def test_extrapolation_of_a_straight_line_is_exact():
     assert [share for share, _ in found.points] == [0.25, 0.4375, 0.625, 0.8125, 1.0]
     with pytest.raises(InputError, match=r"sizes must be at least 3 .* got 2"):
         extrapolate(distance, random_features(160, 2), random_features(160, 2), sizes=2)
+
+
+# The table
+
+ROWS = {"real": random_features(40, 5), "fake": random_features(30, 5, seed=1, offset=3.0)}
+
+
+@pytest.mark.parametrize("name", METRICS)
+def test_every_metric_of_the_table_is_scored_named_and_described(name):
+    metric = METRICS[name]
+    found = score(ROWS["real"], ROWS["fake"], replace(PROTOCOLS["clean"], metrics=(name,)))
+    assert (found.metric, list(found.values)) == (name, [name])
+    assert math.isfinite(found.value)
+    assert metric.summary
+    assert (found.floor is not None, found.infinity is not None) == (metric.is_distance, metric.is_distance)
+    if metric.is_distance:
+        assert metric.compute(ROWS["real"], ROWS["real"], PROTOCOLS["clean"]) < found.value
+    if metric.is_frechet:
+        moments = Statistics(ROWS["fake"].mean(0), torch.cov(ROWS["fake"].T))
+        one = score_statistics(ROWS["real"], moments, replace(PROTOCOLS["clean"], metrics=(name,)))
+        assert one.value == pytest.approx(found.value, rel=1e-9)
+
+
+def test_one_entry_makes_a_metric(monkeypatch):
+    """Protocols, scores, report and their errors read the table."""
+    with pytest.raises(InputError, match="metrics is 'gap'"):
+        replace(PROTOCOLS["clean"], metrics=("gap",))
+    gap = Metric(lambda real, fake, protocol: float((real.mean() - fake.mean()).abs()), "difference of means")
+    monkeypatch.setitem(METRICS, "gap", gap)
+    scores = score(ROWS["real"], ROWS["fake"], replace(PROTOCOLS["clean"], metrics=("gap", "fvd")))
+    assert (scores.metric, list(scores.values)) == ("gap", ["gap", "fvd"])
+    assert scores.floor is not None
+    assert "difference of means" in "".join(headline(scores, "mine"))
+    with pytest.raises(InputError, match=r"fvd, .*, gap"):
+        replace(PROTOCOLS["clean"], metrics=("xyz",))
+
+
+def test_a_value_that_is_not_finite_is_refused_by_metric():
+    huge = random_features(20, 3) * 1e200
+    for name in ("fvd", "kvd", "jedi"):
+        with pytest.raises(InputError, match="too large for float64"):
+            score(huge, 2 * huge, replace(PROTOCOLS["clean"], metrics=(name,)))

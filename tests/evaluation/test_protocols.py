@@ -119,7 +119,7 @@ def test_unknown_names_and_missing_detectors_are_refused(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "message"),
     [
         ({"start_real": "middle"}, "start_real"),
         ({"order": "random"}, "order"),
@@ -129,8 +129,8 @@ def test_unknown_names_and_missing_detectors_are_refused(monkeypatch):
         ({"shortest": "long"}, "shortest"),
     ],
 )
-def test_impossible_protocols_are_refused(changes, told):
-    with pytest.raises(InputError, match=told):
+def test_impossible_protocols_are_refused(changes, message):
+    with pytest.raises(InputError, match=message):
         replace(CLEAN, **changes)
     with pytest.raises(InputError, match=r"frame\.order"):
         FrameRule(256, "resize")

@@ -21,7 +21,7 @@ from latte.evaluation.evaluate import EvaluateConfig, check_replay, evaluate
 from latte.evaluation.manifest import compare, read_report
 from latte.evaluation.plan import Source
 from latte.evaluation.protocols import PROTOCOLS, FrameRule
-from tiny_detector import TINY, draw_clip
+from tiny_detector import TINY, render_clip
 
 WRITTEN = Path(__file__).with_name("manifest_0.1.0.json")
 COUNT = 20
@@ -32,7 +32,7 @@ def scene(seed):
 
 
 CASES = {  # protocol, clip of a seed, more options
-    "tiny": (TINY, draw_clip, {}),
+    "tiny": (TINY, render_clip, {}),
     "tiny-frames": (
         replace(
             TINY,
@@ -43,10 +43,10 @@ CASES = {  # protocol, clip of a seed, more options
             metrics=("fvd", "kvd", "jedi", "precision", "recall", "is"),
             splits=2,
         ),
-        draw_clip,
+        render_clip,
         {},
     ),
-    "tiny-fewer": (replace(TINY, clips=40), draw_clip, {"allow_fewer": True}),
+    "tiny-fewer": (replace(TINY, clips=40), render_clip, {"allow_fewer": True}),
     "own": (replace(PROTOCOLS["builtin"], frames=8, clips=16), scene, {}),
 }
 STORED = {  # manifest hash, first digits of the plan's, value, floor, extrapolation

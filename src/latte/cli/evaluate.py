@@ -4,6 +4,7 @@ manifest.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -108,20 +109,9 @@ def evaluate(
         codec_path, sample_seed = codec_path or past["codec_path"], past["sample_seed"]
         num_generated = before["manifest"]["data"]["found"]["fake"]
     else:
-        config = EvaluateConfig(
-            protocol,
-            seed,
-            clips,
-            allow_fewer,
-            allow_mixed,
-            detector,
-            detector_sha256,
-            group,
-            device,
-            processes,
-            split,
-            data_version,
-        )
+        config = EvaluateConfig(protocol, seed, clips, allow_fewer, allow_mixed, detector, detector_sha256)
+        config = replace(config, group=group, device=device, processes=processes)
+        config = replace(config, split=split, data_version=data_version)
     result = run(real, fake, config, out, until, codec_path, sample_seed, num_generated)
     if "value" in result:
         now = read_report(result["manifest"])

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from latte.checks import InputError, RunError, printable
-from latte.data.shards import commit
 from latte.evaluation.networks.layers import Network, channels_last, fold_norms
+from latte.files import commit_file, reported
 from latte.interop.archive import BROKEN, read_tensors
 from latte.tensors import check_finite, tensors_sha256
 
@@ -203,7 +203,9 @@ def import_weights(detector: str, network: Network, path: Path, sha256: str | No
         "tensors_sha256": tensors_sha256(ours),
     }
     out = cache_dir() / f"{detector}-{digest[:8]}.safetensors"
-    commit(out, lambda temporary: safetensors.torch.save_file(ours, temporary, metadata))
+    with reported("the detector's weights", out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        commit_file(out, lambda temporary: safetensors.torch.save_file(ours, temporary, metadata))
     return out
 
 
@@ -259,10 +261,13 @@ def download(file: PublicFile, target: Path) -> None:
                 shutil.copyfile(hf_hub_download(repo, name, revision=revision), target)
             else:
                 with urllib.request.urlopen(url, timeout=60) as source, open(target, "wb") as out:
+                    limit = file.size or MAX_DOWNLOAD
+                    received = 0
                     while block := source.read(2**20):
                         out.write(block)
-                        if out.tell() > (file.size or MAX_DOWNLOAD):
-                            raise OSError(f"received more than {file.size or MAX_DOWNLOAD} bytes")
+                        received += len(block)
+                        if received > limit:
+                            raise OSError(f"received more than {limit} bytes")
             return
         except (OSError, ValueError, RuntimeError) as error:
             reasons.append(f"{url}: {str(error).partition(chr(10))[0]}")

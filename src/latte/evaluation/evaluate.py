@@ -19,6 +19,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
+from torch import Tensor
+
 from latte.checks import InputError, RunError, check, choose, printable
 from latte.evaluation.detectors import Detector, build_detector
 from latte.evaluation.features import extract, log_progress
@@ -124,11 +126,7 @@ def evaluate(
     that can be known.
     """
     choose("--until", until, STAGES)
-    if world_size() > 1:
-        raise InputError(
-            f"latte evaluate is one process, but WORLD_SIZE is {world_size()}: the processes would write "
-            "the same files; start it without torchrun and give --processes to share the work"
-        )
+    refuse_several_processes()
     started = time.monotonic()
     replay = {"model": None, "sample_seed": 0, "codec_path": codec_path}
     open_detector = detector_opener(build, config)
@@ -158,19 +156,53 @@ def evaluate(
     if until == "extract":
         paths = {side: str(out / f"{side}.safetensors") for side in SIDES}
         return {**result, "features": paths, "banks": paths}  # banks: the key of 0.1.0
-    scores = score(features["real"], features["fake"], plan.protocol)
-    for warning in scores.warnings:
-        log.warning("warning: %s", warning)
     notes = {side: {"split": config.split, "version": config.data_version} for side in SIDES}
     notes["generation"] = generation
     run = {"processes": config.processes, "wall_seconds": round(time.monotonic() - started, 3)}
+    replay |= {"real": real.root, "fake": fake.root, "config": asdict(config)}
+    return result | score_features(plan, sides, features, detector, out, notes=notes, run=run, replay=replay)
+
+
+def score_features(
+    plan: Plan,
+    sides: Mapping[str, Side],
+    features: Mapping[str, Tensor],
+    detector: Detector,
+    out: Path,
+    *,
+    notes: Mapping[str, Mapping[str, Any]],
+    run: Mapping[str, Any],
+    replay: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Score ``features`` of ``plan``; write manifest.json and report.html and return what ``--json`` prints
+    of them.
+    """
+    scores = score(features["real"], features["fake"], plan.protocol)
+    for warning in scores.warnings:
+        log.warning("warning: %s", warning)
     manifest = make_manifest(plan, sides, detector, scores, notes, run)
-    result |= {**plain(scores), "manifest": manifest, "manifest_hash": manifest_hash(manifest)}
-    result |= {"card": detector.card}
-    again = {"real": real.root, "fake": fake.root, "config": asdict(config), **replay}
-    write_report(out / "manifest.json", {**result, "replay": again})
+    result = {
+        "protocol": plan.protocol.name,
+        "plan": str(out / "clips.jsonl"),
+        "plan_sha256": plan.sha256,
+        "dropped": len(plan.dropped),
+        **plain(scores),
+        "manifest": manifest,
+        "manifest_hash": manifest_hash(manifest),
+        "card": detector.card,
+    }
+    write_report(out / "manifest.json", {**result, "replay": dict(replay)})
     page = write_page(out, plan, sides, features, scores, detector, result)
     return {**result, "manifest": str(out / "manifest.json"), "report": str(page)}
+
+
+def refuse_several_processes() -> None:
+    """InputError under torchrun: every process would write the same files."""
+    if world_size() > 1:
+        raise InputError(
+            f"latte evaluate is one process, but WORLD_SIZE is {world_size()}; start it without torchrun "
+            "and give --processes to share the work"
+        )
 
 
 def detector_opener(build: BuildDetector, config: EvaluateConfig) -> Callable[[], Detector]:

@@ -28,12 +28,11 @@ from PIL import Image
 from torch import Tensor
 
 from latte.checks import InputError, RunError, printable
-from latte.data.shards import commit
 from latte.evaluation.detectors import Detector
 from latte.evaluation.plan import SIDES, Plan, PlannedClip
 from latte.evaluation.protocols import FrameRule
 from latte.evaluation.sources import Side, digest
-from latte.files import reported
+from latte.files import commit_file, reported
 
 SHARD = 32  # clips
 REPORT_SECONDS = 10.0  # least time between two progress lines
@@ -115,7 +114,9 @@ def write_rows(path: Path, key: str, features: Tensor) -> None:
     """Write features (n k) with their key and their own hash, atomically."""
     written = {"key": key, "rows_sha256": sha256(features.numpy().tobytes()).hexdigest()}
     metadata = {"latte": json.dumps(written)}
-    commit(path, lambda temporary: safetensors.torch.save_file({"features": features}, temporary, metadata))
+    with reported("the features", path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        commit_file(path, lambda name: safetensors.torch.save_file({"features": features}, name, metadata))
 
 
 def read_rows(path: Path, key: str) -> Tensor | None:

@@ -144,7 +144,9 @@ def frechet_of(a: Gaussian, b: Gaussian, ddof: int) -> float:
     """
     check(ddof in (0, 1), f"ddof must be 0 or 1, got {ddof}: a covariance divides by n or n - 1")
     count_a, count_b = a.num - ddof, b.num - ddof
-    shared = float(torch.linalg.svdvals(a.root @ b.root.T).sum()) / math.sqrt(count_a * count_b)
+    product = a.root @ b.root.T
+    check(bool(torch.isfinite(product).all()), "the features are too large for float64; check the detector")
+    shared = float(torch.linalg.svdvals(product).sum()) / math.sqrt(count_a * count_b)
     return (
         float((a.mean - b.mean).square().sum())
         + a.scatter_trace / count_a

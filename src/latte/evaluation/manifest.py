@@ -18,6 +18,7 @@ from latte.checkpoint.record import environment
 from latte.checks import InputError, check
 from latte.evaluation.detectors import Detector
 from latte.evaluation.plan import SIDES, Plan, Source, frame_sizes, traits
+from latte.evaluation.protocols import Protocol
 from latte.evaluation.scores import LEVEL, METHOD, Scores
 from latte.evaluation.sources import Side, digest
 from latte.files import commit_file, reported
@@ -102,9 +103,6 @@ def make_manifest(
     """
     protocol = plan.protocol
     facts = detector.describe()
-    splits = f"{protocol.splits} splits, plan order"
-    if protocol.shuffle is not None:
-        splits = f"{protocol.splits} splits, shuffled by seed {protocol.shuffle}"
     generation = notes.get("generation", {})
     return {
         "preset": {"name": protocol.name, "version": protocol.version},
@@ -123,17 +121,25 @@ def make_manifest(
             "duplicates": 0,
         },
         "data": _data(plan, sides, notes),
-        "statistic": {
-            "num_real": scores.num_real,
-            "num_fake": scores.num_fake,
-            "ddof": protocol.ddof,
-            "root": splits if scores.metric == "is" else ROOT,
-            "accumulation": "float64",
-            "interval": LEVEL,
-            "interval_method": METHOD,
-        },
+        "statistic": _statistic(protocol, scores),
         "generation": {key: generation.get(key) for key in (*GROUPS["generation"], *ADDED["generation"])},
         "run": _run(detector) | dict(run),
+    }
+
+
+def _statistic(protocol: Protocol, scores: Scores) -> dict[str, Any]:
+    root = ROOT
+    if scores.metric == "is":
+        order = "plan order" if protocol.shuffle is None else f"shuffled by seed {protocol.shuffle}"
+        root = f"{protocol.splits} splits, {order}"
+    return {
+        "num_real": scores.num_real,
+        "num_fake": scores.num_fake,
+        "ddof": protocol.ddof,
+        "root": root,
+        "accumulation": "float64",
+        "interval": LEVEL,
+        "interval_method": METHOD,
     }
 
 
@@ -289,16 +295,18 @@ def compare(report: Mapping[str, Any], other: Mapping[str, Any], name: str) -> d
 
 def plain(scores: Scores) -> dict[str, Any]:
     """Return the scores as plain data: the documented ``--json`` keys and all other results."""
-    interval, infinity, floor = scores.interval, scores.infinity, scores.floor
+    parts = {"interval": scores.interval, "infinity": scores.infinity, "floor": scores.floor}
+    found = {name: asdict(part) if part else {} for name, part in parts.items()}
+    interval, infinity, floor = found.values()
     return {
         "metric": scores.metric,
         "value": scores.value,
-        "interval": [interval.low, interval.high] if interval else None,
-        "floor": floor.value if floor else None,
+        "interval": [interval["low"], interval["high"]] if interval else None,
+        "floor": floor.get("value"),
         "values": scores.values,
-        "infinity": infinity.value if infinity else None,
-        "standard_error": interval.std if interval else None,
-        "floors": asdict(floor) if floor else None,
+        "infinity": infinity.get("value"),
+        "standard_error": interval.get("std"),
+        "floors": floor or None,
         "noise": scores.is_noise,
         "warnings": list(scores.warnings),
         "clips": {"real": scores.num_real, "fake": scores.num_fake},

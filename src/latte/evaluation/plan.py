@@ -255,16 +255,20 @@ def refuse_other_interval(protocol: Protocol, fake: Sequence[Source]) -> None:
         if interval * protocol.stride_fake == protocol.stride_real:
             continue
         fits = [p.name for p in PROTOCOLS.values() if interval * p.stride_fake == p.stride_real]
-        advice = (
-            f"use a protocol with that stride ({', '.join(fits)})"
-            if fits
-            else "prepare real clips of that speed"
-        )
+        advice = "prepare real clips of that speed"
+        if fits:
+            advice = f"use a protocol with that stride ({', '.join(fits)})"
         raise InputError(
-            f"the model was trained on every {interval}th frame, but {protocol.name} takes real clips with "
-            f"stride {protocol.stride_real}, so motion would differ in speed; {advice}, or give "
-            "--allow-mixed"
+            f"the model was trained on every {ordinal(interval)} frame, but {protocol.name} takes real clips "
+            f"with stride {protocol.stride_real}, so their speed differs; {advice}, or give --allow-mixed"
         )
+
+
+def ordinal(number: int) -> str:
+    """Return '2nd', '3rd', '4th', '11th', '21st'."""
+    endings = {1: "st", 2: "nd", 3: "rd"}
+    ending = "th" if number % 100 in (11, 12, 13) else endings.get(number % 10, "th")
+    return f"{number}{ending}"
 
 
 def refuse_few(

@@ -172,8 +172,8 @@ def half_sample_interval(
 
     Both sides are halved ``halves`` / 2 times, giving pairs of values u, v. A half of N rows varies about the
     whole with variance s^2 / (N/2) (1 - (N/2)/N) = s^2 / N, so ((u - v) / 2)^2 is the squared standard error
-    of a statistic that is linear in the data (the delete-half jackknife, Shao and Wu 1989). It counts
-    quadratic terms twice, and the variance of (u + v) / 2 is exactly that surplus, so it is subtracted. The
+    of a statistic that is linear in the data (the delete-half jackknife, Shao and Wu 1989). Quadratic
+    terms enter twice, and the variance of (u + v) / 2 is exactly that surplus, so it is subtracted. The
     interval is around the value at this N, bias included; ``extrapolate`` estimates the value for infinite N.
     """
     check(0 < level < 1, f"level must be in (0, 1), got {level}; 0.9 and 0.95 are usual")
