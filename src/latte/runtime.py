@@ -83,7 +83,7 @@ def borrowed(part: Any, device: torch.device, home: torch.device) -> Iterator[No
 
 def generator(*key: int | str) -> torch.Generator:
     """Return a CPU generator, a pure function of ``key`` such as (seed, 'noise', step), on every machine."""
-    digest = hashlib.sha256("/".join(str(part) for part in key).encode()).digest()
+    digest = hashlib.sha256("/".join(str(part) for part in key).encode("utf-8", "surrogatepass")).digest()
     return torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``latte data``: synth makes a set that scan reads, inspect shows, encode turns into latents, and train learns from."""
+"""``latte data``: synth makes a set that scan reads, inspect shows, encode turns into latents, and train
+learns from.
+"""
 
 import csv
 import json
@@ -58,6 +60,114 @@ def test_scan_of_nothing_is_told(latte, source, told):
     found = latte("data", "scan", source)
     assert found.code == 2
     assert told in found.errors[0]
+
+
+def test_a_class_without_a_usable_clip_is_no_class(latte, videos):
+    (videos / "zigzag").mkdir()
+    (videos / "zigzag/broken.mp4").write_bytes(b"nothing")
+    found = latte("data", "scan", videos, "--json")
+    assert found.json["classes"] == ["down", "left", "right", "up"]
+    assert found.json["empty_classes"] == ["zigzag"]
+    lines = latte("data", "scan", videos).out.splitlines()
+    assert lines[-2:] == ["no usable clip in class zigzag", "skipped files and their reasons: skipped.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ("--count", "1000000000"),
+            "--count must be at most 100,000, got 1,000,000,000; data.kind=procedural trains",
+        ),
+        (("--size", "100000"), "16 frames of 100000 x 100000 take 480,000,000,000 bytes"),
+        (("--frames", "1000000000"), "1000000000 frames of 64 x 64 take"),
+    ],
+)
+def test_silly_counts_are_refused_at_once(latte, words, message):
+    found = latte("data", "synth", "out", *words)
+    assert (found.code, len(found.errors)) == (2, 1), found.err
+    assert found.errors[0].startswith(f"error: {message}")
+    assert not Path("out").exists()
+    assert latte("data", "inspect", "shapes", "--count", 10**9).code == 2
+
+
+def test_scan_and_inspect_read_a_folder_of_latents(latte, videos):
+    words = ["data.resolution=[16,24]", "codec.name=pixels", "data.frames=4"]
+    assert latte("data", "encode", videos, *words, "--out", "shards").code == 0
+    found = latte("data", "scan", "shards", "--json")
+    assert found.code == 0, found.err
+    assert (found.json["clips"], found.json["classes"]) == (8, ["down", "left", "right", "up"])
+    assert {key: found.json["files"][0][key] for key in ("path", "frames", "height", "width", "class")} == {
+        "path": "down/00001.mp4",
+        "frames": 5,
+        "height": 16,
+        "width": 24,
+        "class": "down",
+    }
+    found = latte("data", "scan", "shards", "data.frames=6")
+    assert found.code == 2
+    assert "too-short" in found.errors[0]
+    found = latte("data", "inspect", "shards", "data.frames=4", "--count", 2, "--json")
+    assert found.code == 0, found.err
+    assert len(found.json["clips"]) == 2
+    with Image.open("clips.png") as sheet:
+        assert sheet.width == 4 * (24 * 6 + 2) + 2
+    found = latte("data", "encode", "shards")
+    assert (found.code, len(found.errors)) == (2, 1)
+    assert "data.kind is 'latents'" in found.errors[0]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_is_one_line(latte, videos, monkeypatch):
+    (videos / "up/broken.mp4").write_bytes(b"nothing")
+    writes = []
+
+    def full(*_, **__):
+        writes.append(1)
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("PIL.Image.Image.save", full)
+        found = latte(
+            "data", "inspect", videos, "data.resolution=16", "data.frames=4", "--out", "sheets/s.png"
+        )
+    assert (found.code, len(found.errors), len(writes)) == (1, 1, 1), found.err
+    assert re.match(
+        r"error: could not write the contact sheet to sheets/s\.png: No space left", found.errors[0]
+    )
+    assert list(Path("sheets").iterdir()) == []
+    found = latte("data", "scan", videos, "--out", "/dev/full")
+    assert (found.code, len(found.errors)) == (1, 1), found.err
+    assert re.match(
+        r"error: could not write the list of skipped videos to /dev/full: No space left", found.errors[0]
+    )
+    with monkeypatch.context() as patch:
+        patch.setattr("latte.files.commit_file", full)
+        found = latte("data", "synth", "more", "--count", 1, "--frames", 2, "--size", 16)
+    assert (found.code, len(found.errors)) == (1, 1)
+    assert re.match(r"error: could not write the clips to more: No space left", found.errors[0])
+
+
+def test_inspect_checks_its_destination_first(latte, videos):
+    for out, message in (
+        ("clips.docx", "names no image format"),
+        (".", "names no image format"),
+        ("up.png", "is a folder"),
+    ):
+        Path("up.png").mkdir(exist_ok=True)
+        found = latte("data", "inspect", "nowhere-else" if out == "clips.docx" else videos, "--out", out)
+        assert (found.code, len(found.errors)) == (2, 1)
+        assert message in found.errors[0] or out == "clips.docx"
+
+
+def test_names_reach_the_terminal_escaped(latte, videos):
+    (videos / "up" / "red\x1b[31m\n.mp4").write_bytes((videos / "up/00000.mp4").read_bytes())
+    found = latte("data", "scan", videos)
+    assert found.code == 0
+    assert "red\\x1b[31m\\n.mp4  5 frames" in found.out
+    assert "\x1b" not in found.out + found.err
+    found = latte("data", "encode", videos, "codec.name=pixels", "data.resolution=16", "--out", "a b")
+    assert found.out.splitlines()[-1] == "train on it with: data.kind=latents 'data.root=a b'"
 
 
 def test_inspect_shows_clips_as_training_sees_them(latte, videos):

@@ -265,7 +265,7 @@ def test_a_kill_in_the_middle_of_the_captions_loses_a_part_alone(tmp_path):
         "captions-00001.safetensors",
         MANIFEST,
     ]
-    assert [path.read_bytes() for path in out.glob(".*.partial")] == [b"half a part"]
+    assert [path.read_bytes() for path in out.glob(".tmp-captions-*")] == [b"half a part"]
     with pytest.raises(InputError, match="not finished"):
         LatentDataset(latents_of(SHAPES, out))
     encoder = Counting(8)
@@ -312,13 +312,13 @@ def test_features_that_do_not_fit_are_refused(tmp_path):
     content = path.read_bytes()
     for damaged in (content[:50], b"", b"nothing"):
         path.write_bytes(damaged)
-        with pytest.raises(InputError, match=r"size of .*captions-00000.safetensors is"):
+        with pytest.raises(InputError, match=r"captions-00000.safetensors has [0-9,]+ bytes, but its manifest lists"):
             stored_captions(tmp_path, entry, ["red"], 4)
     path.write_bytes(b"x" * len(content))
     with pytest.raises(InputError, match="cannot be read"):
         stored_captions(tmp_path, entry, ["red"], 4)
     path.unlink()
-    with pytest.raises(InputError, match=r"is 0, but the manifest says"):
+    with pytest.raises(InputError, match=r"has 0 bytes, but its manifest lists"):
         stored_captions(tmp_path, entry, ["red"], 4)
 
 

@@ -2,12 +2,14 @@
 """Encoding a set once: whatever interrupts it, it goes on; whatever does not belong together, it refuses."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,6 +21,7 @@ from latte.autoencoder.codec import CodecConfig, build_codec
 from latte.checks import InputError, RunError
 from latte.data.datasets import DataConfig, FolderDataset
 from latte.data.encode import Video, encode_dataset, plan_shards
+from latte.data.fingerprint import UNREADABLE
 from latte.data.latents import LatentDataset
 from latte.data.shards import MANIFEST, Record
 from latte.runtime import generator
@@ -85,7 +88,7 @@ def test_a_kill_in_the_middle_of_a_shard_loses_that_shard_alone(tmp_path):
     )
     assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
     assert sorted(name for name in contents(out) if name[0] != ".") == [MANIFEST, "shard-00000.safetensors"]
-    assert [path.read_bytes() for path in out.glob(".*.partial")] == [b"half a shard"]
+    assert [path.read_bytes() for path in out.glob(".tmp-shard-*")] == [b"half a shard"]
     assert encode_dataset(SHAPES, Drawn(), out, shard_bytes=TWO_CLIPS)["new_shards"] == 2
     assert len(LatentDataset(latents_of(SHAPES, out))) == 6
     assert not list(out.glob(".*"))
@@ -128,12 +131,12 @@ def test_a_changed_file_is_encoded_again_and_the_rest_is_not(tmp_path):
 
 
 def test_a_long_video_is_read_in_pieces_each_with_its_own_draw(tmp_path, monkeypatch):
-    from latte.data import encode as encoding
+    from latte.data import encode_sources
 
     root, calls = tmp_path / "videos", []
     root.mkdir()
     encode(root / "long.mp4", numbered(1).repeat(20, 0))
-    monkeypatch.setattr(encoding, "READ_BYTES", 1)
+    monkeypatch.setattr(encode_sources, "READ_BYTES", 1)
     codec = Drawn()
     codec.before = lambda: calls.append(1)
     config = folder_config(root, frames=20, interval=1, flip=False)
@@ -144,7 +147,7 @@ def test_a_long_video_is_read_in_pieces_each_with_its_own_draw(tmp_path, monkeyp
 
 
 def test_a_video_that_no_longer_reads_is_left_out_with_its_reason(videos, tmp_path, monkeypatch):
-    from latte.data import encode as encoding
+    from latte.data import encode_sources
     from latte.data.media import Unreadable
 
     def read(info, frames):
@@ -152,8 +155,8 @@ def test_a_video_that_no_longer_reads_is_left_out_with_its_reason(videos, tmp_pa
             raise Unreadable(info.path, "damaged", "it was cut short")
         return original(info, frames)
 
-    original = encoding.read_frames
-    monkeypatch.setattr(encoding, "read_frames", read)
+    original = encode_sources.read_frames
+    monkeypatch.setattr(encode_sources, "read_frames", read)
     config = folder_config(videos)
     done = encode_dataset(config, pixels(), tmp_path / "out", cache_dir=tmp_path)
     assert done["skipped"] == [{"path": "a/uneven.mp4", "reason": "damaged: it was cut short"}]
@@ -162,7 +165,7 @@ def test_a_video_that_no_longer_reads_is_left_out_with_its_reason(videos, tmp_pa
         "b/pictures",
     ]
     monkeypatch.setattr(
-        encoding, "read_frames", lambda info, frames: read(replace(info, path="uneven"), frames)
+        encode_sources, "read_frames", lambda info, frames: read(replace(info, path="uneven"), frames)
     )
     with pytest.raises(InputError, match=r"nothing was encoded .*first a/even\.mp4 \(damaged"):
         encode_dataset(config, pixels(), tmp_path / "none", cache_dir=tmp_path)
@@ -219,7 +222,7 @@ def test_a_folder_of_other_files_is_left_alone(tmp_path):
         (
             replace(SHAPES, num_clips=None),
             "float16",
-            "data.num_clips is None, but an endless set cannot be encoded",
+            "data.num_clips is None, but up to 1,000,000 procedural clips can be encoded",
         ),
         (SHAPES, "float8", "dtype is 'float8'"),
         (
@@ -243,7 +246,9 @@ def test_what_cannot_be_encoded_is_refused(tmp_path, config, dtype, message):
 def test_latents_too_large_for_their_type_are_not_written(tmp_path):
     codec = Drawn()
     codec.encode = lambda frames, generator=None: frames * 1e6
-    with pytest.raises(RunError, match=r"latents of 3/0 do not fit into torch.float16.*float32"):
+    with pytest.raises(
+        RunError, match=r"latents of 3/0 hold NaN/Inf or do not fit into torch.float16.*float32"
+    ):
         encode_dataset(SHAPES, codec, tmp_path / "out")
     assert not list((tmp_path / "out").glob("shard*"))
 
@@ -263,7 +268,7 @@ def test_a_full_disk_loses_nothing_finished(tmp_path, monkeypatch):
     monkeypatch.setattr(shards, "save_file", full)
     with pytest.raises(
         RunError,
-        match=r"shard-00001\.safetensors cannot be written \(.*No space left.*run the same command again",
+        match=r"could not write latents to .*shard-00001\.safetensors: No space left.*run the same command",
     ):
         encode_dataset(SHAPES, pixels(), tmp_path / "out", shard_bytes=1)
     assert sorted(contents(tmp_path / "out")) == [MANIFEST, "shard-00000.safetensors"]
@@ -279,3 +284,91 @@ def test_shards_hold_every_video_once_in_order_and_no_more_than_fits(lengths, fr
     sizes = [[video.record.frames * frame_bytes for video in part] for part in parts]
     assert all(len(part) == 1 or sum(part) <= shard_bytes for part in sizes)
     assert all(sum(part) + after[0] > shard_bytes for part, after in pairwise(sizes))
+
+
+def test_names_that_are_not_utf8_are_decided_at_the_scan(tmp_path):
+    root = tmp_path / "vid\udcfdeos"
+    for name in ("bad\udcff.mp4", "two\nlines\x1b[31m.mp4", "жест.mp4"):
+        (root / "a").mkdir(parents=True, exist_ok=True)
+        os.rename(encode(tmp_path / "plain.mp4", numbered(6)), root / "a" / name)
+    config = folder_config(root, frames=2)
+    for field, act in (
+        ("--out", lambda: encode_dataset(config, Drawn(), tmp_path / "l\udcfcatents", cache_dir=tmp_path)),
+        ("data.root", lambda: LatentDataset(latents_of(config, root))),
+    ):
+        with pytest.raises(InputError, match=rf"^{field} is .*, which is not UTF-8, and safetensors cannot open"):
+            act()
+    out = tmp_path / "out"
+    done = encode_dataset(config, Drawn(), out, cache_dir=tmp_path)
+    assert (done["videos"], done["classes"]) == (2, ["a"])
+    assert [Path(entry["path"]).name for entry in done["skipped"]] == ["bad\udcff.mp4"]
+    latents = LatentDataset(latents_of(config, out))
+    assert [video.key for video in latents.videos] == ["a/two\nlines\x1b[31m.mp4", "a/жест.mp4"]
+    assert UNREADABLE not in latents.files.values()
+    source = FolderDataset(config, tmp_path)
+    for index in range(2):
+        one, two = source.clip(index, generator(index)), latents.clip(index, generator(index))
+        assert (one.key, one.label, one.video.shape) == (two.key, two.label, two.video.shape)
+    assert encode_dataset(config, Drawn(), out, cache_dir=tmp_path)["new_shards"] == 0
+
+
+def test_a_disk_that_is_too_small_is_noticed_before_anything_is_encoded(tmp_path, monkeypatch):
+    codec = Drawn()
+    encoded = []
+    codec.before = lambda: encoded.append(1)
+    needed = 6 * 4 * 3 * 16 * 16 * 2
+
+    def disk(free: int) -> None:
+        monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=free))
+
+    disk(needed - 1)
+    with pytest.raises(
+        RunError,
+        match=rf"^the latents take {needed:,} bytes more, but the disk of .* has {needed - 1:,} free",
+    ):
+        encode_dataset(SHAPES, codec, tmp_path / "deep" / "out")
+    assert (encoded, list(tmp_path.iterdir())) == ([], [])
+    disk(needed)
+    encode_dataset(SHAPES, codec, tmp_path / "out", shard_bytes=1)
+    (tmp_path / "out" / "shard-00005.safetensors").unlink()
+    disk(needed // 6)  # only the missing shard counts
+    assert encode_dataset(SHAPES, codec, tmp_path / "out", shard_bytes=1)["new_shards"] == 1
+    assert len(encoded) == 7
+
+
+def test_files_have_the_permissions_of_the_umask(tmp_path):
+    before = os.umask(0o022)
+    try:
+        encode_dataset(SHAPES, pixels(), tmp_path / "out")
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "out").iterdir()}
+    assert modes == {MANIFEST: 0o644, "shard-00000.safetensors": 0o644}
+
+
+def test_temporary_files_of_other_writers_and_of_the_user_stay(tmp_path):
+    out = tmp_path / "out"
+    encode_dataset(SHAPES, pixels(), out)
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    gone = [
+        f".tmp-shard-00000.safetensors-{dead.pid}-0123abcd",
+        f".captions-00000.safetensors.{dead.pid}.partial",
+    ]
+    kept = [
+        f".tmp-shard-00000.safetensors-{os.getpid()}-0123abcd",
+        ".notes.partial",
+        ".tmp-notes",
+        f".tmp-x-{dead.pid}-0123abcd",
+    ]
+    for name in (*gone, *kept):
+        (out / name).write_text("text")
+    encode_dataset(SHAPES, pixels(), out)
+    assert sorted(path.name for path in out.glob(".*")) == sorted(kept)
+
+
+def test_a_million_procedural_clips_are_the_most(tmp_path):
+    with pytest.raises(
+        InputError, match=r"^data\.num_clips is 1000000000, but up to 1,000,000 procedural clips"
+    ):
+        encode_dataset(replace(SHAPES, num_clips=10**9), pixels(), tmp_path / "out")

@@ -120,13 +120,13 @@ def truncate(out: Path) -> None:
         ),
         (lambda out: (out / MANIFEST).unlink(), {}, "holds no manifest.json"),
         (lambda out: (out / MANIFEST).write_text('{"format": '), {}, "manifest.json is damaged"),
-        (lambda out: edit(out, version=99), {}, "format of .*manifest.json is .*99"),
+        (lambda out: edit(out, version=99), {}, "manifest.json has format .*99.*, but this version"),
         (lambda out: edit(out, complete=False), {}, "not finished"),
-        (truncate, {}, r"size of .*shard-00000\.safetensors is"),
+        (truncate, {}, r"shard-00000\.safetensors has [\d,]+ bytes, but its manifest lists"),
         (
             lambda out: (out / "shard-00000.safetensors").unlink(),
             {},
-            r"size of .*shard-00000\.safetensors is 0",
+            r"shard-00000\.safetensors has 0 bytes, but its manifest lists",
         ),
     ],
 )

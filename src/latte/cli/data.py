@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``latte data``: what is readable, what it looks like, encode it once, or draw a set.
+"""``latte data``: list what can be used, look at it, encode it once, or generate a procedural set.
 
-SOURCE is a folder of videos, or whatever ``latte train`` takes, with the same overrides: then the clips are
-those of the run.
+SOURCE is a folder of videos or of latents, or whatever ``latte train`` takes, with the same overrides: then
+the clips are those of the run.
 """
 
 from pathlib import Path
@@ -26,55 +26,91 @@ from latte.cli.options import (
 
 if TYPE_CHECKING:
     from latte.config.run import RunConfig
+    from latte.data.skipped import ScanResult
 
-app = typer.Typer(cls=Group, help="List, look at, encode and draw clips.", no_args_is_help=True)
+MAX_CLIPS = 100_000  # that ``synth`` writes; training generates any number without files
+MAX_CLIP_BYTES = 1 << 30  # of the frames of one clip
+app = typer.Typer(cls=Group, help="List, inspect, encode and generate clips.", no_args_is_help=True)
 
 Source = Annotated[
-    str, typer.Argument(metavar="SOURCE", help="A folder of videos, or a RUN.", show_default=False)
+    str, typer.Argument(metavar="SOURCE", help="A folder of videos or latents, or a RUN.", show_default=False)
 ]
 Seed = Annotated[int, typer.Option(help="Seed of the random choice.")]
 
 
 def load_source(source: str, overrides: list[str] | None) -> tuple["RunConfig", dict[str, str]]:
-    """A folder of videos is the default configuration with ``data.root``; anything else is a RUN."""
-    from latte.config.run import RUN_FILE, load_run, recipes
+    """Load the configuration of SOURCE.
 
-    if source not in recipes() and Path(source).is_dir() and not (Path(source) / RUN_FILE).is_file():
-        return load_run(None, [f"data.root={source}", *(overrides or [])])
-    return load_run(source, overrides or [])
+    A folder of videos or latents is the default configuration with its ``data.root``; latents set what they
+    were encoded with, too. Anything else is a RUN.
+    """
+    from latte.config.run import RUN_FILE, load_run, recipes
+    from latte.data.shards import is_encoded, read_manifest
+
+    folder = Path(source)
+    if source in recipes() or not folder.is_dir() or (folder / RUN_FILE).is_file():
+        return load_run(source, overrides or [])
+    words = [f"data.root={source}"]
+    if is_encoded(folder):
+        settings = read_manifest(folder)["settings"]
+        height, width = settings["resolution"]
+        words += [
+            "data.kind=latents",
+            f"data.resolution=[{height},{width}]",
+            f"codec.name={settings['codec']['name']}",
+        ]
+    return load_run(None, [*words, *(overrides or [])])
 
 
 @app.command("scan", cls=Command, context_settings=OVERRIDABLE)
 def scan_folder(
     source: Source,
     overrides: Overrides = None,
-    out: Annotated[Path, typer.Option(help="Where the unusable files and their reasons are noted.")] = Path(
+    out: Annotated[Path, typer.Option(help="File that lists the skipped videos with the reasons.")] = Path(
         "skipped.jsonl"
     ),
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """List the readable clips, and note the others with their reasons in skipped.jsonl.
+    """List the usable clips, and write the others with the reasons to skipped.jsonl.
 
-    Clips too short for a run are refused when SOURCE is one, or when data.frames or data.interval are given.
+    Clips too short for a run are skipped when SOURCE is one, or when data.frames or data.interval are given.
     """
+    from latte.checks import printable
     from latte.config.run import DEFAULT
     from latte.data.skipped import check_folder, describe_clips, require_clips, scan, write_skipped
+    from latte.files import reported
 
     configure_logging()
     config, origins = load_source(source, overrides)
     data = config.data
     ruled = any(origins[f"data.{key}"] != DEFAULT for key in ("frames", "interval", "rule", "fps"))
-    found = scan(
-        check_folder(data.root or ""),
-        data.clip_rule if ruled else None,
-        data.labels,
-        progress=progress_line("scan", 0, 1),
-    )
+    rule = data.clip_rule if ruled else None
+    if data.kind == "latents":
+        from latte.data.latents import scan_latents
+
+        found = scan_latents(check_folder(data.root or ""), rule)
+    else:
+        found = scan(check_folder(data.root or ""), rule, data.labels, progress=progress_line("scan", 0, 1))
     if found.skipped:
-        write_skipped(out, found.skipped)
+        with reported("the list of skipped videos", out):
+            write_skipped(out, found.skipped)
     require_clips(found)
+    result = scan_result(found)
+    lines = describe_clips(found)
+    if result["empty_classes"]:
+        lines.append(f"no usable clip in class {', '.join(result['empty_classes'])}")
+    if found.skipped:
+        lines.append(f"skipped files and their reasons: {printable(out)}")
+    print_result(result, as_json, lines)
+
+
+def scan_result(found: "ScanResult") -> dict:
+    """Return the result of ``latte data scan`` as plain data. ``classes`` have a usable clip,
+    ``empty_classes`` have none.
+    """
     names = list(found.classes)
+    used = {clip.label for clip in found.clips}
     files = [
         {
             "path": clip.info.path,
@@ -87,50 +123,76 @@ def scan_folder(
         }
         for clip in found.clips
     ]
-    result = {"clips": len(files), "classes": names, "skipped": list(found.skipped), "files": files}
-    result["ignored"] = found.ignored
-    result["quarantined"] = result["skipped"]  # the key of 0.1.0, for one version
-    see = [f"skipped files and their reasons: {printable(out)}"] if found.skipped else []
-    print_result(result, as_json, [*describe_clips(found), *see])
+    skipped = list(found.skipped)
+    return {
+        "clips": len(files),
+        "classes": [name for label, name in enumerate(names) if label in used],
+        "empty_classes": [name for label, name in enumerate(names) if label not in used],
+        "skipped": skipped,
+        "quarantined": skipped,  # the key of 0.1.0, for one version
+        "files": files,
+        "ignored": found.ignored,
+    }
 
 
 @app.command("inspect", cls=Command, context_settings=OVERRIDABLE)
 def inspect(
     source: Source,
     overrides: Overrides = None,
-    count: Annotated[int, typer.Option(min=1, max=64, help="How many clips.")] = 8,
-    out: Annotated[Path, typer.Option(help="The picture.")] = Path("clips.png"),
+    count: Annotated[int, typer.Option(min=1, max=64, help="Number of clips.")] = 8,
+    out: Annotated[Path, typer.Option(help="Image file of the contact sheet.")] = Path("clips.png"),
     seed: Seed = 0,
     device: Device = "auto",
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Write a contact sheet of random clips just as training sees them: cropped, resized, maybe mirrored;
-    latents are decoded.
+    """Write a contact sheet of random clips as training sees them: cropped, resized, maybe flipped.
+
+    Latents are decoded.
     """
     from latte.autoencoder.codec import build_codec
     from latte.data.clips import to_uint8
     from latte.data.datasets import build_dataset
     from latte.data.loader import items_of_step
     from latte.data.media import contact_sheet
+    from latte.files import commit_file, reported
     from latte.runtime import generator, resolve_device
 
     configure_logging()
     config, _ = load_source(source, overrides)
+    check_image(out)
     codec = build_codec(config.codec, resolve_device(device)) if config.data.kind == "latents" else None
     dataset = build_dataset(config.data, codec_fingerprint=codec.fingerprint if codec else None)
     items = items_of_step(seed, 0, min(count, len(dataset)), len(dataset))
     clips = [dataset.clip(item, generator(seed, "inspect", item)) for item in items]
     videos = [codec.decode(clip.video[None])[0] if codec else clip.video for clip in clips]
-    captions = [
-        clip.key
-        + (f" ({dataset.classes[clip.label]})" if clip.label is not None else "")
-        + (f": {clip.caption}" if clip.caption else "")
-        for clip in clips
-    ]
-    out.parent.mkdir(parents=True, exist_ok=True)
-    contact_sheet([to_uint8(video) for video in videos], captions=captions).save(out)
+    captions = []
+    for clip in clips:
+        name = f" ({dataset.classes[clip.label]})" if clip.label is not None else ""
+        captions.append(clip.key + name + (f": {clip.caption}" if clip.caption else ""))
+    sheet = contact_sheet([to_uint8(video) for video in videos], captions=captions)
+    with reported("the contact sheet", out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        commit_file(out, lambda temporary: sheet.save(temporary, format=image_format(out)))
     print_result({"sheet": str(out), "clips": [clip.key for clip in clips]}, as_json, [str(out)])
+
+
+def image_format(path: Path) -> str | None:
+    """Return the name of the image format that the suffix of ``path`` stands for, None for an unknown one."""
+    from PIL import Image
+
+    return Image.registered_extensions().get(path.suffix.lower())
+
+
+def check_image(path: Path) -> None:
+    """InputError unless ``path`` can be the file of an image."""
+    from latte.checks import check, printable
+
+    check(
+        image_format(path) is not None,
+        f"--out is {printable(path)}, whose suffix names no image format; give e.g. clips.png",
+    )
+    check(not path.is_dir(), f"--out is {printable(path)}, which is a folder; give a file, e.g. clips.png")
 
 
 @app.command("encode", cls=Command, context_settings=OVERRIDABLE)
@@ -148,10 +210,9 @@ def encode(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Pass a set through the autoencoder once; before that, its captions through the text encoder if the run
-    has one.
+    """Encode a dataset once with the autoencoder, and its captions with the text encoder if the run has one.
 
-    Train on it with data.kind=latents data.root=OUT. Run again to go on after a stop.
+    Train on it with data.kind=latents data.root=OUT. Run again to continue after an interruption.
     """
     from latte.autoencoder.codec import build_codec
     from latte.data.encode import encode_dataset
@@ -172,19 +233,26 @@ def encode(
         progress=progress_line("encode", 0, 1),
         text=text,
         caption_progress=progress_line("captions", 0, 1),
+        scan_progress=progress_line("scan", 0, 1),
     )
-    refused = len(result["skipped"])
     result["quarantined"] = result["skipped"]  # the key of 0.1.0, for one version
     lines = [
         f"{result['videos']} videos, {result['frames']} frames, {result['shards']} shards, "
-        f"{result['bytes']:,} bytes; {refused} refused"
+        f"{result['bytes']:,} bytes; {len(result['skipped'])} videos skipped"
     ]
     if text:
         lines.append(
-            f"{result['captions']} captions; {result['new_captions']} features are new (with that of the "
-            "empty caption)"
+            f"{result['captions']} captions; {result['new_captions']} features are new (the empty one "
+            "included)"
         )
-    print_result(result, as_json, [*lines, f"train on it with: data.kind=latents data.root={folder}"])
+    print_result(result, as_json, [*lines, f"train on it with: {train_words(folder)}"])
+
+
+def train_words(folder: Path) -> str:
+    """Return the overrides that train on the latents in ``folder``, quoted for a shell."""
+    from latte.checks import command_line
+
+    return command_line("data.kind=latents", f"data.root={folder}").removeprefix("latte ")
 
 
 @app.command("synth", cls=Command)
@@ -195,30 +263,46 @@ def synth(
             metavar="OUT", help="The folder to fill: OUT/<direction>/<number>.mp4 and captions.csv."
         ),
     ],
-    count: Annotated[int, typer.Option(min=1, help="How many clips.")] = 64,
-    frames: Annotated[int, typer.Option(min=1, help="Frames of a clip.")] = 16,
-    size: Annotated[int, typer.Option(min=8, help="Pixels of a side.")] = 64,
-    fps: Annotated[float, typer.Option(min=1, max=240, help="Frames a second.")] = 8,
+    count: Annotated[int, typer.Option(min=1, help="Number of clips.")] = 64,
+    frames: Annotated[int, typer.Option(min=1, help="Frames per clip.")] = 16,
+    size: Annotated[int, typer.Option(min=8, help="Side of the frames in pixels.")] = 64,
+    fps: Annotated[float, typer.Option(min=1, max=240, help="Frames per second.")] = 8,
     seed: Seed = 0,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Draw moving shapes as a folder of videos by class (the direction), with captions."""
+    """Write procedural clips as videos, with a folder per class (the direction) and captions."""
     import csv
+    import io
 
+    from latte.checks import check
     from latte.data.media import write_mp4
     from latte.data.procedural import DIRECTIONS, draw_scene, render
+    from latte.files import commit_file, reported
 
     configure_logging()
-    progress, rows = progress_line("synth", 0, 1), []
-    for index in range(count):
-        scene = draw_scene(seed, index, frames)
-        path = Path(scene.direction) / f"{index:05d}.mp4"
-        write_mp4(out / path, render(scene, frames, size, size), fps)
-        rows.append((path.as_posix(), scene.caption))
-        progress(index + 1, count)
-    with open(out / "captions.csv", "w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows([("path", "caption"), *rows])
-    print_result(
-        {"out": str(out), "clips": count, "classes": list(DIRECTIONS)}, as_json, [f"{count} clips in {out}"]
+    check(
+        count <= MAX_CLIPS,
+        f"--count must be at most {MAX_CLIPS:,}, got {count:,}; data.kind=procedural trains on any number "
+        "without files",
     )
+    clip_bytes = frames * size * size * 3
+    check(
+        clip_bytes <= MAX_CLIP_BYTES,
+        f"{frames} frames of {size} x {size} take {clip_bytes:,} bytes, more than {MAX_CLIP_BYTES:,}; "
+        "give fewer --frames or a smaller --size",
+    )
+    progress = progress_line("synth", 0, 1)
+    table = io.StringIO(newline="")
+    captions = csv.writer(table)
+    captions.writerow(("path", "caption"))
+    with reported("the clips", out):
+        for index in range(count):
+            scene = draw_scene(seed, index, frames)
+            path = Path(scene.direction) / f"{index:05d}.mp4"
+            write_mp4(out / path, render(scene, frames, size, size), fps)
+            captions.writerow((path.as_posix(), scene.caption))
+            progress(index + 1, count)
+        commit_file(out / "captions.csv", table.getvalue())
+    result = {"out": str(out), "clips": count, "classes": list(DIRECTIONS)}
+    print_result(result, as_json, [f"{count} clips in {out}"])

@@ -1,56 +1,50 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Encode a data set once: every frame of every video, and of its mirror image, into safetensors shards.
+"""Encode a dataset once: every frame of every video, and of its mirror image, into safetensors shards.
 
-Which videos make a shard is decided before anything is read, and each shard carries the digest of that
-decision: one that is there and matches is finished and never made again, so an interrupted encoding goes on
-where it stopped, and a changed source is noticed. Axes: n frames of a video, t source frames, c channels, h
-height, w width.
+Which videos make a shard is decided before anything is read, and each shard holds the digest of that plan. A
+shard that exists and matches its plan is finished, so an interrupted encoding continues where it stopped and
+a changed source is noticed. Axes: n frames of a video, t source frames, c channels, h height, w width.
 """
 
 import hashlib
 import json
 import math
 import os
+import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, Protocol, cast
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from latte.checks import InputError, RunError, choose, require
+from latte.checks import InputError, RunError, check, choose, printable
 from latte.data.base import DataConfig
-from latte.data.caption_files import read_captions
 from latte.data.captions import PART, check_lengths, list_parts, store_captions, warn_of_sides
 from latte.data.clips import centre_crop_resize, flip_horizontal, to_float
-from latte.data.media import Unreadable, read_frames
-from latte.data.procedural import DIRECTIONS, draw_scene, render
+from latte.data.encode_sources import SOURCES, Progress, Source, Video
+from latte.data.media import Unreadable
 from latte.data.shards import (
-    MANIFEST,
     MIRROR,
-    SHARDS,
     SOURCE,
-    Record,
+    check_destination,
     finished,
-    read_manifest,
+    remove_leftovers,
+    tensor_name,
     write_manifest,
     write_shard,
 )
-from latte.data.skipped import FoundClip, check_folder, require_clips, scan
 from latte.runtime import generator
 from latte.text.encoders import TextEncoder
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
-Progress = Callable[[int, int], None] | None
 SHARD_BYTES = 256 << 20
-READ_BYTES = 256 << 20  # source frames held at a time
 
 
 class FrameCodec(Protocol):
-    """What encoding asks of a codec (latte.autoencoder.codec.Codec has it)."""
+    """What encoding needs of a codec (``latte.autoencoder``)."""
 
     name: str
     channels: int
@@ -65,89 +59,19 @@ class FrameCodec(Protocol):
     def encode(self, frames: Tensor, generator: torch.Generator | None = None) -> Tensor: ...
 
 
-AnyCodec = FrameCodec | Callable[[], FrameCodec]
+AnyCodec = FrameCodec | Callable[[], Any]
 
 
 @dataclass(frozen=True)
-class Video:
-    """A source video: its record, and ``read(frame numbers) -> uint8 (t h w c)``, ``piece`` frames of it at a
-    time.
+class Shard:
+    """A shard to make of ``videos``. ``refused`` lists those it could not hold, None as long as it is not
+    finished.
     """
 
-    record: Record
-    read: Callable[[Sequence[int]], np.ndarray]
-    piece: int
-
-
-@dataclass(frozen=True)
-class Source:
-    """All videos to encode. ``fingerprint`` says what they are apart from their records."""
-
-    fingerprint: dict[str, Any]
-    videos: list[Video]
-    classes: list[str]
-    skipped: list[dict[str, str]]
-    damaged: list[dict[str, str]] = field(default_factory=list)  # encoded, but only their first part decodes
-
-
-def _folder(config: DataConfig, cache_dir: str | os.PathLike | None) -> Source:
-    """Every readable video below ``config.root``, also those too short for the rule: another rule may fit
-    them.
-    """
-    found = scan(check_folder(config.root or ""), None, config.labels, cache_dir)
-    require_clips(found)
-    captions = read_captions(found, config.captions)
-    videos = [_folder_video(clip, captions.get(clip.key)) for clip in found.clips]
-    return Source(
-        {"kind": "folder", **({"captions": True} if captions else {})},
-        videos,
-        list(found.classes),
-        list(found.skipped),
-        found.damaged,
-    )
-
-
-def _folder_video(clip: FoundClip, caption: str | None) -> Video:
-    info, path = clip.info, Path(clip.info.path)
-    states = [file.stat() for file in (path.iterdir() if path.is_dir() else [path]) if file.exists()]
-    stamp = (sum(state.st_size for state in states), max((state.st_mtime_ns for state in states), default=0))
-    record = Record(
-        clip.key, clip.label, caption, info.frames, info.fps, info.start, info.steps, info.time_base, stamp
-    )
-    return Video(
-        record,
-        lambda frames: read_frames(info, frames),
-        max(READ_BYTES // (info.height * info.width * 3), 16),
-    )
-
-
-def _procedural(config: DataConfig, cache_dir: str | os.PathLike | None) -> Source:
-    """``config.num_clips`` procedural clips."""
-    require(
-        config.num_clips is not None,
-        "data.num_clips",
-        None,
-        "an endless set cannot be encoded",
-        "give a number of clips",
-    )
-    videos = [_procedural_video(config, index) for index in range(config.num_clips or 0)]
-    fingerprint = {"kind": "procedural", "seed": config.seed, "frames": config.frames}
-    if config.hold_out:
-        fingerprint["hold_out"] = config.hold_out
-    return Source(fingerprint, videos, list(DIRECTIONS) if config.labels else [], [])
-
-
-def _procedural_video(config: DataConfig, index: int) -> Video:
-    scene = draw_scene(config.seed, index, config.frames, config.hold_out)
-    record = Record(
-        f"{config.seed}/{index}", scene.label if config.labels else None, scene.caption, config.frames
-    )
-    return Video(
-        record, lambda frames: render(scene, config.frames, *config.size)[list(frames)], config.frames
-    )
-
-
-SOURCES = {"folder": _folder, "procedural": _procedural}
+    path: Path
+    plan: str
+    videos: Sequence[Video]
+    refused: list[dict[str, str]] | None
 
 
 def encode_dataset(
@@ -162,198 +86,88 @@ def encode_dataset(
     text: TextEncoder | None = None,
     caption_part: int = PART,
     caption_progress: Progress = None,
+    scan_progress: Progress = None,
 ) -> dict[str, Any]:
-    """Encode all frames of the data set of ``config`` at its resolution (mirrored too with ``config.flip``)
-    into the folder ``out``.
+    """Encode all frames of the dataset of ``config`` at its resolution (mirrored too with ``config.flip``)
+    into ``out``.
 
-    Frames, interval and rule are left to the training that reads it. A stochastic codec stores one sample of
-    the posterior per frame, drawn from ``seed``. ``progress(done, of)`` counts videos. With a ``text``
-    encoder the features of every distinct caption are stored first, ``caption_part`` to a file, and it is
-    freed. A ``codec`` that is a function builds one; it is asked before the captions, for the settings, and
-    again after them, so that the two never share the memory. Returns out, videos, frames, classes, captions,
-    new_captions, shards, new_shards, bytes and skipped. Run it again after an interruption. InputError when
-    ``out`` holds latents of other settings or nothing can be encoded, for captions too long (before anything
-    is encoded), and for a ``text`` encoder without captions; RunError when it cannot be written.
+    Frames, interval and rule are chosen by the training that reads the latents. A stochastic codec stores one
+    sample of the posterior per frame, drawn from ``seed``. ``progress(done, total)`` counts videos. With a
+    ``text`` encoder, the features of every distinct caption are stored first, ``caption_part`` to a file, and
+    the encoder is freed. A ``codec`` that is a function builds one; it is called before the captions, for the
+    settings, and again after them, so that codec and text encoder are never in memory together. Everything
+    that can be checked is checked before the first video is read.
+
+    Returns out, videos, frames, classes, captions, new_captions, shards, new_shards, bytes and skipped. Run
+    it again after an interruption. InputError when ``out`` holds latents of other settings, nothing can be
+    encoded, captions are too long or missing; RunError when the disk is full or cannot be written.
     """
-    out, source = Path(out), choose("data.kind", config.kind, SOURCES)(config, cache_dir)
+    out = Path(out)
+    source = choose("data.kind", config.kind, SOURCES)(config, cache_dir, scan_progress)
     captions = captions_of(config, source, text)
-    encoder = Encoder(config, made(codec), dtype, seed)
+    encoder = Encoder(config, built(codec), dtype, seed)
     settings = {**encoder.settings(), "source": source.fingerprint, "labels": config.labels}
-    refuse_other(out, settings)
+    check_destination(out, settings)
     parts = plan_shards(source.videos, encoder.frame_bytes, shard_bytes)
-    begin, new_captions = cache(lambda: write_manifest(out, settings, complete=False)), 0
+    shards = [planned(out, number, videos, settings) for number, videos in enumerate(parts)]
+    check_disk(out, shards, encoder.frame_bytes)
+    begin = cache(lambda: write_manifest(out, settings, complete=False))
+    new_captions = 0
     if text:
         del encoder
         new_captions = store_captions(out, text, captions, caption_part, begin, caption_progress)
         text.free()
-        encoder = Encoder(config, made(codec), dtype, seed)
-    manifest, new = write_shards(out, source, parts, encoder, settings, begin, progress)
-    require_videos(manifest, out)
-    if told := list_parts(out):
-        manifest["captions"] = told
+        encoder = Encoder(config, built(codec), dtype, seed)
+    manifest = write_shards(source, shards, encoder, begin, progress)
+    check_videos(manifest, out)
+    if parts_listed := list_parts(out):
+        manifest["captions"] = parts_listed
     write_manifest(out, settings, True, **manifest)
-    kept = {out / shard["file"] for shard in manifest["shards"]}
-    for left in {*out.glob(SHARDS), *out.glob(".*.partial")} - kept:
-        left.unlink()
-    counts = {
+    remove_leftovers(out, {shard.path for shard in shards})
+    return {
+        "out": str(out),
         "videos": len(manifest["videos"]),
         "frames": sum(entry["frames"] for entry in manifest["videos"]),
         "captions": len(captions),
         "new_captions": new_captions,
-        "shards": len(kept),
-        "new_shards": new,
-    }
-    size = sum(shard["bytes"] for shard in manifest["shards"])
-    return {
-        "out": str(out),
-        **counts,
-        "bytes": size,
+        "shards": len(shards),
+        "new_shards": sum(shard.refused is None for shard in shards),
+        "bytes": sum(shard["bytes"] for shard in manifest["shards"]),
         "classes": source.classes,
         "skipped": manifest["skipped"],
     }
 
 
-def made(codec: AnyCodec) -> FrameCodec:
-    """The codec itself, or what the function makes."""
-    return (
-        cast("FrameCodec", codec) if hasattr(codec, "encode") else cast("Callable[[], FrameCodec]", codec)()
-    )
+def built(codec: AnyCodec) -> FrameCodec:
+    """Return the codec itself, or what the function builds."""
+    if hasattr(codec, "encode"):
+        return cast("FrameCodec", codec)
+    return cast("Callable[[], Any]", codec)()
 
 
 def captions_of(config: DataConfig, source: Source, text: TextEncoder | None) -> list[str]:
-    """The distinct captions of ``source``, none of them too long for ``text``; a line is logged for those
-    that a mirror makes wrong.
+    """Return the distinct captions of ``source``; InputError for one that is too long for ``text``, or none
+    at all.
+
+    With flips, captions that mention left or right are logged.
     """
-    whose = {
-        video.record.caption: video.record.key for video in source.videos if video.record.caption is not None
-    }
+    records = [video.record for video in source.videos if video.record.caption is not None]
+    key_of = {str(record.caption): record.key for record in records}
     if text:
-        if not whose:
-            raise InputError(
-                f"text.name is {text.name}, but the videos have no captions; give data.captions=auto, or "
-                "text.name=null"
-            )
-        check_lengths(text, whose, whose)
+        check(
+            bool(key_of),
+            f"text.name is {text.name}, but the videos have no captions; give data.captions=auto, or "
+            "text.name=null",
+        )
+        check_lengths(text, key_of, key_of)
     if config.flip:
-        warn_of_sides(whose)
-    return sorted(whose)
-
-
-def write_shards(
-    out: Path,
-    source: Source,
-    parts: Sequence[Sequence[Video]],
-    encoder: "Encoder",
-    settings: dict[str, Any],
-    begin: Callable[[], None],
-    progress: Progress,
-) -> tuple[dict[str, Any], int]:
-    """Encode those ``parts`` of the videos that are not there yet -> the manifest's content, and how many
-    shards are new.
-    """
-    manifest: dict[str, Any] = {
-        "classes": source.classes,
-        "shards": [],
-        "videos": [],
-        "skipped": list(source.skipped),
-        **({"damaged": source.damaged} if source.damaged else {}),
-    }
-    done, new = 0, 0
-
-    def tick(count: int) -> None:
-        nonlocal done
-        done += count
-        if progress:
-            progress(done, len(source.videos))
-
-    for number, videos in enumerate(parts):
-        path = out / f"shard-{number:05d}.safetensors"
-        plan = hashlib.sha256(
-            json.dumps([settings, [asdict(video.record) for video in videos]]).encode()
-        ).hexdigest()
-        refused = finished(path, plan)
-        if refused is None:
-            begin()
-            refused = encoder.write(path, plan, videos, tick)
-            new += 1
-        else:
-            tick(len(videos))
-        bad = {one["path"] for one in refused}
-        manifest["videos"] += [
-            {**asdict(video.record), "shard": path.name} for video in videos if video.record.key not in bad
-        ]
-        manifest["shards"].append({"file": path.name, "bytes": path.stat().st_size})
-        manifest["skipped"] += refused
-    return manifest, new
-
-
-class Encoder:
-    """Turns videos into the tensors of a shard, with one codec, resolution and dtype."""
-
-    def __init__(self, config: DataConfig, codec: FrameCodec, dtype: str, seed: int):
-        self.config, self.codec, self.dtype, self.seed = config, codec, choose("dtype", dtype, DTYPES), seed
-        self.shape = codec.latent_shape(*config.size)
-        self.frame_bytes = math.prod(self.shape) * self.dtype.itemsize * (1 + config.flip)
-
-    def settings(self) -> dict[str, Any]:
-        """What decides the numbers in the shards."""
-        codec = self.codec
-        posterior = f"one sample per frame, seed {self.seed}" if codec.stochastic else "deterministic"
-        return {
-            "codec": {
-                "name": codec.name,
-                "identity": codec.fingerprint,
-                "channels": codec.channels,
-                "downscale": codec.downscale,
-            },
-            "resolution": list(self.config.size),
-            "latent": list(self.shape),
-            "dtype": str(self.dtype).removeprefix("torch."),
-            "flip": self.config.flip,
-            "posterior": posterior,
-        }
-
-    def write(
-        self, path: Path, plan: str, videos: Sequence[Video], tick: Callable[[int], None]
-    ) -> list[dict[str, str]]:
-        """Encode ``videos`` into the shard ``path``, there in whole or not at all; {"path", "reason"} of
-        those no longer readable.
-        """
-        tensors: dict[str, Tensor] = {}
-        refused = []
-        for video in videos:
-            try:
-                tensors |= self.encode(video)
-            except Unreadable as error:
-                refused.append({"path": video.record.key, "reason": error.reason})
-            tick(1)
-        write_shard(path, tensors, plan, refused)
-        return refused
-
-    def encode(self, video: Video) -> dict[str, Tensor]:
-        """The latents (n c h w) of all frames by tensor name: as they are, and mirrored when asked."""
-        record, pieces = video.record, {name: [] for name in (SOURCE, MIRROR)[: 1 + self.config.flip]}
-        for start in range(0, record.frames, video.piece):
-            numbers = range(start, min(start + video.piece, record.frames))
-            frames = to_float(centre_crop_resize(video.read(numbers), *self.config.size))
-            for name, found in pieces.items():
-                stream = (
-                    generator(self.seed, "encode", record.key, name, start) if self.codec.stochastic else None
-                )
-                clip = flip_horizontal(frames) if name == MIRROR else frames
-                found.append(self.codec.encode(clip[None], stream)[0].to("cpu", self.dtype))
-        latents = {f"{name}:{record.key}": torch.cat(found) for name, found in pieces.items()}
-        if not all(latent.isfinite().all() for latent in latents.values()):
-            raise RunError(
-                f"latents of {record.key} do not fit into {self.dtype} or are not numbers; encode with dtype "
-                "float32"
-            )
-        return latents
+        warn_of_sides(key_of)
+    return sorted(key_of)
 
 
 def plan_shards(videos: Sequence[Video], frame_bytes: int, shard_bytes: int) -> list[list[Video]]:
-    """Consecutive ``videos``, as many to a shard as fit into ``shard_bytes``, at least one."""
-    require(shard_bytes > 0, "shard_bytes", shard_bytes, "a shard holds something", "give e.g. 268435456")
+    """Group consecutive ``videos``, as many to a shard as fit into ``shard_bytes``, at least one."""
+    check(shard_bytes > 0, f"shard_bytes must be positive, got {shard_bytes}")
     parts: list[list[Video]] = []
     room = 0
     for video in videos:
@@ -366,30 +180,135 @@ def plan_shards(videos: Sequence[Video], frame_bytes: int, shard_bytes: int) -> 
     return parts
 
 
-def require_videos(manifest: dict[str, Any], out: Path) -> None:
-    """InputError with the first reason when every video was refused."""
-    if not manifest["videos"]:
-        first = manifest["skipped"][0]
-        raise InputError(
-            f"nothing was encoded into {str(out)!r}: no video can be read, first {first['path']} "
-            f"({first['reason']})"
+def planned(out: Path, number: int, videos: Sequence[Video], settings: dict[str, Any]) -> Shard:
+    """Return shard ``number`` of ``out``, finished or to be made."""
+    path = out / f"shard-{number:05d}.safetensors"
+    content = json.dumps([settings, [asdict(video.record) for video in videos]])
+    plan = hashlib.sha256(content.encode()).hexdigest()
+    return Shard(path, plan, videos, finished(path, plan))
+
+
+def check_disk(out: Path, shards: Sequence[Shard], frame_bytes: int) -> None:
+    """RunError unless the shards that are not finished fit on the disk."""
+    missing = [video for shard in shards if shard.refused is None for video in shard.videos]
+    needed = sum(video.record.frames for video in missing) * frame_bytes
+    folder = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise RunError(
+            f"the latents take {needed:,} bytes more, but the disk of {printable(folder)} has {free:,} free; "
+            "make room, or "
+            "give another folder (--out)"
         )
 
 
-def refuse_other(out: Path, settings: dict[str, Any]) -> None:
-    """InputError when the folder ``out`` holds latents of other ``settings``, or other files."""
-    if out.is_dir() and any(file.name[0] != "." for file in out.iterdir()) and not (out / MANIFEST).is_file():
-        raise InputError(f"{str(out)!r} holds files, but none is a {MANIFEST} of latents; give a new folder")
-    if not (out / MANIFEST).is_file():
+def write_shards(
+    source: Source, shards: Sequence[Shard], encoder: "Encoder", begin: Callable[[], None], progress: Progress
+) -> dict[str, Any]:
+    """Encode the shards that are not finished and return the content of the manifest."""
+    skipped = list(source.skipped)
+    videos: list[dict[str, Any]] = []
+    done = 0
+
+    def tick(count: int) -> None:
+        nonlocal done
+        done += count
+        if progress:
+            progress(done, len(source.videos))
+
+    for shard in shards:
+        refused = shard.refused
+        if refused is None:
+            begin()
+            refused = encoder.write(shard, tick)
+        else:
+            tick(len(shard.videos))
+        skipped += refused
+        unreadable = {entry["path"] for entry in refused}
+        records = [video.record for video in shard.videos if video.record.key not in unreadable]
+        videos += [{**asdict(record), "shard": shard.path.name} for record in records]
+    files = [{"file": shard.path.name, "bytes": shard.path.stat().st_size} for shard in shards]
+    manifest: dict[str, Any] = {"classes": source.classes, "shards": files, "videos": videos, "skipped": skipped}
+    if source.damaged:
+        manifest["damaged"] = source.damaged
+    return manifest
+
+
+class Encoder:
+    """Turns videos into the tensors of a shard, with one codec, resolution and dtype."""
+
+    def __init__(self, config: DataConfig, codec: FrameCodec, dtype: str, seed: int):
+        self.config = config
+        self.codec = codec
+        self.dtype = choose("dtype", dtype, DTYPES)
+        self.seed = seed
+        self.shape = codec.latent_shape(*config.size)
+        self.frame_bytes = math.prod(self.shape) * self.dtype.itemsize * (1 + config.flip)
+
+    def settings(self) -> dict[str, Any]:
+        """Return what decides the numbers in the shards, as plain data."""
+        codec = self.codec
+        posterior = f"one sample per frame, seed {self.seed}" if codec.stochastic else "deterministic"
+        return {
+            "codec": {
+                "name": codec.name,
+                "identity": codec.fingerprint,  # key of 0.1.0, part of the shards' digests
+                "channels": codec.channels,
+                "downscale": codec.downscale,
+            },
+            "resolution": list(self.config.size),
+            "latent": list(self.shape),
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "flip": self.config.flip,
+            "posterior": posterior,
+        }
+
+    def write(self, shard: Shard, tick: Callable[[int], None]) -> list[dict[str, str]]:
+        """Encode the videos of a shard and write it; return {"path", "reason"} of unreadable ones."""
+        tensors: dict[str, Tensor] = {}
+        refused = []
+        for video in shard.videos:
+            try:
+                tensors |= self.encode(video)
+            except Unreadable as error:
+                refused.append({"path": video.record.key, "reason": error.reason})
+            tick(1)
+        write_shard(shard.path, tensors, shard.plan, refused)
+        return refused
+
+    def encode(self, video: Video) -> dict[str, Tensor]:
+        """Return the latents (n c h w) of all frames by tensor name, and those of the mirror image with
+        flips.
+        """
+        record = video.record
+        kinds = (SOURCE, MIRROR) if self.config.flip else (SOURCE,)
+        pieces: dict[str, list[Tensor]] = {kind: [] for kind in kinds}
+        for start in range(0, record.frames, video.piece):
+            numbers = range(start, min(start + video.piece, record.frames))
+            frames = to_float(centre_crop_resize(video.read(numbers), *self.config.size))  # (t c h w)
+            for kind in kinds:
+                stream = None
+                if self.codec.stochastic:
+                    stream = generator(self.seed, "encode", record.key, kind, start)
+                clip = flip_horizontal(frames) if kind == MIRROR else frames
+                pieces[kind].append(self.codec.encode(clip[None], stream)[0].to("cpu", self.dtype))
+        latents = {
+            tensor_name(kind, record.key): torch.cat(parts) for kind, parts in pieces.items()
+        }  # (n c h w)
+        if not all(latent.isfinite().all() for latent in latents.values()):
+            raise RunError(
+                f"the latents of {printable(record.key)} hold NaN/Inf or do not fit into {self.dtype}; "
+                "encode with --shard-dtype float32"
+            )
+        return latents
+
+
+def check_videos(manifest: dict[str, Any], out: Path) -> None:
+    """InputError with the first reason when no video could be read."""
+    if manifest["videos"]:
         return
-    there = read_manifest(out)["settings"]
-    other = [
-        f"{name} {there.get(name)} instead of {value}"
-        for name, value in settings.items()
-        if there.get(name) != value
-    ]
-    if other:
-        raise InputError(
-            f"{str(out)!r} holds latents of other settings ({'; '.join(other)}); give another folder, or "
-            "remove this one"
-        )
+    first = manifest["skipped"][0]
+    raise InputError(
+        f"nothing was encoded into {printable(out)}: no video can be read, first {printable(first['path'])} "
+        f"({first['reason']})"
+    )

@@ -8,6 +8,7 @@ of a video, f frames of a clip, c channels, h height, w width.
 
 import hashlib
 import json
+import os
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
@@ -20,10 +21,20 @@ from torch import Tensor
 from latte.checkpoint.record import read_fingerprint
 from latte.checks import InputError, check, printable
 from latte.data.base import Clip, ClipReadError, DataConfig
-from latte.data.clips import choose_frames
+from latte.data.clips import ClipRule, choose_frames
 from latte.data.fingerprint import combined, fingerprints
-from latte.data.shards import AGAIN, MIRROR, SOURCE, Record, check_sizes, read_manifest, tensor_offsets
-from latte.data.skipped import check_folder
+from latte.data.media import MediaInfo
+from latte.data.shards import (
+    AGAIN,
+    MIRROR,
+    SOURCE,
+    Record,
+    check_sizes,
+    read_manifest,
+    tensor_name,
+    tensor_offsets,
+)
+from latte.data.skipped import FoundClip, ScanResult, check_folder
 
 
 class LatentDataset:
@@ -120,7 +131,7 @@ class LatentDataset:
         offsets = {shard: tensor_offsets(self.root / shard) for shard in set(self.shard_of)}
         shards = dict(zip((record.key for record in self.videos), self.shard_of, strict=True))
         paths = {key: self.root / shard for key, shard in shards.items()}
-        spans = {key: offsets[shard].get(f"{SOURCE}:{key}", (0, 0)) for key, shard in shards.items()}
+        spans = {key: offsets[shard].get(tensor_name(SOURCE, key), (0, 0)) for key, shard in shards.items()}
         return fingerprints(paths, spans)
 
     def clip(self, index: int, generator: torch.Generator) -> Clip:
@@ -141,7 +152,7 @@ class LatentDataset:
         """Return the ``frames`` of video ``index`` or, at random, of its mirror image."""
         record = self.videos[index]
         flipped = bool(torch.rand((), generator=generator) < 0.5)
-        name = f"{MIRROR if flipped and self.config.flip else SOURCE}:{record.key}"
+        name = tensor_name(MIRROR if flipped and self.config.flip else SOURCE, record.key)
         latent = self._read_tensor(self.shard_of[index], name, frames)
         return Clip(latent, record.label if self.config.labels else None, record.caption, record.key)
 
@@ -172,3 +183,22 @@ class LatentDataset:
             "codec": read_fingerprint(self.settings["codec"]),
             **self.config.describe_clips(),
         }
+
+
+def scan_latents(root: str | os.PathLike, rule: ClipRule | None = None) -> ScanResult:
+    """Return the videos in a folder of latents as ``skipped.scan`` does for a folder of videos; sizes are
+    those encoded.
+    """
+    manifest = read_manifest(Path(root))
+    height, width = manifest["settings"]["resolution"]
+    clips = []
+    skipped = list(manifest["skipped"])
+    for record in map(Record.of, manifest["videos"]):
+        reason = rule.needs(record.frames, record.times) if rule else None
+        if reason:
+            skipped.append({"path": record.key, "reason": reason})
+        else:
+            info = MediaInfo(record.key, record.frames, record.fps, height, width, "latents")
+            clips.append(FoundClip(record.key, info, record.label))
+    tried = len(clips) + len(skipped)
+    return ScanResult(os.fspath(root), tuple(clips), tuple(manifest["classes"]), tuple(skipped), tried)

@@ -1,14 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The folder format of encoded latents: safetensors shards and a manifest, each file there in whole or not at
-all.
+"""The folder format of encoded latents: safetensors shards and a manifest, each written atomically.
 
-A shard carries the digest of the plan it was made by, so whether it is finished, and still the right one, is
-seen from itself.
+A shard holds the digest of the plan it was made by, so the file itself states whether it is complete and up
+to date.
 """
 
 import json
-import os
-from collections.abc import Callable, Iterable
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -17,26 +16,33 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from latte.checks import InputError, RunError, require
+from latte.checks import InputError, check, printable
 from latte.data.media import MediaInfo
+from latte.data.writers import is_running
+from latte.files import commit_file, reported
 
-FORMAT, VERSION = "latte-latents", 1
+FORMAT = "latte-latents"
+VERSION = 1
 MANIFEST = "manifest.json"
-CAPTIONS = "captions-?????.safetensors"  # parts of the captions' features, if they were encoded, too
-SINGLE = (
-    "captions.safetensors"  # all of them in one file, as they were stored before there were parts; still read
-)
-SOURCE, MIRROR = "source", "mirror"  # names of a video's two tensors are "source:<key>" and "mirror:<key>"
+CAPTIONS = "captions-?????.safetensors"  # parts of the caption features, if captions were encoded
+SINGLE = "captions.safetensors"  # one file for all of them, as written before there were parts; still read
+SOURCE = "source"  # a video has the tensors "source:<key>" and, with mirror images, "mirror:<key>"
+MIRROR = "mirror"
 SHARDS = "shard-?????.safetensors"
-MAX_HEADER = 100_000_000  # bytes, the limit of safetensors itself
 PLAN = "latte"  # key of a shard's metadata
+MAX_HEADER = 100_000_000  # bytes, the limit of safetensors itself
 AGAIN = "encode again with: latte data encode"
+KEPT = "; files that are finished are kept"
+# Temporary files of a writer that was killed; versions before 0.2 called them .<name>.<pid>.partial
+LEFTOVER = re.compile(
+    r"\.(?:tmp-)?(?:shard|captions|manifest)[\w.-]*?[.-](?P<pid>\d+)(?:-[0-9a-f]{8}|\.partial)"
+)
 
 
 @dataclass(frozen=True)
 class Record:
-    """One video as the manifest lists it. ``stamp`` is size and time of its source file; the rest is as in
-    media.MediaInfo.
+    """One video as the manifest lists it. ``stamp`` is (bytes, time) of its source; the rest is as in
+    MediaInfo.
     """
 
     key: str
@@ -51,65 +57,91 @@ class Record:
 
     @classmethod
     def of(cls, entry: dict[str, Any]) -> Self:
-        """The record of a manifest's entry."""
+        """Return the record of an entry of the manifest."""
         values = {name: value for name, value in entry.items() if name != "shard"}
         values["steps"] = tuple((step, count) for step, count in entry["steps"])
-        values["time_base"], values["stamp"] = tuple(entry["time_base"]), tuple(entry["stamp"])
+        values["time_base"] = tuple(entry["time_base"])
+        values["stamp"] = tuple(entry["stamp"])
         return cls(**values)
 
     @property
     def times(self) -> list[float]:
         """Seconds of each frame, [] when unknown."""
-        return MediaInfo(
+        info = MediaInfo(
             self.key, self.frames, self.fps, 0, 0, FORMAT, self.start, self.steps, self.time_base
-        ).times
+        )
+        return info.times
+
+
+def tensor_name(kind: str, key: str) -> str:
+    """Return the name of a video's tensor."""
+    return f"{kind}:{key}"
+
+
+def check_path(path: Path, field: str) -> None:
+    """InputError for a path that is not UTF-8: safetensors cannot open it."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise InputError(
+            f"{field} is {printable(path)}, which is not UTF-8, and safetensors cannot open such a path; "
+            "rename the folder"
+        ) from None
+
+
+def is_encoded(root: Path) -> bool:
+    """Return whether ``root`` is a folder of latents."""
+    return (root / MANIFEST).is_file()
 
 
 def read_manifest(root: Path) -> dict[str, Any]:
-    """The manifest in ``root``, of this format and version; InputError otherwise."""
+    """Return the manifest in ``root``; InputError when it is missing, damaged or of another version."""
     path = root / MANIFEST
-    if not path.is_file():
-        raise InputError(
-            f"data.root {str(root)!r} holds no {MANIFEST}, so it is no folder of latents; give one made by "
-            "latte data encode"
-        )
+    check_path(root, "data.root")
+    check(
+        path.is_file(),
+        f"data.root {printable(root)} holds no {MANIFEST}, so it is no folder of latents; give one made by "
+        "latte data encode",
+    )
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         found = (manifest["format"], manifest["version"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path} is damaged ({error.__class__.__name__}: {error}); {AGAIN}") from error
-    require(
+        raise InputError(
+            f"{printable(path)} is damaged ({error.__class__.__name__}: {error}); {AGAIN}"
+        ) from error
+    check(
         found == (FORMAT, VERSION),
-        f"format of {path}",
-        found,
-        f"this version reads {(FORMAT, VERSION)}",
-        AGAIN,
+        f"{printable(path)} has format {found}, but this version of latte reads {(FORMAT, VERSION)}; {AGAIN}",
     )
     manifest.setdefault("skipped", manifest.pop("quarantined", []))  # the key of 0.1.0
     return manifest
 
 
 def write_manifest(out: Path, settings: dict[str, Any], complete: bool, **content: Any) -> None:
-    """The manifest of the folder ``out``; an incomplete one only tells whose folder this is."""
-    text = json.dumps(
-        {"format": FORMAT, "version": VERSION, "complete": complete, "settings": settings, **content}
-    )
-    commit(out / MANIFEST, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    """Write the manifest of ``out``; an incomplete one only records the settings."""
+    manifest = {"format": FORMAT, "version": VERSION, "complete": complete, "settings": settings, **content}
+    with reported("the manifest", out / MANIFEST, kept=KEPT):
+        out.mkdir(parents=True, exist_ok=True)
+        commit_file(out / MANIFEST, json.dumps(manifest))
+
+
+def save(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
+    """Write ``tensors`` by name with ``metadata`` (plain data) atomically; RunError when that fails."""
+    text = {PLAN: json.dumps(metadata)}
+    with reported("latents" if path.match(SHARDS) else "features", path, kept=KEPT):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        commit_file(path, lambda temporary: save_file(tensors, temporary, metadata=text))
 
 
 def write_shard(path: Path, tensors: dict[str, Tensor], plan: str, refused: list[dict[str, str]]) -> None:
-    """``tensors`` by name, with the digest of the plan and what it could not hold ({"path", "reason"})."""
+    """Write a shard with the digest of its plan and the videos it could not hold ({"path", "reason"})."""
     save(path, tensors, {"plan": plan, "refused": refused})
 
 
-def save(path: Path, tensors: dict[str, Tensor], told: dict[str, Any]) -> None:
-    """``tensors`` by name, with what the file tells of itself."""
-    commit(path, lambda temporary: save_file(tensors, temporary, metadata={PLAN: json.dumps(told)}))
-
-
 def finished(path: Path, plan: str) -> list[dict[str, str]] | None:
-    """What the shard ``path`` had to leave out, when it is there and was made by ``plan``; None when it is
-    (or has) to be made.
+    """Return the videos that the shard ``path`` could not hold, or None unless it exists and was made by
+    ``plan``.
     """
     try:
         with safe_open(path, framework="pt") as shard:
@@ -117,6 +149,38 @@ def finished(path: Path, plan: str) -> list[dict[str, str]] | None:
     except (OSError, SafetensorError):
         return None
     return written["refused"] if written.get("plan") == plan else None
+
+
+def check_destination(out: Path, settings: dict[str, Any]) -> None:
+    """InputError when ``out`` is no folder, or holds other files or latents of other ``settings``."""
+    shown = printable(out)
+    check_path(out, "--out")
+    check(out.is_dir() or not out.exists(), f"--out {shown} exists and is no folder; give a new folder")
+    if not is_encoded(out):
+        other = out.is_dir() and any(not file.name.startswith(".") for file in out.iterdir())
+        check(not other, f"{shown} holds files, but none is a {MANIFEST} of latents; give a new folder")
+        return
+    existing = read_manifest(out)["settings"]
+    different = [
+        f"{name} {existing.get(name)} instead of {value}"
+        for name, value in settings.items()
+        if existing.get(name) != value
+    ]
+    check(
+        not different,
+        f"{shown} holds latents of other settings ({'; '.join(different)}); give another folder, or remove "
+        "this one",
+    )
+
+
+def remove_leftovers(out: Path, kept: set[Path]) -> None:
+    """Remove the shards in ``out`` that are not ``kept``, and temporary files of dead writers."""
+    for path in set(out.glob(SHARDS)) - kept:
+        path.unlink(missing_ok=True)
+    for path in out.glob(".*"):
+        match = LEFTOVER.fullmatch(path.name)
+        if match and not is_running(int(match["pid"])):
+            path.unlink(missing_ok=True)
 
 
 def tensor_offsets(path: Path) -> dict[str, tuple[int, int]]:
@@ -132,34 +196,14 @@ def tensor_offsets(path: Path) -> dict[str, tuple[int, int]]:
 
 
 def check_sizes(root: Path, files: Iterable[dict[str, Any]]) -> None:
-    """InputError unless the ``files`` ({"file", "bytes"}) of a manifest are there, as long as it says."""
+    """InputError unless each of ``files`` ({"file", "bytes"}) of a manifest exists and has the size that it
+    lists.
+    """
     for listed in files:
         path = root / listed["file"]
-        have = path.stat().st_size if path.is_file() else 0
-        rule = f"the manifest says {listed['bytes']}"
-        require(have == listed["bytes"], f"size of {path}", have, rule, f"the folder is damaged, {AGAIN}")
-
-
-def commit(path: Path, write: Callable[[Path], Any]) -> None:
-    """Let ``write`` fill a temporary file and make it ``path`` once it is on the disk; RunError when that
-    fails.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write(temporary)
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-    except (OSError, SafetensorError) as error:
-        raise RunError(
-            f"{path} cannot be written ({error}); what is finished stays, make room and run the same command "
-            "again"
-        ) from error
-    finally:
-        temporary.unlink(missing_ok=True)
+        size = path.stat().st_size if path.is_file() else 0
+        check(
+            size == listed["bytes"],
+            f"{printable(path)} has {size:,} bytes, but its manifest lists {listed['bytes']:,}: the folder "
+            f"is damaged; {AGAIN}",
+        )
