@@ -233,7 +233,7 @@ def test_a_folder_of_other_files_is_left_alone(tmp_path):
         (
             replace(SHAPES, resolution=20),
             "float16",
-            "frame height is 20, but codec 'builtin' shrinks 8 times",
+            "frame height is 20, but codec 'builtin' needs a multiple of 8",
         ),
     ],
 )

@@ -7,7 +7,7 @@ to date.
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -121,22 +121,26 @@ def read_manifest(root: Path) -> dict[str, Any]:
 def write_manifest(out: Path, settings: dict[str, Any], complete: bool, **content: Any) -> None:
     """Write the manifest of ``out``; an incomplete one only records the settings."""
     manifest = {"format": FORMAT, "version": VERSION, "complete": complete, "settings": settings, **content}
-    with reported("the manifest", out / MANIFEST, kept=KEPT):
-        out.mkdir(parents=True, exist_ok=True)
-        commit_file(out / MANIFEST, json.dumps(manifest))
+    commit(out / MANIFEST, json.dumps(manifest), "the manifest")
 
 
 def save(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
     """Write ``tensors`` by name with ``metadata`` (plain data) atomically; RunError when that fails."""
     text = {PLAN: json.dumps(metadata)}
-    with reported("latents" if path.match(SHARDS) else "features", path, kept=KEPT):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        commit_file(path, lambda temporary: save_file(tensors, temporary, metadata=text))
+    what = "latents" if path.match(SHARDS) else "features"
+    commit(path, lambda temporary: save_file(tensors, temporary, metadata=text), what)
 
 
 def write_shard(path: Path, tensors: dict[str, Tensor], plan: str, refused: list[dict[str, str]]) -> None:
     """Write a shard with the digest of its plan and the videos it could not hold ({"path", "reason"})."""
     save(path, tensors, {"plan": plan, "refused": refused})
+
+
+def commit(path: Path, content: str | Callable[[Path], Any], what: str = "features") -> None:
+    """Write a file of a folder atomically, see ``latte.files.commit_file``; RunError when that fails."""
+    with reported(what, path, kept=KEPT):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        commit_file(path, content)
 
 
 def finished(path: Path, plan: str) -> list[dict[str, str]] | None:

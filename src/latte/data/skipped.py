@@ -198,7 +198,7 @@ def write_skipped(path: str | os.PathLike, records: Iterable[dict[str, str]]) ->
     path = Path(path)
     known: set[str] = set()
     for file in (path, path.with_name(OLD_NAME)):
-        if file.exists():
+        if file.is_file():  # reading a device such as /dev/full would not end
             known.update(file.read_text(encoding="utf-8").splitlines())
     lines = [json.dumps({"path": record["path"], "reason": record["reason"]}) for record in records]
     new = [line for line in dict.fromkeys(lines) if line not in known]
