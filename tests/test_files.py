@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Laws of an atomic write: complete or absent, other people's files untouched, permissions of the umask."""
+"""Laws of an atomic write: complete or absent, unrelated files untouched, permissions of the umask."""
 
 import os
 import stat

@@ -251,9 +251,9 @@ class Crash:
     def __init__(self, folder: Path, point: int):
         self.folder, self.point, self.seen = str(folder), point, 0
         os.fsync = lambda handle: self.count()
-        sys.addaudithook(self.hear)
+        sys.addaudithook(self.receive)
 
-    def hear(self, event: str, arguments: tuple) -> None:
+    def receive(self, event: str, arguments: tuple) -> None:
         if event in (
             "open",
             "os.mkdir",
@@ -271,7 +271,7 @@ class Crash:
 
 
 def crash_everywhere(folder: str, results) -> None:
-    """Crash at every point of a commit that prunes, and of one that replaces a good folder; tell how each
+    """Crash at every point of a commit that prunes, and of one that replaces a good folder; report how each
     state recovered.
     """
     torch.set_num_threads(1)

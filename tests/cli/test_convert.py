@@ -219,7 +219,7 @@ def pixels(source: str, **places) -> np.ndarray:
     return next(trained.generate([0], prompts=["a red circle moves up"], config=config))[1].astype(int)
 
 
-def test_another_decoder_draws_the_frames(latte, tmp_path):
+def test_another_decoder_decodes_the_frames(latte, tmp_path):
     pytest.importorskip("transformers", reason="needs the extra t2v")
     from latte.diffusion.config import DiffusionConfig
 
@@ -234,7 +234,7 @@ def test_another_decoder_draws_the_frames(latte, tmp_path):
     words = ["sample", "in", "--prompt", "a red circle moves up", "--steps", "ddim5", "--json"]
     plain, temporal = latte(*words), latte(*words, "--decoder", "other")
     assert (plain.code, temporal.code) == (0, 0), temporal.err
-    assert temporal.json["sheet"] != plain.json["sheet"], "other settings, another album"
+    assert temporal.json["sheet"] != plain.json["sheet"], "other settings, other outputs"
     assert (
         Path(temporal.json["clips"][0]["path"]).read_bytes()
         != Path(plain.json["clips"][0]["path"]).read_bytes()
@@ -242,7 +242,7 @@ def test_another_decoder_draws_the_frames(latte, tmp_path):
     card = json.loads((tmp_path / "other/config.json").read_text())
     (tmp_path / "other/config.json").write_text(json.dumps({**card, "scaling_factor": 0.5}))
     refused = latte(*words, "--decoder", "other")
-    assert (refused.code, "--decoder is 'other', but its latents" in refused.errors[0]) == (2, True)
+    assert (refused.code, "--decoder other: its latents" in refused.errors[0]) == (2, True)
 
 
 def test_a_released_file_is_sampled_when_it_is_said_where_its_autoencoder_is(latte, tmp_path):
@@ -288,9 +288,9 @@ def test_a_run_is_pushed_to_the_hub_and_a_refusal_is_one_line(latte, run_folder,
     assert latte("convert", run_folder, "owner/name", "--to", "hub", "--licence", "cc-by-4.0").code == 0
     assert pushed.keys() >= {"model.safetensors", "config.json", "README.md"}
     assert b"cc-by-4.0" in pushed["README.md"]
-    refused = latte("convert", run_folder, "nobody/name", "--to", "hub")
+    refused = latte("convert", run_folder, "unknown/name", "--to", "hub")
     assert refused.code == 1
-    message = "could not push to the hub as nobody/name (401 Client Error); use OWNER/NAME, and log in first"
+    message = "could not push to the hub as unknown/name (401 Client Error); use OWNER/NAME, and log in first"
     assert refused.errors == [f"error: {message}: hf auth login"]
 
 

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From PixArt-alpha to a LattePipeline by command: refused while the gate is opening, and exactly ours in diffusers once it is open."""
+"""From PixArt-alpha to a LattePipeline by command: refused while the gate is opening, and exactly ours in
+diffusers once it is open.
+"""
 
 import pytest
 import torch
@@ -16,7 +18,9 @@ T = torch.tensor([3, 777])
 
 @pytest.fixture
 def words(tmp_path):
-    """The smallest run from a random PixArt on an autoencoder's latents and a T5's captions, all of them in the working folder."""
+    """The smallest run from a random PixArt on an autoencoder's latents and a T5's captions, all of them in
+    the working folder.
+    """
     from diffusers import PixArtTransformer2DModel
 
     sizes = {
@@ -71,7 +75,11 @@ def test_a_run_from_pixart_becomes_a_pipeline_when_its_gate_is_open(latte, words
     assert latte("train", "run", "train.steps=4").code == 0
     assert latte("convert", "run", "transformer", "--to", "diffusers").code == 0
     assert latte("convert", "run", "pipe", "--to", "pipeline").code == 0
-    model, z, text = VideoPipeline.from_pretrained("run", device="cpu").model, noise(2, 3, 4, 4, 4), noise(2, 7, 12)
+    model, z, text = (
+        VideoPipeline.from_pretrained("run", device="cpu").model,
+        noise(2, 3, 4, 4, 4),
+        noise(2, 7, 12),
+    )
     with torch.no_grad():
         ours = model(z, T, text)
         assert model.config.gated_time

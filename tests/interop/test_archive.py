@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weight files are read without being run: honest ones give their tensors back, hostile ones are refused and leave no mark."""
+"""Weight files are read without being run: honest ones give their tensors back, hostile ones are refused
+and leave no mark.
+"""
 
 import argparse
 import io
@@ -47,7 +49,7 @@ def module():
 
 @pytest.fixture(autouse=True)
 def nothing_is_run(monkeypatch):
-    """Every door that runs foreign code raises while these tests read files."""
+    """Every function that could run code of a file raises while these tests read files."""
 
     def refuse(*_, **__):
         raise AssertionError("a weight file was about to be run")
@@ -103,10 +105,10 @@ def test_nested_checkpoints_have_dotted_names(tmp_path):
     assert torch.equal(found["state_dict.b.1.c"], value.t())
 
 
-# Hostile files. Each payload is proved dangerous first: Python's own reader obeys it.
+# Hostile files. Each payload is shown to be dangerous first: Python's own reader runs it.
 
 
-class Obey:
+class Payload:
     """Pickles to a call of ``function`` with ``arguments``."""
 
     def __init__(self, function, *arguments):
@@ -142,14 +144,16 @@ def payloads(marker):
     """Name -> pickle that makes ``marker`` exist when it is run."""
     touch = f"open({str(marker)!r}, 'w').close()"
     return {
-        "a call of os.system": pickle.dumps(Obey(os.system, f"touch '{marker}'"), 2),
-        "a call of eval inside a list in a dict": pickle.dumps({"layer": [1, Obey(eval, touch)]}, 2),
-        "a call of exec beside good tensors' names": pickle.dumps(OrderedDict(weight=Obey(exec, touch)), 2),
+        "a call of os.system": pickle.dumps(Payload(os.system, f"touch '{marker}'"), 2),
+        "a call of eval inside a list in a dict": pickle.dumps({"layer": [1, Payload(eval, touch)]}, 2),
+        "a call of exec beside good tensors' names": pickle.dumps(
+            OrderedDict(weight=Payload(exec, touch)), 2
+        ),
         "a name from the stack": b"\x80\x04\x8c\x02os\x8c\x06system\x93"
         + pickle.dumps(f"touch '{marker}'", 0)[:-1].replace(b"p0\n", b"")
         + b"\x85R.",
         "an old-style instance": b"(S'touch \"" + str(marker).encode() + b"\"'\nios\nsystem\n.",
-        "an object and its attributes": pickle.dumps(Obey(Path.touch, marker), 4),
+        "an object and its attributes": pickle.dumps(Payload(Path.touch, marker), 4),
     }
 
 
@@ -174,7 +178,7 @@ def test_hostile_pickles_are_refused_and_leave_no_mark(kind, container, tmp_path
     ("value", "wanted"),
     [
         (argparse.Namespace(lr=1), "an object of argparse.Namespace"),
-        (Obey(os.getcwd), f"a call of {os.getcwd.__module__}.getcwd"),
+        (Payload(os.getcwd), f"a call of {os.getcwd.__module__}.getcwd"),
         (np.float64(1), "a call of numpy"),
     ],
 )

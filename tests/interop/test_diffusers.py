@@ -82,7 +82,7 @@ def test_a_pipeline_folder_a_bare_file_and_the_old_buffer(ours, tmp_path):
     torch.save({**state, "caption_projection.y_embedding": torch.zeros(120, 12)}, tmp_path / "t2v.pt")
     loaded = load_external(tmp_path / "t2v.pt", heads=2)
     assert loaded.report.dropped == {"caption_projection.y_embedding": "is a buffer that no prompt uses"}
-    assert loaded.config.num_frames == 16  # nothing in the tensors tells
+    assert loaded.config.num_frames == 16  # it does not follow from the tensors
     assert all(torch.equal(loaded.state_dict[name], tensor) for name, tensor in ours.state_dict().items())
     with pytest.raises(InputError, match="give heads="):
         load_external(tmp_path / "t2v.pt")

@@ -143,7 +143,7 @@ def test_spatial_mapping_keeps_frames_apart_until_trained(dit):
 
 
 @torch.no_grad()
-def test_through_the_door_a_dit_is_an_unconditional_latte_block_for_block(dit):
+def test_a_loaded_dit_is_an_unconditional_latte_block_for_block(dit):
     _, path = dit(depth=4)
     loaded = load_external(path, heads=4)
     assert (loaded.layout, loaded.config.num_classes, loaded.report.missing) == ("DiT", None, [])

@@ -92,9 +92,7 @@ def test_a_run_that_goes_on_is_not_started_again_and_needs_no_dit(dit, tmp_path)
 
 def test_another_width_is_reported_with_both_and_nothing_is_written(tmp_path):
     torch.save(dit_state(depth=2, width=32, side=4), tmp_path / "DiT.pt")
-    with pytest.raises(
-        InputError, match=r"model.width is 16, but the DiT at .*DiT.pt has 32"
-    ) as error:
+    with pytest.raises(InputError, match=r"model.width is 16, but the DiT at .*DiT.pt has 32") as error:
         start(tmp_path / "run", tmp_path / "DiT.pt")
     assert "\n" not in str(error.value)
     assert not [file for file in (tmp_path / "run").rglob("*") if file.suffix]

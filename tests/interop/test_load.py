@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The door for weights: layouts told by their names, training files read past their settings, and the
-report of every load.
+"""The checkpoint loader: layouts are recognised by names, and every load is complete or refused, with a
+report.
 """
 
 import argparse

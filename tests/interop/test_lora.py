@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""LoRA: nothing changes until it is trained, nothing else is trained, and folding in and out again leaves
+"""LoRA: nothing changes until it is trained, nothing else is trained, and merging again leaves
 every bit of the base.
 """
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Starting from PixArt-alpha: at step 0 every frame is PixArt's picture, exactly; then the new blocks learn."""
+"""Starting from PixArt-alpha: at step 0 every frame is exactly the image of PixArt."""
 
 import json
 from dataclasses import replace
@@ -109,7 +109,7 @@ def test_every_published_name_has_its_place():
     assert (len(new), sum(ours[name].numel() for name in new)) == (364, 446_390_784)
 
 
-def test_through_the_door_it_is_refused_with_the_way_in(folder):
+def test_the_loader_refuses_it_with_the_way_to_start_from_it(folder):
     with pytest.raises(
         InputError, match=r"27 tensors missing.*start a run from it with train.init.*'time_\*'"
     ):

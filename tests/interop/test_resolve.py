@@ -17,7 +17,7 @@ SMALL = {"depth": 2, "width": 16, "heads": 2, "num_frames": 4, "latent_size": 4}
 
 @pytest.fixture(scope="module")
 def places(tmp_path_factory):
-    """A folder with one source of every kind, and three that are none."""
+    """A folder with one source of every kind, and three unknown ones."""
     root = tmp_path_factory.mktemp("places")
     (root / "run/checkpoints/step-12").mkdir(parents=True)
     (root / "run/config.yaml").write_text("version: 1\n")

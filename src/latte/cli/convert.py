@@ -146,7 +146,7 @@ def from_weights(
 
 
 def from_run(source: "ResolvedSource") -> "tuple[Denoiser, Coverage, dict[str, Any]]":
-    """Return model (EMA weights, adapters not merged), report and facts of a run or one of its checkpoints."""
+    """Return model (EMA weights, adapters not merged), report and facts of a run or of its checkpoint."""
     from latte.inference.run_folder import run_facts
 
     return run_facts(source.path)

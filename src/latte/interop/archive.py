@@ -132,7 +132,8 @@ def read_legacy(file: BinaryIO) -> dict[str, Tensor]:
     if Machine().run(file).get("little_endian") is not True:
         raise Refused("numbers in big-endian order")
     tree, keys = Machine().run(file), Machine().run(file)
-    start, places = file.tell(), {}
+    places: dict[str, int] = {}
+    start = file.tell()
     expected = {ref.storage.key: ref.storage for _, ref in walk(tree)}
     for key in keys:
         (numel,) = struct.unpack("<q", file.read(8))

@@ -141,11 +141,13 @@ def block_table(model: Latte, depth: int, mapping: str) -> Table:
 
 def check_fit(model: Latte, tensors: Mapping[str, Tensor], source: str) -> None:
     """Raise InputError unless DiT's blocks compute the same in this model."""
-    config, theirs = model.config, read_config(tensors, heads=1)[0].dimensions[1]
+    config = model.config
+    dit_width = read_config(tensors, heads=1)[0].dimensions[1]
     _, width, heads = config.dimensions
     check(
-        width == theirs,
-        f"model.width is {width}, but the DiT at {source} has {theirs}; use a DiT of width {width}, or set "
+        width == dit_width,
+        f"model.width is {width}, but the DiT at {source} has {dit_width}; use a DiT of width {width}, or "
+        "set "
         "model.size",
     )
     known = {w: h for _, w, h in SIZES.values()}.get(width, heads)

@@ -26,7 +26,7 @@ class Layout:
     """One layout of weight files.
 
     ``recognise(names)``: does a file with these tensors have this layout? ``understand(tensors,
-    config.json, heads)`` returns its configuration and the translation of its names. ``hint`` tells what to
+    config.json, heads)`` returns its configuration and the translation of its names. ``hint`` states what to
     do about a file that holds only a part of a model; ``silence(model)`` makes the missing part contribute
     nothing.
     """

@@ -238,7 +238,8 @@ def read_safetensors(file: Path) -> tuple[Tensors, dict[str, str]]:
     if MAX_HEADER < size <= file.stat().st_size:
         raise Refused(f"a header of {size:,} bytes, but no model here needs more than {MAX_HEADER:,}")
     with safe_open(file, framework="pt") as opened:
-        return {name: opened.get_tensor(name) for name in opened.keys()}, dict(opened.metadata() or {})  # noqa: SIM118
+        names = list(opened.keys())
+        return {name: opened.get_tensor(name) for name in names}, dict(opened.metadata() or {})
 
 
 def refuse_pointer(file: Path) -> None:

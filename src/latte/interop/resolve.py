@@ -63,7 +63,7 @@ def resolve(source: str | Path, field: str = "MODEL", download: bool = True) -> 
     """Return what ``source`` is, by names of files only; a hub id is fetched unless ``download`` is False.
 
     A local path wins over a hub id of the same name. Raises InputError, naming ``field`` and everything
-    that was looked for, when it is none of KINDS.
+    that was looked for, when it is not one of KINDS.
     """
     name, path = str(source), Path(source)
     if name == "builtin":
