@@ -2,13 +2,24 @@
 """``latte sample``: files, keys, labels, and the refusals of the command line."""
 
 import json
+import os
+import re
+import shlex
 import shutil
+import socket
+import stat
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
+from latte.checkpoint.run import fingerprint, manifest_text
 from latte.cli.sample import read_size, read_steps
 from latte.data.media import probe, read_frames
 from latte.data.writers import write_mp4
@@ -84,7 +95,7 @@ def test_the_same_command_keeps_what_is_there_and_other_settings_get_another_fol
     assert "steps (3 there, 2 now)" in refused.errors[0]
 
 
-def test_pictures_that_are_given_reach_the_clips(latte, run_folder, tmp_path):
+def test_first_and_last_frames_reach_the_clips(latte, run_folder, tmp_path):
     Image.new("RGB", (40, 30), (200, 60, 20)).save("start.png")
     write_mp4(Path("end.mp4"), np.stack([np.full((16, 16, 3), level, np.uint8) for level in (250, 20)]))
     found = latte("sample", run_folder, "--first", "start.png", "--last", "end.mp4", "--count", 1, "--json")
@@ -93,7 +104,7 @@ def test_pictures_that_are_given_reach_the_clips(latte, run_folder, tmp_path):
     assert abs(clip[0] - (200, 60, 20)).mean() < 12
     assert abs(clip[1] - 20).mean() < 12, "the last frame of the video"
     other = latte("sample", run_folder, "--first", "start.png", "--count", 1, "--json")
-    assert other.json["sheet"] != found.json["sheet"], "another picture is another album"
+    assert other.json["sheet"] != found.json["sheet"], "another image is another folder"
 
 
 def test_longer_clips_in_windows(latte, run_folder):
@@ -103,7 +114,7 @@ def test_longer_clips_in_windows(latte, run_folder):
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "message"),
     [
         (["--labels", "sidewise"], "up, down, left, right"),
         (["--labels", "up,4"], "0 to 3"),
@@ -129,11 +140,11 @@ def test_longer_clips_in_windows(latte, run_folder):
         (["--device", "abacus"], "device"),
     ],
 )
-def test_wrong_options_are_told_in_one_line(latte, run_folder, words, told):
+def test_wrong_options_are_one_line(latte, run_folder, words, message):
     found = latte("sample", run_folder, *words)
     assert found.code == 2, found.err
     assert len(found.errors) == 1
-    assert told in found.errors[0]
+    assert message in found.errors[0]
 
 
 def test_prompts_from_the_command_line_and_a_file(latte, text_run_folder, tmp_path):
@@ -166,11 +177,11 @@ def test_prompts_from_the_command_line_and_a_file(latte, text_run_folder, tmp_pa
     assert (record["facts"]["negative"], len(record["facts"]["text_encoder"])) == ("noise", 16)
     assert latte("sample", text_run_folder, *words).json == found.json
     other = latte("sample", text_run_folder, "--prompt", "a red square moves left", "--seed", 7, "--json")
-    assert Path(other.json["sheet"]).parent != paths[0].parent, "another negative is another album"
+    assert Path(other.json["sheet"]).parent != paths[0].parent, "another negative prompt is another folder"
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "message"),
     [
         ([], "reads text, but no prompt was given"),
         (["--labels", "up"], "reads text, but no prompt was given"),
@@ -192,15 +203,15 @@ def test_prompts_from_the_command_line_and_a_file(latte, text_run_folder, tmp_pa
         (["--prompt", "red", "--seed", -3], "--seed must be in [0, 2^63), got -3"),
     ],
 )
-def test_wrong_prompts_are_told_in_one_line(latte, text_run_folder, tmp_path, words, told):
+def test_wrong_prompts_are_one_line(latte, text_run_folder, tmp_path, words, message):
     (tmp_path / "empty.txt").write_text("\n  \n")
     (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe\xfa")
     found = latte("sample", text_run_folder, *words)
     assert (found.code, len(found.errors)) == (2, 1), found.err
-    assert told in found.errors[0]
+    assert message in found.errors[0]
 
 
-def test_given_pictures_windows_and_more_frames_go_with_prompts(latte, text_run_folder, tmp_path):
+def test_first_frames_windows_and_more_frames_work_with_prompts(latte, text_run_folder, tmp_path):
     Image.new("RGB", (16, 16), (200, 30, 30)).save(tmp_path / "red.png")
     words = ["sample", text_run_folder, "--prompt", "a red square moves left", "--json"]
     found = [
@@ -216,10 +227,10 @@ def test_given_pictures_windows_and_more_frames_go_with_prompts(latte, text_run_
     clips = [read_frames(info := probe(one.json["clips"][0]["path"]), range(info.frames)) for one in found]
     assert [len(clip) for clip in clips] == [3, 3, 6, 6]
     assert np.abs(clips[2].astype(int) - clips[3]).max() > 8
-    assert len({one.json["sheet"] for one in found}) == 4, "other settings, other albums"
+    assert len({one.json["sheet"] for one in found}) == 4, "other settings, other folders"
     for frame in (0, -1):
         assert np.abs(clips[1][frame].reshape(-1, 3).mean(0) - (200, 30, 30)).max() < 12, (
-            "what was given is there"
+            "the given colour is there"
         )
     assert np.abs(clips[0][0].reshape(-1, 3).mean(0) - (200, 30, 30)).max() > 12
 
@@ -233,7 +244,7 @@ def test_a_prompt_for_a_model_that_reads_none_is_refused(latte, run_folder, word
     assert "reads no text" in found.errors[0]
 
 
-def test_a_damaged_checkpoint_is_told_or_passed_over(latte, run_folder, tmp_path):
+def test_a_damaged_checkpoint_is_an_error_or_skipped(latte, run_folder, tmp_path):
     shutil.copytree(run_folder, tmp_path / "run")
     file = tmp_path / "run/checkpoints/step-2/ema.safetensors"
     content = bytearray(file.read_bytes())
@@ -268,3 +279,148 @@ def test_sizes(text, size):
 )
 def test_steps(text, steps):
     assert read_steps(text) == steps
+
+
+@pytest.mark.parametrize("place", ["", "file", "fifo", "file/below", "a" * 300])
+def test_an_output_that_cannot_be_a_folder_is_refused_before_the_model_is_read(
+    latte, tmp_path, monkeypatch, place
+):
+    (tmp_path / "file").write_text("mine")
+    os.mkfifo(tmp_path / "fifo")
+    monkeypatch.setattr("latte.inference.pipeline.open_source", lambda *_: pytest.fail("the model was read"))
+    before = sorted(path.name for path in tmp_path.iterdir())
+    found = latte("sample", "builtin", "--out", place)
+    assert (found.code, len(found.errors)) == (2, 1), found.err
+    assert "--out" in found.errors[0]
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+    assert stat.S_ISFIFO((tmp_path / "fifo").stat().st_mode)
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--count", 10**9], "at most 100,000"),
+        (["--frames", 10**7, "--batch", 4], "GiB for its pixels alone"),
+        (["--size", "80000x80000"], "GiB for its pixels alone"),
+        (["--steps", "ddim99999999999999999999"], "steps"),
+        (["--steps", 10**8], "1000"),
+        (["--guidance", "1e30"], "sample.guidance"),
+        (["--guidance", "nan"], "sample.guidance"),
+        (["--seed", 2**64], "--seed must be in"),
+    ],
+)
+def test_absurd_numbers_are_refused_at_once_and_leave_nothing(latte, run_folder, tmp_path, words, message):
+    began = time.monotonic()
+    found = latte("sample", run_folder, *words, "--out", "clips")
+    assert (found.code, len(found.errors)) == (2, 1), found.err
+    assert message in found.errors[0]
+    assert not (tmp_path / "clips").exists()
+    assert time.monotonic() - began < 20
+
+
+def test_more_clips_than_the_disk_holds_are_refused_before_the_first(
+    latte, run_folder, tmp_path, monkeypatch
+):
+    usage = shutil.disk_usage(tmp_path)._replace(free=10_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    found = latte("sample", run_folder, "--count", 1000, "--out", "clips")
+    assert (found.code, len(found.errors)) == (1, 1), found.err
+    assert "only 10,000 are free" in found.errors[0]
+    assert not (tmp_path / "clips").exists()
+    assert latte("sample", run_folder, "--count", 1, "--out", "clips").code == 0
+
+
+@pytest.mark.parametrize("fault", ["weights", "latent"])
+def test_samples_that_are_not_finite_are_an_error_and_no_file(
+    latte, run_folder, tmp_path, monkeypatch, fault
+):
+    """NaN in the EMA weights alone, with a manifest that fits them; and in what the sampler returns."""
+    run = tmp_path / "run"
+    shutil.copytree(run_folder, run)
+    if fault == "weights":
+        folder = run / "checkpoints" / "step-2"
+        tensors = load_file(folder / "ema.safetensors")
+        next(iter(tensors.values())).flatten()[0] = float("nan")
+        save_file(tensors, folder / "ema.safetensors")
+        manifest = json.loads((folder / "manifest.json").read_text())
+        manifest["files"]["ema.safetensors"] = fingerprint(folder / "ema.safetensors")
+        (folder / "manifest.json").write_text(manifest_text(manifest["files"]))
+    else:
+        monkeypatch.setattr(
+            "latte.inference.generate.sample", lambda *arguments: torch.full((2, *arguments[4]), float("nan"))
+        )
+    found = latte("sample", run, "--count", 2, "--out", "clips")
+    assert found.code in (1, 2), found.err
+    assert len(found.errors) == 1
+    assert re.search("NaN|non-finite", found.err), found.err
+    assert not (tmp_path / "clips").exists()
+
+
+def test_a_first_frame_is_turned_as_its_exif_orientation_says(latte, run_folder):
+    upright = np.zeros((16, 16, 3), np.uint8)
+    upright[:8] = 255  # white above black
+    image = Image.fromarray(np.rot90(upright).copy())  # stored turned; orientation 6 turns it back
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image.save("turned.png", exif=exif)
+    Image.fromarray(upright).save("upright.png")
+    clips = []
+    for name in ("turned.png", "upright.png"):
+        found = latte("sample", run_folder, "--first", name, "--count", 1, "--out", name[:-4], "--json")
+        assert found.code == 0, found.err
+        clips.append(read_frames(found.json["clips"][0]["path"], [0])[0].astype(int))
+    assert np.abs(clips[0] - clips[1]).max() <= 2
+    assert clips[1][:4].mean() > 200 > 50 > clips[1][-4:].mean(), (
+        "the two halves differ, so a turn would show"
+    )
+
+
+def test_a_prompt_that_is_not_utf8_is_refused_and_odd_ones_are_not(latte, text_run_folder):
+    found = latte("sample", text_run_folder, "--prompt", "caf\udce9")
+    assert (found.code, len(found.errors)) == (2, 1), found.err
+    assert "is not valid UTF-8" in found.errors[0]
+    odd = ["\u0440\u044b\u0431\u0430 \u9c7c", "\x1b[31mred\n\tblue", "\U0001f420 \u202e"]
+    words = [word for prompt in odd for word in ("--prompt", prompt)]
+    found = latte("sample", text_run_folder, *words)
+    assert found.code == 0, found.err
+    assert "\x1b" not in found.out + found.err
+    found = latte("sample", text_run_folder, *words, "--json")
+    assert [clip["prompt"] for clip in found.json["clips"]] == odd
+
+
+def test_a_killed_writers_partial_file_is_removed_and_other_files_are_not(latte, run_folder, tmp_path):
+    words = ["sample", run_folder, "--count", 1, "--out", "clips"]
+    assert latte(*words).code == 0
+    folder = tmp_path / "clips"
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    host = socket.gethostname()
+    partial = [f".seed-0000-0-up.{host}-{process}.partial.mp4" for process in (dead.pid, os.getpid())]
+    old = ".seed-0000-0-up.1.partial.mp4"  # as 0.1.0 called it
+    for name in (*partial, old, ".holiday.mp4"):
+        (folder / name).write_bytes(b"cut")
+    os.utime(folder / old, (0, 0))
+    assert latte(*words).code == 0
+    left = {path.name for path in folder.iterdir() if path.name.startswith(".")}
+    assert left == {partial[1], ".holiday.mp4"}
+
+
+def test_a_run_without_a_checkpoint_gets_a_command_that_can_be_pasted(latte, tmp_path):
+    folder = tmp_path / "my run; ls"
+    folder.mkdir()
+    (folder / "config.yaml").write_text("version: 1\n")
+    found = latte("sample", folder)
+    assert found.code == 2
+    command = found.errors[0].split("train it first: ")[1]
+    assert shlex.split(command) == ["latte", "train", str(folder)]
+
+
+def test_a_folder_of_0_1_0_with_its_record_is_continued(latte, run_folder, tmp_path):
+    words = ["sample", run_folder, "--count", 2, "--out", "clips", "--json"]
+    first = latte(*words).json
+    (tmp_path / "clips/clips.json").rename(tmp_path / "clips/album.json")
+    stamps = {clip["path"]: Path(clip["path"]).stat().st_mtime_ns for clip in first["clips"]}
+    assert latte(*words).json == first
+    assert stamps == {path: Path(path).stat().st_mtime_ns for path in stamps}
+    assert latte(*words[:-1], "--steps", 2).code == 2, "its settings are read"
