@@ -157,11 +157,12 @@ def snow(
     roof = [(centre - 1.25 * half, top), (centre + 1.25 * half, top), (centre, top - 0.8 * half)]
     canvas.polygon(roof, shade(colour, 0.55))
     canvas.box((centre, 0.84 * canvas.height - 0.3 * half), (0.2 * half, 0.32 * half), (60, 44, 34))
-    wind, fall = SIGN[direction] * between(0.10, 0.16, u[2]), between(0.22, 0.3, u[3])
+    wind = SIGN[direction] * between(0.20, 0.28, u[2])
+    fall = between(0.22, 0.3, u[3])
     flakes = np.random.default_rng(int(u[4] * 2**32)).random((22, 3))
     for x, y, size in flakes:
         place = ((x + wind * time) % 1 * canvas.width, (y + fall * time) % 1 * canvas.height)
-        canvas.circle(place, 0.011 + 0.011 * size, (252, 252, 255), 0.95)
+        canvas.circle(place, 0.014 + 0.012 * size, (252, 252, 255), 0.95)
 
 
 def solid(
