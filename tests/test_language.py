@@ -103,6 +103,8 @@ REVIEWED: dict[tuple[str, str], str] = {  # (file, matched text in lower case): 
     ("src/latte/cli/evaluate.py", "banks"): "a --json key of 0.1.0",
     ("src/latte/evaluation/sources.py", "album"): "the name of a file that 0.1.0 wrote",
     ("tests/evaluation/test_evaluate.py", "album"): "the name of a file that 0.1.0 wrote",
+    ("src/latte/inference/outputs.py", "album"): "the name of a file that 0.1.0 wrote",
+    ("tests/cli/test_sample.py", "album"): "the name of a file that 0.1.0 wrote",
     ("tools/train_detector.py", "figures"): "a key in the metadata of the built-in weights",
     ("tests/evaluation/test_builtin.py", "figures"): "a key in the metadata of the built-in weights",
 }

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from latte import demo
 from latte.autoencoder.codec import CodecConfig, build_codec
-from latte.cli.demo import free_folder
+from latte.cli.demo import unused_folder
 from latte.cli.main import app
 from latte.data.media import probe, read_frames
 from latte.data.procedural import DIRECTIONS, Motion, draw_scene, read_motion, render
@@ -41,7 +41,9 @@ def tiny_model(tmp_path_factory):
     model = wake(Latte(ModelConfig(depth=2, width=16, heads=2, num_frames=3, latent_size=4, num_classes=4)))
     sample = SampleConfig(sampler="ddim", steps=2, guidance=2.0, batch=4)
     folder = tmp_path_factory.mktemp("model") / "weights"
-    VideoPipeline("tiny", model, DiffusionConfig(), codec_config, codec, list(DIRECTIONS), sample, "").save_pretrained(folder)
+    VideoPipeline(
+        "tiny", model, DiffusionConfig(), codec_config, codec, list(DIRECTIONS), sample, ""
+    ).save_pretrained(folder)
     return folder
 
 
@@ -159,12 +161,12 @@ def test_a_model_of_other_classes_is_refused(tiny_model, tmp_path):
     assert "moving shapes" in done.stderr
 
 
-def test_without_out_the_first_free_folder_is_taken(tmp_path, monkeypatch):
+def test_without_out_the_first_unused_folder_is_taken(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names = []
     for _ in range(3):
-        names.append(free_folder().as_posix())
-        free_folder().mkdir(parents=True)
+        names.append(unused_folder().as_posix())
+        unused_folder().mkdir(parents=True)
     assert names == ["runs/demo", "runs/demo-2", "runs/demo-3"]
 
 

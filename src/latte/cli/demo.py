@@ -2,6 +2,7 @@
 """``latte demo``: the whole job offline on built-in data and weights."""
 
 import os
+from itertools import chain
 from itertools import count as count_up
 from pathlib import Path
 from typing import Annotated
@@ -21,23 +22,18 @@ from latte.cli.options import (
 
 Small = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[KEY=VALUE]...", help="Settings of the small new model, e.g. model.depth=4."),
+    typer.Argument(metavar="[KEY=VALUE]...", help="Settings of the small model, e.g. model.depth=4."),
 ]
 Out = Annotated[
-    Path | None,
-    typer.Option(
-        help="Folder for everything; by default the first of runs/demo, runs/demo-2, ... that is free."
-    ),
+    str | None,
+    typer.Option(metavar="FOLDER", help="By default the first unused of runs/demo, runs/demo-2, ..."),
 ]
 Model = Annotated[
-    str,
-    typer.Option(
-        metavar="MODEL", help="A model of moving shapes: builtin, a run folder or a weights folder."
-    ),
+    str, typer.Option(metavar="MODEL", help="A model of moving shapes: builtin, a run or a weights folder.")
 ]
-Count = Annotated[int, typer.Option(help="Clips to write, labels going round.")]
-Graded = Annotated[int, typer.Option(help="Clips to draw and grade, those written among them.")]
-Seconds = Annotated[float, typer.Option(help="How long to train the small new model.")]
+Count = Annotated[int, typer.Option(help="Clips to write, labels in turn.")]
+Graded = Annotated[int, typer.Option(help="Clips to generate and grade, the written ones included.")]
+Seconds = Annotated[float, typer.Option(help="Training time of the small model.")]
 Seed = Annotated[int, typer.Option(help="Seed of the first clip and of the training.")]
 
 
@@ -54,27 +50,24 @@ def demo(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Draw labelled clips, grade them, train a small new model for a minute, and write one page that shows
-    all of it.
-    """
+    """Generate labelled clips, grade them, train a small model for a minute, and write one page about it."""
     os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported, so before everything else
     from latte.demo import DemoConfig, run_demo
+    from latte.inference.outputs import check_output_folder
 
     configure_logging()
+    folder = unused_folder() if out is None else check_output_folder(out)
     config = DemoConfig(
-        out or free_folder(),
-        model,
-        count,
-        max(graded, count),
-        seconds=seconds,
-        seed=seed,
-        overrides=tuple(overrides or ()),
+        folder, model, count, max(graded, count), seconds=seconds, seed=seed, overrides=tuple(overrides or ())
     )
     result = run_demo(config, device, dtype, progress_line, print_note)
     low, high = result["interval"]
+    accuracy = (
+        f"{result['label_accuracy']:.1%} of {result['graded']} clips move in the direction of their label"
+    )
     lines = [
-        f"{result['label_accuracy']:.1%} of {result['graded']} clips move as their label asks ({low:.1%} to {high:.1%})",
-        f"loss of the new model: {result['loss'][0]:.3f} at first, {result['loss'][1]:.3f} at the end",
+        f"{accuracy} ({low:.1%} to {high:.1%})",
+        f"loss of the small model: {result['loss'][0]:.3f} at first, {result['loss'][1]:.3f} at the end",
         *(f"{name}: {result[name]}" for name in ("sheet", "gif", "run")),
         f"clips: {Path(result['clips'][0]['path']).parent}",
         f"see: {result['report']}  ({result['seconds']:.0f} s)",
@@ -82,7 +75,7 @@ def demo(
     print_result(result, as_json, lines)
 
 
-def free_folder() -> Path:
-    """runs/demo, or the first of runs/demo-2, runs/demo-3, ... that does not exist."""
-    names = (Path("runs") / ("demo" if number == 1 else f"demo-{number}") for number in count_up(1))
-    return next(path for path in names if not path.exists())
+def unused_folder() -> Path:
+    """Return runs/demo, or the first of runs/demo-2, runs/demo-3, ... that does not exist."""
+    names = chain(["demo"], (f"demo-{number}" for number in count_up(2)))
+    return next(path for name in names if not (path := Path("runs") / name).exists())
