@@ -155,7 +155,7 @@ def test_a_text_model_trains_on_a_folder_with_captions(latte, captioned):
     ("rows", "words", "expected"),
     [
         (["up/none.mp4,nothing"], [], "captions.csv:5 describes 'up/none.mp4', but there is no such video"),
-        (["up/00000.mp4,again"], [], "this video has a caption already"),
+        (["up/00000.mp4,again"], [], "which has a caption already"),
         (None, [], "holds neither captions.csv"),
         ([], ["data.captions=null"], "the data have no captions"),
         ([], ["data.captions=other.csv"], "there is no such file"),
@@ -180,7 +180,7 @@ def test_what_a_text_run_cannot_use_is_reported_in_one_line(latte, captioned, ro
 
 
 @pytest.mark.parametrize(
-    ("row", "expected"), [("up/00000.mp4,", "its caption is empty"), (None, "have no caption, first")]
+    ("row", "expected"), [("up/00000.mp4,", "has an empty caption"), (None, "have no caption, first")]
 )
 def test_videos_without_a_caption_are_reported(latte, captioned, row, expected):
     lines = (captioned / "captions.csv").read_text().splitlines()
