@@ -45,7 +45,7 @@ def test_scan_lists_the_readable_and_skips_the_rest(latte, videos):
     assert "8 clips, 4 classes" in latte("data", "scan", videos).out
 
 
-def test_scan_asks_for_long_enough_clips_only_when_told_how_long(latte, videos):
+def test_scan_asks_for_long_enough_clips_only_when_a_length_is_given(latte, videos):
     assert latte("data", "scan", videos, "data.frames=3", "data.interval=2", "--json").json["clips"] == 8
     found = latte("data", "scan", videos, "data.frames=3", "data.interval=3")
     assert found.code == 2
@@ -54,12 +54,12 @@ def test_scan_asks_for_long_enough_clips_only_when_told_how_long(latte, videos):
 
 
 @pytest.mark.parametrize(
-    ("source", "told"), [("nowhere", "RUN is 'nowhere'"), (".", "holds no video"), ("shapes", "data.root")]
+    ("source", "message"), [("nowhere", "RUN is 'nowhere'"), (".", "holds no video"), ("shapes", "data.root")]
 )
-def test_scan_of_nothing_is_told(latte, source, told):
+def test_scan_of_nothing_is_refused(latte, source, message):
     found = latte("data", "scan", source)
     assert found.code == 2
-    assert told in found.errors[0]
+    assert message in found.errors[0]
 
 
 def test_a_class_without_a_usable_clip_is_no_class(latte, videos):
@@ -212,7 +212,7 @@ def test_encode_once_then_inspect_and_train_from_the_latents(latte, videos):
         "samples may be asked for later"
     )
     assert latte("sample", "run", "--count", 1).code == 0
-    for words, told in [
+    for words, message in [
         (["data.resolution=32"], "data.resolution"),
         (["codec.name=pixels", "model.patch_size=2"], "codec"),
         (["data.flip=true"], "data.flip"),
@@ -231,12 +231,10 @@ def test_encode_once_then_inspect_and_train_from_the_latents(latte, videos):
             "other",
         )
         assert found.code == 2
-        assert told in found.errors[0]
+        assert message in found.errors[0]
 
 
-def test_encode_reads_captions_first_and_tells_what_is_wrong_with_them_before_anything_is_encoded(
-    latte, videos
-):
+def test_encode_reads_captions_first_and_refuses_them_before_anything_is_encoded(latte, videos):
     words = [
         "shapes-text",
         "data.kind=folder",
@@ -259,9 +257,9 @@ def test_encode_reads_captions_first_and_tells_what_is_wrong_with_them_before_an
     found = latte("data", "encode", *words, "data.flip=true", "--json")
     assert found.code == 0, found.err
     assert found.json["new_captions"] == found.json["captions"] + 1
-    (told,) = [line for line in found.err.splitlines() if "data.flip" in line]
+    (warning,) = [line for line in found.err.splitlines() if "data.flip" in line]
     assert re.match(
-        r"\d of \d captions mention left or right \('a .* (left|right)'\), .*; set data.flip=false$", told
+        r"\d of \d captions mention left or right \('a .* (left|right)'\), .*; set data.flip=false$", warning
     )
     assert found.err.index("captions 100%") < found.err.index("encode 100%")
     again = latte("data", "encode", *words, "data.flip=true")

@@ -9,7 +9,7 @@ from latte.cli import doctor
 from tiny import WORDS
 
 
-def test_plan_answers_with_the_papers_figures(latte):
+def test_plan_answers_with_the_papers_numbers(latte):
     found = latte("plan", "ffs", "--json").json
     assert {"parameters", "operations", "table3"} <= found.keys()
     assert (found["parameters"], round(found["table3"]["operations_g"], 6)) == (673_681_568, 5572.695048)
@@ -56,10 +56,10 @@ def test_overrides_reach_the_plan_in_both_forms(latte, size, parameters):
     assert f"{parameters:,}" in latte("plan", "ffs", f"--model.size={size}").out
 
 
-def test_a_latent_that_patches_do_not_divide_is_told(latte):
+def test_a_latent_that_patches_do_not_divide_is_refused(latte):
     found = latte("plan", "shapes", "data.resolution=72")
     assert found.code == 2
-    assert "nearest multiple" in found.errors[0]
+    assert "the nearest is 8" in found.errors[0]
 
 
 def test_config_show_gives_every_value_with_its_origin(latte, monkeypatch):

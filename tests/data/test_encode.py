@@ -34,7 +34,7 @@ def videos(tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize("stop", [1, 3, 5])
-def test_an_interrupted_encoding_goes_on_where_it_stopped(tmp_path, stop):
+def test_an_interrupted_encoding_continues_where_it_stopped(tmp_path, stop):
     encode_dataset(SHAPES, Drawn(), tmp_path / "whole", shard_bytes=TWO_CLIPS)
     codec, left, stops = Drawn(), stop, []
 
@@ -53,12 +53,12 @@ def test_an_interrupted_encoding_goes_on_where_it_stopped(tmp_path, stop):
         LatentDataset(latents_of(SHAPES, tmp_path / "out"))
     times = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("shard*")}
     assert len(times) == stop // 2
-    told = []
+    counted = []
     done = encode_dataset(
-        SHAPES, Drawn(), tmp_path / "out", shard_bytes=TWO_CLIPS, progress=lambda *counts: told.append(counts)
+        SHAPES, Drawn(), tmp_path / "out", shard_bytes=TWO_CLIPS, progress=lambda *counts: counted.append(counts)
     )
     assert (done["shards"], done["new_shards"]) == (3, 3 - stop // 2)
-    assert told[-1] == (6, 6)
+    assert counted[-1] == (6, 6)
     assert times == {name: (tmp_path / "out" / name).stat().st_mtime_ns for name in times}
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 

@@ -125,8 +125,8 @@ def test_the_speed_does_not_depend_on_the_frame_count():
 
 
 def test_what_is_not_a_moving_shape_is_not_taken_for_one():
-    still = np.repeat(render(draw_scene(0, 1, 8), 8, 32, 32)[:1], 8, 0)
-    assert read_motion(still).direction is None
+    frozen = np.repeat(render(draw_scene(0, 1, 8), 8, 32, 32)[:1], 8, 0)
+    assert read_motion(frozen).direction is None
     empty = np.broadcast_to(np.array(GROUND, np.uint8), (8, 32, 32, 3))
     assert read_motion(empty) == read_motion(np.zeros((8, 32, 32, 3), np.uint8))
     assert not read_motion(empty).coherent

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run costs, against the paper's figures and against runs that were truly made; a plan needs neither data nor weights."""
+"""What a run costs, against the paper's numbers and against real runs, without data or weights."""
 
 import pytest
 import torch
@@ -68,9 +68,10 @@ def test_the_batch_is_divided_as_training_divides_it(words, processes, expected)
     assert (batch.clips_seen, batch.clips, batch.epochs) == (400, None, None)
 
 
-def test_processes_that_cannot_share_the_batch_are_told():
+def test_processes_that_cannot_share_the_batch_are_refused():
     with pytest.raises(
-        InputError, match=r"train.global_batch is 4, but 3 processes share it evenly; give a multiple of 3"
+        InputError,
+        match=r"train.global_batch is 4, which 3 processes cannot share evenly; give a multiple of 3",
     ):
         plan(config(*WORDS), "cpu", 3)
 
@@ -141,14 +142,15 @@ def test_the_accumulated_micro_batches_are_part_of_a_step(monkeypatch):
 
 
 @pytest.mark.parametrize("on", [False, True])
-def test_training_checkpoints_gradients_when_told(on, tmp_path, monkeypatch):
+def test_training_checkpoints_gradients_when_asked(on, tmp_path, monkeypatch):
     seen = []
     forward = Latte.forward
     monkeypatch.setattr(
         Latte,
         "forward",
         lambda self, *args, **condition: (
-            seen.append(self.gradient_checkpointing), forward(self, *args, **condition)
+            seen.append(self.gradient_checkpointing),
+            forward(self, *args, **condition),
         )[1],
     )
     words = [*WORDS, "train.steps=1", f"train.gradient_checkpointing={on}", f"run.dir={tmp_path}"]
@@ -157,7 +159,7 @@ def test_training_checkpoints_gradients_when_told(on, tmp_path, monkeypatch):
 
 
 def test_a_run_of_adapters_costs_what_it_costs(tmp_path):
-    """Against the tensors of such a run: gradients, moments, average and checkpoints are the adapters' alone."""
+    """Against the tensors of such a run: gradients, moments, EMA and checkpoints are those of the adapters."""
     pytest.importorskip("peft", reason="needs the extra lora")
     tiny_trained().save_pretrained(tmp_path / "base")
     adapters = [

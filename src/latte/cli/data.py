@@ -76,7 +76,6 @@ def scan_folder(
 
     Clips too short for a run are skipped when SOURCE is one, or when data.frames or data.interval are given.
     """
-    from latte.checks import printable
     from latte.config.run import DEFAULT
     from latte.data.skipped import check_folder, describe_clips, require_clips, scan, write_skipped
     from latte.files import reported
@@ -186,7 +185,7 @@ def image_format(path: Path) -> str | None:
 
 def check_image(path: Path) -> None:
     """InputError unless ``path`` can be the file of an image."""
-    from latte.checks import check, printable
+    from latte.checks import check
 
     check(
         image_format(path) is not None,

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run costs, before it runs: parameters and operations, memory, batches, disk, and on request the time, from a few real steps.
+"""What a run costs before it runs: parameters, operations, memory, batches, disk, and on request the time.
 
-Counting needs neither data nor weights; only the number of epochs looks at the data, if they are there.
+Counting needs neither data nor weights. Only the number of epochs needs the data, if they exist.
 """
 
 from dataclasses import dataclass
@@ -10,29 +10,30 @@ from typing import Any
 
 import torch
 
-from latte.checks import require
+from latte.checks import check
 from latte.config.run import RunConfig
 from latte.data.datasets import build_dataset
 from latte.diffusion.config import build_process
 from latte.interop.lora import add_lora
 from latte.profile.flops import Table3, count, table3
-from latte.profile.memory import Adapt, activations, fresh, states
+from latte.profile.memory import Adapt, States, activations, fresh, states
 from latte.profile.sampling_memory import staging
 from latte.profile.step_time import step_seconds
 from latte.runtime import resolve_device, resolve_dtype, world_size
-from latte.training.config import TrainConfig
 
 
 @dataclass(frozen=True)
 class Batch:
-    """``global_batch`` = processes x micro_batch x accumulation (the last micro batch may be smaller); ``epochs`` None without data."""
+    """How the global batch is divided: processes x micro_batch x accumulation (the last micro batch may be
+    smaller).
+    """
 
     global_batch: int
     processes: int
     micro_batch: int
     accumulation: int
-    clips_seen: int
-    clips: int | None
+    clips_seen: int  # in the whole training
+    clips: int | None  # of the dataset; None without data
     epochs: float | None
 
     @property
@@ -43,26 +44,22 @@ class Batch:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on each device in a training step, ``activations`` as configured; the codec's own and the kernels' buffers come on top.
-
-    ``without_checkpointing`` and ``with_checkpointing`` are the activations of one micro batch both ways, ``dtype`` that of the matrix
-    products.
-    """
+    """Bytes on each device in a training step; buffers of the codec and of kernels come on top."""
 
     weights: int
     gradients: int
     optimizer: int
     ema: int
-    activations: int
+    activations: int  # of one micro batch, with or without gradient checkpointing as configured
     total: int
-    without_checkpointing: int
+    without_checkpointing: int  # activations of one micro batch
     with_checkpointing: int
-    dtype: str
+    dtype: str  # of matrix products
 
 
 @dataclass(frozen=True)
 class Disk:
-    """Bytes of tensors in one checkpoint, and in all that are kept; while one is saved, it comes on top."""
+    """Bytes of tensors in one checkpoint and in all that are kept; while one is saved, it comes on top."""
 
     checkpoint: int
     kept: int
@@ -70,7 +67,7 @@ class Disk:
 
 @dataclass(frozen=True)
 class Time:
-    """Median seconds of a measured step, and hours of the whole run at that pace."""
+    """Median seconds of a measured step, and hours of the whole run at that speed."""
 
     step_seconds: float
     hours: float
@@ -79,131 +76,138 @@ class Time:
 
 @dataclass(frozen=True)
 class Plan:
-    """``operations`` are those of one clip's forward pass, exact; ``table3`` counts both as the paper did.
-
-    ``table3`` is None for a text model, of which Table 3 has none. ``trainable`` are the parameters that training moves. ``latent`` is
-    (frames, channels, height, width); ``tokens`` those of one clip; ``clips_seen`` steps x global batch; ``time`` is None unless it was
-    measured. ``sampling`` is what drawing clips holds, see ``latte.profile.sampling_memory``.
-    """
+    """What a run costs. The fields are the keys of ``latte plan --json``."""
 
     parameters: int
-    trainable: int
-    operations: int
-    table3: Table3 | None
-    latent: tuple[int, int, int, int]
-    tokens: int
-    clips_seen: int
+    trainable: int  # parameters that training changes
+    operations: int  # multiply-adds of one clip's forward pass, exact
+    table3: (
+        Table3 | None
+    )  # parameters and operations counted as in the paper's Table 3; None for a text model
+    latent: tuple[int, int, int, int]  # (frames, channels, height, width)
+    tokens: int  # of one clip
+    clips_seen: int  # steps x global batch
     memory: Memory
     batch: Batch
     disk: Disk
-    time: Time | None
-    sampling: dict[str, Any]
+    time: Time | None  # None unless measured
+    sampling: dict[str, Any]  # see latte.profile.sampling_memory
 
 
 def plan(
     config: RunConfig, device: str = "auto", processes: int | None = None, measure: bool = False
 ) -> Plan:
-    """What a run costs on ``processes`` devices like ``device`` (None: as many as there are now).
+    """Return what a run costs on ``processes`` devices like ``device`` (None: as many as torchrun started).
 
-    ``measure`` trains three steps on ``device``, which otherwise need not be here: a GPU is planned for on a laptop. InputError for
-    processes that cannot share the global batch, and for data that exist but do not fit.
+    ``measure`` trains a few steps on ``device``; without it the device need not exist, so a run on a GPU can
+    be planned on a laptop. InputError for processes that cannot share the global batch and for existing data
+    that do not fit.
     """
-    model, where = config.network, device_of(device, measure)
+    model = config.network
+    train = config.train
+    planned_device = device_of(device, measure)
+    processes = world_size() if processes is None else processes
+    check_processes(train.global_batch, processes)
+    dtype = dtype_of("auto", planned_device)
+    sampling = staging(model, config.codec, config.text, config.sample, planned_device, dtype).facts()
     cost = count(model, config.text.tokens)
-    counted = None if model.reads_text else table3(config.model)
-    latent = (model.num_frames, model.latent_channels, *model.grid_size)
-    batch, held = (
-        batches(config, world_size() if processes is None else processes),
-        states(model, adapters(config), config.train.optimizer),
-    )
-    kept, time = min(config.train.keep_last, -(-config.train.steps // config.train.checkpoint_every)), None
-    if measure:
-        objective = config.diffusion.objective
-        process = build_process(config.diffusion)
-        seconds = step_seconds(
-            fresh(model, adapters(config)),
-            process,
-            objective,
-            config.train,
-            batch.share,
-            where,
-            config.text.tokens,
-        )
-        time = Time(seconds, seconds * config.train.steps / 3600, where.type)
-    sampling = staging(
-        model, config.codec, config.text, config.sample, where, dtype_of("auto", where)
-    ).facts()
+    state = states(model, adapters(config), train.optimizer)
+    batch = batches(config, processes)
+    num_kept = min(train.keep_last, -(-train.steps // train.checkpoint_every))
     return Plan(
-        cost.parameters,
-        held.trainable,
-        cost.operations,
-        counted,
-        latent,
-        model.num_tokens,
-        batch.clips_seen,
-        memory(config, batch, where),
-        batch,
-        Disk(held.checkpoint, kept * held.checkpoint),
-        time,
-        sampling,
+        parameters=cost.parameters,
+        trainable=state.trainable,
+        operations=cost.operations,
+        table3=None if model.reads_text else table3(config.model),
+        latent=(model.num_frames, model.latent_channels, *model.grid_size),
+        tokens=model.num_tokens,
+        clips_seen=batch.clips_seen,
+        memory=memory(config, batch, state, planned_device),
+        batch=batch,
+        disk=Disk(state.checkpoint, num_kept * state.checkpoint),
+        time=measured_time(config, batch, planned_device) if measure else None,
+        sampling=sampling,
     )
 
 
 def adapters(config: RunConfig) -> Adapt | None:
-    """What a run of adapters does to a fresh model; None for any other run."""
+    """Return the function that adds the run's adapters to a model; None for a run without."""
     return (lambda model: add_lora(model, config.lora)) if config.lora.rank else None
 
 
-def batches(config: RunConfig, processes: int) -> Batch:
-    """How the global batch is divided, and how often the data are seen."""
-    train: TrainConfig = config.train
-    require(processes >= 1, "processes", processes, "it counts devices", "give 1 or more")
-    require(
-        train.global_batch % processes == 0,
-        "train.global_batch",
-        train.global_batch,
-        f"{processes} processes share it evenly",
+def check_processes(global_batch: int, processes: int) -> None:
+    """InputError unless ``processes`` can share the global batch evenly."""
+    check(processes >= 1, f"--processes must be at least 1, got {processes}")
+    check(
+        global_batch % processes == 0,
+        f"train.global_batch is {global_batch}, which {processes} processes cannot share evenly; "
         f"give a multiple of {processes}",
     )
-    share, seen = train.global_batch // processes, train.steps * train.global_batch
-    micro = min(train.micro_batch or share, share)
-    there = config.data.root is not None and Path(config.data.root).exists()
-    clips = len(build_dataset(config.data)) if there else config.data.num_clips
+
+
+def batches(config: RunConfig, processes: int) -> Batch:
+    """Return how the global batch is divided, and how often training sees the data."""
+    train = config.train
+    share = train.global_batch // processes
+    clips_seen = train.steps * train.global_batch
+    micro_batch = min(train.micro_batch or share, share)
+    clips = config.data.num_clips
+    if config.data.root is not None and Path(config.data.root).exists():
+        clips = len(build_dataset(config.data))
     return Batch(
-        train.global_batch, processes, micro, -(-share // micro), seen, clips, seen / clips if clips else None
+        global_batch=train.global_batch,
+        processes=processes,
+        micro_batch=micro_batch,
+        accumulation=-(-share // micro_batch),
+        clips_seen=clips_seen,
+        clips=clips,
+        epochs=clips_seen / clips if clips else None,
     )
 
 
 def device_of(name: str, needed: bool) -> torch.device:
-    """The device to plan for; InputError for one that does not exist, and if it is ``needed`` for one that is not here."""
+    """Return the device to plan for; InputError for an unknown one, or a missing one that is ``needed``."""
     if needed or name not in ("cuda", "mps"):
         return resolve_device(name)
     return torch.device(name)
 
 
 def dtype_of(name: str, device: torch.device) -> torch.dtype:
-    """``resolve_dtype`` for a device that need not be here: a GPU is taken for one that has bfloat16."""
+    """Return ``resolve_dtype`` for a device that need not exist: a missing GPU is taken to have bfloat16."""
     absent = device.type == "cuda" and not torch.cuda.is_available()
     return torch.bfloat16 if absent and name == "auto" else resolve_dtype(name, device)
 
 
-def memory(config: RunConfig, batch: Batch, device: torch.device) -> Memory:
-    """Memory of one training step with the precision that it has on ``device``."""
-    train, dtype = config.train, dtype_of(config.train.dtype, device)
-    held = states(config.network, adapters(config), config.train.optimizer)
+def memory(config: RunConfig, batch: Batch, state: States, device: torch.device) -> Memory:
+    """Return the memory of one training step with the precision that it has on ``device``."""
+    train = config.train
+    dtype = dtype_of(train.dtype, device)
     found = activations(
         config.network, batch.micro_batch, train.num_images, dtype, config.text.tokens, adapters(config)
     )
-    mine = found.checkpointed if train.gradient_checkpointing else found.plain
-    total = held.weights + held.gradients + held.optimizer + held.ema + mine
+    held = found.checkpointed if train.gradient_checkpointing else found.plain
     return Memory(
-        held.weights,
-        held.gradients,
-        held.optimizer,
-        held.ema,
-        mine,
-        total,
-        found.plain,
-        found.checkpointed,
-        str(dtype).removeprefix("torch."),
+        weights=state.weights,
+        gradients=state.gradients,
+        optimizer=state.optimizer,
+        ema=state.ema,
+        activations=held,
+        total=state.weights + state.gradients + state.optimizer + state.ema + held,
+        without_checkpointing=found.plain,
+        with_checkpointing=found.checkpointed,
+        dtype=str(dtype).removeprefix("torch."),
     )
+
+
+def measured_time(config: RunConfig, batch: Batch, device: torch.device) -> Time:
+    """Train a few steps on random latents and return the time of a step and of the whole run."""
+    seconds = step_seconds(
+        fresh(config.network, adapters(config)),
+        build_process(config.diffusion),
+        config.diffusion.objective,
+        config.train,
+        share=batch.share,
+        device=device,
+        tokens=config.text.tokens,
+    )
+    return Time(seconds, seconds * config.train.steps / 3600, device.type)

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What sampling holds in memory, stage by stage, counted before any weight is read: text encoder, denoiser, decoder.
+"""Memory of sampling by stage (text encoder, denoiser, decoder), counted before any weights are read.
 
-The stages follow each other as ``latte sample`` runs them: prompts are read first and the encoder is gone before the denoiser comes;
-denoiser and autoencoder stay together, unless ``--offload`` has on the device only the one that is at work. Weights are counted exactly;
-``working`` is the most that the tensors of one call take at a time, found by running the true code on the meta device
-(model/memory.py). Kernels' own buffers and the allocator's slack come on top. Clips of the model's own size, without given frames: these,
-and chained windows, need the gradient through the model as well, which is several times as much.
-Axes: b clips, f frames, c channels, h w latent size, l tokens of a caption, k its channels.
+``latte sample`` encodes the prompts first and frees the text encoder before the denoiser is loaded. Denoiser
+and autoencoder stay on the device together, unless ``--offload`` keeps only the part at work there. Weights
+are counted exactly; ``working`` is the peak of the tensors of one call, found by running the real code on the
+meta device (latte.profile.memory). Buffers of kernels and of the allocator come on top. The plan is for clips
+of the model's own size without conditioning frames: conditioning frames and chained windows also need the
+gradient through the model, which takes several times as much. Axes: b clips, f frames, c channels, h w latent
+size, l tokens of a caption, k its channels.
 """
 
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 
 from latte.autoencoder.codec import CODECS, CodecConfig
-from latte.checks import require
+from latte.checks import check
 from latte.diffusion.guidance import guided
 from latte.inference.generate import SampleConfig
 from latte.model.denoiser import DenoiserConfig
@@ -25,7 +26,7 @@ from latte.text.encoders import TextEncoderConfig, weights_bytes
 
 @dataclass(frozen=True)
 class Stage:
-    """Bytes: the weights of the part at work, and the most that its work needs beside them."""
+    """Bytes of a part's weights, and the peak of the tensors that its work needs besides."""
 
     weights: int
     working: int
@@ -33,10 +34,11 @@ class Stage:
 
 @dataclass(frozen=True)
 class Staging:
-    """``batch`` clips at a time with matrix products in ``dtype``. ``text_encoder`` is None for a model that reads no captions.
+    """The stages of sampling ``batch`` clips at a time with matrix products in ``dtype``.
 
-    ``peak`` is what ``latte sample`` holds on the device at the most, ``offloaded`` what it holds with ``--offload``, and ``together``
-    what holding all parts at once would take.
+    ``text_encoder`` is None for a model that reads no captions. ``peak`` is the most that ``latte sample``
+    holds on the device, ``offloaded`` the most with ``--offload``, and ``together`` what all parts at once
+    would take.
     """
 
     batch: int
@@ -47,33 +49,29 @@ class Staging:
 
     @property
     def peak(self) -> int:
-        """The encoder alone, then the denoiser and the decoder beside each other."""
+        """Peak without offload: the text encoder alone, then denoiser and decoder together."""
         resident = self.denoiser.weights + self.decoder.weights
         return max(self.text, resident + max(self.denoiser.working, self.decoder.working))
 
     @property
     def offloaded(self) -> int:
-        """One part at a time."""
+        """Peak with CPU offload."""
         return max(self.text, *(stage.weights + stage.working for stage in (self.denoiser, self.decoder)))
 
     @property
     def together(self) -> int:
-        """All parts all the time."""
+        """Peak if no part were freed."""
         encoder = self.text_encoder.weights if self.text_encoder else 0
-        return (
-            encoder
-            + self.denoiser.weights
-            + self.decoder.weights
-            + max(self.denoiser.working, self.decoder.working)
-        )
+        weights = encoder + self.denoiser.weights + self.decoder.weights
+        return weights + max(self.denoiser.working, self.decoder.working)
 
     @property
     def text(self) -> int:
-        """The stage of the text encoder, 0 without one."""
+        """Bytes of the stage of the text encoder, 0 without one."""
         return self.text_encoder.weights + self.text_encoder.working if self.text_encoder else 0
 
     def facts(self) -> dict[str, Any]:
-        """Everything as plain data."""
+        """Return everything as plain data."""
         parts = {
             name: stage and {"weights": stage.weights, "working": stage.working}
             for name in ("text_encoder", "denoiser", "decoder")
@@ -91,15 +89,20 @@ def staging(
     device: torch.device,
     dtype: torch.dtype,
 ) -> Staging:
-    """What drawing ``sample.batch`` clips of the model's own size takes on ``device``, with matrix products in ``dtype``."""
+    """Return the memory of sampling ``sample.batch`` clips of the model's own size on ``device``."""
     encoder = reading(text, device) if text.name else None
-    denoiser, decoder = denoising(model, text.tokens, sample, dtype), decoding(model, codec, sample.batch)
-    return Staging(sample.batch, str(dtype).removeprefix("torch."), encoder, denoiser, decoder)
+    return Staging(
+        batch=sample.batch,
+        dtype=str(dtype).removeprefix("torch."),
+        text_encoder=encoder,
+        denoiser=denoising(model, text.tokens, sample, dtype),
+        decoder=decoding(model, codec, sample.batch),
+    )
 
 
 @torch.no_grad()
 def reading(text: TextEncoderConfig, device: torch.device) -> Stage:
-    """One prompt of the maximum number of tokens."""
+    """Return the memory of encoding one prompt of the maximum number of tokens."""
     forward = text.encoder.meta_forward(text.path, text.tokens, device)
     with LiveBytes() as live:
         forward()
@@ -108,7 +111,7 @@ def reading(text: TextEncoderConfig, device: torch.device) -> Stage:
 
 @torch.no_grad()
 def denoising(config: DenoiserConfig, tokens: int, sample: SampleConfig, dtype: torch.dtype) -> Stage:
-    """One guided call of the denoiser."""
+    """Return the memory of one guided call of the denoiser."""
     with torch.device("meta"):
         model = config.build().requires_grad_(False)
         z = torch.empty(sample.batch, config.num_frames, config.latent_channels, *config.grid_size)
@@ -122,15 +125,14 @@ def denoising(config: DenoiserConfig, tokens: int, sample: SampleConfig, dtype: 
 
 @torch.no_grad()
 def decoding(config: DenoiserConfig, codec: CodecConfig, clips: int) -> Stage:
-    """The frames of ``clips`` clips, ``codec.chunk`` at a time."""
+    """Return the memory of decoding ``clips`` clips, ``codec.chunk`` frames at a time."""
     kind = CODECS[codec.name]
     decoder = kind(kind.skeleton(codec.path), codec.chunk, "meta")
-    require(
+    check(
         config.latent_channels == kind.channels,
-        "model.latent_channels",
-        config.latent_channels,
-        f"codec {codec.name!r} has {kind.channels}",
-        "give the codec that the model learned",
+        f"model.latent_channels is {config.latent_channels}, but the latents of codec {codec.name!r} have "
+        f"{kind.channels}; "
+        "give the codec that the model was trained with",
     )
     z = torch.empty(clips, config.num_frames, config.latent_channels, *config.grid_size, device="meta")
     with OnDevice(torch.float32), LiveBytes() as live:

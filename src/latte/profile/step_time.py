@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Seconds of a training step, from a few real ones on random latents: the codec and the reading of clips are not in it."""
+"""Time of a training step from a few real ones on random latents, without the codec and without loading
+clips.
+
+Axes: b clips, f frames, c channels, h w latent size, l tokens of a caption, k its channels.
+"""
 
 import time
 from statistics import median
@@ -17,7 +21,7 @@ from latte.training.distributed import Group
 from latte.training.optim import TrainState
 from latte.training.step import Task, backward
 
-MEASURED = 3
+MEASURED = 3  # steps, after one to warm up
 
 
 def step_seconds(
@@ -29,50 +33,61 @@ def step_seconds(
     device: torch.device,
     tokens: int = 1,
 ) -> float:
-    """Median of MEASURED steps of one process with ``share`` clips, after one to warm up; ``model`` is trained a little.
+    """Return the median seconds of a step of one process with ``share`` clips; ``model`` is trained a little.
 
-    ``tokens`` are those of a text model's captions.
-
-    The gradient of one micro batch is measured and counted as often as ``share`` needs it; AdamW and the average come once a step.
+    The gradient of one micro batch is measured and counted as often as ``share`` needs it; the optimizer and
+    the EMA weights are updated once a step. ``tokens`` is the length of captions of a text model.
     """
     model.to(device).train()
     model.gradient_checkpointing = config.gradient_checkpointing
-    learner = TrainState(model, config.lr, config.weight_decay, config.ema_decay)
-    micro, shape = min(config.micro_batch or share, share), model.config
-    task = Task(
+    state = TrainState(
         model,
-        torch.compile(model) if config.compile else model,
-        process,
-        OBJECTIVES[objective],
-        None,
-        0,
-        config.global_batch,
-        None,
-        device,
-        resolve_dtype(config.dtype, device),
-        config.num_images,
+        lr=config.lr,
+        weight_decay=config.weight_decay,
+        ema_decay=config.ema_decay,
+        optimizer=config.optimizer,
     )
-    frames = shape.num_frames + config.num_images
-    video = torch.randn(
-        micro, frames, shape.latent_channels, *shape.grid_size, generator=generator("measure")
+    micro_batch = min(config.micro_batch or share, share)
+    task = Task(
+        model=model,
+        forward=torch.compile(model) if config.compile else model,
+        process=process,
+        objective=OBJECTIVES[objective],
+        codec=None,
+        seed=0,
+        global_batch=config.global_batch,
+        micro_batch=None,
+        device=device,
+        dtype=resolve_dtype(config.dtype, device),
+        num_images=config.num_images,
     )
-    rows = (micro, 1 + config.num_images) if config.num_images else (micro,)
-    told: Any = torch.zeros(rows, dtype=torch.long)
-    if shape.reads_text:
-        text, mask = torch.zeros(tokens, shape.caption_channels), torch.ones(tokens, dtype=torch.bool)
-        told = Captions(text.expand(*rows, -1, -1), mask.expand(*rows, -1), text, mask, 0.1)
+    shape = model.config
+    num_frames = shape.num_frames + config.num_images
+    size = (micro_batch, num_frames, shape.latent_channels, *shape.grid_size)
+    video = torch.randn(size, generator=generator("measure"))  # (b f c h w)
+    condition = example_condition(model, micro_batch, config.num_images, tokens)
     seconds = []
     for step in range(1, 2 + MEASURED):
         start = now(device)
-        losses = backward(task, step, range(micro), video, told)
+        losses = backward(task, step, range(micro_batch), video, condition)
         middle = now(device)
-        learner.update(step, losses, config.lr, config.clip_norm, Group())
-        seconds.append((middle - start) * share / micro + now(device) - middle)
+        state.update(step, losses, config.lr, config.clip_norm, Group())
+        seconds.append((middle - start) * share / micro_batch + now(device) - middle)
     return median(seconds[1:])
 
 
+def example_condition(model: Denoiser, clips: int, num_images: int, tokens: int) -> Any:
+    """Return labels (b) or captions (b l k) of a batch, with images (b 1+i) or (b 1+i l k)."""
+    rows = (clips, 1 + num_images) if num_images else (clips,)
+    if not model.config.reads_text:
+        return torch.zeros(rows, dtype=torch.long)
+    text = torch.zeros(tokens, model.config.caption_channels)
+    mask = torch.ones(tokens, dtype=torch.bool)
+    return Captions(text.expand(*rows, -1, -1), mask.expand(*rows, -1), text, mask, 0.1)
+
+
 def now(device: torch.device) -> float:
-    """The clock, when the device has done what it was given."""
+    """Return the time in seconds after ``device`` has finished its work."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
     return time.perf_counter()
