@@ -32,8 +32,8 @@ def load(path, chunk: int = 14) -> TemporalCodec:
 @torch.no_grad()
 def test_decodes_as_lattes_pipeline_does(pipeline):
     codec, latent = load(pipeline, 3), noise(1, 5, 4, 2, 3)
-    theirs = LattePipeline(None, None, tiny(), None, None)
-    expected = theirs.decode_latents(latent.transpose(1, 2), 5, decode_chunk_size=3).transpose(1, 2)
+    expected = LattePipeline(None, None, tiny(), None, None)
+    expected = expected.decode_latents(latent.transpose(1, 2), 5, decode_chunk_size=3).transpose(1, 2)
     assert expected.std() > 0.05
     torch.testing.assert_close(codec.decode(latent), expected.clamp(-1, 1), rtol=0, atol=1e-5)
 

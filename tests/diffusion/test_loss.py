@@ -63,9 +63,9 @@ def test_loss_is_the_slow_one(objective, schedule, learn_sigma):
             lambda zt: [answer(z) for z in zt],
             variance,
         )
-        for ours, theirs in zip((loss.total, loss.mse, loss.vlb), slow, strict=True):
+        for ours, expected in zip((loss.total, loss.mse, loss.vlb), slow, strict=True):
             assert ours.dtype == torch.float64
-            assert ours[row].item() == pytest.approx(theirs, rel=1e-10, abs=1e-10)
+            assert ours[row].item() == pytest.approx(expected, rel=1e-10, abs=1e-10)
     assert (loss.vlb > 0).any() == (learn_sigma and objective != "rectified_flow")
 
 
@@ -102,8 +102,8 @@ def test_the_bound_is_zero_for_the_true_posterior_only():
 def test_kl_is_torchs():
     a, b, c, d = (noise(50, seed=i, dtype=torch.float64) for i in range(4))
     normal = torch.distributions.Normal
-    theirs = torch.distributions.kl_divergence(normal(a, torch.exp(b / 2)), normal(c, torch.exp(d / 2)))
-    torch.testing.assert_close(gaussian_kl(a, b, c, d), theirs)
+    expected = torch.distributions.kl_divergence(normal(a, torch.exp(b / 2)), normal(c, torch.exp(d / 2)))
+    torch.testing.assert_close(gaussian_kl(a, b, c, d), expected)
 
 
 def test_the_discretised_likelihood_sums_to_one_over_the_bins():

@@ -120,10 +120,10 @@ def test_one_ancestral_step_is_diffusers_with_learned_range(steps):
         reading = process.reverse_step(output, z, torch.tensor([index]))
         draw = torch.randn((2, 4, 4, 4), generator=torch.Generator().manual_seed(5))
         ours = reading.mean + (index > 0) * torch.exp(0.5 * reading.log_variance) * draw
-        theirs = scheduler.step(
+        expected = scheduler.step(
             output[0], process.timestep_map[index], z[0], generator=torch.Generator().manual_seed(5)
         ).prev_sample
-        torch.testing.assert_close(ours[0], theirs, rtol=2e-4, atol=2e-4)
+        torch.testing.assert_close(ours[0], expected, rtol=2e-4, atol=2e-4)
 
 
 def test_variance_spans_the_range_between_posterior_and_beta():
@@ -197,7 +197,7 @@ def test_respacing_twice_still_names_original_timesteps():
 
 
 @pytest.mark.parametrize(
-    ("sections", "says"),
+    ("sections", "message"),
     [
         ("ddim300", "no integer stride"),
         ("1001", "has only 1000"),
@@ -209,13 +209,13 @@ def test_respacing_twice_still_names_original_timesteps():
         ("-5", "must be a positive integer"),
     ],
 )
-def test_bad_respacings_are_refused(sections, says):
-    with pytest.raises(InputError, match=says):
+def test_bad_respacings_are_refused(sections, message):
+    with pytest.raises(InputError, match=message):
         PAPER.respaced(sections)
 
 
 @pytest.mark.parametrize(
-    ("keys", "says"),
+    ("keys", "message"),
     [
         ({"schedule": "cosine"}, "did you mean 'squared_cosine'"),
         ({"objective": "rectified"}, "did you mean 'rectified_flow'"),
@@ -226,8 +226,8 @@ def test_bad_respacings_are_refused(sections, says):
         ({"objective": "rectified_flow", "schedule": "squared_cosine"}, "leave diffusion.schedule at linear"),
     ],
 )
-def test_bad_configs_are_refused_on_construction(keys, says):
-    with pytest.raises(InputError, match=says) as caught:
+def test_bad_configs_are_refused_on_construction(keys, message):
+    with pytest.raises(InputError, match=message) as caught:
         DiffusionConfig(**keys)
     assert "\n" not in str(caught.value)
 

@@ -302,7 +302,7 @@ def test_a_sample_carries_no_gradient():
 
 
 @pytest.mark.parametrize(
-    ("name", "objective", "steps", "eta", "says"),
+    ("name", "objective", "steps", "eta", "message"),
     [
         ("ddpmm", "paper", 5, 0.0, "did you mean 'ddpm'"),
         ("ddim", "paper", 1001, 0.0, "steps is 1001, but the model was trained with 1000 timesteps"),
@@ -322,8 +322,8 @@ def test_a_sample_carries_no_gradient():
         ),
     ],
 )
-def test_what_cannot_be_sampled_is_refused_in_one_line(name, objective, steps, eta, says):
-    with pytest.raises(InputError, match=says) as caught:
+def test_what_cannot_be_sampled_is_refused_in_one_line(name, objective, steps, eta, message):
+    with pytest.raises(InputError, match=message) as caught:
         sample(name, network, PROCESSES[objective], SampleNoise([0]), SHAPE, steps, eta)
     assert "\n" not in str(caught.value)
 

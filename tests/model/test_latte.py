@@ -77,7 +77,7 @@ def test_one_frame_through_the_spatial_path_is_diffusers_dit():
     from diffusers import DiTTransformer2DModel
 
     d, heads, classes = 32, 2, 5
-    theirs = DiTTransformer2DModel(
+    expected = DiTTransformer2DModel(
         num_attention_heads=heads,
         attention_head_dim=d // heads,
         in_channels=4,
@@ -92,13 +92,13 @@ def test_one_frame_through_the_spatial_path_is_diffusers_dit():
         Latte(ModelConfig(depth=4, width=d, heads=heads, variant=2, latent_size=8, num_classes=classes)), 0.1
     ).eval()
     ours.blocks = ours.blocks[:2]  # the spatial half
-    their = theirs.state_dict()
+    their = expected.state_dict()
     for i, block in enumerate(ours.blocks):
         # diffusers gives every block its own timestep and label embedding
         name = f"transformer_blocks.{i}"
-        mine = dict(block.named_parameters())
-        q, k, v = mine["branches.space.qkv.weight"].chunk(3)
-        qb, kb, vb = mine["branches.space.qkv.bias"].chunk(3)
+        actual = dict(block.named_parameters())
+        q, k, v = actual["branches.space.qkv.weight"].chunk(3)
+        qb, kb, vb = actual["branches.space.qkv.bias"].chunk(3)
         pairs = {
             "attn1.to_q.weight": q,
             "attn1.to_k.weight": k,
@@ -106,14 +106,14 @@ def test_one_frame_through_the_spatial_path_is_diffusers_dit():
             "attn1.to_q.bias": qb,
             "attn1.to_k.bias": kb,
             "attn1.to_v.bias": vb,
-            "attn1.to_out.0.weight": mine["branches.space.proj.weight"],
-            "attn1.to_out.0.bias": mine["branches.space.proj.bias"],
-            "ff.net.0.proj.weight": mine["branches.mlp.fc1.weight"],
-            "ff.net.0.proj.bias": mine["branches.mlp.fc1.bias"],
-            "ff.net.2.weight": mine["branches.mlp.fc2.weight"],
-            "ff.net.2.bias": mine["branches.mlp.fc2.bias"],
-            "norm1.linear.weight": mine["modulation.linear.weight"],
-            "norm1.linear.bias": mine["modulation.linear.bias"],
+            "attn1.to_out.0.weight": actual["branches.space.proj.weight"],
+            "attn1.to_out.0.bias": actual["branches.space.proj.bias"],
+            "ff.net.0.proj.weight": actual["branches.mlp.fc1.weight"],
+            "ff.net.0.proj.bias": actual["branches.mlp.fc1.bias"],
+            "ff.net.2.weight": actual["branches.mlp.fc2.weight"],
+            "ff.net.2.bias": actual["branches.mlp.fc2.bias"],
+            "norm1.linear.weight": actual["modulation.linear.weight"],
+            "norm1.linear.bias": actual["modulation.linear.bias"],
             "norm1.emb.timestep_embedder.linear_1.weight": ours.time_embedding.fc1.weight,
             "norm1.emb.timestep_embedder.linear_1.bias": ours.time_embedding.fc1.bias,
             "norm1.emb.timestep_embedder.linear_2.weight": ours.time_embedding.fc2.weight,
@@ -128,13 +128,13 @@ def test_one_frame_through_the_spatial_path_is_diffusers_dit():
     their["proj_out_1.bias"].copy_(ours.final_modulation.linear.bias)
     their["proj_out_2.weight"].copy_(ours.final_linear.weight)
     their["proj_out_2.bias"].copy_(ours.final_linear.bias)
-    theirs.load_state_dict(their)
+    expected.load_state_dict(their)
     for block in (
-        theirs.transformer_blocks
+        expected.transformer_blocks
     ):  # diffusers spreads the 128 frequencies over 127 steps, DiT's own code over 128
         block.norm1.emb.time_proj.downscale_freq_shift = 0
     z, t, label = noise(2, 4, 8, 8), torch.tensor([7, 901]), torch.tensor([3, 1])
-    expected = theirs(z, timestep=t, class_labels=label).sample
+    expected = expected(z, timestep=t, class_labels=label).sample
     ours.time_enters = 99
     torch.testing.assert_close(ours(z[:, None], t, label)[:, 0], expected, rtol=1e-5, atol=1e-5)
 

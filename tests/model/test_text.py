@@ -32,9 +32,9 @@ def in_diffusers(model: LatteText, frames: int):
     from latte.interop.diffusers import diffusers_config, diffusers_state
 
     config = {key: value for key, value in diffusers_config(model.config).items() if not key.startswith("_")}
-    theirs = LatteTransformer3DModel(**{**config, "video_length": frames})
-    theirs.load_state_dict(diffusers_state(model))
-    return theirs.eval()
+    expected = LatteTransformer3DModel(**{**config, "video_length": frames})
+    expected.load_state_dict(diffusers_state(model))
+    return expected.eval()
 
 
 @pytest.mark.parametrize(
@@ -67,12 +67,12 @@ def test_equals_diffusers_on_the_same_weights(frames, size, lengths, temporal, c
     z, text = noise(2, frames, 4, *size), noise(2, 7, 12, seed=5)
     mask = None if lengths is None else mask_of(*lengths)
     bias = None if mask is None else (1 - mask.float())[:, None].repeat_interleave(frames, 0) * -10000.0
-    theirs = in_diffusers(ours, frames)(
+    expected = in_diffusers(ours, frames)(
         z.transpose(1, 2), T, text, bias, enable_temporal_attentions=temporal
     ).sample.transpose(1, 2)
     found = ours(z, T, text, mask, temporal=temporal)
-    assert theirs.std() > 0.1
-    assert float((found - theirs).abs().max()) < 1e-5 * float(theirs.abs().max())
+    assert expected.std() > 0.1
+    assert float((found - expected).abs().max()) < 1e-5 * float(expected.abs().max())
 
 
 @pytest.mark.parametrize("gated", [False, True])

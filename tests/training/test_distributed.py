@@ -90,11 +90,11 @@ def pair(tmp_path_factory) -> tuple[Path, list]:
             free.bind(("127.0.0.1", 0))
         ports = [free.getsockname()[1] for free in sockets]
     pipes, children = zip(*(FORKS.Pipe() for _ in range(2)), strict=True), []
-    ours, theirs = pipes
+    ours, expected = pipes
     for rank in range(2):
         children.append(
             FORKS.Process(
-                target=one_of_two, args=(rank, ports, str(folder), (2, 6), theirs[rank]), daemon=True
+                target=one_of_two, args=(rank, ports, str(folder), (2, 6), expected[rank]), daemon=True
             )
         )
         children[-1].start()

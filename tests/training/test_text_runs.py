@@ -333,8 +333,8 @@ def test_a_run_starts_from_pixart(tmp_path):
     words = [f"train.init={tmp_path / 'pixart'}", "text.gated_time=true", "train.steps=1", "train.lr=1e-12"]
     train(tmp_path / "run", *words)
     tensors = load_file(tmp_path / "run/checkpoints/step-1/model.safetensors")
-    theirs = image.state_dict()["transformer_blocks.1.attn1.to_q.weight"]
-    torch.testing.assert_close(tensors["space_blocks.1.attention.q.weight"], theirs, rtol=0, atol=1e-9)
+    expected = image.state_dict()["transformer_blocks.1.attn1.to_q.weight"]
+    torch.testing.assert_close(tensors["space_blocks.1.attention.q.weight"], expected, rtol=0, atol=1e-9)
     assert float(tensors["time_gate"]) == pytest.approx(1 / 1000)
     report = (tmp_path / "run/init.txt").read_text()
     assert "PixArt-alpha" in report
