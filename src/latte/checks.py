@@ -59,7 +59,7 @@ def nearest(name: object, names: Iterable[object]) -> str:
     candidates = [str(candidate) for candidate in names]
     composed = unicodedata.normalize("NFC", str(name))
     for candidate in candidates:
-        if unicodedata.normalize("NFC", candidate) == composed:
+        if candidate != str(name) and unicodedata.normalize("NFC", candidate) == composed:
             return f"; did you mean {candidate!a} (the same letters in another Unicode form)?"
     close = get_close_matches(str(name), candidates, n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else ""

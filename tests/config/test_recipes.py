@@ -57,7 +57,7 @@ def test_settings_of_the_paper(name, joint):
 
 
 @pytest.mark.parametrize("name", PAPER)
-def test_the_joint_twin_differs_in_nothing_else(name):
+def test_the_joint_recipe_differs_in_nothing_else(name):
     alone, joint = load_run(name)[0], load_run(f"{name}-joint")[0]
     same = {"num_images": 0, "global_batch": alone.train.global_batch, "clip_start": alone.train.clip_start}
     assert replace(joint, train=replace(joint.train, **same), run=alone.run) == alone

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Layers, origins, every bad key at once, recipes, and a run folder that says again what it was made from."""
+"""Layers, origins, every bad key at once, recipes, and a run folder that reloads to what it was made from."""
 
 import json
 import re
@@ -8,17 +8,18 @@ from dataclasses import asdict
 import pytest
 import torch
 import yaml
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 
 from latte.checks import InputError
+from latte.config.describe import describe_keys, field_comments
 from latte.config.run import DERIVED, HINTS, RunConfig, flat, load_run, recipes, schema, to_yaml
 from latte.model.text import TextConfig
 
 
 @pytest.fixture(autouse=True, scope="module")
 def _one_thread():
-    """Configurations build small float64 tables; on a busy machine two threads wait for each other at every one of them."""
+    """Configurations build small float64 tables, for which two threads are slower than one."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -33,7 +34,7 @@ def refused(run, overrides=()):
 
 
 def test_a_value_comes_from_the_last_layer_that_names_it(tmp_path, monkeypatch):
-    file = tmp_path / "mine.yaml"
+    file = tmp_path / "own.yaml"
     file.write_text("train:\n  lr: 1e-3\n  steps: 10\n  ema_decay: 0.5\n")
     monkeypatch.setenv("LATTE_TRAIN_STEPS", "20")
     monkeypatch.setenv("LATTE_TRAIN_EMA_DECAY", "0.6")
@@ -51,7 +52,7 @@ def test_a_value_comes_from_the_last_layer_that_names_it(tmp_path, monkeypatch):
     assert origins.keys() == flat(config).keys() == HINTS.keys()
 
 
-def test_every_bad_key_value_and_range_is_told_at_once_with_its_place(tmp_path, monkeypatch):
+def test_every_bad_key_value_and_range_is_reported_at_once_with_its_place(tmp_path, monkeypatch):
     file = tmp_path / "bad.yaml"
     file.write_text("model:\n  num_frame: 8\n  depth: deep\ntrain:\n  lr: -1\ndata:\n  flip: perhaps\n")
     monkeypatch.setenv("LATTE_TRAIN_STEPZ", "3")
@@ -80,7 +81,7 @@ def test_overrides_with_dashes_and_spaces_are_the_same():
 
 
 @pytest.mark.parametrize("name", sorted(recipes()))
-def test_every_recipe_loads_and_says_how_to_run_it_and_where_its_numbers_come_from(name):
+def test_every_recipe_loads_and_names_its_command(name):
     config, _ = load_run(name)
     assert config.run.dir == f"runs/{name}"
     head = recipes()[name].read_text().split("version:")[0]
@@ -117,14 +118,14 @@ def test_ffs_is_the_papers_setting():
 
 
 @pytest.mark.parametrize("name", ["shape", "no/such.yaml", ""])
-def test_an_unknown_run_is_told_with_the_recipes(name):
+def test_an_unknown_run_is_refused_with_the_recipes(name):
     if name:
         assert "shapes" in refused(name)[0]
     else:
         assert "config.yaml" in refused(name)[0]  # the empty name is this folder
 
 
-def test_a_run_folder_reloads_to_the_same_configuration_wherever_it_lies(tmp_path):
+def test_a_run_folder_reloads_to_the_same_configuration_from_any_folder(tmp_path):
     config, _ = load_run(
         "shapes",
         [
@@ -155,7 +156,7 @@ def test_with_a_text_encoder_the_model_section_makes_a_text_model():
 
 
 @pytest.mark.parametrize(
-    ("word", "told"),
+    ("word", "expected"),
     [
         ("model.num_classes=4", "model.num_classes is 4"),
         ("model.variant=3", "model.variant is 3"),
@@ -164,18 +165,21 @@ def test_with_a_text_encoder_the_model_section_makes_a_text_model():
         ("model.conditioning=all_tokens", "model.conditioning is 'all_tokens'"),
         ("model.class_dropout=0.2", "model.class_dropout is 0.2"),
         ("text.name=builtn", "did you mean 'builtin'"),
-        ("text.dropout=2", "text.dropout is 2"),
+        ("text.dropout=2", "text.dropout must be in"),
         ("data.hold_out=1", "data.hold_out is 1"),
     ],
 )
-def test_what_a_text_model_has_not_is_refused(word, told):
+def test_what_a_text_model_has_not_is_refused(word, expected):
     (line,) = refused("shapes-text", [word])
-    assert told in line
+    assert expected in line
     assert line.startswith("command line")
 
 
+NAMES_AND_PATHS = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), min_size=1)
+
+
 @settings(max_examples=60, deadline=None)
-@given(st.text(min_size=1), st.floats(1e-30, 1e30), st.integers(0, 2**62), st.booleans())
+@given(NAMES_AND_PATHS, st.floats(1e-30, 1e30), st.integers(0, 2**62), st.booleans())
 def test_any_value_survives_the_way_through_the_file(tmp_path_factory, text, real, whole, flag):
     config = RunConfig()
     values = asdict(config)
@@ -206,13 +210,6 @@ def test_the_schema_knows_every_key_and_forbids_others():
     json.dumps(found)
 
 
-KEYS = st.sampled_from([*HINTS, "model.deepth", "trian.lr", "x", "", "model", "model.", ".lr", "train.lr.x"])
-VALUES = st.one_of(
-    st.text(max_size=20),
-    st.sampled_from(["1e-4", "010", "on", "1:30", "null", "[1,2]", "{a: 1}", "-1", "0", "nan", "9" * 40]),
-)
-
-
 SCALARS = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text())
 NAMES = st.sampled_from([*HINTS, "model", "train", "lr", "steps"])
 YAML = st.recursive(
@@ -233,3 +230,105 @@ def test_any_yaml_loads_or_is_refused_in_lines(tmp_path_factory, value):
     except InputError as error:
         problems = str(error).split("\n")
     assert all(line.startswith((str(file), DERIVED)) for line in problems), problems
+
+
+def test_a_problem_of_two_values_names_the_place_of_both():
+    (line,) = refused("shapes", ["data.frames=4", "model.num_frames=5"])
+    assert line.startswith("command line: model.num_frames is 5, but data.frames is 4")
+    (line,) = refused("shapes", ["model.num_frames=5"])
+    assert re.search(r"\(data.frames is set by recipe shapes:\d+\)$", line)
+
+
+@pytest.mark.parametrize("text", ["a\0b", "a\udcffb"])
+def test_a_text_that_cannot_be_a_name_is_refused(tmp_path, text):
+    for key in ("data.root", "codec.path", "run.dir", "train.init"):
+        (line,) = refused("shapes", [f"{key}={text}"])
+        assert line.startswith(f"command line: {key} is 'a")
+        line.encode()
+    (tmp_path / "a.yaml").write_text(yaml.safe_dump({"data": {"root": text}}))
+    assert len(refused(tmp_path / "a.yaml")) == 1
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "a\0b", "/dev/null", "a\nb"])
+def test_a_run_that_no_file_can_be_is_one_line(name):
+    assert len(refused(name)) == 1
+
+
+def test_every_key_has_a_description():
+    keys = describe_keys()
+    assert [key.name for key in keys] == list(HINTS)
+    assert [key.name for key in keys if not key.description] == []
+
+
+def test_a_description_is_the_comment_of_its_field():
+    source = """
+class Config:
+    first: int = 1  # on the line
+    # above,
+    # in two lines
+    second: int | None = (
+        None
+    )
+    third: tuple[str, ...] = (
+        "a",  # inside
+    )
+    fourth: str = "# no comment"
+"""
+    found = field_comments(source)
+    assert found == {"first": "on the line", "second": "above, in two lines", "third": "inside"}
+
+
+WORDS = (
+    "1e-4",
+    "010",
+    "on",
+    "1:30",
+    "null",
+    "[1,2]",
+    "{a: 1}",
+    "-1",
+    "0",
+    "1",
+    "2",
+    "3",
+    "nan",
+    "inf",
+    "",
+    "9" * 18,
+)
+WORDS += (
+    "1e300",
+    "1e-300",
+    "-0.5",
+    "0.5",
+    "[]",
+    "[0, 0]",
+    "[-1, 8]",
+    "ddim50",
+    "ddim0",
+    "10,0",
+    "pixels",
+    "auto",
+    "a\0b",
+)
+VALUES = st.one_of(st.sampled_from(WORDS), st.text(max_size=12), st.integers(), st.floats().map(repr))
+OVERRIDES = st.tuples(
+    st.sampled_from([*HINTS, "model.deepth", "x", "", "model", ".lr", "train.lr.x"]), VALUES
+)
+
+
+@seed(7)
+@settings(max_examples=300, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+@given(st.sampled_from([None, *recipes()]), st.lists(OVERRIDES, min_size=1, max_size=4))
+def test_any_overrides_load_or_are_refused_in_lines(tmp_path_factory, run, overrides):
+    words = [f"{key}={value}" for key, value in overrides]
+    try:
+        config, _ = load_run(run, words)
+    except InputError as error:
+        lines = str(error).split("\n")
+        assert all(": " in line for line in lines), lines
+        assert all(len(line) < 600 for line in lines), lines
+        return
+    file = tmp_path_factory.mktemp("fuzz") / "a.yaml"
+    file.write_text(to_yaml(config), encoding="utf-8")
+    assert flat(load_run(file)[0]) | {"run.dir": ""} == flat(config) | {"run.dir": ""}, "it survives its file"

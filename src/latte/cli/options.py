@@ -70,7 +70,7 @@ def _dtypes() -> Iterable[str]:
 
 
 def _training_dtypes() -> Iterable[str]:
-    from latte.training.train import TRAINING_DTYPES
+    from latte.training.config import TRAINING_DTYPES
 
     return TRAINING_DTYPES
 

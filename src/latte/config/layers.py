@@ -1,15 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Settings as they are written: YAML, environment variables and ``a.b=value`` words -> entries, and text -> a value of a given type.
+"""Settings as they are written (YAML, environment, ``a.b=value`` words) -> entries, and text -> typed values.
 
-Every value stays text until the field it belongs to says what it is, so YAML's surprises (``1e-4`` a string, ``010`` eight, ``on`` a
-truth value, ``1:30`` ninety) cannot happen: a number is read as a number and a name as a name, whatever it looks like. Nothing is
-ever built from YAML, only mappings, sequences and scalars are looked at; aliases and tags have no effect.
+Every value stays text until its field decides what it is, so the surprises of YAML (``1e-4`` a string,
+``010`` eight, ``on`` a boolean, ``1:30`` ninety) cannot happen. Nothing is built from YAML: only mappings,
+sequences and scalars are read, tags have no effect, and size, depth and number of values are bounded
+beforehand.
 """
 
+import logging
 import math
 import re
 import types
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin
@@ -17,12 +19,17 @@ from typing import Any, Union, get_args, get_origin
 import yaml
 
 from latte.checkpoint.record import RENAMED_KEYS
-from latte.checks import InputError, nearest, require
+from latte.checks import InputError, check, nearest
 
-MOST_BYTES = 1 << 20  # a configuration is a page; anything larger is another kind of file
+LOG = logging.getLogger(__name__)
+
+MAX_BYTES = 1 << 18  # a configuration is a page or two
+MAX_DEPTH = 8
+MAX_NODES = 20_000
+MAX_PROBLEMS = 20  # reported one by one; of the rest only the number is
 NULLS = {"null", "Null", "NULL", "~", ""}
 BOOLS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
-WORDS = {
+TYPE_NAMES = {
     int: "a whole number",
     float: "a number",
     bool: "true or false",
@@ -30,21 +37,25 @@ WORDS = {
     types.NoneType: "null",
 }
 NUMBER = re.compile(r"[-+]?(\d{1,19}(\.\d{0,24})?|\.\d{1,24})(e[-+]?\d{1,3})?", re.ASCII | re.IGNORECASE)
-WAY_OUT = "give 'section:' lines with 'key: value' lines under them"
+MAX_INT = 2**63 - 1
+HOW = "give 'section:' lines with 'key: value' lines under them"
+LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml, 10 times faster, where PyYAML has it
 
 
 class Plain(str):
-    """Text that was written without quotes: a number, a truth value, null or a name, as its field decides."""
+    """Text written without quotes: a number, a boolean, null or a name, as its field decides."""
 
 
 def plain(word: str) -> Plain:
-    """A word of a command line or an environment variable; there, Python's None means null too."""
-    return Plain("null" if word in ("None", "none") else word)
+    """Return a word of a command line or an environment variable; Python's None means null there."""
+    if word in ("None", "none"):
+        return Plain("null")
+    return Plain(word)
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One value as it was written (Plain, str, list, or dict for what no setting can be) and where."""
+    """One value as it was written (Plain, str, list, or dict for what no setting can be) and its place."""
 
     raw: Any
     origin: str
@@ -52,11 +63,15 @@ class Entry:
 
 @dataclass
 class Layer:
-    """The settings of one source by dotted key, and the problems found in it. ``hints`` holds every valid key and its type."""
+    """The settings of one source by dotted key, and the problems found in it.
+
+    ``hints`` holds every valid key and its type. Keys of RENAMED_KEYS are read, with a notice in the log.
+    """
 
     hints: Mapping[str, Any]
     entries: dict[str, Entry] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
+    num_unlisted: int = 0
 
     @property
     def sections(self) -> set[str]:
@@ -64,123 +79,168 @@ class Layer:
         return {key.partition(".")[0] for key in self.hints if "." in key}
 
     def add(self, key: str, raw: Any, origin: str) -> None:
-        """Take a setting, or note that there is none of this name."""
-        key = RENAMED_KEYS.get(key, key)
+        """Take a setting, or note that the name is unknown."""
+        if key in RENAMED_KEYS:
+            LOG.warning("%s: %s is now called %s", origin, key, RENAMED_KEYS[key])
+            key = RENAMED_KEYS[key]
         if key in self.hints:
             self.entries[key] = Entry(raw, origin)
-            return
+        else:
+            self.refuse(
+                lambda: f"{origin}: {short(key)[1:-1]} = {short(raw)}: unknown setting{self._hint(key)}"
+            )
+
+    def refuse(self, message: Callable[[], str]) -> None:
+        """Note a problem, in full while there are few."""
+        if len(self.problems) < MAX_PROBLEMS:
+            self.problems.append(message())
+        else:
+            self.num_unlisted += 1
+
+    def all_problems(self) -> list[str]:
+        """Return the problems, and a line about those that are not listed."""
+        if not self.num_unlisted:
+            return self.problems
+        return [*self.problems, f"{self.num_unlisted} more problems of this kind"]
+
+    def _hint(self, key: str) -> str:
         leaves = {known.rpartition(".")[2]: known for known in self.hints}
         elsewhere = leaves.get(key.rpartition(".")[2])
-        hint = f"; did you mean {elsewhere!r}?" if elsewhere else nearest(key, self.hints)
-        self.problems.append(f"{origin}: {short(key)[1:-1]} = {short(raw)}: there is no such setting{hint}")
+        if elsewhere:
+            return f"; did you mean {elsewhere!r}?"
+        return nearest(key[:100], self.hints)
 
 
 def read_yaml(path: Path, name: str, hints: Mapping[str, Any]) -> Layer:
-    """A YAML file of sections, ``name`` in messages; InputError when it is not one at all."""
-    require(
-        path.stat().st_size <= MOST_BYTES,
-        "configuration",
-        name,
-        "it is larger than 1 MB",
-        "give a YAML file of settings",
+    """Read a YAML file of sections, called ``name`` in messages; InputError when it is no such file."""
+    check(
+        path.stat().st_size <= MAX_BYTES,
+        f"{name} is larger than {MAX_BYTES:,} bytes; give a YAML file of settings",
     )
     try:
-        root = yaml.compose(path.read_text("utf-8"), Loader=yaml.SafeLoader)
+        text = path.read_text("utf-8")
+        _check_bounds(text, name)
+        root = yaml.compose(text, Loader=LOADER)
     except UnicodeDecodeError as error:
-        raise InputError(
-            f"{name} is not text in UTF-8 ({error.reason} at byte {error.start}); {WAY_OUT}"
-        ) from None
+        raise InputError(f"{name} is not UTF-8 ({error.reason} at byte {error.start}); {HOW}") from None
     except (yaml.YAMLError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
-        where = f"{name}:{mark.line + 1}" if mark else name
-        what = getattr(error, "problem", None) or str(error).split("\n")[0]
-        raise InputError(f"{where} is not YAML: {what}; {WAY_OUT}") from None
+        place = f"{name}:{mark.line + 1}" if mark else name
+        reason = getattr(error, "problem", None) or str(error).split("\n")[0]
+        raise InputError(f"{place} is not YAML: {reason}; {HOW}") from None
     layer = Layer(hints)
     if root is not None:
         if not isinstance(root, yaml.MappingNode):
-            raise InputError(f"{name} holds no settings; {WAY_OUT}")
+            raise InputError(f"{name} holds no settings; {HOW}")
         _walk(root, "", name, layer)
     return layer
 
 
+def _check_bounds(text: str, name: str) -> None:
+    """Raise InputError for YAML that is too deep or holds too many values, before it is composed."""
+    depth = num_nodes = 0
+    for event in yaml.parse(text, Loader=LOADER):
+        if isinstance(event, yaml.CollectionStartEvent):
+            depth += 1
+        elif isinstance(event, yaml.CollectionEndEvent):
+            depth -= 1
+        num_nodes += isinstance(event, yaml.NodeEvent)
+        line = event.start_mark.line + 1
+        check(
+            depth <= MAX_DEPTH, f"{name}:{line} is not a file of settings: nested {depth} levels deep; {HOW}"
+        )
+        check(
+            num_nodes <= MAX_NODES,
+            f"{name}:{line} is not a file of settings: over {MAX_NODES:,} values; {HOW}",
+        )
+
+
 def _walk(node: yaml.MappingNode, prefix: str, name: str, layer: Layer) -> None:
-    """Add what stands under ``node``; sections are not nested, so this goes two levels deep at most."""
+    """Add the settings of ``node``. Sections are not nested, so this goes two levels deep at most."""
     for key_node, value in node.value:
         key = prefix + (key_node.value if isinstance(key_node, yaml.ScalarNode) else "?")
-        key = RENAMED_KEYS.get(key, key)
         origin = f"{name}:{key_node.start_mark.line + 1}"
-        if key in layer.entries:
-            layer.problems.append(
-                f"{origin}: {key} is given again (first in {layer.entries[key].origin}); keep one of the two"
+        first = layer.entries.get(RENAMED_KEYS.get(key, key))
+        if first is not None:
+            layer.refuse(
+                lambda key=key, first=first, origin=origin: (
+                    f"{origin}: {key} is given again (first in {first.origin}); keep one of the two"
+                )
             )
         elif key not in layer.sections:
             layer.add(key, _raw(value), origin)
         elif isinstance(value, yaml.MappingNode):
             _walk(value, key + ".", name, layer)
         elif not (isinstance(value, yaml.ScalarNode) and value.value in NULLS):
-            layer.problems.append(
-                f"{origin}: {key} is {short(_raw(value))}, but it is a section; put its keys under it, indented"
+            layer.refuse(
+                lambda key=key, value=value, origin=origin: (
+                    f"{origin}: {key} is a section, not {short(_raw(value))}; put its keys under it, indented"
+                )
             )
 
 
 def _raw(node: yaml.Node) -> Any:
-    """A node as text, a list of texts, or an empty dict for anything deeper."""
+    """Return a node as text, a list of texts, or an empty dict for anything deeper."""
     if isinstance(node, yaml.ScalarNode):
-        return Plain(node.value) if node.style is None else node.value
+        if node.style in ("'", '"', "|", ">"):
+            return node.value
+        return Plain(node.value)
     if isinstance(node, yaml.SequenceNode):
         return [Plain(item.value) if isinstance(item, yaml.ScalarNode) else {} for item in node.value]
     return {}
 
 
 def read_environment(environ: Mapping[str, str], hints: Mapping[str, Any]) -> Layer:
-    """``LATTE_<SECTION>_<KEY>`` variables; other variables that begin with ``LATTE_`` are not settings."""
+    """Read ``LATTE_<SECTION>_<KEY>`` variables; others that begin with ``LATTE_`` are not settings."""
     layer = Layer(hints)
-    known = {"LATTE_" + key.replace(".", "_").upper(): key for key in [*hints, *RENAMED_KEYS] if "." in key}
+    known = {"LATTE_" + key.replace(".", "_").upper(): key for key in (*hints, *RENAMED_KEYS) if "." in key}
     sections = tuple(f"LATTE_{section.upper()}_" for section in layer.sections)
     for name, value in environ.items():
         if name in known:
             layer.add(known[name], plain(value), f"environment {name}")
         elif name.startswith(sections):
-            layer.problems.append(f"environment {name}: there is no such setting{nearest(name, known)}")
+            layer.refuse(lambda name=name: f"environment {name}: unknown setting{nearest(name[:100], known)}")
     return layer
 
 
 def read_words(words: Iterable[str], hints: Mapping[str, Any]) -> Layer:
-    """``a.b=value``, ``--a.b=value`` and ``--a.b value``. The last one of a key counts."""
+    """Read ``a.b=value``, ``--a.b=value`` and ``--a.b value``. The last one of a key is used."""
     layer = Layer(hints)
     rest = iter(words)
     for word in rest:
         key, equals, value = word.removeprefix("--").partition("=")
-        if not equals and not word.startswith("--"):
-            layer.problems.append(
-                f"command line: {short(word)} is not of the form key=value{nearest(key, hints)}"
-            )
-            continue
-        layer.add(key, plain(value if equals else next(rest, "")), "command line")
+        if not equals and word.startswith("--"):
+            value = next(rest, "")
+        if equals or word.startswith("--"):
+            layer.add(key, plain(value), "command line")
+        else:
+            hint = nearest(key[:100], hints)
+            layer.refuse(lambda word=word, hint=hint: f"command line: {short(word)} is not key=value{hint}")
     return layer
 
 
 def read_value(raw: Any, hint: Any) -> Any:
-    """What was written -> a value of type ``hint`` (of a union: null, bool, int, float, tuple, str in this order); ValueError if none."""
+    """Return what was written as a value of type ``hint``; ValueError if it is none.
+
+    Of a union the types are tried in the order null, bool, int, float, tuple, str.
+    """
     kinds = kinds_of(hint)
     text = raw.strip() if isinstance(raw, str) else ""
     if types.NoneType in kinds and isinstance(raw, Plain) and text in NULLS:
         return None
     if bool in kinds and text.lower() in BOOLS:
         return BOOLS[text.lower()]
-    if NUMBER.fullmatch(text):
-        if int in kinds and re.fullmatch(r"[-+]?\d+", text):
-            return int(text)
-        if int in kinds and float(text).is_integer() and abs(float(text)) < 2**53:
-            return int(float(text))  # 1e6 steps
-        if float in kinds and math.isfinite(float(text)):
-            return float(text)
+    if (number := _number(text, kinds)) is not None:
+        return number
     pattern = next((kind for kind in kinds if get_origin(kind) is tuple), None)
     listed = isinstance(raw, Plain) and (text[:1] in ("[", "(") or "," in text)
     if pattern is not None and (listed or isinstance(raw, list)):
-        items = [Plain(item) for item in text.strip("[]()").split(",") if item.strip()] if listed else raw
+        items = raw
+        if listed:
+            items = [Plain(item) for item in text.strip("[]()").split(",") if item.strip()]
         each = get_args(pattern)
-        each = each[:1] * len(items) if Ellipsis in each else each
+        if Ellipsis in each:
+            each = each[:1] * len(items)
         return tuple(read_value(item, kind) for item, kind in zip(items, each, strict=True))
     if str in kinds and isinstance(raw, str):
         return str(raw)
@@ -189,19 +249,40 @@ def read_value(raw: Any, hint: Any) -> Any:
     raise ValueError(raw)
 
 
+def _number(text: str, kinds: tuple[Any, ...]) -> int | float | None:
+    """Return ``text`` as an int or a float, whichever ``kinds`` allows, None if it is neither."""
+    if not NUMBER.fullmatch(text):
+        return None
+    if int in kinds:
+        if re.fullmatch(r"[-+]?\d+", text) and abs(int(text)) <= MAX_INT:
+            return int(text)
+        if float(text).is_integer() and abs(float(text)) < 2**53:
+            return int(float(text))  # 1e6 steps
+    if float in kinds and math.isfinite(float(text)):
+        return float(text)
+    return None
+
+
 def kinds_of(hint: Any) -> tuple[Any, ...]:
-    """The members of a union, or the type alone."""
-    return get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    """Return the members of a union, or the type alone."""
+    if get_origin(hint) in (Union, types.UnionType):
+        return get_args(hint)
+    return (hint,)
 
 
-def in_words(hint: Any) -> str:
-    """A type in words: 'a whole number, or null'."""
-    return ", or ".join(WORDS.get(kind, "a list such as [32, 32]") for kind in kinds_of(hint))
+def type_name(hint: Any) -> str:
+    """Return a type as people call it: 'a whole number, or null'."""
+    return ", or ".join(TYPE_NAMES.get(kind, "a list such as [32, 32]") for kind in kinds_of(hint))
 
 
 def short(value: Any) -> str:
-    """repr, cut in the middle when it is long."""
-    text = (
-        repr(str(value)) if isinstance(value, str) else ("{...}" if isinstance(value, dict) else str(value))
-    )
-    return text if len(text) <= 80 else f"{text[:60]}...{text[-10:]}"
+    """Return the repr of ``value``, cut in the middle when it is long."""
+    if isinstance(value, str):
+        text = repr(str(value)[:1000])
+    elif isinstance(value, dict):
+        text = "{...}"
+    else:
+        text = str(value)[:10_000]
+    if len(text) <= 80:
+        return text
+    return f"{text[:60]}...{text[-10:]}"

@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """RunConfig: the parts' own configurations composed, read from layers, with every bad key reported at once.
 
-A value comes from the last layer that names it: default < recipe or YAML file < environment (``LATTE_TRAIN_LR``) < ``train.lr=3e-4``.
-What follows from data and codec is not asked twice: the model's frames, latent size and channels are derived where no layer names
-them, and refused where they contradict.
+A value comes from the last layer that names it: default < recipe or YAML file < environment
+(``LATTE_TRAIN_LR``) < ``train.lr=3e-4``. What follows from data and codec need not be given twice: the
+model's frames, latent size and channels are derived where no layer names them, and refused where they
+contradict.
 """
 
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from importlib import resources
 from pathlib import Path
@@ -18,16 +19,16 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from latte.autoencoder.codec import CODECS, CodecConfig
-from latte.checks import InputError, nearest, require
+from latte.checks import InputError, check, nearest, printable
 from latte.config.layers import (
     Entry,
     Layer,
-    in_words,
     read_environment,
     read_value,
     read_words,
     read_yaml,
     short,
+    type_name,
 )
 from latte.data.datasets import DataConfig
 from latte.diffusion.config import DiffusionConfig
@@ -46,26 +47,24 @@ DERIVED = "derived from data and codec"
 
 @dataclass(frozen=True)
 class RunSection:
-    """Where the run lives, and the number that every random draw of it starts from."""
+    """Where the run is stored, and the seed of its random draws."""
+
+    dir: str | None = None  # folder of the run; runs/<name of the recipe or file> if unset
+    seed: int = 0  # of weights, batches, timesteps and noise, in [0, 2^63)
+    allow_data_change: bool = False  # resume although files of the data changed; never saved with the run
 
     __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
 
-    dir: str | None = None
-    seed: int = 0
-    allow_data_change: bool = False  # resume although files of the data changed; never saved with the run
-
     def __post_init__(self) -> None:
-        require(self.dir != "", "run.dir", self.dir, "it names a folder", "give a path")
-        require(0 <= self.seed < 2**63, "run.seed", self.seed, "seeds count from 0", "give 0 or more")
+        check(self.dir != "", "run.dir is empty; give the path of a folder")
+        check(0 <= self.seed < 2**63, f"run.seed must be in [0, 2^63), got {self.seed}")
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Everything that decides a run. ``version`` is that of the file's format."""
+    """Everything that decides a run."""
 
-    __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
-
-    version: int = VERSION
+    version: int = VERSION  # of the file's format
     model: ModelConfig = field(default_factory=ModelConfig)
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     codec: CodecConfig = field(default_factory=CodecConfig)
@@ -76,33 +75,33 @@ class RunConfig:
     text: TextEncoderConfig = field(default_factory=TextEncoderConfig)
     run: RunSection = field(default_factory=RunSection)
 
+    __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
+
     def __post_init__(self) -> None:
-        require(
+        check(
             self.version == VERSION,
-            "version",
-            self.version,
-            f"this latte reads version {VERSION}",
-            "use the latte that wrote it",
+            f"version is {self.version}, but this latte reads version {VERSION}; use the latte that wrote it",
         )
         problems = []
         for key, (value, reason) in derived(self.data, self.codec).items():
             given = self.model.grid_size if key == "latent_size" else getattr(self.model, key)
             if given != value:
                 problems.append(
-                    f"model.{key} is {getattr(self.model, key)}, but {reason}; leave model.{key} out, or change the other"
+                    f"model.{key} is {getattr(self.model, key)}, but {reason}; "
+                    f"leave model.{key} out, or change the other"
                 )
         if self.text.name is not None:
             problems += class_keys(self.model)
         if self.lora.rank is not None and self.train.init is None:
             problems.append(
-                f"lora.rank is {self.lora.rank}, but adapters need trained weights under them; give train.init"
+                f"lora.rank is {self.lora.rank}, but adapters need trained weights; give train.init"
             )
         if problems:
             raise InputError("\n".join(problems))
 
     @property
     def network(self) -> ModelConfig | TextConfig:
-        """The model's configuration: that of section ``model``, or with a text encoder that of the text model made from both sections."""
+        """The model's configuration: section ``model``, or that of a text model, made of both sections."""
         if self.text.name is None:
             return self.model
         shared = {name: getattr(self.model, name) for name in TEXT_KEYS}
@@ -116,39 +115,46 @@ TEXT_KEYS = {item.name for item in fields(ModelConfig)} & {item.name for item in
 
 
 def class_keys(model: ModelConfig) -> list[str]:
-    """A problem for every key of ``model`` that only a class model reads and that is not left at its default."""
-    set_here = [
+    """Return a problem for every key that only a class model reads and that is not at its default."""
+    changed = [
         item
         for item in fields(ModelConfig)
         if item.name not in TEXT_KEYS and getattr(model, item.name) != item.default
     ]
     return [
-        f"model.{item.name} is {getattr(model, item.name)!r}, but with text.name the model reads captions and has no such part; "
+        f"model.{item.name} is {getattr(model, item.name)!r}, but a text model has no such part; "
         f"leave model.{item.name} out, or set text.name=null"
-        for item in set_here
+        for item in changed
     ]
 
 
 def derived(data: DataConfig, codec: CodecConfig) -> dict[str, tuple[Any, str]]:
-    """What follows for the model: key -> (value, reason). InputError for a frame size that the codec does not divide."""
-    kind, (height, width) = CODECS[codec.name], data.size
+    """Return what follows for the model: key -> (value, reason).
+
+    InputError for a frame size that the codec does not divide.
+    """
+    kind = CODECS[codec.name]
+    height, width = data.size
     for side in data.size:
-        rule = f"codec {codec.name!r} shrinks {kind.downscale} times"
-        way_out = f"the nearest multiple is {max(round(side / kind.downscale), 1) * kind.downscale}"
-        require(side % kind.downscale == 0, "data.resolution", side, rule, way_out)
+        multiple = max(round(side / kind.downscale), 1) * kind.downscale
+        check(
+            side % kind.downscale == 0,
+            f"data.resolution is {side}, but codec {codec.name!r} reduces each side {kind.downscale} times; "
+            f"the nearest multiple is {multiple}",
+        )
     latent = (height // kind.downscale, width // kind.downscale)
     return {
         "num_frames": (data.frames, f"data.frames is {data.frames}"),
         "latent_size": (
             latent,
-            f"data.resolution {height} x {width} and codec {codec.name!r} make {latent[0]} x {latent[1]}",
+            f"data.resolution {height} x {width} with codec {codec.name!r} gives {latent[0]} x {latent[1]}",
         ),
         "latent_channels": (kind.channels, f"codec {codec.name!r} has {kind.channels}"),
     }
 
 
 def _keys(config: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted key, type) of every value of a configuration class."""
+    """Yield (dotted key, type) of every value of a configuration class."""
     hints = get_type_hints(config)
     for item in fields(config):
         if is_dataclass(hints[item.name]):
@@ -158,134 +164,160 @@ def _keys(config: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 HINTS = dict(_keys(RunConfig))
-_ADAPTER, _DATA, _CODEC = TypeAdapter(RunConfig), TypeAdapter(DataConfig), TypeAdapter(CodecConfig)
+_ADAPTER = TypeAdapter(RunConfig)
+_DATA = TypeAdapter(DataConfig)
+_CODEC = TypeAdapter(CodecConfig)
 
 
 def recipes() -> dict[str, Path]:
-    """Name -> file of every recipe of the package."""
+    """Return name -> file of every recipe of the package."""
     folder = Path(str(resources.files("latte.recipes")))
     return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
 
 def load_run(run: str | Path | None, overrides: Iterable[str] = ()) -> tuple[RunConfig, dict[str, str]]:
-    """A recipe's name, a YAML file, a run folder or None, and ``a.b=value`` overrides -> (RunConfig, origin of each dotted key).
+    """Read a recipe's name, a YAML file, a run folder or None, and ``a.b=value`` overrides.
 
-    Raises one InputError that lists every unknown key and wrong value, each with where it was written, and the nearest valid key.
-    ``run.dir`` is the run folder itself when one is given, otherwise ``runs/<name>`` unless it is set.
+    Returns the RunConfig and the origin of each dotted key. Raises one InputError that lists every unknown
+    key and wrong value, each with the place where it was written. ``run.dir`` is the run folder itself when
+    one is given, otherwise ``runs/<name>`` unless it is set.
     """
-    file = Layer(HINTS) if run is None else _read_run(run)
-    layers = [file, read_environment(os.environ, HINTS), read_words(overrides, HINTS)]
+    layers = [
+        Layer(HINTS) if run is None else _read_run(run),
+        read_environment(os.environ, HINTS),
+        read_words(overrides, HINTS),
+    ]
     entries: dict[str, Entry] = {}
     for layer in layers:
         entries |= layer.entries
     nested, problems = _typed(entries)
+    config = None
     try:
         _derive(nested, entries)
         config = _ADAPTER.validate_python(nested)
     except ValidationError as error:
-        config, problems = None, problems + _told(error, entries)
-    problems = [problem for layer in layers for problem in layer.problems] + problems
+        problems += _located(error, entries)
+    problems = [problem for layer in layers for problem in layer.all_problems()] + problems
     if config is None or problems:
         raise InputError("\n".join(problems))
     return config, {key: entries[key].origin if key in entries else DEFAULT for key in HINTS}
 
 
 def _read_run(run: str | Path) -> Layer:
-    """The settings of a recipe, a run folder or a YAML file, with the place of the run among them."""
-    known, path = recipes(), Path(run)
-    if str(run) in known:
-        path, name = known[str(run)], f"recipe {run}"
-    elif path.is_dir():
-        path, name = path / RUN_FILE, str(path / RUN_FILE)
-        require(
-            path.is_file(),
-            "RUN",
-            str(run),
-            f"this folder holds no {RUN_FILE}",
-            "give a run folder, a recipe or a YAML file",
-        )
-    elif path.is_file():
+    """Return the settings of a recipe, a run folder or a YAML file, with the place of the run among them."""
+    known = recipes()
+    path = known.get(str(run), Path(run))
+    name = f"recipe {run}" if str(run) in known else str(path)
+    is_folder = str(run) not in known and _exists(path.is_dir)
+    if is_folder:
+        path = path / RUN_FILE
         name = str(path)
-    else:
-        names = f"no file, no run folder and not one of the recipes {', '.join(known)}"
-        raise InputError(f"RUN is {short(str(run))}, which is {names}{nearest(run, known)}")
+        check(
+            path.is_file(),
+            f"RUN {short(str(run))} is a folder without {RUN_FILE}; give a run folder or a recipe",
+        )
+    elif not _exists(path.is_file):
+        hint = nearest(str(run)[:100], known)
+        raise InputError(
+            f"RUN {short(str(run))} is no recipe, YAML file or run folder; recipes: {', '.join(known)}{hint}"
+        )
     layer = read_yaml(path, name, HINTS)
-    if Path(run).is_dir() and str(run) not in known:
+    if is_folder:
         layer.entries["run.dir"] = Entry(str(run), "the run folder")
-    layer.entries.setdefault("run.dir", Entry(str(Path("runs") / path.stem), f"name of {name}"))
+    layer.entries.setdefault("run.dir", Entry(str(Path("runs") / printable(path.stem)), f"name of {name}"))
     return layer
 
 
+def _exists(test: Callable[[], bool]) -> bool:
+    """Return ``test()``, False for a name that the system refuses (too long, a NUL character)."""
+    try:
+        return test()
+    except (OSError, ValueError):
+        return False
+
+
 def _typed(entries: Mapping[str, Entry]) -> tuple[dict[str, Any], list[str]]:
-    """Entries -> (values by section, problems). A section with a value of a wrong type is left out, so that the others are checked too."""
+    """Return (values by section, problems).
+
+    A section with a value of a wrong type is left out, so that the others are checked too.
+    """
     nested: dict[str, Any] = {}
-    problems, bad = [], set()
+    problems = []
+    bad = set()
     for key, entry in entries.items():
         section, _, leaf = key.rpartition(".")
         try:
             value = read_value(entry.raw, HINTS[key])
         except ValueError:
-            problems.append(
-                f"{entry.origin}: {key} is {short(entry.raw)}, but it must be {in_words(HINTS[key])}"
-            )
+            problems.append(f"{entry.origin}: {key} must be {type_name(HINTS[key])}, got {short(entry.raw)}")
             bad.add(section or leaf)
             continue
-        (nested.setdefault(section, {}) if section else nested)[leaf] = value
+        if reason := _unusable(value):
+            problems.append(f"{entry.origin}: {key} is {short(value)}, which {reason}; give another one")
+            bad.add(section or leaf)
+        values = nested.setdefault(section, {}) if section else nested
+        values[leaf] = value
     if bad & {"data", "codec"}:
         bad.add("model")  # parts of it follow from these
     return {name: value for name, value in nested.items() if name not in bad}, problems
 
 
+def _unusable(value: Any) -> str:
+    """Return why a text cannot be a name, a path or part of a file, '' for every other value."""
+    texts = [item for item in (value if isinstance(value, tuple) else (value,)) if isinstance(item, str)]
+    if any("\0" in text for text in texts):
+        return "holds a NUL character"
+    if any("\ud800" <= character <= "\udfff" for text in texts for character in text):
+        return "is not valid UTF-8"
+    return ""
+
+
 def _derive(nested: dict[str, Any], entries: dict[str, Entry]) -> None:
-    """Add to the model's values what follows from data and codec, unless these are wrong themselves, which the check will tell."""
+    """Add to the model's values what follows from data and codec, if these are valid."""
     try:
-        data, codec = (
-            _DATA.validate_python(nested.get("data", {})),
-            _CODEC.validate_python(nested.get("codec", {})),
-        )
+        data = _DATA.validate_python(nested.get("data", {}))
+        codec = _CODEC.validate_python(nested.get("codec", {}))
         found = derived(data, codec)
     except (ValidationError, InputError):
         return
     for leaf, (value, _) in found.items():
         if f"model.{leaf}" not in entries:
             entries[f"model.{leaf}"] = Entry(value, DERIVED)
-            nested.setdefault("model", {})[leaf] = (
-                value[0] if leaf == "latent_size" and value[0] == value[1] else value
-            )
+            square = leaf == "latent_size" and value[0] == value[1]
+            nested.setdefault("model", {})[leaf] = value[0] if square else value
 
 
-def _told(error: ValidationError, entries: Mapping[str, Entry]) -> list[str]:
-    """What the parts' own checks say, one line each, with the place of the first value that it names."""
+def _located(error: ValidationError, entries: Mapping[str, Entry]) -> list[str]:
+    """Return what the parts' own checks report, one line each, with the places of the values named."""
     lines = []
     for item in error.errors(include_url=False):
         section = ".".join(map(str, item["loc"]))
         for message in str(item.get("ctx", {}).get("error", item["msg"])).split("\n"):
             if f"{section}.{message.split(' ')[0]}" in HINTS:
                 message = f"{section}.{message}"  # a part of a part does not know the section
-            named = [
-                entries[key].origin
-                for key in re.findall(r"[a-z]+\.[a-z_]+|version", message)
-                if key in entries
-            ]
-            lines.append(f"{named[0] if named else section}: {message}")
+            keys = dict.fromkeys(re.findall(r"[a-z]+\.[a-z_0-9]+|version", message))
+            places = {key: entries[key].origin for key in keys if key in entries}
+            first = next(iter(places.values()), section)
+            others = [f"{key} is set by {place}" for key, place in places.items() if place != first]
+            lines.append(f"{first}: {message}" + (f" ({', '.join(others)})" if others else ""))
     return lines
 
 
 def schema() -> dict[str, Any]:
-    """JSON schema of the YAML file, for editors."""
+    """Return the JSON schema of the YAML file, for editors."""
     return _ADAPTER.json_schema()
 
 
 def flat(config: RunConfig) -> dict[str, Any]:
-    """Dotted key -> value, in the order of the classes."""
+    """Return dotted key -> value, in the order of the classes."""
     values = asdict(config)
-    return {
-        key: values[section][leaf] if leaf else values[section]
-        for key in HINTS
-        for section, _, leaf in [key.partition(".")]
-    }
+    found = {}
+    for key in HINTS:
+        section, _, leaf = key.partition(".")
+        found[key] = values[section][leaf] if leaf else values[section]
+    return found
 
 
 def to_yaml(config: RunConfig) -> str:
-    """The configuration as YAML, every value written out; ``load_run`` reads it back to the same configuration."""
+    """Return the configuration as YAML, every value written out; ``load_run`` reads it back unchanged."""
     return yaml.safe_dump(asdict(config), sort_keys=False)
