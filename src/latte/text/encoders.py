@@ -104,7 +104,7 @@ class TextEncoderConfig:
     # The next two are for a model that starts from an image model, see latte.model.text.TextConfig. One that
     # starts from PixArt needs the gate; training has opened it at step train.gate_steps.
     gated_time: bool = False
-    table_size: int | None = None
+    table_size: int | None = None  # side of the grid that positions are scaled to; null: latent_size
 
     def __post_init__(self) -> None:
         if self.name is None:

@@ -43,11 +43,11 @@ class TrainConfig:
         None  # clips per forward pass in one process; null: its whole share of the batch
     )
     optimizer: str = "adamw"  # a name in latte.training.optim.OPTIMIZERS
-    lr: float = 1e-4
-    weight_decay: float = 0.0
-    warmup_steps: int = 0
+    lr: float = 1e-4  # peak learning rate, constant between warm-up and decay
+    weight_decay: float = 0.0  # decoupled, as in AdamW
+    warmup_steps: int = 0  # first steps, over which the learning rate rises from 0
     decay_steps: int = 0  # the last steps, over which the learning rate falls to 0; the paper's is constant
-    ema_decay: float = 0.9999
+    ema_decay: float = 0.9999  # decay of the EMA weights per step, in [0, 1)
     ema_warmup: bool = False  # a smaller decay first, so that early samples do not come from initial weights
     clip_norm: float | None = 0.1  # null: the gradient norm is only measured
     clip_start: int = 0  # steps before clipping begins
@@ -55,16 +55,16 @@ class TrainConfig:
         1000  # with text.gated_time: the step at which the temporal position table has full effect
     )
     num_images: int = 0  # images behind every clip (joint training, Sec. 3.3.4)
-    dtype: str = "auto"
-    compile: bool = False
+    dtype: str = "auto"  # precision of matrix products; auto: bf16 on a GPU that has it, else fp32
+    compile: bool = False  # torch.compile the model
     gradient_checkpointing: bool = False  # keep only the inputs of blocks, recompute the rest in backward
     init: str | None = None  # pretrained weights (file, folder, hub id, run or builtin) of a fresh run
     init_mapping: str = "all"  # for a DiT: which of our blocks its blocks initialise
     init_gaps: tuple[str, ...] = ()  # patterns of our names that may be missing in init or have another shape
-    checkpoint_every: int = 10_000
-    keep_last: int = 3
+    checkpoint_every: int = 10_000  # steps between checkpoints; the last step always has one
+    keep_last: int = 3  # checkpoints kept, the newest ones
     sample_every: int = 0  # 0: no samples during training
-    log_every: int = 50
+    log_every: int = 50  # steps between lines of metrics.jsonl and of the log
     timeout: float = DEFAULT_TIMEOUT  # seconds to wait for another process, checkpoints and samples excluded
 
     def __post_init__(self) -> None:
