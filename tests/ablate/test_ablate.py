@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The ablation: arms follow the tables, a sweep trains exactly what ``latte train`` would, and verdicts keep their rule."""
+"""The ablation: settings follow the tables, a sweep trains as ``latte train``, verdicts keep their rule."""
 
 import json
 import os
+import shutil
 import signal
 from dataclasses import replace
 from itertools import product
@@ -13,38 +14,40 @@ import pytest
 import torch
 from support import noise, wake
 
-from latte.ablate import grading as exam
-from latte.ablate import sweep
-from latte.ablate.axes import AXES, BASELINE, make_arms
-from latte.ablate.grading import (
-    Exam,
-    Part,
-    draw_clips,
-    held_out,
-    heldout_loss,
-    label_accuracy,
-    make_exam,
-    open_material,
-    other_clips,
-    real_clips,
-)
-from latte.ablate.report import judged, show
-from latte.ablate.results import (
+from latte.ablate import metrics, sweep
+from latte.ablate.axes import AXES, BASELINE, make_settings
+from latte.ablate.claims import (
+    CONCLUSIONS,
     EQUAL,
     FAILS,
-    FINDINGS,
     HOLDS,
     ONE_SEED,
     UNMEASURED,
     WITHIN,
     Claim,
-    Finding,
+    Conclusions,
     verdict,
 )
-from latte.ablate.sweep import Plan, Point, read_points, settle, summary
+from latte.ablate.metrics import (
+    METRICS,
+    HeldOut,
+    Metric,
+    Subset,
+    generate_clips,
+    held_out_keys,
+    heldout_loss,
+    label_accuracy,
+    make_held_out,
+    open_ablation_data,
+    other_clips,
+    real_clips,
+)
+from latte.ablate.plan import Plan, Point, append, base_config, read_points, summary
+from latte.ablate.report import judged, show
 from latte.build import Job, build, build_model
 from latte.checkpoint.run import load_checkpoint
 from latte.checks import InputError, RunError
+from latte.cli.ablate import columns
 from latte.config.run import load_run
 from latte.data.datasets import ProceduralDataset, build_dataset
 from latte.data.procedural import DIRECTIONS, draw_scene, render
@@ -72,19 +75,28 @@ TABLES = {
 
 
 def base(*words, run="shapes"):
-    return settle(load_run(run, [*WORDS, "data.frames=4", "diffusion.objective=paper", *words])[0])
+    return base_config(load_run(run, [*WORDS, "data.frames=4", "diffusion.objective=paper", *words])[0])
 
 
 def plan_for(tmp_path, *words, axes=("temporal_position",), **changes):
-    given = {"seeds": (0, 1), "points": 2, "heldout": 3, "graded": 2, **changes}
+    given = {"seeds": (0, 1), "points": 2, "heldout": 3, "generated": 2, **changes}
     return Plan(base("train.steps=4", *words), "shapes", (), axes, tmp_path / "sweep", **given)
+
+
+def point(setting, seed, step, loss, accuracy=None, score=None):
+    """A point that took one second."""
+    return Point(setting, seed, step, 1.0, {"heldout_loss": loss, "label_accuracy": accuracy, "score": score})
 
 
 def run(plan, **changes):
     """Sweep -> (exit code, its lines)."""
     lines = []
     return sweep.sweep(
-        plan, make_arms(plan.base, plan.axes)[0], CPU, lines.append, **{"finished": lambda: None, **changes}
+        plan,
+        make_settings(plan.base, plan.axes)[0],
+        CPU,
+        lines.append,
+        **{"on_run_end": lambda: None, **changes},
     ), lines
 
 
@@ -101,17 +113,17 @@ def lines_of(plan):
 
 
 @pytest.mark.parametrize("axis", TABLES)
-def test_a_line_added_to_a_table_is_an_arm(axis, monkeypatch):
+def test_an_entry_added_to_a_table_is_a_setting(axis, monkeypatch):
     named = named_size()
-    before = [arm.name for arm in make_arms(named, [axis])[0]]
+    before = [setting.name for setting in make_settings(named, [axis])[0]]
     assert before == [str(name) for name in TABLES[axis]]
     monkeypatch.setitem(TABLES[axis], "novelty", replace_like(axis))
-    assert [arm.name for arm in make_arms(named, [axis])[0]] == [*before, "novelty"]
+    assert [setting.name for setting in make_settings(named, [axis])[0]] == [*before, "novelty"]
 
 
 def named_size():
     """A recipe with a size of Table 4, the smallest."""
-    return settle(load_run("ffs", ["model.size=S", "model.latent_size=32"])[0])
+    return base_config(load_run("ffs", ["model.size=S", "model.latent_size=32"])[0])
 
 
 def replace_like(axis):
@@ -121,53 +133,61 @@ def replace_like(axis):
 
 
 @pytest.mark.parametrize("axis", sorted(set(AXES) - {"interval"}))
-def test_every_axis_holds_the_baseline_once_and_its_arms_differ(axis):
+def test_every_axis_holds_the_baseline_once_and_its_settings_differ(axis):
     recipe = base()
-    arms, _ = make_arms(recipe, [axis])
-    assert [arm.config for arm in arms if arm.run == BASELINE] == [recipe]
+    settings, _ = make_settings(recipe, [axis])
+    assert [setting.config for setting in settings if setting.run == BASELINE] == [recipe]
     assert (
-        len({(str(arm.config), arm.mapping) for arm in arms}) == len({arm.run for arm in arms}) == len(arms)
+        len({(str(setting.config), setting.mapping) for setting in settings})
+        == len({setting.run for setting in settings})
+        == len(settings)
     )
-    assert all(arm.cost == count(arm.config.model) for arm in arms)
+    assert all(setting.cost == count(setting.config.model) for setting in settings)
 
 
-@pytest.mark.parametrize("mine", VARIANTS)
-def test_variants_of_an_explicit_depth_have_about_its_parameters(mine):
-    arms, _ = make_arms(base("model.depth=10", f"model.variant={mine}"), ["variant"])
-    weights = [arm.config.model.depth * arm.config.model.variant_spec.weight for arm in arms]
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_variants_of_an_explicit_depth_have_about_its_parameters(variant):
+    settings, _ = make_settings(base("model.depth=10", f"model.variant={variant}"), ["variant"])
+    weights = [setting.config.model.depth * setting.config.model.variant_spec.weight for setting in settings]
     assert len(weights) == len(VARIANTS)
-    assert all(abs(weight - 10 * VARIANTS[mine].weight) <= 22 for weight in weights), "a block more or less"
-    assert [arm.config.model.depth for arm in arms if arm.name == str(mine)] == [10]
+    assert all(abs(weight - 10 * VARIANTS[variant].weight) <= 22 for weight in weights), (
+        "a block more or less"
+    )
+    assert [setting.config.model.depth for setting in settings if setting.name == str(variant)] == [10]
 
 
 def test_variants_of_a_named_size_keep_the_papers_depths():
-    arms, _ = make_arms(named_size(), ["variant"])
-    assert [arm.config.model.dimensions[0] for arm in arms] == [12, 12, 10, 10, 12]
-    assert {arm.config.model.depth for arm in arms} == {None}
+    settings, _ = make_settings(named_size(), ["variant"])
+    assert [setting.config.model.dimensions[0] for setting in settings] == [12, 12, 10, 10, 12]
+    assert {setting.config.model.depth for setting in settings} == {None}
 
 
 def test_sizes_ascend_and_scaled_ones_keep_the_width_of_a_head():
-    scaled, _ = make_arms(base("model.width=32", "model.heads=4"), ["size"])
-    assert [arm.name for arm in scaled] == ["x0.5", "x0.75", "x1"]
-    assert {arm.config.model.dimensions[1] // arm.config.model.dimensions[2] for arm in scaled} == {8}
-    for arms in (scaled, make_arms(named_size(), ["size"])[0]):
-        parameters = [arm.cost.parameters for arm in arms]
+    scaled, _ = make_settings(base("model.width=32", "model.heads=4"), ["size"])
+    assert [setting.name for setting in scaled] == ["x0.5", "x0.75", "x1"]
+    assert {
+        setting.config.model.dimensions[1] // setting.config.model.dimensions[2] for setting in scaled
+    } == {8}
+    for settings in (scaled, make_settings(named_size(), ["size"])[0]):
+        parameters = [setting.cost.parameters for setting in settings]
         assert parameters == sorted(set(parameters))
 
 
-@pytest.mark.parametrize("mine", OBJECTIVES)
-def test_every_objective_gets_a_sampler_that_reads_its_prediction(mine):
-    sampler = "flow" if mine == "rectified_flow" else "ddim"
-    arms, _ = make_arms(base(f"diffusion.objective={mine}", f"sample.sampler={sampler}"), ["objective"])
-    for arm in arms:
-        config, material = arm.config, open_material([arm.config], CPU, 1)[arm.config.data]
+@pytest.mark.parametrize("variant", OBJECTIVES)
+def test_every_objective_gets_a_sampler_that_reads_its_prediction(variant):
+    sampler = "flow" if variant == "rectified_flow" else "ddim"
+    settings, _ = make_settings(
+        base(f"diffusion.objective={variant}", f"sample.sampler={sampler}"), ["objective"]
+    )
+    for setting in settings:
+        config, material = setting.config, open_ablation_data([setting.config], CPU, 1)[setting.config.data]
         assert [
-            clip.dtype for clip in draw_clips(build_model(config.model, 0), config, material.codec, 1)
+            clip.dtype for clip in generate_clips(build_model(config.model, 0), config, material.codec, 1)
         ] == [np.uint8]
 
 
 @pytest.mark.parametrize(
-    ("words", "axes", "told"),
+    ("words", "axes", "expected"),
     [
         ((), ["variants"], "did you mean 'variant'"),
         ((), ["patch", "patch"], "more than once"),
@@ -176,28 +196,31 @@ def test_every_objective_gets_a_sampler_that_reads_its_prediction(mine):
         (("data.frames=3",), ["patch"], "multiple of model.tube = 2"),
     ],
 )
-def test_what_cannot_be_swept_is_one_line(words, axes, told):
-    with pytest.raises(InputError, match=told) as found:
-        make_arms(base(*words), axes)
+def test_what_cannot_be_swept_is_one_line(words, axes, expected):
+    with pytest.raises(InputError, match=expected) as found:
+        make_settings(base(*words), axes)
     assert "\n" not in str(found.value)
 
 
 def test_values_that_a_recipe_cannot_have_are_left_out_with_the_reason():
-    arms, left = make_arms(base("model.heads=1", "model.width=16"), ["variant"])
-    assert [arm.name for arm in arms] == ["1", "2", "3", "joint"]
+    settings, left = make_settings(base("model.heads=1", "model.width=16"), ["variant"])
+    assert [setting.name for setting in settings] == ["1", "2", "3", "joint"]
     assert [(one.axis, one.name) for one in left] == [("variant", "4")]
     assert "splits the heads" in left[0].reason
 
 
-def test_the_paper_is_quoted_for_known_axes_and_arms_only():
-    assert FINDINGS.keys() <= AXES.keys()
+def test_the_paper_is_quoted_for_known_axes_and_settings_only():
+    assert CONCLUSIONS.keys() <= AXES.keys()
     recipe, named = base(), named_size()
-    for axis, finding in FINDINGS.items():
-        names = {arm.name for arm in make_arms(named if axis in ("interval", "size") else recipe, [axis])[0]}
-        assert {name for claim in finding.claims for pair in claim.pairs for name in pair} <= names
-    ascending = FINDINGS["size"].claims_about(["S", "B", "L"])[0]
+    for axis, conclusions in CONCLUSIONS.items():
+        names = {
+            setting.name
+            for setting in make_settings(named if axis in ("interval", "size") else recipe, [axis])[0]
+        }
+        assert {name for claim in conclusions.claims for pair in claim.pairs for name in pair} <= names
+    ascending = CONCLUSIONS["size"].claims_about(["S", "B", "L"])[0]
     assert ascending.pairs == (("B", "S"), ("L", "B"))
-    assert Finding().claims_about(["a"]) == ()
+    assert Conclusions().claims_about(["a"]) == ()
 
 
 @pytest.mark.parametrize(
@@ -209,7 +232,7 @@ def test_the_paper_is_quoted_for_known_axes_and_arms_only():
             [1.0, 5.0, 9.0],
             [2.0, 6.1, 10.0],
             HOLDS,
-        ),  # seeds differ by more than the arms do, but in pairs it is clear
+        ),  # seeds differ by more than the settings do, but in pairs it is clear
         (
             [1.0, 1.0, 1.0],
             [1.1, 1.2, 1.5],
@@ -255,31 +278,31 @@ def videos(tmp_path):
 def test_held_out_videos_are_never_trained_on_and_all_intervals_share_them(videos, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     words = ("data.kind=folder", f"data.root={videos}", "data.labels=false", "model.num_classes=null")
-    arms, _ = make_arms(base(*words), ["interval"])
-    assert [arm.name for arm in arms] == ["1", "2", "3"]
-    materials = open_material([arm.config for arm in arms], CPU, 5)
+    settings, _ = make_settings(base(*words), ["interval"])
+    assert [setting.name for setting in settings] == ["1", "2", "3"]
+    materials = open_ablation_data([setting.config for setting in settings], CPU, 5)
     draw = torch.Generator()
     kept = [
         [part.dataset.clip(index, draw).key for index in range(len(part.dataset))]
         for part in materials.values()
     ]
     assert kept[0] == kept[1] == kept[2], "one data order for all"
-    assert "0.mp4" not in kept[0], "too short for interval 3, so no arm has it"
-    held = held_out([f"{index}.mp4" for index in range(1, 8)])
+    assert "0.mp4" not in kept[0], "too short for interval 3, so no setting has it"
+    held = held_out_keys([f"{index}.mp4" for index in range(1, 8)])
     assert len(held) == 1
     assert sorted([*kept[0], *held]) == [f"{index}.mp4" for index in range(1, 8)], "none of them in both"
     assert {part.dataset.digest for part in materials.values()} == {
-        materials[arms[0].config.data].dataset.digest
+        materials[settings[0].config.data].dataset.digest
     }
-    assert materials[arms[0].config.data].exam.z0.shape == (5, 4, 3, 16, 16)
-    assert [len(held_out([str(k) for k in range(n)])) for n in (2, 30, 100)] == [1, 3, 10]
+    assert materials[settings[0].config.data].held_out.z0.shape == (5, 4, 3, 16, 16)
+    assert [len(held_out_keys([str(k) for k in range(n)])) for n in (2, 30, 100)] == [1, 3, 10]
     with pytest.raises(InputError, match="one is held out"):
-        held_out(["alone"])
+        held_out_keys(["alone"])
 
 
-def test_a_part_is_a_data_set():
+def test_a_subset_is_a_dataset():
     whole = build_dataset(base().data)
-    part = Part(whole, [5, 2], ["e", "b"])
+    part = Subset(whole, [5, 2], ["e", "b"])
     draw = torch.Generator().manual_seed(0)
     assert torch.equal(part.clip(1, draw).video, whole.clip(2, draw).video)
     assert torch.equal(
@@ -292,13 +315,15 @@ def test_a_part_is_a_data_set():
         whole.latent,
         2,
     )
-    assert part.describe() != Part(whole, [5, 2], ["e", "c"]).describe()
+    assert part.describe() != Subset(whole, [5, 2], ["e", "c"]).describe()
 
 
-def test_the_exam_is_the_same_for_everyone_and_spreads_timesteps_evenly():
+def test_the_held_out_data_are_the_same_for_every_setting_and_spreads_timesteps_evenly():
     config = base()
     first, second = (
-        make_exam(other_clips(config.data), open_material([config], CPU, 1)[config.data].codec, 1000, 8)
+        make_held_out(
+            other_clips(config.data), open_ablation_data([config], CPU, 1)[config.data].codec, 1000, 8
+        )
         for _ in range(2)
     )
     assert all(
@@ -314,7 +339,7 @@ def test_the_heldout_loss_agrees_with_a_slow_loop(objective):
     sampler = "flow" if objective == "rectified_flow" else "ddim"
     config = base(f"diffusion.objective={objective}", f"sample.sampler={sampler}")
     model, process = wake(build_model(config.model, 0), scale=0.3).eval(), build_process(config.diffusion)
-    test = Exam(
+    test = HeldOut(
         noise(5, 4, 3, 16, 16, seed=1),
         torch.tensor([0, 1, 2, 3, 0]),
         torch.tensor([0, 250, 500, 750, 999]),
@@ -338,24 +363,24 @@ def test_the_heldout_loss_agrees_with_a_slow_loop(objective):
     assert heldout_loss(model, one_by_one, test) == pytest.approx(np.mean(slow), rel=1e-6)
 
 
-def test_obedience_counts_the_clips_that_move_as_asked():
+def test_label_accuracy_counts_the_clips_that_move_as_labelled():
     moving = [render(draw_scene(1, index, 4), 4, 32, 32) for index in range(8)]
-    moving[3] = moving[0]  # asked to go right, goes up
+    moving[3] = moving[0]  # its label is right, it moves up
     assert list(DIRECTIONS)[3] == "right"
     assert label_accuracy(moving) == 7 / 8
 
 
-def test_clips_are_drawn_with_seeds_and_labels_in_turn(monkeypatch):
+def test_clips_are_generated_with_seeds_and_labels_in_turn(monkeypatch):
     seen = []
 
     def generate(model, process, codec, seeds, labels, *rest, **more):
         seen.append((list(seeds), labels))
         return ((seed, np.full(1, seed, np.uint8)) for seed in seeds)
 
-    monkeypatch.setattr(exam, "generate", generate)
+    monkeypatch.setattr(metrics, "generate", generate)
     for words in ((), ("model.num_classes=null",)):
         config = base(*words)
-        assert [clip.tolist() for clip in draw_clips(build_model(config.model, 0), config, None, 6)] == [
+        assert [clip.tolist() for clip in generate_clips(build_model(config.model, 0), config, None, 6)] == [
             [seed] for seed in range(6)
         ]
     assert seen == [([0, 1, 2, 3, 4, 5], [0, 1, 2, 3, 0, 1]), ([0, 1, 2, 3, 4, 5], None)]
@@ -363,7 +388,7 @@ def test_clips_are_drawn_with_seeds_and_labels_in_turn(monkeypatch):
 
 def test_real_clips_come_from_the_training_set_each_once_before_any_twice():
     data = replace(base().data, num_clips=5)
-    dataset, codec = build_dataset(data), open_material([base()], CPU, 1)[base().data].codec
+    dataset, codec = build_dataset(data), open_ablation_data([base()], CPU, 1)[base().data].codec
     found = real_clips(dataset, codec, 8)
     all_of_them = {
         render(draw_scene(data.seed, index, data.frames), data.frames, *data.size).tobytes()
@@ -380,7 +405,7 @@ def test_a_sweep_trains_what_latte_train_would_and_does_nothing_twice(tmp_path, 
     assert len(lines) == 1 + 2 * 2 * 2
     found = read_points(plan.out)
     assert {key: sorted(steps) for key, steps in found.items()} == {
-        (arm, seed): [2, 4] for arm in (BASELINE, "temporal_position-rotary") for seed in (0, 1)
+        (setting, seed): [2, 4] for setting in (BASELINE, "temporal_position-rotary") for seed in (0, 1)
     }
     words = [
         *WORDS,
@@ -399,27 +424,35 @@ def test_a_sweep_trains_what_latte_train_would_and_does_nothing_twice(tmp_path, 
     for name in ("model.safetensors", "ema.safetensors", "optimizer.safetensors"):
         assert part["files"][name] == alone["files"][name], f"{whole['weights_sha256']}: bit for bit"
     config = load_run(tmp_path / "alone")[0]
-    ema, test = build_model(config.model, 1), open_material([config], CPU, plan.heldout)[config.data].exam
-    ema.load_state_dict(load_checkpoint(tmp_path / "alone/checkpoints/step-4", only={"ema"}).tensors["ema"])
-    assert found["temporal_position-rotary", 1][4].heldout_loss == heldout_loss(ema, config, test), (
-        "the averaged weights"
+    ema, test = (
+        build_model(config.model, 1),
+        open_ablation_data([config], CPU, plan.heldout)[config.data].held_out,
     )
+    ema.load_state_dict(load_checkpoint(tmp_path / "alone/checkpoints/step-4", only={"ema"}).tensors["ema"])
+    assert found["temporal_position-rotary", 1][4].values["heldout_loss"] == heldout_loss(
+        ema, config, test
+    ), "the EMA weights"
     before = lines_of(plan)
     monkeypatch.setattr(Job, "train", lambda self, until: pytest.fail("trained again"))
-    assert run(plan)[1] == ["2 arms, 2 seeds: 0 of 4 runs are to be trained"]
+    assert run(plan)[1] == ["2 settings, 2 seeds: 0 of 4 runs are to be trained"]
     assert lines_of(plan) == before
-    assert [entry["seeds"] for entry in summary(plan, make_arms(plan.base, plan.axes)[0])] == [[0, 1], [0, 1]]
+    assert [entry["seeds"] for entry in summary(plan, make_settings(plan.base, plan.axes)[0])] == [
+        [0, 1],
+        [0, 1],
+    ]
 
 
-@pytest.mark.parametrize(("owner", "name", "call"), [(ProceduralDataset, "clip", 18), (sweep, "measure", 3)])
+@pytest.mark.parametrize(
+    ("owner", "name", "call"), [(ProceduralDataset, "clip", 18), (sweep, "measure_run", 3)]
+)
 def test_a_signal_stops_a_sweep_that_then_ends_as_if_it_had_not(tmp_path, monkeypatch, owner, name, call):
-    whole, cut = (plan_for(tmp_path / folder, seeds=(0,), graded=0) for folder in ("whole", "cut"))
+    whole, cut = (plan_for(tmp_path / folder, seeds=(0,), generated=0) for folder in ("whole", "cut"))
     assert run(whole)[0] == 0
     true, calls = getattr(owner, name), []
 
     def stopping(*arguments):
         calls.append(name)
-        if len(calls) == call:  # in the middle of training the first arm, or of measuring the second
+        if len(calls) == call:  # in the middle of training the first setting, or of measuring the second
             os.kill(os.getpid(), signal.SIGTERM)
         return true(*arguments)
 
@@ -432,8 +465,8 @@ def test_a_signal_stops_a_sweep_that_then_ends_as_if_it_had_not(tmp_path, monkey
     assert lines_of(cut) == lines_of(whole)
 
 
-def test_half_a_line_of_results_is_measured_again_and_a_gap_is_told(tmp_path):
-    plan = plan_for(tmp_path, seeds=(0,), graded=0)
+def test_half_a_line_of_results_is_measured_again_and_a_gap_is_reported(tmp_path):
+    plan = plan_for(tmp_path, seeds=(0,), generated=0)
     run(plan)
     file, before = plan.out / "results.jsonl", lines_of(plan)
     lines = file.read_text().splitlines(keepends=True)
@@ -445,26 +478,28 @@ def test_half_a_line_of_results_is_measured_again_and_a_gap_is_told(tmp_path):
         run(plan)
 
 
-def test_a_run_that_fails_does_not_keep_the_others_from_theirs(tmp_path):
-    plan = plan_for(tmp_path, seeds=(0,), graded=0)
-    arms, _ = make_arms(plan.base, plan.axes)
-    wild = replace(arms[0], config=replace(arms[0].config, train=replace(plan.base.train, lr=1e30)))
+def test_a_run_that_fails_does_not_stop_the_others(tmp_path):
+    plan = plan_for(tmp_path, seeds=(0,), generated=0)
+    settings, _ = make_settings(plan.base, plan.axes)
+    divergent = replace(
+        settings[0], config=replace(settings[0].config, train=replace(plan.base.train, lr=1e30))
+    )
     with pytest.raises(RunError, match=r"baseline seed 0: .* NaN or Inf"):
-        sweep.sweep(plan, [wild, arms[1]], CPU, lambda line: None, lambda: None)
+        sweep.sweep(plan, [divergent, settings[1]], CPU, lambda line: None, lambda: None)
     assert list(read_points(plan.out)) == [("temporal_position-rotary", 0)]
 
 
 def test_another_recipe_in_the_same_folder_is_refused_with_every_difference(tmp_path):
-    run(plan_for(tmp_path, seeds=(0,), graded=0))
+    run(plan_for(tmp_path, seeds=(0,), generated=0))
     before = sorted(path.name for path in (tmp_path / "sweep").iterdir())
     with pytest.raises(InputError) as found:
-        run(plan_for(tmp_path, "train.lr=0.5", "data.seed=7", seeds=(0,), graded=0, points=1))
+        run(plan_for(tmp_path, "train.lr=0.5", "data.seed=7", seeds=(0,), generated=0, points=1))
     assert all(key in str(found.value) for key in ("train.lr", "data.seed", "--points"))
     assert before == sorted(path.name for path in (tmp_path / "sweep").iterdir())
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "expected"),
     [
         ({"points": 0}, "--points"),
         ({"seeds": ()}, "--seeds"),
@@ -472,20 +507,20 @@ def test_another_recipe_in_the_same_folder_is_refused_with_every_difference(tmp_
         ({"heldout": 0}, "--heldout"),
     ],
 )
-def test_counts_that_cannot_be_are_refused(tmp_path, changes, told):
-    with pytest.raises(InputError, match=told):
+def test_counts_that_cannot_be_are_refused(tmp_path, changes, expected):
+    with pytest.raises(InputError, match=expected):
         plan_for(tmp_path, **changes)
 
 
 def test_the_init_axis_needs_a_dit(tmp_path):
     plan = plan_for(tmp_path, axes=("init",))
-    assert [arm.mapping for arm in make_arms(plan.base, ["init"])[0]] == [None, *MAPPINGS]
+    assert [setting.mapping for setting in make_settings(plan.base, ["init"])[0]] == [None, *MAPPINGS]
     with pytest.raises(InputError, match="--dit is missing"):
         run(plan)
     assert not plan.out.exists()
 
 
-def test_the_init_arms_start_from_the_dit(tmp_path):
+def test_the_init_settings_start_from_the_dit(tmp_path):
     from safetensors.torch import save_file
 
     plan = plan_for(tmp_path, "model.width=32", "model.heads=2", axes=("init",))
@@ -518,41 +553,41 @@ def test_the_init_arms_start_from_the_dit(tmp_path):
     save_file(
         {name: noise(*shape, seed=index) for index, (name, shape) in enumerate(shapes.items())}, plan.dit
     )
-    arms, _ = make_arms(plan.base, ["init"])
-    scratch, everywhere = (sweep.fresh(plan, arm, 0) for arm in arms[:2])
-    assert arms[1].run == "init-dit-all"
-    theirs = noise(3 * width, width, seed=list(shapes).index("blocks.1.attn.qkv.weight"))
-    assert torch.equal(everywhere.state_dict()["blocks.1.branches.time.qkv.weight"], theirs)
-    assert not torch.equal(scratch.state_dict()["blocks.1.branches.time.qkv.weight"], theirs)
+    settings, _ = make_settings(plan.base, ["init"])
+    scratch, everywhere = (sweep.initial_model(plan, setting, 0) for setting in settings[:2])
+    assert settings[1].run == "init-dit-all"
+    original = noise(3 * width, width, seed=list(shapes).index("blocks.1.attn.qkv.weight"))
+    assert torch.equal(everywhere.state_dict()["blocks.1.branches.time.qkv.weight"], original)
+    assert not torch.equal(scratch.state_dict()["blocks.1.branches.time.qkv.weight"], original)
 
 
 def test_losses_of_other_clips_and_other_noise_are_not_compared(tmp_path):
     plan = plan_for(tmp_path, axes=("objective",))
-    arms, left = make_arms(plan.base, plan.axes)
+    settings, left = make_settings(plan.base, plan.axes)
     plan.out.mkdir()
-    for arm, seed, step in product(arms, plan.seeds, plan.steps):
-        sweep.append(plan.out / "results.jsonl", Point(arm.run, seed, step, 1.0, 0.0, 1.0, 5.0))
-    figures = parseString(show(plan, arms, left, CPU)).getElementsByTagName("svg")
-    shown = [{title.firstChild.data for title in figure.getElementsByTagName("title")} for figure in figures]
-    told = {"paper (baseline)", "v", "min_snr"}
-    assert shown == [told | {"rectified_flow"}, told, told | {"rectified_flow"}], (
-        "obedience of 0 is told in words"
+    for setting, seed, step in product(settings, plan.seeds, plan.steps):
+        append(plan.out / "results.jsonl", point(setting.run, seed, step, 1.0, 0.0, 5.0))
+    plots = parseString(show(plan, settings, left, CPU)).getElementsByTagName("svg")
+    shown = [{title.firstChild.data for title in plot.getElementsByTagName("title")} for plot in plots]
+    expected = {"paper (baseline)", "v", "min_snr"}
+    assert shown == [expected | {"rectified_flow"}, expected, expected | {"rectified_flow"}], (
+        "an accuracy of 0 is a sentence"
     )
-    faster = replace(arms[1], config=replace(arms[1].config, data=replace(plan.base.data, seed=1)))
+    faster = replace(settings[1], config=replace(settings[1].config, data=replace(plan.base.data, seed=1)))
     claim = Claim("", "", (("paper", "v"),))
     found = {
-        (arm.run, seed): {4: Point(arm.run, seed, 4, 1.0 + place, 0.5, 1.0, 9.0 - place)}
-        for place, arm in enumerate(arms)
+        (setting.run, seed): {4: point(setting.run, seed, 4, 1.0 + place, 0.5, 9.0 - place)}
+        for place, setting in enumerate(settings)
         for seed in plan.seeds
     }
-    assert judged(claim, arms, found, plan)[2:] == (HOLDS, EQUAL, FAILS)
-    assert judged(claim, [arms[0], faster], found, plan)[2:] == (UNMEASURED, EQUAL, FAILS)
+    assert judged(claim, settings, found, plan)[2:] == (HOLDS, EQUAL, FAILS)
+    assert judged(claim, [settings[0], faster], found, plan)[2:] == (UNMEASURED, EQUAL, FAILS)
 
 
-def test_the_page_shows_every_arm_and_judges_every_claim(tmp_path):
-    plan = plan_for(tmp_path, axes=("variant", "temporal_position"), graded=0)
-    arms, left = make_arms(plan.base, plan.axes)
-    empty = show(plan, arms, left, CPU)
+def test_the_page_shows_every_setting_and_judges_every_claim(tmp_path):
+    plan = plan_for(tmp_path, axes=("variant", "temporal_position"), generated=0)
+    settings, left = make_settings(plan.base, plan.axes)
+    empty = show(plan, settings, left, CPU)
     assert UNMEASURED in empty
     parseString(empty)
     plan.out.mkdir()
@@ -564,9 +599,9 @@ def test_the_page_shows_every_arm_and_judges_every_claim(tmp_path):
         "variant-joint": 0.3,
         "temporal_position-rotary": 0.1,
     }
-    for arm, seed, step in product(losses, plan.seeds, plan.steps):
-        sweep.append(plan.out / "results.jsonl", Point(arm, seed, step, losses[arm] + 0.01 * seed, None, 1.0))
-    page = show(plan, arms, left, CPU)
+    for setting, seed, step in product(losses, plan.seeds, plan.steps):
+        append(plan.out / "results.jsonl", point(setting, seed, step, losses[setting] + 0.01 * seed))
+    page = show(plan, settings, left, CPU)
     rows = [
         [cell.firstChild.data for cell in row.getElementsByTagName("td")]
         for row in parseString(page).getElementsByTagName("tr")
@@ -584,3 +619,75 @@ def test_the_page_shows_every_arm_and_judges_every_claim(tmp_path):
     assert page.count("<svg") == 4, "held-out loss and its difference from the baseline; nothing was graded"
     assert f"latte ablate shapes --axes={','.join(plan.axes)}" in page
     assert "latte train shapes model.variant=3 model.depth=2 run.seed=0 run.dir=runs/variant-3" in page
+
+
+def test_a_metric_is_one_entry(tmp_path, monkeypatch):
+    plan = plan_for(tmp_path, seeds=(0,), points=1)
+    entry = Metric("mean brightness", lambda found: float(np.mean(found.clips[0])), "brightness_range")
+    monkeypatch.setitem(METRICS, "brightness", entry)
+    assert run(plan)[0] == 0
+    settings, left = make_settings(plan.base, plan.axes)
+    (line, _) = (json.loads(text) for text in (plan.out / "results.jsonl").read_text().splitlines())
+    assert 0 <= line["brightness"] <= 255
+    assert summary(plan, settings)[0]["brightness"] == line["brightness"]
+    assert summary(plan, settings)[0]["brightness_range"] == [line["brightness"]] * 2
+    assert "mean brightness" in show(plan, settings, left, CPU)
+    assert "mean brightness" in columns()
+    monkeypatch.delitem(METRICS, "brightness")
+    assert run(plan)[0] == 0, "results of a metric that is gone are read"
+
+
+def test_results_of_0_1_0_are_read(tmp_path):
+    line = {
+        "arm": "baseline",
+        "seed": 1,
+        "step": 2,
+        "heldout_loss": 0.5,
+        "label_accuracy": None,
+        "seconds": 3.0,
+        "score": 7,
+    }
+    (tmp_path / "results.jsonl").write_text(json.dumps(line) + "\n{}\n[1]\nnull\n")
+    assert read_points(tmp_path) == {
+        ("baseline", 1): {2: replace(point("baseline", 1, 2, 0.5, None, 7), seconds=3.0)}
+    }
+
+
+def test_a_folder_of_0_1_0_is_the_same_sweep(tmp_path):
+    plan = plan_for(tmp_path, seeds=(0,), generated=0)
+    run(plan)
+    file = plan.out / "ablation.json"
+    common = json.loads(file.read_text())
+    common["--graded"] = common.pop("--generated")
+    del common["train.timeout"]  # a key that 0.1.0 did not have
+    file.write_text(json.dumps(common))
+    assert run(plan)[0] == 0
+    common["--graded"] = 1
+    file.write_text(json.dumps(common))
+    with pytest.raises(InputError, match="--generated"):
+        run(plan)
+
+
+def test_a_full_disk_is_reported_before_anything_is_trained(tmp_path, monkeypatch):
+    plan = plan_for(tmp_path)
+    parameters = sum(setting.cost.parameters for setting in make_settings(plan.base, plan.axes)[0])
+    needed = 16 * parameters * len(plan.seeds)
+    usage = shutil._ntuple_diskusage(2 * needed, needed, needed)
+    asked = []
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: asked.append(path) or usage)
+    with pytest.raises(RunError, match=f"but {needed:,} are free; make room"):
+        run(plan)
+    assert asked == [tmp_path]
+    assert not plan.out.exists()
+
+
+def test_metrics_that_cannot_be_measured_are_named_before_training(tmp_path):
+    plan = plan_for(
+        tmp_path, "model.num_classes=null", "data.labels=false", "sample.guidance=1", seeds=(0,), generated=1
+    )
+    lines = run(plan)[1]
+    assert lines[1] == (
+        "label accuracy (label_accuracy) is not measured: the labels are not the directions of procedural clips"
+    )
+    assert lines[2].startswith("built-in score (score) is not measured: it needs two generated clips")
+    assert all("run 1 of" not in line for line in lines[:3])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``latte ablate``: the keys of its answer, its help, its refusals, and going on after a signal."""
+"""``latte ablate``: the keys of its answer, its help, its refusals, and resuming after a signal."""
 
 import json
 import os
@@ -23,7 +23,7 @@ SMALL = [
     2,
     "--points",
     1,
-    "--graded",
+    "--generated",
     2,
     "--heldout",
     2,
@@ -34,7 +34,8 @@ def test_ablate_answers_with_its_keys_and_leaves_results_and_a_report(latte):
     found = latte("ablate", "shapes", "--axes", "temporal_position,conditioning", *SMALL, "--json")
     assert found.code == 0
     assert found.json["out"] == "runs/shapes-ablation"
-    arms = found.json["arms"]
+    settings = found.json["settings"]
+    assert settings == found.json["arms"], "the key of 0.1.0"
     keys = {
         "name",
         "axis",
@@ -46,14 +47,14 @@ def test_ablate_answers_with_its_keys_and_leaves_results_and_a_report(latte):
         "operations",
         "seconds",
     }
-    assert all(keys <= arm.keys() for arm in arms)
-    assert [(arm["axis"], arm["name"], arm["seeds"]) for arm in arms] == [
+    assert all(keys <= setting.keys() for setting in settings)
+    assert [(setting["axis"], setting["name"], setting["seeds"]) for setting in settings] == [
         ("temporal_position", "absolute", [0, 1]),
         ("temporal_position", "rotary", [0, 1]),
         ("conditioning", "s_adaln", [0, 1]),
         ("conditioning", "all_tokens", [0, 1]),
     ]
-    assert arms[0]["run"] == arms[2]["run"] == "runs/shapes-ablation/baseline", "shared"
+    assert settings[0]["run"] == settings[2]["run"] == "runs/shapes-ablation/baseline", "shared"
     lines = [json.loads(line) for line in Path("runs/shapes-ablation/results.jsonl").read_text().splitlines()]
     assert len(lines) == 3 * 2
     assert all(line["step"] == 2 and 0 < line["heldout_loss"] < 10 for line in lines)
@@ -80,7 +81,7 @@ def test_the_small_recipe_that_the_help_names_exists():
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "expected"),
     [
         (["--axes", "variants"], "did you mean 'variant'"),
         (["--axes", ""], "--axes"),
@@ -88,34 +89,39 @@ def test_the_small_recipe_that_the_help_names_exists():
         (["--axes", "init"], "--dit"),
         (["--axes", "patch", "model.num_classes=null", "text.name=builtin"], "text.name"),
         (["--axes", "patch", "--seeds", "a"], "--seeds"),
+        (["--axes", "patch", "--out", ""], "--out is empty"),
+        (["--axes", "patch", "--out="], "--out is empty"),
+        (["--axes", "patch", "--out", "/dev/null"], "is not a folder"),
+        (["--axes", "patch", "--graded", "2"], "--graded is now called --generated"),
         (["--axes", "patch", "--points", "0"], "--points"),
         (["--axes", "patch", "--device", "abacus"], "device"),
         (["--axes", "patch", "model.depht=4"], "model.depth"),
     ],
 )
-def test_wrong_input_is_one_line_before_anything_is_written(latte, tmp_path, words, told):
+def test_wrong_input_is_one_line_before_anything_is_written(latte, tmp_path, words, expected):
     found = latte("ablate", "shapes", *SMALL, "data.frames=4", *words)
     assert (found.code, len(found.errors)) == (2, 1)
-    assert told in found.errors[0]
+    assert expected in found.errors[0]
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_signal_is_code_143_and_the_same_command_goes_on(latte, monkeypatch):
+def test_a_signal_is_code_143_and_the_same_command_resumes(latte, monkeypatch):
     command = ["ablate", "shapes", "--axes", "temporal_position", *SMALL, "--json"]
-    true, calls = sweep.measure, []
+    original = sweep.measure_run
+    calls = []
 
     def measure(*arguments):
         calls.append(1)
         if len(calls) == 2:
             os.kill(os.getpid(), signal.SIGTERM)
-        return true(*arguments)
+        return original(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(sweep, "measure", measure)
+        patch.setattr(sweep, "measure_run", measure)
         found = latte(*command)
     assert (found.code, len(calls)) == (143, 2)
-    assert [arm["seeds"] for arm in found.json["arms"]] == [[0], [0]]
+    assert [setting["seeds"] for setting in found.json["settings"]] == [[0], [0]]
     again = latte(*command)
     assert again.code == 0
     assert "2 of 4 runs are to be trained" in again.err
-    assert [arm["seeds"] for arm in again.json["arms"]] == [[0, 1], [0, 1]]
+    assert [one["seeds"] for one in again.json["settings"]] == [[0, 1], [0, 1]]

@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The axes of an ablation: each turns a base recipe into arms, read off the package's own tables.
+"""The axes of an ablation: each turns a base recipe into settings, read from the package's own tables.
 
-A line added to VARIANTS, PATCHES, CONDITIONINGS, TEMPORAL_POSITIONS, OBJECTIVES, SIZES or MAPPINGS is an arm here by itself. The arm that
-changes nothing is the baseline, which all axes share.
+An entry added to VARIANTS, PATCHES, CONDITIONINGS, TEMPORAL_POSITIONS, OBJECTIVES, SIZES or MAPPINGS is a
+setting by itself. The setting that changes nothing is the baseline, which all axes share.
 """
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 
-from latte.checks import InputError, choose, require
+from latte.checks import InputError, check, choose
 from latte.config.run import RunConfig
 from latte.data.datasets import UNREAD
 from latte.diffusion.loss import OBJECTIVES
@@ -23,92 +23,106 @@ from latte.model.variants import VARIANTS
 from latte.profile.flops import Cost, count
 
 Overrides = dict[str, object]
-"""Dotted key of a run's settings -> value."""
+"""Dotted key of a run's config -> value."""
 
-INIT = "init.mapping"  # of MAPPINGS: the one override that is no setting of a run, because a run folder holds its own weights
+INIT = "init.mapping"  # of MAPPINGS; the only override that is no key of the config
 BASELINE = "baseline"
 SCALES = (0.5, 0.75, 1.0)
 INTERVALS = (1, 2, 3)
-STILLS = (0, 4)
+NUM_IMAGES = (0, 4)
 
 
-def options(key: str, names: Iterable[object], base: RunConfig) -> dict[str, Overrides]:
-    """One arm per name: ``key`` set to it."""
+def one_each(key: str, names: Iterable[object], base: RunConfig) -> dict[str, Overrides]:
+    """Return one setting per name: ``key`` set to it."""
     return {str(name): {key: name} for name in names}
 
 
 def variants(base: RunConfig) -> dict[str, Overrides]:
-    """Every variant at the base's parameters: a named size does that by itself, an explicit ``model.depth`` is scaled.
+    """Return every variant at the number of parameters of the base.
 
-    A block weighs ``Variant.weight``, so depth x weight is kept, rounded to what the variant can be dealt into.
+    A named size has it by itself. An explicit ``model.depth`` is scaled by the parameters per block
+    (``Variant.weight``) and rounded to a depth that the variant allows.
     """
-    arms, depth, mine = options("model.variant", VARIANTS, base), base.model.depth, base.model.variant_spec
-    if depth is not None:
-        for (name, arm), spec in zip(arms.items(), VARIANTS.values(), strict=True):
-            fitting = (
-                max(round(depth * mine.weight / spec.weight / spec.depth_multiple), 1) * spec.depth_multiple
-            )
-            arms[name] = arm | {"model.depth": depth if spec is mine else fitting}
-    return arms
+    found = one_each("model.variant", VARIANTS, base)
+    depth = base.model.depth
+    spec = base.model.variant_spec
+    if depth is None:
+        return found
+    for (name, overrides), other in zip(found.items(), VARIANTS.values(), strict=True):
+        fitting = depth
+        if other is not spec:
+            multiples = round(depth * spec.weight / other.weight / other.depth_multiple)
+            fitting = max(multiples, 1) * other.depth_multiple
+        found[name] = overrides | {"model.depth": fitting}
+    return found
 
 
 def objectives(base: RunConfig) -> dict[str, Overrides]:
-    """Every objective, with the base's sampler where it reads the prediction, else with the first one that does."""
-    arms = options("diffusion.objective", OBJECTIVES, base)
+    """Return every objective, with the base's sampler if it fits the prediction, else the first that does."""
+    found = one_each("diffusion.objective", OBJECTIVES, base)
     for name, objective in OBJECTIVES.items():
         fitting = [sampler for sampler, kind in SAMPLERS.items() if objective.prediction in kind.predictions]
         if base.sample.sampler not in fitting:
             steps = str(base.sample.steps).removeprefix("ddim").split(",")
-            arms[name] |= {
+            found[name] |= {
                 "sample.sampler": fitting[0],
                 "sample.steps": sum(map(int, steps)),
                 "sample.eta": 0.0,
             }
-        if objective.prediction == "flow":
-            arms[name] |= {"diffusion.schedule": "linear"}  # the flow has a path of its own
-    return arms
+        if objective.straight_path:
+            found[name] |= {"diffusion.schedule": "linear"}  # its own path replaces the schedule
+    return found
 
 
 def intervals(base: RunConfig) -> dict[str, Overrides]:
-    """Every first, second, third frame, and the base's own interval; InputError for data without one."""
-    if "interval" in UNREAD[base.data.kind]:
+    """Return every first, second, third frame, and the base's own interval; InputError without videos."""
+    unread = UNREAD[base.data.kind]
+    if "interval" in unread:
         raise InputError(
-            f"--axes interval needs videos, but data.kind is {base.data.kind!r} ({UNREAD[base.data.kind]['interval']}); "
+            f"--axes interval needs videos, but data.kind is {base.data.kind!r} ({unread['interval']}); "
             "leave the axis out, or give data.kind=folder and data.root"
         )
-    return options("data.interval", sorted({*INTERVALS, base.data.interval}), base)
+    return one_each("data.interval", sorted({*INTERVALS, base.data.interval}), base)
 
 
 def sizes(base: RunConfig) -> dict[str, Overrides]:
-    """Ascending: the sizes of Table 4, or for explicit dimensions the SCALES of their width in whole heads, all as wide as before."""
-    model, (_, width, heads) = base.model, base.model.dimensions
+    """Return ascending sizes: those of Table 4, or SCALES of the base's number of heads."""
+    model = base.model
+    _, width, heads = model.dimensions
     if model.depth is None and model.width is None and model.heads is None:
-        return options("model.size", SIZES, base)
+        return one_each("model.size", SIZES, base)
     multiple = model.variant_spec.heads_multiple
-    arms: dict[str, Overrides] = {}
+    found: dict[str, Overrides] = {}
     for scale in SCALES:
         fitting = max(round(heads * scale / multiple), 1) * multiple
-        arm: Overrides = (
-            {} if scale == 1 else {"model.heads": fitting, "model.width": width // heads * fitting}
-        )
-        if scale == 1 or (fitting != heads and arm not in arms.values()):  # few heads: nothing between
-            arms[f"x{scale:g}"] = arm
-    return arms
+        overrides: Overrides = {"model.heads": fitting, "model.width": width // heads * fitting}
+        if scale == 1:
+            found["x1"] = {}
+        elif fitting != heads and overrides not in found.values():  # a model of few heads has no size between
+            found[f"x{scale:g}"] = overrides
+    return found
 
 
 def starts(base: RunConfig) -> dict[str, Overrides]:
-    """Random weights, and DiT's by every mapping."""
-    arms: dict[str, Overrides] = {f"dit-{name}": {INIT: name} for name in MAPPINGS}
-    return {"scratch": {}, **arms}
+    """Return random weights, and those of a DiT by every mapping."""
+    found: dict[str, Overrides] = {"scratch": {}}
+    for name in MAPPINGS:
+        found[f"dit-{name}"] = {INIT: name}
+    return found
+
+
+def image_counts(base: RunConfig) -> dict[str, Overrides]:
+    """Return training without and with images behind every clip, and the base's own number."""
+    return one_each("train.num_images", sorted({*NUM_IMAGES, base.train.num_images}), base)
 
 
 AXES: dict[str, Callable[[RunConfig], dict[str, Overrides]]] = {
     "variant": variants,
-    "patch": partial(options, "model.patch", PATCHES),
-    "conditioning": partial(options, "model.conditioning", CONDITIONINGS),
-    "temporal_position": partial(options, "model.temporal_position", TEMPORAL_POSITIONS),
+    "patch": partial(one_each, "model.patch", PATCHES),
+    "conditioning": partial(one_each, "model.conditioning", CONDITIONINGS),
+    "temporal_position": partial(one_each, "model.temporal_position", TEMPORAL_POSITIONS),
     "objective": objectives,
-    "joint": lambda base: options("train.num_images", sorted({*STILLS, base.train.num_images}), base),
+    "joint": image_counts,
     "interval": intervals,
     "size": sizes,
     "init": starts,
@@ -116,8 +130,11 @@ AXES: dict[str, Callable[[RunConfig], dict[str, Overrides]]] = {
 
 
 @dataclass(frozen=True)
-class Arm:
-    """One value of one axis. ``run`` names its folder, 'baseline' for the base itself; ``mapping`` is that of the DiT it starts from."""
+class Setting:
+    """One value of one axis. ``run`` names its folder, 'baseline' for the base itself.
+
+    ``mapping`` is the mapping of the DiT weights that it starts from, None for random weights.
+    """
 
     axis: str
     name: str
@@ -138,70 +155,66 @@ class LeftOut:
 
 
 def apply(base: RunConfig, overrides: Overrides) -> RunConfig:
-    """``base`` with dotted keys replaced; the parts check themselves (InputError)."""
+    """Return ``base`` with dotted keys replaced; InputError from the parts' own checks."""
     parts: dict[str, Overrides] = {}
     for key, value in overrides.items():
         section, _, leaf = key.partition(".")
         parts.setdefault(section, {})[leaf] = value
-    return replace(
-        base, **{section: replace(getattr(base, section), **values) for section, values in parts.items()}
-    )
+    changed = {section: replace(getattr(base, section), **values) for section, values in parts.items()}
+    return replace(base, **changed)
 
 
 @lru_cache(maxsize=256)
 def cost_of(config: ModelConfig) -> Cost:
-    """``count``, once for each model; InputError for a model that cannot be built."""
+    """Return ``count(config)``, computed once per model; InputError for a model that cannot be built."""
     return count(config)
 
 
-def make_arm(base: RunConfig, axis: str, name: str, overrides: Overrides) -> Arm:
-    """The arm with its cost; InputError when the base cannot have it (the model is tried, without storage)."""
-    settings = {key: value for key, value in overrides.items() if key != INIT}
-    config, mapping = apply(base, settings), overrides.get(INIT)
-    same = config == base and mapping is None
-    return Arm(
-        axis,
-        name,
-        BASELINE if same else f"{axis}-{name}",
-        config,
-        {} if same else settings,
-        None if mapping is None else str(mapping),
-        cost_of(config.model),
-    )
+def make_setting(base: RunConfig, axis: str, name: str, overrides: Overrides) -> Setting:
+    """Return the setting with its cost; InputError when the base cannot have it (its model is built)."""
+    changes = {key: value for key, value in overrides.items() if key != INIT}
+    config = apply(base, changes)
+    cost = cost_of(config.model)
+    if config == base and INIT not in overrides:
+        return Setting(axis, name, BASELINE, config, {}, None, cost)
+    mapping = str(overrides[INIT]) if INIT in overrides else None
+    return Setting(axis, name, f"{axis}-{name}", config, changes, mapping, cost)
 
 
-def make_arms(base: RunConfig, axes: Sequence[str]) -> tuple[list[Arm], list[LeftOut]]:
-    """The arms of every axis, in order, and the values that this recipe cannot have.
+def make_settings(base: RunConfig, axes: Sequence[str]) -> tuple[list[Setting], list[LeftOut]]:
+    """Return the settings of every axis, in order, and the values that this recipe cannot have.
 
-    InputError for an unknown axis (with the nearest name), one given twice, and one that leaves nothing to compare.
+    InputError for an unknown axis (with the nearest name), a repeated one, and one that leaves nothing to
+    compare.
     """
-    arms: list[Arm] = []
+    settings: list[Setting] = []
     left: list[LeftOut] = []
     for axis in axes:
-        table = choose("--axes", axis, AXES)(base)
-        require(
-            axes.count(axis) == 1,
-            "--axes",
-            ",".join(axes),
-            f"{axis} is there more than once",
-            "name every axis once",
-        )
-        mine: list[Arm] = []
-        for name, overrides in table.items():
-            try:
-                arm = make_arm(base, axis, name, overrides)
-            except InputError as error:
-                left.append(LeftOut(axis, name, str(error)))
-                continue
-            twin = next((one for one in mine if (one.config, one.mapping) == (arm.config, arm.mapping)), None)
-            if twin is None:
-                mine.append(arm)
-            else:
-                left.append(LeftOut(axis, name, f"for this recipe it is the same as {twin.name}"))
-        if len(mine) < 2:
-            reasons = "; ".join(f"{one.name}: {one.reason}" for one in left if one.axis == axis)
+        check(axes.count(axis) == 1, f"--axes names {axis} more than once; name every axis once")
+        found, skipped = settings_of(base, axis)
+        if len(found) < 2:
+            reasons = "; ".join(f"{one.name}: {one.reason}" for one in skipped)
             raise InputError(
                 f"--axes {axis} leaves nothing to compare with this recipe ({reasons}); leave the axis out"
             )
-        arms += mine
-    return arms, left
+        settings += found
+        left += skipped
+    return settings, left
+
+
+def settings_of(base: RunConfig, axis: str) -> tuple[list[Setting], list[LeftOut]]:
+    """Return the different settings of one axis, and the values that are left out."""
+    found: list[Setting] = []
+    left: list[LeftOut] = []
+    for name, overrides in choose("--axes", axis, AXES)(base).items():
+        try:
+            setting = make_setting(base, axis, name, overrides)
+        except InputError as error:
+            left.append(LeftOut(axis, name, str(error)))
+            continue
+        same = [one for one in found if (one.config, one.mapping) == (setting.config, setting.mapping)]
+        if same:
+            left.append(LeftOut(axis, name, f"for this recipe it is the same as {same[0].name}"))
+        else:
+            found.append(setting)
+    return found, left

@@ -16,44 +16,27 @@ from latte.cli.options import (
     Run,
     TrainDtype,
     configure_logging,
+    print_note,
     print_result,
     table,
 )
 
 __all__ = ["OVERRIDABLE", "ablate"]
 
-COLUMNS = (
-    "axis",
-    "arm",
-    "held-out loss",
-    "label obedience",
-    "built-in score",
-    "parameters",
-    "operations per clip",
-    "training s",
-)
-
-Axes = Annotated[
-    str,
-    typer.Option(
-        metavar="A,B,...",
-        help="What to vary: {axes}.",
-        show_default=False,
-    ),
-]
-Seeds = Annotated[str, typer.Option(metavar="N,N,...", help="Seeds; every arm is trained with each.")]
+Axes = Annotated[str, typer.Option(metavar="A,B,...", help="What to vary: {axes}.", show_default=False)]
+Seeds = Annotated[str, typer.Option(metavar="N,N,...", help="Seeds; every setting is trained with each.")]
 Steps = Annotated[int | None, typer.Option(help="train.steps; those of the recipe by default.")]
 Out = Annotated[
     Path | None,
-    typer.Option(help="Folder of the sweep; runs/RUN-ablation by default. The same command on it goes on."),
+    typer.Option(help="Folder of the sweep; runs/RUN-ablation by default. The same command on it resumes."),
 ]
 Dit = Annotated[
     str | None, typer.Option(metavar="PATH", help="The DiT that axis init starts from: a file or a hub id.")
 ]
-Points = Annotated[int, typer.Option(help="How many times a run is measured, the last step included.")]
-Heldout = Annotated[int, typer.Option(help="Clips of the held-out loss.")]
-Graded = Annotated[
-    int, typer.Option(help="Generated clips that are graded and scored at every point; 0 for none.")
+NumPoints = Annotated[int, typer.Option("--points", help="Measured steps per run, the last step included.")]
+HeldOut = Annotated[int, typer.Option("--heldout", help="Clips of the held-out loss.")]
+Generated = Annotated[
+    int, typer.Option(help="Clips generated at every point for the other metrics; 0 for none.")
 ]
 
 
@@ -65,21 +48,23 @@ def ablate(
     steps: Steps = None,
     out: Out = None,
     dit: Dit = None,
-    points: Points = 8,
-    heldout: Heldout = 64,
-    graded: Graded = 32,
+    points: NumPoints = 8,
+    heldout: HeldOut = 64,
+    generated: Generated = 32,
     device: Device = "auto",
     dtype: TrainDtype = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Train every arm of some axes from one recipe, same data order and seeds, and report the paper's conclusions beside ours.
+    """Train every setting of some axes from one recipe and report the paper's conclusions and ours.
 
-    Small enough for two CPU cores and a quarter of an hour: latte ablate shapes-tiny --axes variant
+    All settings see the same data in the same order, with the same seeds. An example that takes a quarter of
+    an hour on two CPU cores: latte ablate shapes-tiny --axes variant
     """
-    from latte.ablate.axes import make_arms
-    from latte.ablate.report import print_result as page_of
-    from latte.ablate.sweep import Plan, settle, summary, sweep
+    from latte.ablate.axes import make_settings
+    from latte.ablate.plan import Plan, base_config, summary
+    from latte.ablate.report import show
+    from latte.ablate.sweep import sweep
     from latte.config.run import load_run
     from latte.files import commit_file, reported
     from latte.runtime import resolve_device
@@ -89,67 +74,67 @@ def ablate(
     words = (*(overrides or []), *(f"{key}={value}" for key, value in given.items() if value is not None))
     config, _ = load_run(run, words)
     names = tuple(read_list(axes))
-    base = settle(config)
-    where = out or Path(f"{config.run.dir or 'runs/unnamed'}-ablation")
-    plan = Plan(base, run, words, names, where, read_seeds(seeds), points, heldout, graded, dit)
-    arms, left = make_arms(base, names)
+    base = base_config(config)
+    folder = out or Path(f"{config.run.dir or 'runs/unnamed'}-ablation")
+    plan = Plan(base, run, words, names, folder, read_seeds(seeds), points, heldout, generated, dit)
+    settings, left = make_settings(base, names)
     for one in left:
-        say(f"left out: {one.axis} {one.name}: {one.reason}")
-    found = resolve_device(device)
-    page = where / "report.html"
+        print_note(f"left out: {one.axis} {one.name}: {one.reason}")
+    torch_device = resolve_device(device)
+    page = folder / "report.html"
 
-    def write() -> None:
+    def write_report() -> None:
         with reported("the report", page):
-            commit_file(page, page_of(plan, arms, left, found))
+            commit_file(page, show(plan, settings, left, torch_device))
 
-    code = sweep(plan, arms, found, say, write)
-    write()
-    entries = summary(plan, arms)
-    lines = table([COLUMNS, *(cells(entry) for entry in entries)])
-    stopped = [f"stopped; go on with: {plan.command()}"] if code else []
+    code = sweep(plan, settings, torch_device, print_note, write_report)
+    write_report()
+    entries = summary(plan, settings)
     result = {
-        "out": str(where),
+        "out": str(folder),
         "report": str(page),
-        "arms": entries,
+        "settings": entries,
+        "arms": entries,  # the name of 0.1.0, for one version
         "left_out": [vars(one) for one in left],
     }
-    print_result(result, as_json, [*lines, *stopped, f"see: {page}"])
+    lines = table([columns(), *(cells(entry) for entry in entries)])
+    if code:
+        lines.append(f"stopped; resume with: {plan.command()}")
+    print_result(result, as_json, [*lines, f"see: {page}"])
     if code:
         raise typer.Exit(code)
 
 
+def columns() -> tuple[str, ...]:
+    """Return the titles of the table."""
+    from latte.ablate.metrics import METRICS
+
+    titles = (metric.title for metric in METRICS.values())
+    return ("axis", "setting", *titles, "parameters", "operations per clip", "training s")
+
+
 def cells(entry: dict[str, Any]) -> tuple[str, ...]:
-    """An arm's line of the table."""
-    loss, share, score, seconds = (
-        entry[key] for key in ("heldout_loss", "label_accuracy", "score", "seconds")
-    )
-    return (
-        entry["axis"],
-        entry["name"],
-        "-" if loss is None else f"{loss:.4f}",
-        "-" if share is None else f"{share:.1%}",
-        "-" if score is None else f"{score:.4g}",
-        f"{entry['parameters']:,}",
-        f"{entry['operations']:,}",
-        "-" if seconds is None else f"{seconds:g}",
-    )
+    """Return a setting's line of the table."""
+    from latte.ablate.metrics import METRICS
+
+    measured = (shown(entry[name], metric.number_format) for name, metric in METRICS.items())
+    costs = (f"{entry['parameters']:,}", f"{entry['operations']:,}", shown(entry["seconds"], "g"))
+    return (entry["axis"], entry["name"], *measured, *costs)
 
 
-def say(line: str) -> None:
-    """A line for people."""
-    typer.echo(line, err=True)
+def shown(value: float | None, number_format: str) -> str:
+    """Return a number as text, a dash for None."""
+    return "-" if value is None else f"{value:{number_format}}"
 
 
 def read_list(text: str) -> list[str]:
-    """'a, b' -> ['a', 'b']."""
+    """Return 'a, b' as ['a', 'b']."""
     return [word.strip() for word in text.split(",") if word.strip()]
 
 
 def read_seeds(text: str) -> tuple[int, ...]:
-    """'0,1,2' -> (0, 1, 2); InputError for anything but numbers from 0."""
+    """Return '0,1,2' as (0, 1, 2); InputError for anything but distinct numbers from 0."""
     words = read_list(text)
-    if not words or not all(word.isdecimal() for word in words):
-        raise InputError(
-            f"--seeds is {text!r}, but it must be whole numbers from 0 with commas between them; give e.g. 0,1,2"
-        )
+    if not words or not all(word.isascii() and word.isdecimal() and len(word) < 19 for word in words):
+        raise InputError(f"--seeds must be whole numbers from 0 with commas between them, got {text!r}")
     return tuple(int(word) for word in words)

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from latte.checks import printable
+from latte.checks import InputError, printable
 
 DEBUG = "latte.debug"
 OVERRIDABLE = {"ignore_unknown_options": True}  # so that --model.size S reaches the overrides
@@ -100,11 +100,29 @@ def with_tables(text: str) -> str:
     return re.sub(r"\{(\w+)\}", lambda match: ", ".join(map(str, TABLES[match[1]]())), text)
 
 
+RENAMED_OPTIONS: dict[str, dict[str, str]] = {  # command -> option of 0.1.0 -> its name now
+    "ablate": {"--graded": "--generated"}
+}
+
+
 class Command(TyperCommand):
     """A command with plain help (importing rich takes longer than printing), its tables filled in."""
 
     def __init__(self, *arguments: Any, **settings: Any):
         super().__init__(*arguments, **{**settings, "rich_markup_mode": None})
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parse the arguments; InputError for a renamed option and an empty --out."""
+        renamed = RENAMED_OPTIONS.get(self.name or "", {})
+        own = {option for parameter in self.params for option in parameter.opts}
+        for word, following in zip(args, [*args[1:], None], strict=True):
+            option, equals, value = word.partition("=")
+            if option in renamed and option not in own:
+                raise InputError(f"{option} is now called {renamed[option]}; write that instead")
+            empty = not value if equals else following == ""
+            if option == "--out" and option in own and empty:
+                raise InputError("--out is empty; give the path of a file or folder")
+        return super().parse_args(ctx, args)
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         """Write the help with the names of the tables that it mentions."""
