@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How often a text model shows what its caption says, of combinations it never saw: python benchmarks/captions.py RUN [--seen] [--every].
+"""Caption accuracy of a text model on unseen combinations: python benchmarks/captions.py RUN [--seen]
+[--every].
 
-Draws ``--count`` clips (seeds from ``--seed`` on) as the run's ``sample`` settings say; their captions are the combinations that
-``data.hold_out`` kept out of training, in turn, or with ``--seen`` those that were trained on. Shape, colour and direction are read back
-from the pixels. A line per checkpoint with ``--every``, otherwise one for the newest; a folder of weights serves, too, with ``--hold-out``.
+Generates ``--count`` clips (seeds from ``--seed`` up) with the run's ``sample`` settings. Their captions are
+the combinations that ``data.hold_out`` kept out of training, in turn, or with ``--seen`` those trained on.
+Shape, colour and direction are read from the pixels. One line for the newest checkpoint, or with ``--every``
+one per checkpoint; a weights folder works too, with ``--hold-out``.
 """
 
 import argparse
@@ -12,7 +14,7 @@ import time
 from pathlib import Path
 
 import torch
-from obedience import effort
+from label_accuracy import effort
 
 from latte.checkpoint.run import list_checkpoints
 from latte.checks import InputError
@@ -24,15 +26,15 @@ PARTS = ("shape", "colour", "direction")  # in the order of a combination
 
 
 def measure(source: str | Path, combinations: list[Combination], count: int, seed: int) -> dict:
-    """Shares of ``count`` clips, the first of ``seed``: right in each part, right in ``all``, one shape in every frame (``coherent``)."""
+    """Return the fractions of ``count`` clips that are right in each part, in ``all``, and coherent."""
     began = time.perf_counter()
-    wanted = [combinations[index % len(combinations)] for index in range(count)]
-    prompts = [caption_of(*combination) for combination in wanted]
-    trained = VideoPipeline.from_pretrained(source, device="cpu", prompts=prompts, dtype="fp32")
-    motions = [read_motion(clip) for _, clip in trained.generate(range(seed, seed + count), prompts=prompts)]
+    requested = [combinations[index % len(combinations)] for index in range(count)]
+    prompts = [caption_of(*combination) for combination in requested]
+    pipe = VideoPipeline.from_pretrained(source, device="cpu", prompts=prompts, dtype="fp32")
+    motions = [read_motion(clip) for _, clip in pipe.generate(range(seed, seed + count), prompts=prompts)]
     right = [
         [getattr(motion, part) == word for part, word in zip(PARTS, combination, strict=True)]
-        for motion, combination in zip(motions, wanted, strict=True)
+        for motion, combination in zip(motions, requested, strict=True)
     ]
     return {
         "what": "captions",
@@ -40,26 +42,29 @@ def measure(source: str | Path, combinations: list[Combination], count: int, see
         "clips": count,
         "seed": seed,
         "combinations": len(combinations),
-        "sampler": trained.sample.sampler,
-        "steps": trained.sample.steps,
-        "guidance": trained.sample.guidance,
+        "sampler": pipe.sample.sampler,
+        "steps": pipe.sample.steps,
+        "guidance": pipe.sample.guidance,
         **{part: sum(row[index] for row in right) / count for index, part in enumerate(PARTS)},
         "all": sum(map(all, right)) / count,
         "coherent": sum(motion.coherent for motion in motions) / count,
-        "weights_sha256": trained.weights,
+        "weights_sha256": pipe.weights,
         "seconds": round(time.perf_counter() - began, 1),
     }
 
 
 def combinations_of(model: str, hold_out: int | None, seen: bool) -> list[Combination]:
-    """What a run was not trained on, or with ``seen`` what it was; InputError for a run that was trained on everything."""
+    """Return the combinations held out from a run, or with ``seen`` those it was trained on.
+
+    InputError for a run that was trained on everything.
+    """
     share = load_run(model)[0].data.hold_out if hold_out is None else hold_out
-    drawn, held = split_combinations(share)
+    seen_in_training, held = split_combinations(share)
     if not held and not seen:
         raise InputError(
-            "data.hold_out is 0, so that nothing was held out from training; give --seen, or a run with data.hold_out"
+            "data.hold_out is 0, so nothing was held out from training; give --seen, or a run with it"
         )
-    return list(drawn if seen else held)
+    return list(seen_in_training if seen else held)
 
 
 def main() -> None:
@@ -67,9 +72,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model")
     parser.add_argument("--count", type=int, default=200)
-    parser.add_argument(
-        "--seed", type=int, default=100_000, help="beyond the seeds that anything else here is drawn from"
-    )
+    parser.add_argument("--seed", type=int, default=100_000, help="larger than any seed used elsewhere")
     parser.add_argument("--seen", action="store_true", help="the combinations that were trained on")
     parser.add_argument(
         "--hold-out", type=int, help="data.hold_out of the run that a folder of weights comes from"

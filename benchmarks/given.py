@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a model makes of given frames: python benchmarks/given.py [MODEL] [--given first both middle] [--strengths 0 40].
+"""Conditioning frames: python benchmarks/given.py [MODEL] [--given first both middle] [--strengths 0 40].
 
-Fresh procedural clips, or with ``--videos`` those of a folder, each drawn anew from its first frame, its first and last, or its middle one,
-and from its true label or caption. A JSON line per choice of frames and strength of the pull of given frames (``latte.diffusion.frame_conditioning``).
-Colour and shape are read from the frames that were not given. Steps are mean absolute differences of neighbouring frames in grey levels.
+New procedural clips, or with ``--videos`` those of a folder, are generated again from their first frame,
+their first and last, or their middle one, at several guidance strengths; one JSON line each. Measured in
+pixels: are the conditioning frames reproduced, do the other frames agree with them, is there a jump beside
+them. Strength 0 is replacement alone.
 """
 
 import argparse
@@ -36,7 +37,7 @@ Clip = tuple[ndarray, Scene | None]
 
 
 def add_arguments(parser: argparse.ArgumentParser, seed: int) -> None:
-    """What this benchmark and ``longer`` both ask: which model, told what, drawn how, beside which clips."""
+    """Add the options that this benchmark and ``longer`` share: model, conditions, sampling and real clips."""
     parser.add_argument("model", nargs="?", default="builtin")
     parser.add_argument("--count", type=int, default=96)
     parser.add_argument(
@@ -51,28 +52,32 @@ def add_arguments(parser: argparse.ArgumentParser, seed: int) -> None:
         help="a folder of real clips instead of procedural ones; nothing is read as a shape then",
     )
     parser.add_argument("--codec-path", help="where the autoencoder's weights are")
-    parser.add_argument("--no-labels", action="store_true", help="the model is not told the label")
-    parser.add_argument("--sampler", help="the model's own by default")
-    parser.add_argument("--steps", type=int, help="the model's own by default")
+    parser.add_argument("--no-labels", action="store_true", help="generate without labels")
+    parser.add_argument("--sampler", help="default: the model's own")
+    parser.add_argument("--steps", type=int, help="default: the model's own")
     parser.add_argument("--threads", type=int, default=1)
 
 
 def load(options: argparse.Namespace) -> VideoPipeline:
-    """The model of the options, with their sampler."""
+    """Return the model of the options, with their sampler."""
     torch.set_num_threads(options.threads)
-    trained = VideoPipeline.from_pretrained(options.model, device="cpu", codec_path=options.codec_path, dtype="fp32")
+    trained = VideoPipeline.from_pretrained(
+        options.model, device="cpu", codec_path=options.codec_path, dtype="fp32"
+    )
     chosen = {key: value for key in ("sampler", "steps") if (value := getattr(options, key)) is not None}
     return replace(trained, sample=replace(trained.sample, **chosen)) if chosen else trained
 
 
 def procedural(trained: VideoPipeline, count: int, seed: int, frames: int) -> list[Clip]:
-    """``count`` clips that the model was never shown, uint8 (t h w c), and what they show."""
+    """Return ``count`` unseen clips, uint8 (t h w c), and their scenes."""
     scenes = [draw_scene(seed, index, frames) for index in range(count)]
     return [(render(scene, frames, *trained.frame_size()), scene) for scene in scenes]
 
 
 def videos(trained: VideoPipeline, folder: Path, frames: int, count: int | None = None) -> list[Clip]:
-    """The first ``frames`` frames of ``count`` videos below ``folder`` that have as many, cropped to the model's size, uint8 (t h w c)."""
+    """Return the first ``frames`` frames of ``count`` videos in ``folder`` that have as many, uint8 (t h w
+    c), cropped to the model's size.
+    """
     found = (probe(path) for path in sorted(folder.rglob("*")) if path.suffix.lower() in VIDEO_SUFFIXES)
     long = [info for info in found if info.frames >= frames][:count]
     return [
@@ -80,20 +85,22 @@ def videos(trained: VideoPipeline, folder: Path, frames: int, count: int | None 
     ]
 
 
-def told(trained: VideoPipeline, scene: Scene | None, label: bool = True) -> dict[str, Any]:
-    """What the model is told of a scene: its caption, its label, or nothing."""
+def condition_of(trained: VideoPipeline, scene: Scene | None, label: bool = True) -> dict[str, Any]:
+    """Return the condition of a scene: its caption, its label, or nothing."""
     if trained.reader:
         return {"prompts": [scene.caption if scene else ""]}
     return {"labels": [scene.direction]} if scene and label and trained.classes else {}
 
 
 def steps(clip: ndarray) -> ndarray:
-    """uint8 (t h w c) -> (t-1,): mean absolute difference of each frame and the next, in grey levels."""
+    """Return the mean absolute difference of adjacent frames of uint8 (t h w c) in grey levels, (t-1,)."""
     return np.abs(np.diff(clip.astype(np.float64), axis=0)).mean((1, 2, 3))
 
 
 def grade(clip: ndarray, scene: Scene, given: Sequence[int]) -> dict[str, float]:
-    """Is the scene what a clip (t h w c) shows, in the frames beside the given ones, as one shape throughout; does it move that way."""
+    """Return whether a clip (t h w c) shows the scene, apart from the conditioning frames, as one shape
+    throughout, and whether it moves in its direction.
+    """
     whole, beside = read_motion(clip), read_motion(np.delete(clip, given, axis=0))
     right = {part: getattr(beside, part) == getattr(scene, part) for part in ("colour", "shape")} | {
         "coherent": whole.coherent
@@ -102,11 +109,13 @@ def grade(clip: ndarray, scene: Scene, given: Sequence[int]) -> dict[str, float]
 
 
 def compare(clip: ndarray, true: ndarray, decoded: ndarray, given: Sequence[int]) -> dict[str, float]:
-    """A clip beside the true one, each (t h w c); ``decoded``: the given frames of the true one through the codec and back.
+    """Compare a clip with the true one, each (t h w c); ``decoded``: true conditioning frames through the
+    codec.
 
-    ``worst`` and ``error`` are the largest and the mean squared difference of a given frame from ``decoded`` in grey levels. ``step`` is
-    the mean step between a given frame and its neighbours, ``step_true`` the same of the true clip, ``step_beside`` the mean of the others.
-    ``contrast`` is the mean standard deviation of the other frames over that of the given ones.
+    ``worst`` and ``error`` are the largest and the mean squared difference of a conditioning frame from
+    ``decoded`` in grey levels. ``step`` is the mean step between a conditioning frame and its neighbours,
+    ``step_true`` the same of the true clip, ``step_beside`` the mean of the other steps. ``contrast`` is the
+    mean standard deviation of the other frames relative to the conditioning frames.
     """
     off = clip[list(given)].astype(np.float64) - decoded
     at = sorted({step for frame in given for step in (frame - 1, frame) if 0 <= step < len(clip) - 1})
@@ -125,16 +134,17 @@ def compare(clip: ndarray, true: ndarray, decoded: ndarray, given: Sequence[int]
 def measure(
     trained: VideoPipeline, clips: Sequence[Clip], which: str, strength: float, seed: int, label: bool = True
 ) -> dict[str, Any]:
-    """Means over ``clips`` of what ``grade`` and ``compare`` say of each, drawn anew from its frames GIVEN[which] with ``strength``.
+    """Return means over ``clips`` of ``grade`` and ``compare``, generated from frames GIVEN[which] with
+    ``strength``.
 
-    ``psnr`` is that of all given frames, in dB, None when they are equal.
+    ``psnr`` is that of all conditioning frames, in dB, None when they are equal.
     """
     began, rows = time.perf_counter(), []
     for index, (true, scene) in enumerate(clips):
         given = GIVEN[which](len(true))
         pictures = {frame: true[frame] for frame in given}
         options = {
-            **told(trained, scene, label),
+            **condition_of(trained, scene, label),
             "conditioning_frames": pictures,
             "conditioning_strength": strength,
             "frames": len(true),
@@ -150,7 +160,7 @@ def measure(
         "psnr": 10 * math.log10(255**2 / error) if error else None,
     }
     return {
-        "what": "given frames",
+        "what": "conditioning frames",
         **{
             "model": trained.name,
             "given": which,

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Clips of several times the model's frames: python benchmarks/longer.py [MODEL] [--times 2 4] [--methods plain freenoise chained].
+"""Clips longer than the model's: python benchmarks/longer.py [MODEL] [--times 2 4] [--methods plain
+freenoise].
 
-A JSON line per length and method, and one for real clips of that length (procedural ones, or with ``--videos`` those of a folder that are
-long enough). ``plain`` asks the model for more frames than it was trained with. Read by pixels: seams, motion, whether a clip stays what it
-was, and drift, from the clip's first piece of the model's length to its last.
+One JSON line per length and method, and one for real clips of that length (procedural ones, or with
+``--videos`` those of a folder that are long enough). ``plain`` runs the model on more frames than it was
+trained with. Measured in pixels: seams, motion, whether the scene stays the same, and drift, from the clip's
+first part of the model's length to its last.
 """
 
 import argparse
@@ -16,7 +18,7 @@ from statistics import mean, median
 from typing import Any
 
 import numpy as np
-from given import add_arguments, load, procedural, steps, told, videos
+from given import add_arguments, condition_of, load, procedural, steps, videos
 from numpy import ndarray
 
 from latte.data.procedural import draw_scene, read_motion
@@ -28,11 +30,12 @@ METHODS = ("plain", *LONG_VIDEO_METHODS)
 
 
 def continuity(clip: ndarray, length: int) -> dict[str, float]:
-    """Of a clip (t h w c), pieces of ``length`` frames: ``step`` is the median of its steps in grey levels, ``seam`` the largest over it.
+    """Of a clip (t h w c), pieces of ``length`` frames: ``step`` is the median of its steps in grey levels,
+    ``seam`` the largest over it.
 
-    From the first piece to the last: ``motion`` compares their mean steps, ``detail`` their mean differences of neighbouring pixels and
-    ``contrast`` their standard deviations, as ratios; ``level`` is the change of the mean, in grey levels. ``away`` is how far the last
-    frame is from the first, mean absolute difference.
+    From the first piece to the last: ``motion`` compares their mean steps, ``detail`` their mean differences
+    of neighbouring pixels and ``contrast`` their standard deviations, as ratios; ``level`` is the change of
+    the mean, in grey levels. ``away`` is how far the last frame is from the first, mean absolute difference.
     """
     own, first, last = steps(clip), clip[:length].astype(np.float64), clip[-length:].astype(np.float64)
     sharp = [np.abs(np.diff(piece, axis=2)).mean() for piece in (first, last)]
@@ -48,7 +51,9 @@ def continuity(clip: ndarray, length: int) -> dict[str, float]:
 
 
 def sameness(clip: ndarray, length: int) -> dict[str, bool]:
-    """Is there one compact shape in every frame, and has every piece of ``length`` frames the colour and the shape of the first?"""
+    """Is there one compact shape in every frame, and has every piece of ``length`` frames the colour and
+    the shape of the first?
+    """
     pieces = [read_motion(clip[start : start + length]) for start in range(0, len(clip) - length + 1, length)]
     kept = {part: len({getattr(piece, part) for piece in pieces}) == 1 for part in ("colour", "shape")}
     whole = all(piece.coherent for piece in pieces)
@@ -61,7 +66,9 @@ def sameness(clip: ndarray, length: int) -> dict[str, bool]:
 
 
 def judge(clips: Iterable[ndarray], length: int, shapes: bool) -> dict[str, Any]:
-    """Medians over clips (t h w c) of ``continuity``, with ``shapes`` shares of ``sameness``, and how many there are."""
+    """Medians over clips (t h w c) of ``continuity``, with ``shapes`` shares of ``sameness``, and how many
+    there are.
+    """
     clips = list(clips)
     rows = [continuity(clip, length) for clip in clips]
     found: dict[str, Any] = {"clips": len(clips)} | {
@@ -73,37 +80,41 @@ def judge(clips: Iterable[ndarray], length: int, shapes: bool) -> dict[str, Any]
     return found
 
 
-def draw(trained: VideoPipeline, method: str, frames: int, options: argparse.Namespace) -> list[ndarray]:
-    """``options.count`` clips of ``frames`` frames by ``method``, told the labels or captions of procedural scenes where it knows any."""
+def generate(trained: VideoPipeline, method: str, frames: int, options: argparse.Namespace) -> list[ndarray]:
+    """Return ``options.count`` clips of ``frames`` frames by ``method``, with the labels or captions of
+    procedural scenes where the model has any.
+    """
     how: dict[str, Any] = {"frames": frames}
     if method != "plain":
         how |= {"window": trained.model.config.num_frames, "longer": method, "overlap": options.overlap}
     if options.strength is not None:
         how["conditioning_strength"] = options.strength
-    said: dict[str, list] = {}
+    conditions: dict[str, list] = {}
     for index in range(options.count):
         scene = None if options.videos else draw_scene(options.seed, index, frames)
-        for key, value in told(trained, scene, not options.no_labels).items():
-            said.setdefault(key, []).extend(value)
+        for key, value in condition_of(trained, scene, not options.no_labels).items():
+            conditions.setdefault(key, []).extend(value)
     with warnings.catch_warnings():
         warnings.filterwarnings(
             "ignore", message=".*more than the .* the model was trained on"
         )  # that is what plain is about
         return [
             clip
-            for _, clip in trained.generate(range(options.seed, options.seed + options.count), **said, **how)
+            for _, clip in trained.generate(
+                range(options.seed, options.seed + options.count), **conditions, **how
+            )
         ]
 
 
 def real(trained: VideoPipeline, frames: int, options: argparse.Namespace) -> list[ndarray]:
-    """Real clips of ``frames`` frames (t h w c); none when the videos are shorter."""
+    """Return real clips of ``frames`` frames (t h w c); none when the videos are shorter."""
     if options.videos:
         return [clip for clip, _ in videos(trained, options.videos, frames)]
     return [clip for clip, _ in procedural(trained, options.count, options.seed, frames)]
 
 
 def arguments() -> argparse.ArgumentParser:
-    """The options of this benchmark."""
+    """Return the parser of this benchmark."""
     parser = argparse.ArgumentParser(description=__doc__)
     add_arguments(parser, 400_000)
     parser.add_argument(
@@ -113,7 +124,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument(
         "--overlap", type=int, help="frames that neighbouring windows share; each method's own by default"
     )
-    parser.add_argument("--strength", type=float, help="of the pull of given frames in chains")
+    parser.add_argument("--strength", type=float, help="guidance strength of conditioning frames in chains")
     parser.add_argument("--sheets", type=Path, help="folder for a contact sheet per line")
     return parser
 
@@ -135,13 +146,13 @@ def main(words: Sequence[str] | None = None) -> list[dict[str, Any]]:
         "guidance": trained.sample.guidance,
     }
     for frames in [length * times for times in options.times]:
-        ways: dict[str, Callable[[], list[ndarray]]] = {
+        variants: dict[str, Callable[[], list[ndarray]]] = {
             "real": lambda frames=frames: real(trained, frames, options)
         }
         for method in options.methods:
-            ways[method] = lambda frames=frames, method=method: draw(trained, method, frames, options)
-        for name, way in ways.items():
-            began, clips = time.perf_counter(), way()
+            variants[method] = lambda frames=frames, method=method: generate(trained, method, frames, options)
+        for name, variant in variants.items():
+            began, clips = time.perf_counter(), variant()
             if not clips:
                 continue
             line = {

@@ -315,8 +315,8 @@ def test_the_gpu_benchmark_says_that_it_needs_one(benchmark, monkeypatch):
 @pytest.mark.skipif(
     find_spec("bitsandbytes") is None, reason="needs bitsandbytes (pip install 'latte-video[bits8]')"
 )
-def test_eight_bits_are_measured_against_float32(benchmark):
-    line = benchmark("eight_bits").main(
+def test_int8_is_measured_against_float32(benchmark):
+    line = benchmark("int8").main(
         ["--width", "128", "--layers", "2", "--prompts", "2", "--tokens", "5"]
     )
     assert line["float32_bytes"] == 4 * line["parameters"]

@@ -96,6 +96,7 @@ REVIEWED: dict[tuple[str, str], str] = {  # (file, matched text in lower case): 
     ("src/latte/training/callbacks.py", "tally"): "the key of 0.1.0 in a checkpoint, which is still read",
     ("tests/training/test_custom.py", "tally"): "the same, in its test",
     ("tools/train_autoencoder.py", "figures"): "a key in the metadata of the packaged weights",
+    ("benchmarks/int8.py", "eight bits"): "the key of a seed, which published numbers depend on",
     ("src/latte/interop/archive.py", "tell"): "the method of a Python file",
     ("src/latte/profile/memory.py", "save for"): "autograd's ctx.save_for_backward",
     ("src/latte/evaluation/evaluate.py", "banks"): "a --json key of 0.1.0, kept beside the new one",

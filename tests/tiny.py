@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The smallest run that does everything: procedural clips of 3 frames of 16 x 16, pixels as latents, a model of two blocks."""
+"""The smallest run that does everything: procedural clips of 3 frames of 16 x 16, pixels as latents, a
+model of two blocks.
+"""
 
 import os
 import subprocess
@@ -42,7 +44,9 @@ CLASSES = ["up", "down", "left", "right"]
 
 
 def tiny_trained(**changes: object) -> VideoPipeline:
-    """A model with random weights (not the zeros of a fresh one), in pixels, with four classes unless ``changes`` say otherwise."""
+    """A model with random weights (not the zeros of a fresh one), in pixels, with four classes unless
+    ``changes`` say otherwise.
+    """
     config = ModelConfig(**{**MODEL.__dict__, **changes})
     torch.manual_seed(0)
     model = wake(Latte(config)).eval()

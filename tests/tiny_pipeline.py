@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The parts of a LattePipeline with random weights, each as small as its class allows: text to video of 5 frames of 64 x 64."""
+"""The parts of a LattePipeline with random weights, each as small as its class allows: text to video of 5
+frames of 64 x 64.
+"""
 
 import torch
 from support import wake

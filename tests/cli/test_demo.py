@@ -75,7 +75,7 @@ def test_result_names_what_was_written(finished):
     assert (out / "run" / "metrics.jsonl").is_file()
 
 
-def test_page_shows_curve_clips_and_figures_with_their_commands(finished):
+def test_page_shows_curve_clips_and_numbers_with_their_commands(finished):
     out, result, _ = finished
     text = Path(result["report"]).read_text(encoding="utf-8")
     root = ElementTree.fromstring(text)
@@ -102,7 +102,7 @@ def test_progress_goes_to_stderr(finished):
     assert "steps" in finished[2]
 
 
-def test_the_command_on_the_page_draws_the_same_clips(finished, tiny_model, tmp_path):
+def test_the_command_on_the_page_repeats_the_clips(finished, tiny_model, tmp_path):
     root = ElementTree.fromstring(Path(finished[1]["report"]).read_text(encoding="utf-8"))
     command = next(element.text for element in root.iter("pre")).split()[1:]
     done = CliRunner().invoke(app, [*command, "--out", str(tmp_path / "again"), "--json"])
@@ -115,7 +115,8 @@ def test_the_command_on_the_page_draws_the_same_clips(finished, tiny_model, tmp_
         Path(clip["path"]).name for clip in finished[1]["clips"]
     ]
     distances = np.array([[np.abs(a - b).mean() for b in before] for a in again])
-    # the same to rounding, which depends on where memory happens to lie, and which an untrained model and the codec of mp4 enlarge
+    # the same to rounding, which depends on where memory happens to lie, and which an untrained model and the
+    # codec of mp4 enlarge
     assert distances.diagonal().max() < 2
     assert distances[~np.eye(4, dtype=bool)].min() > 50
 
@@ -176,23 +177,23 @@ def grades_of(asked):
     return demo.Grades(asked, [read_motion(clip) for clip in clips])
 
 
-def test_true_clips_obey_and_shifted_labels_do_not():
+def test_true_clips_follow_their_labels_and_not_shifted_ones():
     names = list(DIRECTIONS) * 4
     assert grades_of(names).accuracy == 1.0
     assert grades_of(names[1:] + names[:1]).accuracy == 0.0
     assert grades_of(names).counts() == [[4 * (row == column) for column in range(5)] for row in range(4)]
 
 
-def test_noise_is_unclear_not_obedient():
+def test_noise_is_unclear():
     still = demo.Grades(["up"], [read_motion(np.full((8, 32, 32, 3), 25, np.uint8))])
     assert still.counts()[0] == [0, 0, 0, 0, 1]
     assert (still.accuracy, still.coherent) == (0.0, 0.0)
 
 
-@pytest.mark.parametrize(("obeyed", "n"), [(0, 64), (60, 64), (64, 64), (1, 2)])
-def test_interval_solves_wilsons_equation(obeyed, n):
+@pytest.mark.parametrize(("correct", "n"), [(0, 64), (60, 64), (64, 64), (1, 2)])
+def test_interval_solves_wilsons_equation(correct, n):
     grades = demo.Grades(
-        ["up"] * n, [Motion("up" if k < obeyed else None, None, None, True) for k in range(n)]
+        ["up"] * n, [Motion("up" if k < correct else None, None, None, True) for k in range(n)]
     )
     for bound in grades.interval():
         if 0 < bound < 1:

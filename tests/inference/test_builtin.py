@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The model inside the package: it loads offline, is small, tells what it is, and does what its label says."""
+"""The model inside the package: it loads offline, is small, has a card, and follows its labels."""
 
 import json
 
@@ -22,11 +22,11 @@ def test_it_is_small_and_has_a_card():
     assert read_fingerprint(config["codec"]) in card
 
 
-def test_it_obeys_its_label():
+def test_it_follows_its_labels():
     trained = VideoPipeline.from_pretrained("builtin", device="cpu")
     assert trained.classes == list(DIRECTIONS)
     requests = trained.classes * 4
     clips = [clip for _, clip in trained.generate(range(len(requests)), requests)]
     assert clips[0].shape == (8, 64, 64, 3)
     motions = [read_motion(clip) for clip in clips]
-    assert sum(motion.direction == wish for motion, wish in zip(motions, requests, strict=True)) >= 13
+    assert sum(motion.direction == asked for motion, asked in zip(motions, requests, strict=True)) >= 13

@@ -269,7 +269,8 @@ def test_pyright_knows_the_public_classes(tmp_path):
     file = tmp_path / "use.py"
     file.write_text(
         "from typing import reveal_type\nfrom latte import Latte, VideoPipeline, export_to_video\n"
-        "reveal_type(Latte)\nreveal_type(VideoPipeline.from_pretrained('builtin'))\nreveal_type(export_to_video)\n"
+        "reveal_type(Latte)\nreveal_type(VideoPipeline.from_pretrained('builtin'))\n"
+        "reveal_type(export_to_video)\n"
     )
     root = Path(latte.__file__).parents[1]
     (tmp_path / "pyrightconfig.json").write_text(f'{{"extraPaths": ["{root.as_posix()}"]}}')

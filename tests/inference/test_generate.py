@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A seed is a clip, whatever it is drawn with; labels and sizes that the model does not know are refused."""
+"""A seed is a clip, in any batch; labels and sizes that the model does not know are refused."""
 
 from dataclasses import replace
 
@@ -59,7 +59,7 @@ def test_labels_change_the_clip_and_none_is_the_null_class(trained):
     assert far(draw(trained, [0])[0], by_label[2]) == 0
 
 
-def test_guidance_one_is_the_plain_model_and_more_is_not(trained):
+def test_guidance_one_is_the_model_without_guidance_and_more_is_not(trained):
     plain = draw(trained, [0], [1], config=SampleConfig(steps=3, sampler="ddim"))
     assert (
         far(plain[0], draw(trained, [0], [1], config=SampleConfig(steps=3, sampler="ddim", guidance=1.0))[0])
@@ -86,14 +86,14 @@ def test_bf16_is_close_to_fp32_and_not_the_same(trained):
 
 
 @pytest.mark.parametrize("label", [4, -2, 99])
-def test_a_label_out_of_range_is_told_with_the_range(label):
+def test_a_label_out_of_range_is_an_error_with_the_range(label):
     from latte.inference.generate import check_labels
 
     with pytest.raises(InputError, match=rf"label {label} is out of range.*0 to 3"):
         check_labels(tiny_trained().model, [label], 1)
 
 
-def test_names_and_numbers_of_classes_are_labels_and_others_are_told(trained):
+def test_names_and_numbers_of_classes_are_labels_and_others_are_errors(trained):
     assert [trained.label(word) for word in ("left", "3", 0, "none", -1)] == [2, 3, 0, -1, -1]
     with pytest.raises(InputError, match=r"sidewise.*up, down, left, right"):
         trained.label("sidewise")
@@ -115,7 +115,7 @@ def test_an_unconditional_model_takes_no_labels_and_no_guidance():
 
 
 @pytest.mark.parametrize("size", [(16, 10), (0, 16), (-4, 4)])
-def test_a_size_that_patches_do_not_divide_is_told_with_the_nearest(trained, size):
+def test_a_size_that_patches_do_not_divide_is_an_error_with_the_nearest(trained, size):
     with pytest.raises(InputError, match="nearest multiple"):
         draw(trained, [0], [0], size=size)
 
@@ -134,7 +134,7 @@ def test_more_steps_than_the_process_has_are_refused(trained):
         draw(trained, [0], [0], config=SampleConfig(steps=1001))
 
 
-def test_a_window_as_long_as_the_clip_is_the_plain_model_and_shorter_ones_are_not(trained):
+def test_a_window_as_long_as_the_clip_changes_nothing_and_shorter_ones_are_not(trained):
     plain = draw(trained, [0], [1])[0]
     assert far(plain, draw(trained, [0], [1], window=3)[0]) == 0
     longer = draw(trained, [0], [1], frames=7, window=3)[0]
@@ -146,7 +146,7 @@ def test_a_window_as_long_as_the_clip_is_the_plain_model_and_shorter_ones_are_no
 
 @pytest.mark.parametrize("longer", LONG_VIDEO_METHODS)
 def test_a_longer_clip_does_not_depend_on_its_batch_and_counts_its_steps(trained, longer):
-    seeds, labels, told = [3, 1, 4], [0, 1, 2], []
+    seeds, labels, steps = [3, 1, 4], [0, 1, 2], []
     options = {
         "frames": 7,
         "window": 3,
@@ -156,10 +156,10 @@ def test_a_longer_clip_does_not_depend_on_its_batch_and_counts_its_steps(trained
     }
     config = SampleConfig(sampler="ddim", steps=3, guidance=2.0, batch=3)
     together = draw(
-        trained, seeds, labels, config=config, progress=lambda done, of: told.append((done, of)), **options
+        trained, seeds, labels, config=config, progress=lambda done, of: steps.append((done, of)), **options
     )
     assert {clip.shape for clip in together.values()} == {(7, 16, 16, 3)}
-    assert told == [(done, len(told)) for done in range(1, len(told) + 1)]
+    assert steps == [(done, len(steps)) for done in range(1, len(steps) + 1)]
     alone = {
         seed: draw(trained, [seed], [label], config=config, **options)[seed]
         for seed, label in zip(seeds, labels, strict=True)
@@ -168,26 +168,24 @@ def test_a_longer_clip_does_not_depend_on_its_batch_and_counts_its_steps(trained
     assert min(far(alone[3][1:], alone[seed][1:]) for seed in seeds[1:]) > 20
 
 
-def test_an_unknown_way_to_longer_clips_is_told_with_those_there_are(trained):
+def test_an_unknown_method_for_longer_clips_is_an_error_that_lists_them(trained):
     with pytest.raises(InputError, match=r"longer is 'chain', which is not one of .*did you mean 'chained'"):
         draw(trained, [0], [1], frames=7, window=3, longer="chain")
 
 
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpmpp"])
-def test_given_frames_are_in_the_clip_and_change_the_others(trained, sampler):
+def test_conditioning_frames_are_in_the_clip_and_change_the_others(trained, sampler):
     config = SampleConfig(sampler=sampler, steps=4)
     first, last = (np.full((16, 16, 3), level, np.uint8) for level in (200, 40))
     plain = draw(trained, [0, 1], [1, 2], config=config)
     given = draw(trained, [0, 1], [1, 2], config=config, conditioning_frames={0: first, -1: last})
     for seed in (0, 1):
-        assert far(given[seed][0], first) == far(given[seed][2], last) == 0, (
-            "pixels as latents: nothing is lost"
-        )
+        assert far(given[seed][0], first) == far(given[seed][2], last) == 0, "pixels as latents: equal"
     assert max(far(given[seed][1], plain[seed][1]) for seed in (0, 1)) > 0
 
 
 @pytest.mark.parametrize("strength", [0.0, 1.5])
-def test_the_strength_of_given_frames_is_handed_on(trained, monkeypatch, strength):
+def test_the_strength_of_conditioning_frames_is_passed_on(trained, monkeypatch, strength):
     asked = []
     monkeypatch.setattr(
         latte.inference.generate,
@@ -207,14 +205,14 @@ def test_the_strength_of_given_frames_is_handed_on(trained, monkeypatch, strengt
 
 
 @pytest.mark.parametrize(
-    ("given", "told"),
+    ("frames", "message"),
     [
         ({3: (16, 16)}, "conditioning frame 3 is out of range"),
         ({-4: (16, 16)}, "conditioning frame -4 is out of range"),
         ({0: (8, 16)}, "conditioning frame 0 has the size"),
     ],
 )
-def test_given_frames_that_do_not_fit_are_refused(trained, given, told):
-    pictures = {frame: np.zeros((*size, 3), np.uint8) for frame, size in given.items()}
-    with pytest.raises(InputError, match=told):
+def test_conditioning_frames_that_do_not_fit_are_refused(trained, frames, message):
+    pictures = {frame: np.zeros((*size, 3), np.uint8) for frame, size in frames.items()}
+    with pytest.raises(InputError, match=message):
         draw(trained, [0], [1], conditioning_frames=pictures)

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A folder of clips: a second run makes only what is missing, and a stopped one ends with the files of one never stopped."""
+"""A folder of clips: a second run makes only what is missing, and a stopped one ends with the files of one
+never stopped.
+"""
 
 import json
 
@@ -17,7 +19,7 @@ FACTS = {"steps": 3, "size": (8, 8)}
 
 
 class Painter:
-    """Draws a clip that is a function of its seed, and counts."""
+    """Generates a clip that is a function of its seed, and counts."""
 
     def __init__(self, stop_after=10**6):
         self.drawn, self.stop_after = [], stop_after
@@ -44,12 +46,12 @@ def test_every_request_has_its_file_and_sheet_and_gif_show_them(tmp_path):
     }
     for request in REQUESTS:
         assert abs(int(read_frames(tmp_path / request.file, [2]).mean()) - 40 * request.seed) <= 3
-    with Image.open(gif) as moving, Image.open(sheet) as still:
+    with Image.open(gif) as moving, Image.open(sheet) as image:
         assert moving.size == (3 * 18 - 2, 2 * 18 - 2)
-        assert still.height > 5 * 96
+        assert image.height > 5 * 96
 
 
-def test_a_second_run_draws_nothing_and_changes_nothing(tmp_path):
+def test_a_second_run_generates_nothing_and_changes_nothing(tmp_path):
     write_clips(tmp_path, REQUESTS, Painter(), FACTS, batch=2, fps=8)
     before, painter = contents(tmp_path), Painter()
     write_clips(tmp_path, REQUESTS, painter, FACTS, batch=2, fps=8)
@@ -104,7 +106,7 @@ def test_more_clips_can_be_added_to_a_folder(tmp_path):
     assert painter.drawn == [2, 3, 4]
 
 
-def test_clips_of_other_settings_are_left_alone_and_the_difference_is_told(tmp_path):
+def test_clips_of_other_settings_are_left_alone_and_the_difference_is_shown(tmp_path):
     write_clips(tmp_path, REQUESTS, Painter(), FACTS, batch=2, fps=8)
     before = contents(tmp_path)
     with pytest.raises(InputError, match=r"steps \(3 there, 4 now\)"):
@@ -115,13 +117,13 @@ def test_clips_of_other_settings_are_left_alone_and_the_difference_is_told(tmp_p
 @pytest.mark.parametrize(
     "text", ["", "{", "[]", "[" * 50_000, '{"facts": 3, "files": {}}', json.dumps({"facts": {"steps": 3}})]
 )
-def test_a_damaged_record_is_told(tmp_path, text):
+def test_a_damaged_record_is_an_error(tmp_path, text):
     (tmp_path / "clips.json").write_text(text)
     with pytest.raises(InputError, match="damaged"):
         write_clips(tmp_path, REQUESTS, Painter(), FACTS, batch=2, fps=8)
 
 
-def test_a_folder_that_cannot_be_made_is_told(tmp_path):
+def test_a_folder_that_cannot_be_made_is_an_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="exists and is not a folder"):
         write_clips(tmp_path / "file", REQUESTS, Painter(), FACTS, batch=2, fps=8)

@@ -33,7 +33,7 @@ def run(tmp_path_factory):
     return folder, job.train()
 
 
-def test_a_run_gives_its_averaged_weights(run):
+def test_a_run_gives_its_ema_weights(run):
     folder, result = run
     trained = VideoPipeline.from_pretrained(folder, device="cpu")
     assert (trained.weights, trained.classes, trained.sample.steps) == (result["weights_sha256"], CLASSES, 3)
@@ -86,7 +86,7 @@ def test_a_text_run_comes_back_with_its_reader_and_so_does_its_folder(text_run, 
 def test_another_text_encoder_than_the_runs_is_refused(text_run, monkeypatch):
     monkeypatch.setattr(BuiltinEncoder, "fingerprint", "0" * 16)
     with pytest.raises(
-        InputError, match="the text encoder is 'builtin 0000000000000000', but the model learned with"
+        InputError, match="the text encoder is builtin 0000000000000000, but the model was trained with"
     ):
         VideoPipeline.from_pretrained(text_run, device="cpu", prompts=["red"])
 
@@ -183,14 +183,14 @@ def test_a_run_without_a_checkpoint_says_how_to_make_one(tmp_path):
         VideoPipeline.from_pretrained(tmp_path, device="cpu")
 
 
-def test_what_is_no_model_is_told_with_what_would_be(tmp_path):
+def test_what_is_no_model_is_refused_with_what_would_be(tmp_path):
     with pytest.raises(InputError, match="builtin"):
         VideoPipeline.from_pretrained(tmp_path, device="cpu")
     with pytest.raises(InputError, match="nowhere"):
         VideoPipeline.from_pretrained("nowhere", device="cpu")
 
 
-def test_a_missing_builtin_model_is_told(tmp_path, monkeypatch):
+def test_a_missing_builtin_model_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setattr("latte.interop.resolve.BUILTIN", tmp_path)
     with pytest.raises(InputError, match="install latte again"):
         VideoPipeline.from_pretrained(device="cpu")
@@ -205,7 +205,7 @@ def test_a_hub_id_offline_is_refused_without_asking_the_network(monkeypatch):
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(InputError, match="HF_HUB_OFFLINE is set"):
-        VideoPipeline.from_pretrained("nobody/nothing", device="cpu")
+        VideoPipeline.from_pretrained("owner/nothing", device="cpu")
 
 
 def test_public_names_exist_and_none_is_the_name_of_a_module():
@@ -234,7 +234,7 @@ def test_type_checkers_see_every_public_name():
 
 
 def test_importing_latte_does_not_import_torch():
-    code = "import sys, latte; assert 'torch' not in sys.modules; from latte import VideoPipeline; assert 'torch' in sys.modules"
+    code = "import sys, latte; assert 'torch' not in sys.modules; latte.VideoPipeline; assert 'torch' in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

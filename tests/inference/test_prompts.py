@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A prompt's clip does not depend on its batch; guidance leads away from the negative; the wrong encoder is refused."""
+"""A prompt's clip does not depend on its batch; guidance steers away from the negative prompt; the wrong
+encoder is refused.
+"""
 
 import logging
 from dataclasses import replace
@@ -31,8 +33,8 @@ def trained():
 
 def latents(trained, rows, sampler="ddim", scale=2.0, negative=""):
     """z of some of the seeds and prompts, drawn together."""
-    told = trained.reader([PROMPTS[row] for row in rows], negative)
-    denoise = condition(trained.model, None, told, len(rows), scale, torch.float32)(slice(None))
+    prompts = trained.reader([PROMPTS[row] for row in rows], negative)
+    denoise = condition(trained.model, None, prompts, len(rows), scale, torch.float32)(slice(None))
     shape = (3, 3, 16, 16)
     return sample(
         sampler,
@@ -66,12 +68,13 @@ def test_the_prompt_and_the_negative_change_the_clip_and_guidance_one_reads_no_n
 
 
 def test_guidance_is_u_plus_scale_times_c_minus_u(trained):
-    c_told, u_told = trained.reader(["red"]), trained.reader(["blue"])
-    told = trained.reader(["red"], "blue")
+    c_side = trained.reader(["red"])
+    u_side = trained.reader(["blue"])
+    prompts = trained.reader(["red"], "blue")
     z, t = torch.randn(1, 3, 3, 16, 16, generator=torch.Generator().manual_seed(0)), torch.tensor([500])
     with torch.no_grad():
-        c, u = (trained.model(z, t, side.text, side.mask) for side in (c_told, u_told))
-        out = condition(trained.model, None, told, 1, 3.0, torch.float32)(slice(None))(z, t)
+        c, u = (trained.model(z, t, side.text, side.mask) for side in (c_side, u_side))
+        out = condition(trained.model, None, prompts, 1, 3.0, torch.float32)(slice(None))(z, t)
     assert (c - u)[:, :, :3].abs().max() > 1e-4, "the two must differ, or the test is empty"
     torch.testing.assert_close(out[:, :, :3], (u + 3 * (c - u))[:, :, :3], rtol=1e-4, atol=1e-5)
 
@@ -85,15 +88,15 @@ def test_clips_of_a_batch_are_those_drawn_alone(trained):
 
 
 def test_each_prompt_is_encoded_once_and_the_encoder_freed_before_the_model_runs(trained, monkeypatch):
-    told = []
+    calls = []
 
     class Watched(BuiltinEncoder):
         def encode(self, prompts):
-            told.append(list(prompts))
+            calls.append(list(prompts))
             return super().encode(prompts)
 
         def free(self):
-            told.append("freed")
+            calls.append("freed")
 
     monkeypatch.setattr(
         "latte.inference.prompts.build_text_encoder", lambda config, device: Watched(config.length)
@@ -102,12 +105,12 @@ def test_each_prompt_is_encoded_once_and_the_encoder_freed_before_the_model_runs
     reader.learn(["red", "blue"])
     reader(["red", "blue", "red"], "red")
     reader(["green"])
-    assert told == [["", "red", "blue"], "freed", ["", "green"], "freed"]
+    assert calls == [["", "red", "blue"], "freed", ["", "green"], "freed"]
 
 
 def test_another_encoder_than_the_models_is_refused():
     reader = PromptReader(TextEncoderConfig(name="builtin"), "cpu", fingerprint="0" * 16)
-    with pytest.raises(InputError, match="the model learned with 0000"):
+    with pytest.raises(InputError, match="the model was trained with 0000"):
         reader(["red"])
 
 
@@ -115,7 +118,7 @@ def test_another_encoder_than_the_models_is_refused():
     find_spec("bitsandbytes") is None, reason="needs bitsandbytes (pip install 'latte-video[bits8]')"
 )
 @pytest.mark.parametrize("learned", [None, 8])
-def test_prompts_may_be_read_in_other_bits_than_the_captions_and_this_is_told(tmp_path, caplog, learned):
+def test_prompts_may_be_read_in_other_bits_than_the_captions_and_a_warning_says_so(tmp_path, caplog, learned):
     for part in tiny_t5():
         part.save_pretrained(tmp_path)
     config = TextEncoderConfig(name="t5", path=str(tmp_path), length=10, bits=learned)
@@ -133,12 +136,12 @@ def test_prompts_may_be_read_in_other_bits_than_the_captions_and_this_is_told(tm
         f"{fingerprint}-8bit" if learned is None else fingerprint.removesuffix("-8bit"),
     )
     assert [record.message.split(":")[-1] for record in caplog.records] == [
-        " the same weights, held in other bits"
+        " the same weights in another precision"
     ], "once"
     network, _ = tiny_t5()
     network.encoder.final_layer_norm.weight.data += 1
     network.save_pretrained(tmp_path)
-    with pytest.raises(InputError, match="the model learned with"):
+    with pytest.raises(InputError, match="the model was trained with"):
         PromptReader(reader.config, "cpu", fingerprint).learn(["up"])
 
 

@@ -194,7 +194,7 @@ def test_another_t5_than_the_models_is_refused(tmp_path, t5):
         network.encoder.final_layer_norm.weight += 1
     for part in (network, tokenizer):
         part.save_pretrained(tmp_path / "other")
-    with pytest.raises(InputError, match="but the model learned with"):
+    with pytest.raises(InputError, match="but the model was trained with"):
         VideoPipeline.from_pretrained(
             tmp_path / "run", device="cpu", text_encoder_path=str(tmp_path / "other"), prompts=["up"]
         )

@@ -166,8 +166,8 @@ def check_memory(batch: int, shape: tuple[int, int, int, int], codec: Codec) -> 
         return
     check(
         needed <= available,
-        f"one batch of {batch} clips of {frames} frames needs {needed / 2**30:,.0f} GiB for its pixels alone, but "
-        f"this machine has {available / 2**30:,.0f} GiB; lower --batch, --frames or --size",
+        f"one batch of {batch} clips of {frames} frames needs {needed / 2**30:,.0f} GiB for its pixels "
+        f"alone, but this machine has {available / 2**30:,.0f} GiB; lower --batch, --frames or --size",
     )
 
 

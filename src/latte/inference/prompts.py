@@ -1,18 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prompts, read by the text encoder that a model was trained with, each once, and before the denoiser is at
-work.
+"""Encode prompts with the text encoder that a model was trained with, each once, before the denoiser runs.
 
 Axes: b clips, l tokens of a prompt, k their channels.
 """
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from latte.checks import InputError, require
+from latte.checks import check
 from latte.data.captions import EMPTY, CaptionFeatures, encode_captions
 from latte.text.encoders import TextEncoder, TextEncoderConfig, build_text_encoder, same_weights
 
@@ -21,10 +20,8 @@ LOG = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Prompts:
-    """What a text model reads: features (b l k) and mask (b l) of each clip's prompt, and of what guidance
-    leads away from.
-
-    All are padded to one length, so that a clip does not depend on the prompts beside its own.
+    """The condition of a text model: features (b l k) and mask (b l) of each clip's prompt, and of the
+    negative prompt. All are padded to one length, so a clip does not depend on the prompts of its batch.
     """
 
     text: Tensor
@@ -40,28 +37,33 @@ class Prompts:
 
 
 class PromptReader:
-    """``reader(prompts, negative)`` -> Prompts. ``fingerprint`` is that of the encoder that the model learned
-    with (None: not asked).
+    """``reader(prompts, negative)`` returns Prompts. ``fingerprint`` is the model's text encoder's, None:
+    any.
 
-    The encoder's weights are read when a prompt is new, and freed again at once: give all prompts to
-    ``learn`` before the denoiser needs the memory. They may be held in other bits than they were in training
-    (``config.bits``), which is told.
+    The encoder's weights are loaded when a prompt is new, and freed at once: pass all prompts to ``learn``
+    before the denoiser needs the memory. They may have another precision than in training (``config.bits``),
+    which is logged.
     """
 
     def __init__(self, config: TextEncoderConfig, device: str | torch.device, fingerprint: str | None = None):
-        self.config, self.device, self.fingerprint = config, device, fingerprint
+        self.config = config
+        self.device = device
+        self.fingerprint = fingerprint
         self.known: CaptionFeatures | None = None
 
     @property
     def used(self) -> str | None:
-        """The fingerprint of the encoder that has read the prompts; None before."""
-        return self.known.fingerprint if self.known else None
+        """Return the fingerprint of the encoder that has encoded the prompts; None before."""
+        return self.known and self.known.fingerprint
 
     def learn(self, prompts: Iterable[str]) -> CaptionFeatures:
-        """The features of these prompts, of the empty one, and of all that were read before; InputError
-        for another encoder.
+        """Return the features of these prompts, of the empty one, and of all earlier ones.
+
+        InputError for another encoder than the model's.
         """
-        before = self.known.features if self.known else {}
+        before: Mapping[str, Tensor] = {}
+        if self.known:
+            before = self.known.features
         new = [prompt for prompt in dict.fromkeys([EMPTY, *prompts]) if prompt not in before]
         if self.known and not new:
             return self.known
@@ -74,34 +76,30 @@ class PromptReader:
         return self.known
 
     def check(self, encoder: TextEncoder) -> None:
-        """InputError unless ``encoder`` has the weights that the model learned with, and those that were
-        used before.
-        """
+        """Raise InputError unless ``encoder`` has the weights that the model was trained with."""
         if self.fingerprint is None:
             return
-        ours = f"{encoder.name} {encoder.fingerprint}"
-        require(
+        found = f"{encoder.name} {encoder.fingerprint}"
+        check(
             same_weights(encoder.fingerprint, self.fingerprint),
-            "the text encoder",
-            ours,
-            f"the model learned with {self.fingerprint}",
-            "give the one it was trained with, by --text-encoder",
+            f"the text encoder is {found}, but the model was trained with {self.fingerprint}; "
+            "give its own with --text-encoder",
         )
         if encoder.fingerprint != self.fingerprint and self.known is None:
             LOG.warning(
-                "the text encoder is %s and the model learned with %s: the same weights, held in other bits",
-                ours,
+                "the text encoder is %s, the model was trained with %s: the same weights in another precision",
+                found,
                 self.fingerprint,
             )
 
     def __call__(self, prompts: Sequence[str], negative: str = EMPTY) -> Prompts:
-        """A prompt a clip, and one thing for all to be led away from; InputError for what is no text or
-        too long.
+        """Return the condition of one prompt per clip; InputError for prompts that are no text or too
+        long.
         """
         for prompt in (*prompts, negative):
-            if not isinstance(prompt, str):
-                raise InputError(
-                    f"a prompt is {prompt!r}, but it must be a text; give a list of texts, one per clip"
-                )
+            check(
+                isinstance(prompt, str),
+                f"a prompt is {prompt!r}, but it must be a text; pass a list of texts, one per clip",
+            )
         features = self.learn([*prompts, negative])
         return Prompts(*features(prompts), *features([negative] * len(prompts)))

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What eight bits cost a T5: python benchmarks/eight_bits.py [--width 768 --layers 12] (default: about the size of T5 v1.1 base's encoder).
+"""What int8 costs a T5: python benchmarks/int8.py [--width 768 --layers 12] (default: about T5 v1.1 base's
+encoder).
 
-A T5 encoder with random weights reads random tokens, held in float32, in eight bits, and in bfloat16; the features' distance from those in
-float32, relative to their norm, and the bytes of the weights. Random weights are not trained ones: outliers, which make eight bits
-harder, are missing here.
+A T5 encoder with random weights encodes random tokens in float32, int8 and bfloat16; the distance of the
+features from those in float32, relative to their norm, and the bytes of the weights. Random weights lack the
+outliers of trained ones, which make int8 harder.
 """
 
 import argparse
@@ -21,12 +22,12 @@ from latte.text import t5
 
 @torch.no_grad()
 def features(network: torch.nn.Module, tokens: Tensor) -> Tensor:
-    """(b l) -> (b l k) float32, a prompt at a time, as ``T5Encoder`` reads them."""
+    """Encode tokens (b l) to float32 (b l k), one prompt at a time, as ``T5Encoder`` does."""
     return torch.cat([network(row[None]).last_hidden_state.float() for row in tokens])
 
 
 def held(network: torch.nn.Module) -> int:
-    """Bytes of everything that the network holds, the scales of eight-bit weights included."""
+    """Return the bytes of all weights, the scales of int8 weights included."""
     scales = [weight.SCB for weight in network.parameters() if getattr(weight, "SCB", None) is not None]
     return sum(tensor.nbytes for tensor in [*network.parameters(), *scales])
 
@@ -54,16 +55,16 @@ def main(argv: Sequence[str] | None = None) -> dict:
         card["vocab_size"], (options.prompts, options.tokens), generator=generator(0, "tokens")
     )
     exact, found = features(network, tokens), {}
-    ways = {
+    variants = {
         "bits8": lambda: t5.hold(copy.deepcopy(network), device, 8),
         "bfloat16": lambda: copy.deepcopy(network).to(torch.bfloat16),
     }
-    for name, build in ways.items():
+    for name, build in variants.items():
         rough = build()
         error = float((features(rough, tokens) - exact).norm() / exact.norm())
         found[name] = {"relative_error": round(error, 5), "bytes": held(rough)}
     line = {
-        "what": "T5 in eight bits",
+        "what": "T5 in int8",
         "parameters": sum(weight.numel() for weight in network.parameters()),
         "float32_bytes": held(network),
         **found,

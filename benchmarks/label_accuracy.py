@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How often a model trained on procedural clips does what its label says: python benchmarks/obedience.py RUN [--every].
+"""Label accuracy of a model of procedural clips: python benchmarks/label_accuracy.py RUN [--every].
 
-Draws ``--count`` clips (seeds from ``--seed`` on; the classes in turn) as the run's ``sample`` settings say, and measures the motion of the
-shape by pixels. A line per checkpoint with ``--every``, otherwise one for the newest; a folder of weights or 'builtin' serves, too.
+Generates ``--count`` clips (seeds from ``--seed`` up, classes in turn) with the run's ``sample`` settings and
+measures the motion of the shape in pixels. One line for the newest checkpoint, or with ``--every`` one per
+checkpoint; a weights folder or 'builtin' works too.
 """
 
 import argparse
@@ -18,34 +19,37 @@ from latte.inference.pipeline import VideoPipeline
 
 
 def measure(source: str | Path, count: int, seed: int) -> dict:
-    """Shares of ``count`` clips, the first of ``seed``: ``obeys`` the label, one shape in every frame (``coherent``)."""
-    began, trained = time.perf_counter(), VideoPipeline.from_pretrained(source, device="cpu", dtype="fp32")
-    names = trained.classes
+    """Return the fractions of ``count`` clips that follow their label and that show one shape in every
+    frame.
+    """
+    began = time.perf_counter()
+    pipe = VideoPipeline.from_pretrained(source, device="cpu", dtype="fp32")
+    names = pipe.classes
     labels = [index % len(names) for index in range(count)]
-    motions = [read_motion(clip) for _, clip in trained.generate(range(seed, seed + count), labels)]
+    motions = [read_motion(clip) for _, clip in pipe.generate(range(seed, seed + count), labels)]
     right = [motion.direction == names[label] for motion, label in zip(motions, labels, strict=True)]
     by_class = {
         name: sum(right[index :: len(names)]) / len(right[index :: len(names)])
         for index, name in enumerate(names)
     }
     return {
-        "what": "obedience",
+        "what": "label accuracy",
         "model": str(source),
         "clips": count,
         "seed": seed,
-        "sampler": trained.sample.sampler,
-        "steps": trained.sample.steps,
-        "guidance": trained.sample.guidance,
-        "obeys": sum(right) / count,
+        "sampler": pipe.sample.sampler,
+        "steps": pipe.sample.steps,
+        "guidance": pipe.sample.guidance,
+        "label_accuracy": sum(right) / count,
         "by_class": by_class,
         "coherent": sum(motion.coherent for motion in motions) / count,
-        "weights_sha256": trained.weights,
+        "weights_sha256": pipe.weights,
         "seconds": round(time.perf_counter() - began, 1),
     }
 
 
 def effort(run: Path, step: int) -> dict:
-    """What the run had spent by ``step``, from its metrics.jsonl."""
+    """Return what the run had spent by ``step``, from its metrics.jsonl."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     near = max((line for line in lines if line["step"] <= step), key=lambda line: line["step"], default={})
     return {
