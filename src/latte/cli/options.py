@@ -10,6 +10,7 @@ import logging
 import re
 import sys
 from collections.abc import Callable, Iterable
+from itertools import pairwise
 from typing import Annotated, Any
 
 import typer
@@ -115,8 +116,8 @@ class Command(TyperCommand):
         """Parse the arguments; InputError for a renamed option and an empty --out."""
         renamed = RENAMED_OPTIONS.get(self.name or "", {})
         own = {option for parameter in self.params for option in parameter.opts}
-        for word, following in zip(args, [*args[1:], None], strict=True):
-            option, equals, value = word.partition("=")
+        for word, following in pairwise([*args, None]):
+            option, equals, value = str(word).partition("=")
             if option in renamed and option not in own:
                 raise InputError(f"{option} is now called {renamed[option]}; write that instead")
             empty = not value if equals else following == ""
