@@ -24,6 +24,7 @@ from latte.checkpoint.run import (
     list_checkpoints,
     load_checkpoint,
     load_latest,
+    newest,
     save_checkpoint,
     verify,
 )
@@ -510,11 +511,22 @@ def test_a_checkpoint_that_vanishes_or_cannot_be_read_falls_back(tmp_path, monke
     assert "delete" not in str(error.value)
 
 
+def test_an_error_of_the_system_while_reading_falls_back_like_damage(tmp_path):
+    save(tmp_path, 1), save(tmp_path, 2)
+    warnings = []
+
+    def read(path: Path) -> int:
+        if path.name == "step-2":
+            raise PermissionError(13, "Permission denied")
+        return load_checkpoint(path).step
+
+    assert newest(tmp_path, read, warnings.append) == 1
+    assert "Permission denied" in warnings[0]
+
+
 def test_a_vanished_checkpoint_is_looked_for_again(tmp_path):
     """Between listing and reading, the only checkpoint is replaced by the next one."""
     save(tmp_path, 1)
-    from latte.checkpoint.run import newest
-
     reads, warnings = [], []
 
     def read(path: Path) -> int:

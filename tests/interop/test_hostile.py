@@ -374,13 +374,16 @@ def test_an_index_of_more_tensors_than_any_model_is_refused_at_once(tmp_path):
         load_external(tmp_path)
 
 
-def test_a_depth_beyond_the_files_tensors_is_refused_at_once(tmp_path):
+@pytest.mark.parametrize(
+    ("depth", "message"), [(10_000_000, "depth"), (200, "has depth 200, but the weights are only")]
+)
+def test_a_depth_beyond_the_files_tensors_is_refused_at_once(depth, message, tmp_path):
     model = Latte(ModelConfig(depth=2, width=16, heads=2, num_frames=4, latent_size=4))
     model.save_pretrained(tmp_path)
     values = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps({**values, "depth": 10_000_000}))
+    (tmp_path / "config.json").write_text(json.dumps({**values, "depth": depth}))
     started = time.monotonic()
-    with pytest.raises(InputError, match="depth"):
+    with pytest.raises(InputError, match=message):
         load_external(tmp_path)
     assert time.monotonic() - started < 5
 

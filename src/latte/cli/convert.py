@@ -64,25 +64,14 @@ def convert(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Convert weights from any known layout to another, with a report of every tensor. No code is ever
-    run.
-    """
-    from latte.checks import check, choose, printable
-    from latte.interop.export import TARGETS, check_place, export
+    """Convert weights from any known layout to another, with a report of every tensor."""
+    from latte.checks import printable
+    from latte.interop.export import export
     from latte.interop.lora import load_lora, lora_layers, merged
     from latte.interop.resolve import resolve
 
     configure_logging()
-    choose("--to", to, TARGETS)
-    check_place(destination)
-    check(
-        lora is None or to != "lora",
-        f"--lora {lora} merges adapters, but --to lora exports them; use one of the two",
-    )
-    check(
-        text_encoder is None or to == "pipeline",
-        f"--text-encoder {text_encoder} is for --to pipeline; remove it or use --to pipeline",
-    )
+    check_options(destination, to, lora, text_encoder)
     about = card_facts(to, licence, data, scores or [])
     found = resolve(source, "SRC")
     if found.run is not None:
@@ -100,16 +89,28 @@ def convert(
     if about:
         facts["about"] = {**facts.get("about", {}), **about}
     export(model, destination, to, facts)
-    result = {
-        "out": destination,
-        "layout": report.layout,
-        "used": report.used,
-        "missing": report.missing,
-        "unexpected": report.unexpected,
-        "mismatched": report.mismatched,
-        "dropped": report.dropped,
-    }
+    lists = ("layout", "used", "missing", "unexpected", "mismatched", "dropped")
+    result = {"out": destination, **{key: getattr(report, key) for key in lists}}
     print_result(result, as_json, [str(report), printable(destination)])
+
+
+def check_options(destination: str, to: str, lora: Path | None, text_encoder: str | None) -> None:
+    """Raise InputError for an unknown layout, a taken destination, and options without effect in this
+    layout.
+    """
+    from latte.checks import check, choose
+    from latte.interop.export import TARGETS, check_place
+
+    choose("--to", to, TARGETS)
+    check_place(destination)
+    check(
+        lora is None or to != "lora",
+        f"--lora {lora} merges adapters, but --to lora exports them; use one of the two",
+    )
+    check(
+        text_encoder is None or to == "pipeline",
+        f"--text-encoder {text_encoder} is for --to pipeline; remove it or use --to pipeline",
+    )
 
 
 def card_facts(to: str, licence: str | None, data: str | None, scores: list[Path]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -22,7 +22,9 @@ from latte.interop.lora import save_lora
 from latte.interop.official import save_official
 from latte.interop.pipeline import to_pipeline
 from latte.model.denoiser import Denoiser
+from latte.model.latte import Latte
 from latte.model.pretrained import write_weights_folder
+from latte.model.text import LatteText
 
 
 def export(model: Denoiser, place: str | Path, target: str, facts: Mapping[str, Any]) -> None:
@@ -107,20 +109,19 @@ def to_official(model: Denoiser, path: Path, facts: Mapping[str, Any]) -> None:
     if model.config.reads_text:
         raise InputError(
             "--to official cannot hold a text-to-video model: the released layout is class-conditional or "
-            "unconditional; "
-            "use --to diffusers"
+            "unconditional; use --to diffusers"
         )
-    save_official(model, path)
+    save_official(cast(Latte, model), path)
 
 
 def to_diffusers(model: Denoiser, folder: Path, facts: Mapping[str, Any]) -> None:
     """Write the transformer folder of a LattePipeline."""
     if not model.config.reads_text:
         raise InputError(
-            "--to diffusers holds text-to-video models only, but this model reads no captions; use --to "
-            "official"
+            "--to diffusers holds text-to-video models only, but this model reads no captions; "
+            "use --to official"
         )
-    save_diffusers(model, folder, (facts.get("about") or {}).get("gate_steps"))
+    save_diffusers(cast(LatteText, model), folder, (facts.get("about") or {}).get("gate_steps"))
 
 
 def to_hub(model: Denoiser, place: Path, facts: Mapping[str, Any]) -> None:

@@ -59,7 +59,8 @@ def understand(
             "use the model of 512 pixels or less"
         )
     found = diffusers.understand(tensors, card, heads)
-    return replace(found, config=replace(found.config, gated_time=True))
+    config: Any = found.config
+    return replace(found, config=replace(config, gated_time=True))
 
 
 def from_pixart(
@@ -71,8 +72,9 @@ def from_pixart(
     The new weights depend on ``seed`` alone. InputError as for ``init_from_pixart``.
     """
     tensors, found = read_pixart(source, heads)
-    config = replace(found.config, num_frames=num_frames, gated_time=gated_time)
-    model = build(config, seed)
+    config: Any = found.config
+    config = replace(config, num_frames=num_frames, gated_time=gated_time)
+    model: Any = build(config, seed)
     return model, fill(model, source, tensors, found)
 
 
