@@ -40,14 +40,14 @@ def shares(
     config, _ = load_run(None, [*words, f"run.dir={run}"])
     before, start = measure.processor_seconds(), time.perf_counter()
     build(config, options.device).train()
-    foreign = measure.foreign_share(before, measure.processor_seconds(), time.perf_counter() - start)
+    other = measure.other_load(before, measure.processor_seconds(), time.perf_counter() - start)
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()][
         WARM_UP:
     ]
     return (
         [line["data_wait_share"] for line in lines],
         [options.batch / line["clips_per_second"] for line in lines],
-        foreign,
+        other,
     )
 
 
@@ -91,11 +91,11 @@ def main(argv: Sequence[str] | None = None) -> list[dict]:
             ("videos", [f"data.root={root}"]),
             ("latents", ["data.kind=latents", f"data.root={folder}/latents"]),
         ):
-            waits, seconds, foreign = shares([*shared, *words], options, Path(folder, f"run-{name}"))
-            if len(waits) < measure.FEWEST_ROUNDS or foreign > options.max_foreign:
+            waits, seconds, other = shares([*shared, *words], options, Path(folder, f"run-{name}"))
+            if len(waits) < measure.FEWEST_ROUNDS or other > options.max_other_load:
                 sys.exit(
-                    f"data_wait {name}: {len(waits)} steps, others used {foreign:.0%} of the machine; "
-                    f"at least {measure.FEWEST_ROUNDS} steps and at most {options.max_foreign:.0%} are needed"
+                    f"data_wait {name}: {len(waits)} steps, others used {other:.0%} of the machine; "
+                    f"at least {measure.FEWEST_ROUNDS} steps and at most {options.max_other_load:.0%} are needed"
                 )
             low, _, high = quantiles(seconds, n=4)
             line = {"what": f"data_wait {name}", "machine": measure.machine(device), "device": device.type}

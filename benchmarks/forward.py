@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
     yard = measure.matmul(device, dtype)
     with torch.inference_mode():
         times = measure.interleave(
-            [forward, yard], device, options.rounds, options.seconds, options.max_foreign
+            [forward, yard], device, options.rounds, options.seconds, options.max_other_load
         )
     return measure.report("forward", forward, yard, times, device, measure.settings_of(config, options))
 

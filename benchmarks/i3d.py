@@ -89,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
     }
     tasks = [task, yard, *(measure.Task(name, run) for name, run in others.items())]
     with torch.inference_mode():
-        times = measure.interleave(tasks, device, options.rounds, options.seconds, options.max_foreign)
+        times = measure.interleave(tasks, device, options.rounds, options.seconds, options.max_other_load)
         expected = plain(clip)
         errors = {
             "fp32": (ours(clip) - expected).abs().max(),
@@ -104,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
         "batch": options.batch,
         "size": 224,
         "dtype": options.dtype,
-        "max_foreign": options.max_foreign,
+        "max_other_load": options.max_other_load,
     }
     return measure.report("i3d", task, yard, times, device, settings, **ratios, difference=worst)
 

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Interleaved timing: every round times each task once and a large matrix product beside them, so that a share of the machine's
-rate compares two numbers of the same seconds.
+"""Interleaved timing: every round times each task once and a large matrix product beside them, so that a
+share of the machine's rate compares two numbers of the same seconds.
 
-A round counts only when the machine was ours: on a CPU, when other processes used less than ``max_foreign`` of it; on a GPU, when the
-matrix product ran within 15 % of its best. With fewer than three such rounds nothing is printed and the exit code is 1.
+A round counts only when the machine was ours: on a CPU, when other processes used less than
+``max_other_load`` of it; on a GPU, when the matrix product ran within 15 % of its best. With fewer than three
+such rounds nothing is printed and the exit code is 1.
 """
 
 import argparse
@@ -63,7 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="least length of one sample; short tasks are repeated within it",
     )
     parser.add_argument(
-        "--max-foreign",
+        "--max-other-load",
         type=float,
         default=0.1,
         help="share of the CPU that others may use during a clean round",
@@ -164,14 +165,14 @@ def processor_seconds() -> tuple[float, float]:
     return (sum(fields) - fields[3] - fields[4]) / os.sysconf("SC_CLK_TCK"), own
 
 
-def foreign_share(before: tuple[float, float], after: tuple[float, float], wall: float) -> float:
+def other_load(before: tuple[float, float], after: tuple[float, float], wall: float) -> float:
     """Share of the machine that other processes used between two readings."""
     others = (after[0] - before[0]) - (after[1] - before[1])
     return max(0.0, others / (wall * (os.cpu_count() or 1)))
 
 
 def interleave(
-    tasks: list[Task], device: torch.device, rounds: int, seconds: float, max_foreign: float
+    tasks: list[Task], device: torch.device, rounds: int, seconds: float, max_other_load: float
 ) -> Times:
     """Times of ``rounds`` clean rounds of all tasks in turn, from at most four times as many."""
     repeats = {}
@@ -184,9 +185,9 @@ def interleave(
     for _ in range(4 * rounds):
         before, start = processor_seconds(), time.perf_counter()
         row = {task.name: once(task, device, repeats[task.name]) for task in tasks}
-        foreign = foreign_share(before, processor_seconds(), time.perf_counter() - start)
+        other = other_load(before, processor_seconds(), time.perf_counter() - start)
         best = min(best, row.get("matmul", float("inf")))
-        clean = foreign <= max_foreign if device.type == "cpu" else row.get("matmul", best) <= 1.15 * best
+        clean = other <= max_other_load if device.type == "cpu" else row.get("matmul", best) <= 1.15 * best
         times.rejected += not clean
         for name, value in row.items() if clean else ():
             times.seconds[name].append(value)
@@ -235,7 +236,7 @@ def report(
     if len(samples) < FEWEST_ROUNDS:
         sys.exit(
             f"{what}: only {len(samples)} clean rounds and {times.rejected} disturbed ones, at least {FEWEST_ROUNDS} are needed; "
-            "stop what else runs on this machine, or raise --max-foreign and say so"
+            "stop what else runs on this machine, or raise --max-other-load and report that"
         )
     middle, (low, _, high) = median(samples), quantiles(samples, n=4)
     line: dict[str, object] = {
@@ -274,5 +275,5 @@ def settings_of(config: ModelConfig, options: argparse.Namespace) -> dict[str, o
         "batch": options.batch,
         "dtype": options.dtype,
         "compile": options.compile,
-        "max_foreign": options.max_foreign,
+        "max_other_load": options.max_other_load,
     }

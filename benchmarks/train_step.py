@@ -25,12 +25,12 @@ def train_step(
     task = Task(
         model.train(), model, process, objective, None, 0, options.batch, options.micro_batch, device, dtype
     )
-    learner, group, positions = TrainState(model, 1e-4, 0.0, 0.9999), Group(), list(range(options.batch))
+    state, group, positions = TrainState(model, 1e-4, 0.0, 0.9999), Group(), list(range(options.batch))
     video = torch.randn(options.batch, config.num_frames, config.latent_channels, *config.grid_size)
     label = None if config.num_classes is None else torch.zeros(options.batch, dtype=torch.int64)
 
     def step() -> None:
-        learner.update(1, backward(task, 1, positions, video, label), 1e-4, 0.1, group)
+        state.update(1, backward(task, 1, positions, video, label), 1e-4, 0.1, group)
 
     return measure.Task("train_step", step, 3.0 * count(config).operations * options.batch)
 
@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
     model = measure.busy_model(config, device, options.compile)
     model.gradient_checkpointing = options.checkpointing
     step, yard = train_step(model, options, device, dtype), measure.matmul(device, dtype)
-    times = measure.interleave([step, yard], device, options.rounds, options.seconds, options.max_foreign)
+    times = measure.interleave([step, yard], device, options.rounds, options.seconds, options.max_other_load)
     settings = measure.settings_of(config, options) | {
         "micro_batch": options.micro_batch,
         "checkpointing": options.checkpointing,

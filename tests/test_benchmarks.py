@@ -22,7 +22,7 @@ from latte.inference.generate import SampleConfig
 from tiny import tiny_trained
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
-TINY = ["--device", "cpu", "--rounds", "3", "--seconds", "0.001", "--max-foreign", "1"]
+TINY = ["--device", "cpu", "--rounds", "3", "--seconds", "0.001", "--max-other-load", "1"]
 MODEL = ["--depth", "2", "--width", "32", "--heads", "2", "--frames", "2", "--latent", "4"]
 KEYS = {
     "what",
@@ -106,7 +106,7 @@ def test_the_i3d_benchmark_compares_equal_networks(benchmark, capsys, monkeypatc
     assert line["operations"] > 1e10
 
 
-def one_round(tasks, device, rounds, seconds, max_foreign):
+def one_round(tasks, device, rounds, seconds, max_other_load):
     """What ``interleave`` gives, each task run once and none timed: all took a second."""
     for task in tasks:
         task.run()
@@ -280,9 +280,9 @@ def test_captions_of_a_run_that_held_nothing_out_are_refused(benchmark, monkeypa
 
 def test_a_disturbed_machine_gives_no_figure(benchmark, capsys, monkeypatch):
     measure = benchmark("measure")
-    monkeypatch.setattr(measure, "foreign_share", lambda *_: 0.5)
+    monkeypatch.setattr(measure, "other_load", lambda *_: 0.5)
     with pytest.raises(SystemExit) as stopped:
-        benchmark("forward").main([*TINY, *MODEL, "--max-foreign", "0.4"])
+        benchmark("forward").main([*TINY, *MODEL, "--max-other-load", "0.4"])
     assert "0 clean rounds" in str(stopped.value)
     assert capsys.readouterr().out == ""
 
@@ -297,9 +297,9 @@ def test_others_share_of_the_machine(benchmark, monkeypatch):
     measure = benchmark("measure")
     monkeypatch.setattr(measure.os, "cpu_count", lambda: 2)
     assert (
-        measure.foreign_share((10.0, 1.0), (14.0, 4.0), wall=2.0) == 0.25
+        measure.other_load((10.0, 1.0), (14.0, 4.0), wall=2.0) == 0.25
     )  # 4 busy seconds, 3 of them ours, of 4
-    assert measure.foreign_share((0.0, 0.0), (0.0, 1.0), wall=1.0) == 0.0
+    assert measure.other_load((0.0, 0.0), (0.0, 1.0), wall=1.0) == 0.0
 
 
 @pytest.mark.skipif(

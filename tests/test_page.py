@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The report page is well-formed, escapes what it is given, shows the numbers it was given, and asks no other machine for anything."""
+"""The report page is well-formed, escapes what it is given, shows the numbers it was given, and loads nothing from elsewhere."""
 
 import base64
 import math
@@ -29,7 +29,7 @@ def picture(tmp_path):
     return path
 
 
-def test_a_whole_page_is_well_formed_and_asks_nobody(picture):
+def test_a_whole_page_is_well_formed_and_loads_nothing(picture):
     curve = report.line_plot(
         "Loss", [Series("train", range(50), [1 / (k + 1) for k in range(50)])], "step", "loss", log_y=True
     )
@@ -80,9 +80,9 @@ def test_attributes_are_escaped_and_none_leaves_them_out():
 def test_the_numbers_of_the_data_appear():
     plot = report.line_plot("Loss", [Series("train", [10, 20, 30], [0.731, 0.5203, 0.3307])], "step", "loss")
     text = " ".join(tree(plot).itertext())
-    assert all(figure in text for figure in ("10", "20", "30", "0.731", "0.5203", "0.3307"))
-    table = report.table(["what", "value"], [("obedience", 0.9731), ("clips", 2048)])
-    assert [cell.text for cell in tree(table).iter("td")] == ["obedience", "0.9731", "clips", "2,048"]
+    assert all(number in text for number in ("10", "20", "30", "0.731", "0.5203", "0.3307"))
+    table = report.table(["what", "value"], [("accuracy", 0.9731), ("clips", 2048)])
+    assert [cell.text for cell in tree(table).iter("td")] == ["accuracy", "0.9731", "clips", "2,048"]
 
 
 def _points(plot: str, line: int = 0) -> list[tuple[float, float]]:
@@ -175,8 +175,8 @@ def test_media_goes_in_whole_or_is_named_beside_the_page(picture):
     assert tree(report.media(clip, "clip")).find("video").attrib["src"].startswith("data:video/mp4;base64,")
 
 
-def test_wrong_input_says_so(picture):
-    with pytest.raises(InputError, match="neither a picture nor a video"):
+def test_wrong_input_is_refused(picture):
+    with pytest.raises(InputError, match="neither an image nor a video"):
         report.media(picture.with_suffix(".txt"))
-    with pytest.raises(InputError, match="as many values"):
+    with pytest.raises(InputError, match="as many x values"):
         Series("s", [1, 2], [1])

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The GPU goals in one run: python benchmarks/gpu/run.py [--quick]. One JSON line per answer, also in $OUT/gpu.jsonl where OUT is set.
 
-XL/2 at 16 frames of 32 x 32 latents: forward in bf16 at batch 1 and 8, the training step, how many clips fit into one step without
-recomputation, and Stable Diffusion's decoder. Times are the goals of one H200; on another GPU only shares of the matrix product's rate
-are compared. A result that cannot be right (not finite, faster than the matrix product, bf16 far from fp32) ends the run.
+XL/2 at 16 frames of 32 x 32 latents: forward in bf16 at batch 1 and 8, the training step, how many clips fit
+into one step without recomputation, and Stable Diffusion's decoder. Times are the goals of one H200; on
+another GPU only shares of the matrix product's rate are compared. A result that cannot be right (not finite,
+faster than the matrix product, bf16 far from fp32) ends the run.
 """
 
 import argparse
@@ -31,7 +32,7 @@ GOALS = {  # name: (field, goal, is a smaller one better, does it hold for every
 
 
 def check(line: dict) -> dict:
-    """The line, when its figures are possible."""
+    """The line, when its numbers are possible."""
     share = line.get("share_of_matmul", 0.5)
     if not 0 < share <= 1.05:
         sys.exit(
@@ -102,12 +103,12 @@ def decode(rounds: int) -> dict:
 def verdicts(answers: dict[str, dict], name: str) -> list[str]:
     """One line per goal: reached, missed, or not comparable on this GPU."""
     lines = []
-    for goal, (field, wanted, smaller, everywhere) in GOALS.items():
+    for goal, (field, goal_value, smaller, everywhere) in GOALS.items():
         found = answers[goal][field]
-        reached = found <= wanted if smaller else found >= wanted
+        reached = found <= goal_value if smaller else found >= goal_value
         fair = everywhere or "H200" in name
         word = ("reached" if reached else "missed") if fair else "not comparable, the goal is for an H200"
-        lines.append(f"{goal}: {found} against {wanted}: {word}")
+        lines.append(f"{goal}: {found} against {goal_value}: {word}")
     return lines
 
 

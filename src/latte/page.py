@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One page of results: line plots, tables, pictures and clips in a single HTML file that asks nobody for anything.
+"""A page of results: line plots, tables, images and clips in one HTML file that loads nothing from elsewhere.
 
-A page is a tree of ``tag`` calls. Text is escaped unless it is ``Html`` already, so no value can become markup; the result is
-well-formed XML, follows the reader's light or dark setting, and holds its pictures as data URIs or names files beside it.
+A page is a tree of ``tag`` calls. Text is escaped unless it is ``Html`` already, so no value can become
+markup. The result is well-formed XML, follows the reader's light or dark theme, and embeds images or names
+files beside it.
 """
 
 import base64
@@ -15,11 +16,15 @@ from html import escape
 from pathlib import Path
 from urllib.parse import quote
 
-from latte.checks import require
+from latte.checks import check
 
 VOID = {"br", "img", "meta"}
-WIDTH, HEIGHT = 720, 300
-LEFT, RIGHT, TOP, BOTTOM = 64, 16, 14, 46  # margins of a plot, in the same units
+WIDTH = 720
+HEIGHT = 300
+LEFT = 64  # margins of a plot, in the same units
+RIGHT = 16
+TOP = 14
+BOTTOM = 46
 COLOURS = 6
 MOST_POINTS = 600
 MOST_ROWS = 40
@@ -27,7 +32,8 @@ MOST_ROWS = 40
 STYLE = """
 :root{color-scheme:light dark;--ground:#fbfaf8;--card:#fff;--ink:#23211e;--soft:#6d6860;--rule:#e3dfd8;
 --s0:#2f6fde;--s1:#d9730d;--s2:#2b9357;--s3:#8a4fd3;--s4:#cf3f4a;--s5:#138a9e}
-@media(prefers-color-scheme:dark){:root{--ground:#191817;--card:#222120;--ink:#ebe8e2;--soft:#a09a90;--rule:#3a3835;
+@media(prefers-color-scheme:dark){:root{
+--ground:#191817;--card:#222120;--ink:#ebe8e2;--soft:#a09a90;--rule:#3a3835;
 --s0:#7aa8ff;--s1:#ffa24d;--s2:#63cf92;--s3:#c09bff;--s4:#ff8089;--s5:#55c7da}}
 *{box-sizing:border-box}
 body{margin:0;background:var(--ground);color:var(--ink);font:16px/1.55 system-ui,sans-serif}
@@ -35,12 +41,15 @@ main{max-width:860px;margin:0 auto;padding:40px 20px 72px}
 h1{font-size:30px;line-height:1.2;margin:0 0 6px}h2{font-size:20px;margin:44px 0 10px}
 p{margin:8px 0;max-width:70ch}.lead,figcaption,.tile span,th,details{color:var(--soft)}
 figcaption,.tile span,details{font-size:14px}figcaption,details{margin-top:8px}
-figure,.tile,pre{background:var(--card);border:1px solid var(--rule);border-radius:10px;padding:12px 14px;margin:14px 0}
-figure img,figure video{display:block;max-width:100%;margin:0 auto;border-radius:4px}.pixels{image-rendering:pixelated}
+figure,.tile,pre{
+background:var(--card);border:1px solid var(--rule);border-radius:10px;padding:12px 14px;margin:14px 0}
+figure img,figure video{
+display:block;max-width:100%;margin:0 auto;border-radius:4px}.pixels{image-rendering:pixelated}
 .row{display:grid;grid-template-columns:repeat(auto-fit,minmax(150px,1fr));gap:12px}.row>*{margin:0}
 .tile b{display:block;font-size:23px;line-height:1.25}
 .scroll{overflow-x:auto;margin:14px 0}table{border-collapse:collapse;font-size:15px}
-th,td{padding:5px 18px 5px 0;border-bottom:1px solid var(--rule);text-align:left;vertical-align:top}td:last-child{overflow-wrap:anywhere}
+th,td{padding:5px 18px 5px 0;border-bottom:1px solid var(--rule);text-align:left;vertical-align:top}
+td:last-child{overflow-wrap:anywhere}
 .number{text-align:right;font-variant-numeric:tabular-nums}
 pre{overflow-x:auto;font:14px/1.5 ui-monospace,monospace}summary{cursor:pointer}
 svg{display:block;width:100%;height:auto}svg text{font:12px system-ui,sans-serif;fill:var(--soft)}
@@ -50,16 +59,20 @@ svg{display:block;width:100%;height:auto}svg text{font:12px system-ui,sans-serif
 
 
 class Html(str):
-    """Markup. Everything else that enters a page is text and is escaped on its way in."""
+    """Markup. Everything else is text and is escaped when it is put into a page."""
 
 
 def tag(name: str, attributes: Mapping[str, object] | None = None, *inside: object) -> Html:
-    """``<name attributes>inside</name>``; attributes that are None are left out, control characters of text are dropped."""
-    written = "".join(
-        f' {key}="{_clean(value)}"' for key, value in (attributes or {}).items() if value is not None
-    )
-    body = "".join(part if isinstance(part, Html) else _clean(part) for part in inside)
-    return Html(f"<{name}{written} />" if name in VOID else f"<{name}{written}>{body}</{name}>")
+    """Return ``<name attributes>inside</name>``, without attributes that are unset (None)."""
+    given = {key: value for key, value in (attributes or {}).items() if value is not None}
+    written = "".join(f' {key}="{_clean(value)}"' for key, value in given.items())
+    if name in VOID:
+        return Html(f"<{name}{written} />")
+    return Html(f"<{name}{written}>{''.join(map(_markup, inside))}</{name}>")
+
+
+def _markup(part: object) -> str:
+    return part if isinstance(part, Html) else _clean(part)
 
 
 def _clean(value: object) -> str:
@@ -68,7 +81,7 @@ def _clean(value: object) -> str:
 
 @dataclass(frozen=True)
 class Series:
-    """One line of a plot: points (x[k], y[k]). A point that is not finite breaks the line; ``faint`` is for raw values behind a mean."""
+    """A line of a plot through points (x[k], y[k]), broken at non-finite ones; ``faint`` for raw values."""
 
     name: str
     x: Sequence[float]
@@ -76,18 +89,12 @@ class Series:
     faint: bool = False
 
     def __post_init__(self) -> None:
-        same = len(self.x) == len(self.y)
-        require(
-            same,
-            f"Series {self.name!r}",
-            (len(self.x), len(self.y)),
-            "x and y must have as many values",
-            "give one y for each x",
-        )
+        counts = (len(self.x), len(self.y))
+        check(counts[0] == counts[1], f"series {self.name!r} needs as many x values as y, got {counts}")
 
 
 def smooth(values: Sequence[float], window: int) -> list[float]:
-    """Running mean over the last ``window`` values, over fewer at the start; values that are not finite are passed over."""
+    """Return the running mean over the last ``window`` finite values, over fewer at the start."""
     recent = (values[max(0, k + 1 - window) : k + 1] for k in range(len(values)))
     finite = ([v for v in part if math.isfinite(v)] for part in recent)
     return [sum(part) / len(part) if part else math.nan for part in finite]
@@ -95,7 +102,7 @@ def smooth(values: Sequence[float], window: int) -> list[float]:
 
 @dataclass(frozen=True)
 class _Axis:
-    """A range of data on a range of the drawing, plain or logarithmic."""
+    """A range of data on a range of the drawing, linear or logarithmic."""
 
     low: float
     high: float
@@ -106,26 +113,29 @@ class _Axis:
     @classmethod
     def over(cls, values: Iterable[float], start: float, end: float, log: bool) -> "_Axis":
         kept = [v for v in values if math.isfinite(v) and (v > 0 or not log)] or [1.0]
-        low, high = min(kept), max(kept)
+        low = min(kept)
+        high = max(kept)
         if log:
             return cls(low / 1.05, high * 1.05, start, end, log)
         if low == high:
-            low, high = low - (abs(low) / 2 or 1), high + (abs(high) / 2 or 1)
+            low -= abs(low) / 2 or 1
+            high += abs(high) / 2 or 1
         return cls(low, high, start, end, log)
 
     def at(self, value: float) -> float | None:
-        """Where ``value`` lies on the drawing; None when it cannot be drawn."""
-        return self.place(value) if math.isfinite(value) and (value > 0 or not self.log) else None
+        """Return the position of ``value`` on the drawing, None when it cannot be drawn."""
+        if math.isfinite(value) and (value > 0 or not self.log):
+            return self.place(value)
+        return None
 
     def place(self, value: float) -> float:
-        """Where a value lies that can be drawn."""
+        """Return the position of a value that can be drawn."""
         scale = math.log10 if self.log else float
-        return self.start + (scale(value) - scale(self.low)) / (scale(self.high) - scale(self.low)) * (
-            self.end - self.start
-        )
+        fraction = (scale(value) - scale(self.low)) / (scale(self.high) - scale(self.low))
+        return self.start + fraction * (self.end - self.start)
 
     def ticks(self) -> list[float]:
-        """Round values inside the range: steps of 1, 2 or 5 times a power of ten; decades, and parts of them, when logarithmic."""
+        """Return round values inside the range: 1, 2 or 5 times a power of ten, decades on a log axis."""
         if self.log and self.high > 4 * self.low:
             decades = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
             parts = (1,) if len(decades) > 5 else (1, 2, 5)
@@ -145,49 +155,56 @@ class _Axis:
 
 
 def number(value: float, digits: int = 4) -> str:
-    """A figure for people: ``digits`` significant ones, thousands apart, no trailing zeros, powers of ten only when far from 1."""
-    if not math.isfinite(value) or value == 0:
-        return "0" if value == 0 else str(value)
+    """Return a number for people: ``digits`` significant digits, thousands separated, no trailing zeros."""
+    if value == 0:
+        return "0"
+    if not math.isfinite(value):
+        return str(value)
     if not 1e-4 <= abs(value) < 1e9:
         return f"{value:.{digits}g}"
     decimals = max(0, digits - 1 - math.floor(math.log10(abs(value))))
     text = f"{value:,.{decimals}f}"
-    return text.rstrip("0").rstrip(".") if "." in text else text
+    if "." in text:
+        return text.rstrip("0").rstrip(".")
+    return text
 
 
 def _thin(series: Series) -> list[tuple[float, float]]:
-    """The points of a series, or lowest and highest of each stretch when there are more than can be seen: no spike is lost."""
+    """Return the points, of many the lowest and highest of each stretch, so that spikes stay visible."""
     points = list(zip(series.x, series.y, strict=True))
     if len(points) <= MOST_POINTS:
         return points
     stretch = math.ceil(2 * len(points) / MOST_POINTS)
     kept = []
     for start in range(0, len(points), stretch):
-        part = sorted(points[start : start + stretch], key=lambda point: point[1])
-        kept += (
-            [part[0], part[-1]]
-            if math.isfinite(part[0][1] + part[-1][1])
-            else points[start : start + stretch]
-        )
+        part = points[start : start + stretch]
+        if all(math.isfinite(y) for _, y in part):
+            part = [min(part, key=lambda point: point[1]), max(part, key=lambda point: point[1])]
+        kept += part
     return sorted(kept, key=lambda point: point[0])
 
 
 def _path(series: Series, horizontal: _Axis, vertical: _Axis) -> str:
-    """The ``d`` of an SVG path; a point that cannot be drawn lifts the pen."""
-    path, pen = [], "M"
+    """Return the ``d`` of an SVG path; a point that cannot be drawn interrupts it."""
+    path = []
+    pen = "M"
     for x, y in _thin(series):
-        left, top = horizontal.at(x), vertical.at(y)
+        left = horizontal.at(x)
+        top = vertical.at(y)
         if left is None or top is None:
             pen = "M"
             continue
-        path.append(f"{pen}{left:.1f} {top:.1f}{'h0' if pen == 'M' else ''}")  # h0: a lone point is a dot
+        path.append(f"{pen}{left:.1f} {top:.1f}")
+        if pen == "M":
+            path.append("h0")  # so that a single point is a dot
         pen = "L"
     return "".join(path)
 
 
 def _frame(horizontal: _Axis, vertical: _Axis, x_label: str, y_label: str) -> list[Html]:
-    """Grid lines, tick labels and names of both axes."""
-    bottom, parts = HEIGHT - BOTTOM, []
+    """Return grid lines, tick labels and names of both axes."""
+    bottom = HEIGHT - BOTTOM
+    parts = []
     for value in vertical.ticks():
         y = vertical.place(value)
         parts.append(
@@ -226,9 +243,12 @@ def _look(series: Series, index: int) -> dict[str, object]:
 
 
 def _legend(series: Sequence[Series]) -> list[Html]:
-    """A dash and a name for each line, in a row above the plot; none for a single line."""
-    parts, x = [], LEFT + 10
-    for index, one in enumerate(series if len(series) > 1 else ()):
+    """Return a dash and a name for each line, in a row above the plot; none for a single line."""
+    parts: list[Html] = []
+    x = LEFT + 10
+    if len(series) < 2:
+        return parts
+    for index, one in enumerate(series):
         parts.append(tag("line", {**_look(one, index), "x1": x, "x2": x + 18, "y1": 9, "y2": 9}))
         parts.append(tag("text", {"x": x + 24, "y": 13}, one.name))
         x += 44 + 7 * len(one.name)
@@ -245,9 +265,10 @@ def line_plot(
     log_y: bool = False,
     caption: str = "",
 ) -> Html:
-    """A figure with the lines of ``series``, its axes, and the numbers themselves folded away below it.
+    """Return a plot with the lines of ``series``, its axes, and the numbers in a closed table below.
 
-    What a logarithmic axis cannot show (values that are not above 0) and what is not finite is left out, and the caption says how many.
+    Non-finite points, and those up to 0 on a logarithmic axis, are left out, and the caption has their
+    number.
     """
     horizontal = _Axis.over((v for one in series for v in one.x), LEFT, WIDTH - RIGHT, log_x)
     vertical = _Axis.over((v for one in series for v in one.y), HEIGHT - BOTTOM, TOP + 12, log_y)
@@ -259,18 +280,14 @@ def line_plot(
     ]
     drawing = [*_frame(horizontal, vertical, x_label, y_label), *lines, *_legend(series)]
     svg = tag("svg", {"viewBox": f"0 0 {WIDTH} {HEIGHT}", "role": "img", "aria-label": title}, *drawing)
-    note = f" {hidden} of {len(points)} points cannot be drawn on these axes." if hidden else ""
-    return tag(
-        "figure",
-        {},
-        svg,
-        tag("figcaption", {}, tag("b", {}, title), f" {caption}{note}"),
-        _numbers_of(series, x_label),
-    )
+    if hidden:
+        caption += f" {hidden} of {len(points)} points cannot be drawn on these axes."
+    legend = tag("figcaption", {}, tag("b", {}, title), f" {caption}")
+    return tag("figure", {}, svg, legend, _numbers_of(series, x_label))
 
 
 def _numbers_of(series: Sequence[Series], x_label: str) -> Html:
-    """The data behind a plot as folded tables, every k-th row when there are many, first and last always."""
+    """Return the data of a plot as closed tables of at most about MOST_ROWS rows, first and last included."""
     tables = []
     for one in series:
         step = max(1, math.ceil(len(one.x) / MOST_ROWS))
@@ -280,13 +297,16 @@ def _numbers_of(series: Sequence[Series], x_label: str) -> Html:
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> Html:
-    """A table; numbers stand to the right, everything else to the left."""
+    """Return a table; columns of numbers are aligned to the right."""
     body = [list(row) for row in rows]
     right = [bool(body) and all(isinstance(row[k], int | float) for row in body) for k in range(len(columns))]
 
     def cell(kind: str, k: int, value: object) -> Html:
-        shown = number(value) if isinstance(value, float) else f"{value:,}" if type(value) is int else value
-        return tag(kind, {"class": "number" if right[k] else None}, shown)
+        if isinstance(value, float):
+            value = number(value)
+        elif type(value) is int:
+            value = f"{value:,}"
+        return tag(kind, {"class": "number" if right[k] else None}, value)
 
     head = tag("tr", {}, *(cell("th", k, name) for k, name in enumerate(columns)))
     lines = [tag("tr", {}, *(cell("td", k, value) for k, value in enumerate(row))) for row in body]
@@ -294,15 +314,14 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> Html:
 
 
 def media(path: Path, caption: str = "", *, beside: Path | None = None, width: int | None = None) -> Html:
-    """A picture, gif or mp4 (which plays by itself) as a figure, ``width`` pixels wide with hard pixel edges when given.
+    """Return an image, gif or mp4 (which plays by itself), ``width`` pixels wide with sharp pixels if given.
 
-    The file goes into the page as a data URI; with ``beside`` (the page's folder, which must hold it) the page only names it.
+    The file goes into the page as a data URI; with ``beside`` (the page's folder, which must hold it) the
+    page only names it.
     """
     kind = mimetypes.guess_type(path.name)[0] or ""
     known = kind.startswith(("image/", "video/"))
-    require(
-        known, "media", path.name, "it is neither a picture nor a video", "give a png, jpg, gif or mp4 file"
-    )
+    check(known, f"{path.name!r} is neither an image nor a video; give a png, jpg, gif or mp4 file")
     if beside is None:
         source = f"data:{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"
     else:
@@ -313,41 +332,42 @@ def media(path: Path, caption: str = "", *, beside: Path | None = None, width: i
         shown = tag("video", {**looks, **play}, caption)
     else:
         shown = tag("img", {**looks, "alt": caption})
-    return tag("figure", {}, shown, *([tag("figcaption", {}, caption)] if caption else []))
+    if caption:
+        return tag("figure", {}, shown, tag("figcaption", {}, caption))
+    return tag("figure", {}, shown)
 
 
-def row(*figures: Html) -> Html:
-    """Figures side by side, as many as the window takes."""
-    return tag("div", {"class": "row"}, *figures)
+def row(*parts: Html) -> Html:
+    """Return parts side by side, as many as fit the window."""
+    return tag("div", {"class": "row"}, *parts)
 
 
-def tiles(figures: Mapping[str, object]) -> Html:
-    """A few headline numbers: what -> figure."""
-    return row(
-        *(
-            tag("div", {"class": "tile"}, tag("b", {}, figure), tag("span", {}, what))
-            for what, figure in figures.items()
-        )
+def tiles(numbers: Mapping[str, object]) -> Html:
+    """Return a few headline numbers: name -> value."""
+    items = (
+        tag("div", {"class": "tile"}, tag("b", {}, value), tag("span", {}, name))
+        for name, value in numbers.items()
     )
+    return row(*items)
 
 
 def command(line: str) -> Html:
-    """A command line to copy."""
+    """Return a command line to copy."""
     return tag("pre", {}, line)
 
 
 def prose(text: str) -> Html:
-    """A paragraph."""
+    """Return a paragraph."""
     return tag("p", {}, text)
 
 
 def section(heading: str, *parts: Html) -> Html:
-    """A heading and what stands under it."""
+    """Return a heading and its parts."""
     return tag("section", {}, tag("h2", {}, heading), *parts)
 
 
 def page(title: str, lead: str, *parts: Html) -> Html:
-    """The whole document: title, one sentence of lead, sections."""
+    """Return the whole document: title, one introductory sentence, sections."""
     head = tag(
         "head",
         {},

@@ -27,7 +27,7 @@ class Answer:
 
     @property
     def errors(self) -> list[str]:
-        """The lines of stderr that tell an error."""
+        """The lines of stderr that report an error."""
         return [line for line in self.err.splitlines() if line.startswith("error: ")]
 
 

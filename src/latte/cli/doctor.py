@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``latte doctor``: what this machine has, and whether that is enough."""
+"""``latte doctor``: what this machine has, and whether that is enough to run Latte."""
 
 import os
 import platform
@@ -13,27 +13,28 @@ import typer
 from latte.cli.options import Debug, Device, Json, print_result, table
 
 GIB = 1 << 30
-LEAST_DISK, LEAST_MEMORY = 1 * GIB, 2 * GIB
+MIN_DISK = 1 * GIB
+MIN_MEMORY = 2 * GIB
 
 
 def doctor(device: Device = "auto", as_json: Json = False, debug: Debug = False) -> None:
-    """Is this machine fit? Versions, device, threads, autoencoders, video, disk and memory; exit code 1 if something needed is missing."""
+    """Check this machine: versions, device, video, disk, memory; exit code 1 if a part is missing."""
     facts = examine(device)
-    rows = [
-        (name, ", ".join(map(str, value)) if isinstance(value, list) else value)
-        for name, value in facts.items()
-        if name != "problems"
-    ]
-    verdict = [f"problem: {problem}" for problem in facts["problems"]] or [
-        "fit: everything that is needed is here"
-    ]
+    rows = []
+    for name, value in facts.items():
+        if isinstance(value, list):
+            value = ", ".join(map(str, value))
+        if name != "problems":
+            rows.append((name, value))
+    problems = [f"problem: {problem}" for problem in facts["problems"]]
+    verdict = problems or ["no problems: everything that is needed is installed"]
     print_result(facts, as_json, [*table(rows), *verdict])
     if facts["problems"]:
         raise typer.Exit(1)
 
 
 def examine(device: str) -> dict[str, Any]:
-    """The facts, and ``problems``: sentences about what is missing, empty on a fit machine."""
+    """Return the facts, and ``problems``: sentences about what is missing, empty when nothing is."""
     import torch
 
     from latte import __version__
@@ -42,7 +43,8 @@ def examine(device: str) -> dict[str, Any]:
     from latte.runtime import resolve_device
 
     found = resolve_device(device)
-    disk, memory = shutil.disk_usage(Path.cwd()).free, _memory()
+    disk = shutil.disk_usage(Path.cwd()).free
+    memory = _memory()
     encoders = _video_encoders()
     problems = []
     if encoders is None:
@@ -51,12 +53,10 @@ def examine(device: str) -> dict[str, Any]:
         problems.append(
             "PyAV was built without libx264, so mp4 files cannot be written; pip install av from PyPI"
         )
-    if disk < LEAST_DISK:
-        problems.append(
-            f"{disk / GIB:.1f} GiB of disk are free here; a run wants at least {LEAST_DISK // GIB}"
-        )
-    if memory is not None and memory < LEAST_MEMORY:
-        problems.append(f"{memory / GIB:.1f} GiB of memory; even small models want {LEAST_MEMORY // GIB}")
+    if disk < MIN_DISK:
+        problems.append(f"{disk / GIB:.1f} GiB of disk are free here; a run needs at least {MIN_DISK // GIB}")
+    if memory is not None and memory < MIN_MEMORY:
+        problems.append(f"{memory / GIB:.1f} GiB of memory; even small models need {MIN_MEMORY // GIB}")
     return {
         "latte": __version__,
         "python": platform.python_version(),
@@ -82,7 +82,7 @@ def examine(device: str) -> dict[str, Any]:
 
 
 def _memory() -> int | None:
-    """Bytes of main memory, None where the system does not say."""
+    """Return the bytes of main memory, None where the system has no such number."""
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, OSError, ValueError):
@@ -90,7 +90,7 @@ def _memory() -> int | None:
 
 
 def _video_encoders() -> list[str] | None:
-    """Names of the encoders that our files use, those of them that PyAV has; None without PyAV."""
+    """Return the encoders that our files use and PyAV has; None without PyAV."""
     try:
         import av
     except ImportError:
