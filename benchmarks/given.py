@@ -37,7 +37,7 @@ Clip = tuple[ndarray, Scene | None]
 
 
 def add_arguments(parser: argparse.ArgumentParser, seed: int) -> None:
-    """Add the options that this benchmark and ``longer`` share: model, conditions, sampling and real clips."""
+    """Add the options that this benchmark and ``longer`` share."""
     parser.add_argument("model", nargs="?", default="builtin")
     parser.add_argument("--count", type=int, default=96)
     parser.add_argument(

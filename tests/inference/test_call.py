@@ -18,6 +18,7 @@ from latte.data.media import probe, read_frames
 from latte.diffusion.config import DiffusionConfig
 from latte.inference.generate import SampleConfig
 from latte.model.latte import Latte
+from latte.runtime import resolve_device
 from tiny import CLASSES, MODEL, tiny_text, tiny_trained
 
 
@@ -181,6 +182,16 @@ def test_device_and_dtype_are_what_torch_and_diffusers_accept(tmp_path):
         latte.VideoPipeline.from_pretrained(tmp_path, dtype=torch.int8)
     with pytest.raises(InputError, match="CPU offload needs a GPU"):
         pipe.enable_model_cpu_offload("cpu")
+
+
+def test_a_gpu_is_named_by_number_or_by_the_process(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    names = ("cuda", "auto", "cuda:0", torch.device("cuda", 0))
+    assert [str(resolve_device(name)) for name in names] == ["cuda:1", "cuda:1", "cuda:0", "cuda:0"]
+    with pytest.raises(InputError, match="no such device"):
+        resolve_device("cuda:2")
 
 
 @pytest.mark.gpu

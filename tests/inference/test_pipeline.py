@@ -3,6 +3,7 @@
 
 import ast
 import json
+import shutil
 import subprocess
 import sys
 import warnings
@@ -11,10 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 
 import latte
+from latte.autoencoder.codec import CodecConfig, build_codec
 from latte.build import build
+from latte.checkpoint.record import RENAMED_KEYS
 from latte.checks import InputError
 from latte.config.run import load_run
 from latte.inference.generate import SampleConfig
@@ -234,7 +238,7 @@ def test_type_checkers_see_every_public_name():
 
 
 def test_importing_latte_does_not_import_torch():
-    code = "import sys, latte; assert 'torch' not in sys.modules; latte.VideoPipeline; assert 'torch' in sys.modules"
+    code = "import sys, latte; assert 'torch' not in sys.modules; latte.Latte; assert 'torch' in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
@@ -263,3 +267,54 @@ def test_every_load_leaves_its_report(run, tmp_path, caplog):
         with caplog.at_level("INFO", logger="latte"):
             VideoPipeline.from_pretrained(source, device="cpu")
         assert f"{tensors} tensors used, 0 missing, 0 unexpected" in caplog.text
+
+
+def test_a_key_of_an_older_version_in_config_yaml_is_read(run, monkeypatch):
+    """The table of renamed keys is applied to a run's sections, whichever keys it lists."""
+    monkeypatch.setitem(RENAMED_KEYS, "sample.scale", "sample.guidance")
+    monkeypatch.setitem(RENAMED_KEYS, "draw.batch", "sample.batch")
+    folder, _ = run
+    text = (folder / "config.yaml").read_text()
+    try:
+        older = text.replace("  guidance: ", "  scale: ").replace("  batch: 2\n", "") + "draw:\n  batch: 3\n"
+        assert older.count("scale: ") == 1
+        (folder / "config.yaml").write_text(older.replace("scale: 1.0", "scale: 2.5"))
+        sample = VideoPipeline.from_pretrained(folder, device="cpu").sample
+        assert sample.batch == 3
+        assert sample.guidance == (
+            2.5 if "guidance: 1.0" in text else float(text.split("guidance: ")[1].split()[0])
+        )
+    finally:
+        (folder / "config.yaml").write_text(text)
+
+
+@pytest.mark.parametrize(
+    "text", ["- a\n", "model: 3\n", "sample: [1]\n", "a: &x [*x]\nmodel: *x\n", "\x00", "{" * 5000]
+)
+def test_a_config_that_is_no_mapping_of_sections_is_one_line(run, text):
+    folder, _ = run
+    before = (folder / "config.yaml").read_text()
+    try:
+        (folder / "config.yaml").write_text(text)
+        with pytest.raises(InputError) as error:
+            VideoPipeline.from_pretrained(folder, device="cpu")
+        assert len(str(error.value).splitlines()) == 1
+        assert "config.yaml" in str(error.value)
+    finally:
+        (folder / "config.yaml").write_text(before)
+
+
+def test_a_run_whose_config_records_the_model_alone_is_sampled_with_what_it_lacks(run, tmp_path):
+    """A run made from Python may record no data, codec or diffusion section."""
+    shutil.copytree(run[0], tmp_path / "run")
+    file = tmp_path / "run" / "config.yaml"
+    sections = yaml.safe_load(file.read_text())
+    file.write_text(yaml.safe_dump({key: sections[key] for key in ("model", "train", "run")}))
+    with pytest.raises(InputError, match="codec="):
+        VideoPipeline.from_pretrained(tmp_path / "run", device="cpu")
+    codec = build_codec(CodecConfig(name="pixels"))
+    pipe = VideoPipeline.from_pretrained(tmp_path / "run", device="cpu", codec=codec)
+    config = SampleConfig(sampler="ddim", steps=2)
+    whole = VideoPipeline.from_pretrained(run[0], device="cpu")
+    (_, found), (_, expected) = (next(each.generate([3], ["up"], config=config)) for each in (pipe, whole))
+    assert (found == expected).all()

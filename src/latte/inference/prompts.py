@@ -87,7 +87,7 @@ class PromptReader:
         )
         if encoder.fingerprint != self.fingerprint and self.known is None:
             LOG.warning(
-                "the text encoder is %s, the model was trained with %s: the same weights in another precision",
+                "the text encoder is %s, the model's was %s: the same weights in another precision",
                 found,
                 self.fingerprint,
             )

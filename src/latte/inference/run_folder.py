@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from latte.autoencoder.codec import CodecConfig
+from latte.checkpoint.record import RENAMED_KEYS
 from latte.checkpoint.run import Checkpoint, load_checkpoint, load_latest
 from latte.checks import InputError, check, command_line
 from latte.diffusion.config import DiffusionConfig
@@ -146,6 +147,12 @@ def read_sections(file: Path) -> dict[str, Any]:
             values is None or name == "version" or isinstance(values, dict),
             f"{file}: {name} is {str(values)[:40]!r}, but it must be a section of keys",
         )
+    for old, new in RENAMED_KEYS.items():
+        part, _, key = old.partition(".")
+        if key in (sections.get(part) or {}):
+            target, _, name = new.partition(".")
+            value = sections[part].pop(key)
+            sections[target] = {**(sections.get(target) or {}), name: value}
     return {name: values for name, values in sections.items() if values}
 
 
