@@ -29,7 +29,6 @@ from latte.data.captions import (
 from latte.data.datasets import Dataset, FolderDataset, build_dataset
 from latte.data.latents import LatentDataset
 from latte.data.media import contact_sheet
-from latte.data.procedural import caption_of, split_combinations
 from latte.data.skipped import write_skipped
 from latte.diffusion.config import build_process
 from latte.diffusion.guidance import guided
@@ -281,7 +280,7 @@ def sheet_prompts(config: RunConfig, dataset: Dataset) -> list[str]:
     """Return captions for a sample sheet, spread over those of the data; the second half held out from
     training, if any are.
     """
-    held_out = sorted(caption_of(*combination) for combination in split_combinations(config.data.hold_out)[1])
+    held_out = config.data.scene_set.held_out_captions
     room = SHEET_PROMPTS // 2 if held_out else SHEET_PROMPTS
     return [*evenly_spaced(dataset.captions, room), *evenly_spaced(held_out, room)]
 

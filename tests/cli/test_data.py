@@ -11,7 +11,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from latte.data.media import probe
+from latte.data.clips import to_float
+from latte.data.datasets import DataConfig, build_dataset
+from latte.data.media import probe, read_frames
+from latte.runtime import generator
 from tiny import WORDS
 
 
@@ -31,6 +34,49 @@ def test_synth_writes_class_folders_and_captions(videos):
     for row in rows:
         assert probe(videos / row["path"]).frames == 5
         assert row["caption"].endswith(Path(row["path"]).parent.name)
+
+
+@pytest.mark.parametrize(("language", "ascii"), [("en", True), ("zh", False)])
+def test_synth_writes_the_world_as_the_data_set_shows_it(latte, language, ascii):
+    words = ("--scenes", "world", "--language", language, "--frames", 3, "--size", 32, "--seed", 5)
+    found = latte("data", "synth", "videos", "--count", 10, *words, "--json")
+    assert found.code == 0, found.err
+    data = build_dataset(
+        DataConfig("procedural", resolution=32, frames=3, seed=5, scenes="world", language=language)
+    )
+    assert found.json == {"out": "videos", "clips": 10, "classes": data.classes}
+    with open("videos/captions.csv", newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 10
+    for index, row in enumerate(rows):
+        clip = data.clip(index, generator(0))
+        assert row["path"] == f"{data.classes[clip.label]}/{index:05d}.mp4"
+        assert row["caption"] == clip.caption
+        assert row["caption"].isascii() == ascii
+        pixels = to_float(read_frames(probe(Path("videos") / row["path"]), range(3)))
+        assert (pixels - clip.video).abs().mean() < 0.05, "the video shows the clip, but for compression"
+    captions = ("data.captions=auto", "data.resolution=32", "data.frames=3")
+    scanned = latte("data", "inspect", "videos", *captions, "--count", 1, "--json")
+    assert scanned.code == 0, scanned.err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--scenes", "wold"), "data.scenes is 'wold', which is not one of shapes, world; did you mean"),
+        (
+            ("--language", "zh"),
+            "data.language is 'zh', but the captions of moving shapes are in English only",
+        ),
+        (("--scenes", "world", "--language", "fr"), "data.language must be one of en, zh, mixed, got 'fr'"),
+        (("--scenes", "world", "--size", 16), "data.resolution must be at least 32 for data.scenes=world"),
+    ],
+)
+def test_scenes_that_synth_cannot_write_are_refused(latte, words, message):
+    found = latte("data", "synth", "out", *words)
+    assert (found.code, len(found.errors)) == (2, 1), found.err
+    assert found.errors[0].startswith(f"error: {message}")
+    assert not Path("out").exists()
 
 
 def test_scan_lists_the_readable_and_skips_the_rest(latte, videos):

@@ -1,11 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """The builtin encoder: features of a prompt do not depend on other prompts, and no word is lost silently."""
 
+import hashlib
+import re
+
 import pytest
 import torch
 
 from latte.checks import InputError
-from latte.text.builtin import BuiltinEncoder
+from latte.data.base import PROCEDURAL, DataConfig
+from latte.text.builtin import WORD, BuiltinEncoder
 
 PROMPTS = ["a red square moves left", "", "Left, a square moves: RED!"]
 
@@ -59,6 +63,53 @@ def test_a_prompt_that_is_too_long_is_refused_with_its_count():
     assert fits[1].all()
     with pytest.raises(InputError, match=r"has 6 tokens, but text.length is 5; shorten it"):
         BuiltinEncoder(5).encode(["", "a red square moves left"])
+
+
+def test_every_chinese_character_is_a_token_with_its_own_place(encoder):
+    prompt = "红色的球 bounces 向左，3次!"
+    assert encoder.count(prompt) == 4 + 1 + 2 + 1 + 1 + 1 + 1 + 1, (
+        "characters, word, punctuation, digits, end"
+    )
+    text, mask = encoder.encode(["红球", "红 球", "球红"])
+    assert mask.sum(1).tolist() == [3, 3, 3]
+    assert torch.equal(text[0], text[1])
+    assert (text[0] - text[2])[:2].abs().amax(1).min() > 1
+    mixed, _ = encoder.encode(["a红b"])
+    assert torch.equal(
+        mixed[0, 1] - mixed[0, 0], encoder.encode(["q红"])[0][0, 1] - encoder.encode(["a"])[0][0, 0]
+    )
+    extended = "\u3400\u9fff\uf900\U00020000"
+    assert encoder.count(extended) == 5, "rare ideographs too"
+
+
+def test_a_chinese_prompt_that_is_too_long_is_refused_with_its_count():
+    prompt = "一个红色的球向左弹跳"
+    assert BuiltinEncoder(11).encode([prompt])[1].all()
+    with pytest.raises(InputError, match=r"has 11 tokens, but text.length is 10; shorten it"):
+        BuiltinEncoder(10).encode([prompt])
+
+
+def test_text_without_ideographs_is_split_as_by_the_first_version():
+    first = re.compile(r"[^\W_]+|[^\w\s]|_")
+    shapes, world = (DataConfig(kind="procedural", scenes=name).scene_set.captions for name in PROCEDURAL)
+    odd = [
+        "",
+        "Left, a square moves: RED!",
+        "snake_case 3x4 naïve Äpfel",
+        "красный шар",
+        "アカ 가나 x²",
+        "🎈a\tb\n",
+    ]
+    prompts = [*shapes, *world, *odd]
+    assert len(prompts) > 700
+    for prompt in prompts:
+        assert WORD.findall(prompt.lower()) == first.findall(prompt.lower()), prompt
+
+
+def test_features_of_english_captions_never_change():
+    text, _ = BuiltinEncoder(16).encode(["a red square moves left", "waves roll left over a blue sea"])
+    digest = hashlib.sha256(text.numpy().tobytes()).hexdigest()[:16]
+    assert digest == "390161ff8e708a47"
 
 
 def test_the_fingerprint_does_not_depend_on_the_length_and_never_changes():

@@ -10,9 +10,11 @@ from importlib.util import find_spec
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 from latte.build import build, sheet_prompts
+from latte.checkpoint.run import load_checkpoint
 from latte.checks import InputError
 from latte.config.run import load_run
 from latte.data.datasets import build_dataset
@@ -115,6 +117,43 @@ def test_sheets_show_captions_of_the_data_and_held_out_ones(tmp_path):
         "step-0000001.png",
         "step-0000002.png",
     ]
+
+
+WORLD = ("data.scenes=world", "data.language=mixed", "data.resolution=32", "text.length=24")
+
+
+def test_sheets_of_the_world_show_held_out_captions_too(tmp_path):
+    found = config(tmp_path, *WORLD)
+    prompts = sheet_prompts(found, build_dataset(found.data))
+    held = set(found.data.scene_set.held_out_captions)
+    assert [prompt in held for prompt in prompts] == [False] * 4 + [True] * 4
+
+
+def test_latents_of_the_world_train_as_the_world_itself(tmp_path):
+    """Every clip of the set is in every step, in the same order."""
+    words = ["train.steps=2"]
+    found = config("unused", *WORLD, "data.num_clips=9")
+    encode_dataset(found.data, build(found, "cpu").codec, tmp_path / "latents", "float32")
+    latents = (f"data.root={tmp_path / 'latents'}", "data.resolution=32", "text.length=24", "data.hold_out=0")
+    direct = train(tmp_path / "direct", *WORLD, "data.num_clips=9", *words)
+    assert train(tmp_path / "stored", "data.kind=latents", *latents, *words) == direct
+    other = train(tmp_path / "other", *WORLD, "data.num_clips=9", "data.language=en", *words)
+    assert other != direct, "the captions are read"
+
+
+def test_a_run_recorded_without_scenes_and_language_resumes_as_moving_shapes(tmp_path):
+    """The configurations and checkpoints of 0.1.0 do not have them."""
+    whole = train(tmp_path / "whole", "train.steps=4")
+    folder = tmp_path / "parts"
+    build(config(folder, "train.steps=4"), "cpu").train(until=2)
+    recorded = yaml.safe_load((folder / "config.yaml").read_text())
+    removed = [recorded["data"].pop(key) for key in ("scenes", "language")]
+    assert removed == ["shapes", None]
+    assert "scenes" not in json.dumps(load_checkpoint(folder / "checkpoints/step-2").state["facts"])
+    (folder / "config.yaml").write_text(yaml.safe_dump(recorded))
+    assert build(load_run(str(folder), [])[0], "cpu").train()["weights_sha256"] == whole
+    with pytest.raises(InputError, match=r"data.scenes: the run has nothing, you gave \"world\""):
+        build(config(folder, *WORLD, "train.steps=5"), "cpu").train()
 
 
 def encoded(folder, text):

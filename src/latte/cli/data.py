@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from latte.checks import printable
 from latte.cli.options import (
     OVERRIDABLE,
     Command,
@@ -258,25 +257,29 @@ def train_words(folder: Path) -> str:
 def synth(
     out: Annotated[
         Path,
-        typer.Argument(
-            metavar="OUT", help="The folder to fill: OUT/<direction>/<number>.mp4 and captions.csv."
-        ),
+        typer.Argument(metavar="OUT", help="The folder to fill: OUT/<class>/<number>.mp4 and captions.csv."),
     ],
     count: Annotated[int, typer.Option(min=1, help="Number of clips.")] = 64,
     frames: Annotated[int, typer.Option(min=1, help="Frames per clip.")] = 16,
     size: Annotated[int, typer.Option(min=8, help="Side of the frames in pixels.")] = 64,
     fps: Annotated[float, typer.Option(min=1, max=240, help="Frames per second.")] = 8,
+    scenes: Annotated[
+        str, typer.Option(help="shapes (classes: directions) or world (classes: kinds of scenes).")
+    ] = "shapes",
+    language: Annotated[
+        str | None, typer.Option(help="Captions of --scenes world: en, zh or mixed. [default: en]")
+    ] = None,
     seed: Seed = 0,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Write procedural clips as videos, with a folder per class (the direction) and captions."""
+    """Write procedural clips as videos, with a folder per class and captions."""
     import csv
     import io
 
     from latte.checks import check
+    from latte.data.base import DataConfig
     from latte.data.media import write_mp4
-    from latte.data.procedural import DIRECTIONS, draw_scene, render
     from latte.files import commit_file, reported
 
     configure_logging()
@@ -291,17 +294,20 @@ def synth(
         f"{frames} frames of {size} x {size} take {clip_bytes:,} bytes, more than {MAX_CLIP_BYTES:,}; "
         "give fewer --frames or a smaller --size",
     )
+    config = DataConfig(
+        "procedural", resolution=size, frames=frames, seed=seed, scenes=scenes, language=language
+    )
+    clips = config.scene_set
     progress = progress_line("synth", 0, 1)
     table = io.StringIO(newline="")
     captions = csv.writer(table)
     captions.writerow(("path", "caption"))
     with reported("the clips", out):
         for index in range(count):
-            scene = draw_scene(seed, index, frames)
-            path = Path(scene.direction) / f"{index:05d}.mp4"
-            write_mp4(out / path, render(scene, frames, size, size), fps)
-            captions.writerow((path.as_posix(), scene.caption))
+            path = Path(clips.classes[clips.label(index)]) / f"{index:05d}.mp4"
+            write_mp4(out / path, clips.render_clip(index), fps)
+            captions.writerow((path.as_posix(), clips.caption(index)))
             progress(index + 1, count)
         commit_file(out / "captions.csv", table.getvalue())
-    result = {"out": str(out), "clips": count, "classes": list(DIRECTIONS)}
+    result = {"out": str(out), "clips": count, "classes": list(clips.classes)}
     print_result(result, as_json, [f"{count} clips in {out}"])

@@ -8,13 +8,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from latte.checks import InputError, RunError, check, choose, printable
 from latte.data.clips import ClipRule
 from latte.data.layouts import LAYOUTS
-from latte.data.procedural import check_hold_out
+from latte.data.procedural import ShapeScenes
+from latte.data.world.dataset import WorldScenes
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,47 @@ class Dataset(Protocol):
         ...
 
 
+class SceneSet(Protocol):
+    """Procedural clips: label, caption and pixels are functions of (the configuration, index) alone.
+
+    InputError on construction for a key of the configuration that does not fit these scenes.
+    """
+
+    classes: ClassVar[tuple[str, ...]]
+
+    def __init__(self, config: "DataConfig"): ...
+
+    @property
+    def captions(self) -> list[str]:
+        """Every caption that a clip can have, sorted."""
+        ...
+
+    @property
+    def held_out_captions(self) -> list[str]:
+        """The captions that ``data.hold_out`` keeps away, sorted; [] for 0."""
+        ...
+
+    def label(self, index: int) -> int:
+        """Return the class of clip ``index``."""
+        ...
+
+    def caption(self, index: int) -> str:
+        """Return the caption of clip ``index``."""
+        ...
+
+    def render_clip(self, index: int) -> np.ndarray:
+        """Return clip ``index``: uint8 (f H W c)."""
+        ...
+
+    def describe(self) -> dict[str, Any]:
+        """Return what the clips depend on apart from seed, resolution, frames and hold_out, as plain data."""
+        ...
+
+
+# Value of data.scenes -> the clips of data.kind=procedural.
+PROCEDURAL: dict[str, type[SceneSet]] = {"shapes": ShapeScenes, "world": WorldScenes}
+
+
 @dataclass(frozen=True)
 class DataConfig:
     """Which clips a run uses, and at which size. InputError on construction for a value out of range.
@@ -101,6 +144,8 @@ class DataConfig:
     seed: int = 0  # of procedural clips
     num_clips: int | None = None  # number of procedural clips; null: unlimited
     hold_out: int = 0  # of procedural captions, one in so many never appears; 0: all appear
+    scenes: str = "shapes"  # of procedural clips: shapes (moving shapes) or world (nine kinds of scenes)
+    language: str | None = None  # of the captions of data.scenes=world: en, zh or mixed; null: en
     captions: str | None = None  # where the captions of a folder are, see caption_files.py
     workers: int | None = (
         None  # processes that load clips; null: 0 on the CPU, otherwise 4; 0: the training process
@@ -128,7 +173,7 @@ class DataConfig:
         check(
             self.workers is None or self.workers >= 0, f"data.workers must be at least 0, got {self.workers}"
         )
-        check_hold_out(self.hold_out)
+        _ = self.scene_set  # refuses what does not fit the scenes
         _ = self.clip_rule  # refuses impossible frames, interval, rule, fps
 
     @property
@@ -138,6 +183,11 @@ class DataConfig:
             return self.resolution, self.resolution
         height, width = self.resolution
         return height, width
+
+    @property
+    def scene_set(self) -> SceneSet:
+        """The procedural clips of ``scenes``."""
+        return choose("data.scenes", self.scenes, PROCEDURAL)(self)
 
     @property
     def clip_rule(self) -> ClipRule:
@@ -157,7 +207,9 @@ class DataConfig:
 
 
 # Kind of dataset -> keys of DataConfig that it does not read, with the reason.
-_VIDEOS = dict.fromkeys(("seed", "num_clips", "hold_out"), "it belongs to procedural clips")
+_VIDEOS = dict.fromkeys(
+    ("seed", "num_clips", "hold_out", "scenes", "language"), "it belongs to procedural clips"
+)
 _PROCEDURAL = {
     "root": "procedural clips need no files",
     "interval": "their speed does not depend on it",

@@ -13,7 +13,6 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from latte.checks import InputError, choose
 from latte.data.base import UNREAD, Clip, ClipReadError, DataConfig, Dataset
@@ -23,7 +22,6 @@ from latte.data.fingerprint import combined, fingerprints
 from latte.data.latents import LatentDataset
 from latte.data.layouts import LAYOUTS, check_layout
 from latte.data.media import Unreadable, read_frames
-from latte.data.procedural import DIRECTIONS, caption_of, draw_scene, render, split_combinations
 from latte.data.skipped import FoundClip, require_clips, scan
 
 __all__ = [
@@ -128,18 +126,15 @@ class FolderDataset:
 
 
 class ProceduralDataset:
-    """Moving shapes, a function of (seed, index): labels are the directions, captions describe what moves
-    where.
-    """
+    """The clips of ``config.scenes``, each a function of (seed, index)."""
 
     latent = False
 
     def __init__(self, config: DataConfig):
         self.config = config
-        self.classes = list(DIRECTIONS) if config.labels else []
-        self.captions = sorted(
-            caption_of(*combination) for combination in split_combinations(config.hold_out)[0]
-        )
+        self.scenes = config.scene_set
+        self.classes = list(self.scenes.classes) if config.labels else []
+        self.captions = self.scenes.captions
         self.num_clips = config.num_clips or UNLIMITED
         self.skipped: tuple[dict[str, str], ...] = ()
 
@@ -148,10 +143,9 @@ class ProceduralDataset:
 
     def clip(self, index: int, generator: torch.Generator | None = None) -> Clip:
         """Return clip ``index``; nothing is drawn from ``generator``."""
-        config = self.config
-        scene = draw_scene(config.seed, index, config.frames, config.hold_out)
-        video: Tensor = to_float(render(scene, config.frames, *config.size))  # (f 3 H W)
-        return Clip(video, scene.label if config.labels else None, scene.caption, f"{config.seed}/{index}")
+        video = to_float(self.scenes.render_clip(index))  # (f 3 H W)
+        label = self.scenes.label(index) if self.config.labels else None
+        return Clip(video, label, self.scenes.caption(index), f"{self.config.seed}/{index}")
 
     def image(self, index: int, generator: torch.Generator) -> Clip:
         """Return one frame of clip ``index``, drawn from ``generator``."""
@@ -169,6 +163,7 @@ class ProceduralDataset:
             "seed": config.seed,
             "resolution": list(config.size),
             "frames": config.frames,
+            **self.scenes.describe(),
         }
         if config.hold_out:
             described["hold_out"] = config.hold_out

@@ -13,10 +13,9 @@ from typing import Any
 import numpy as np
 
 from latte.checks import check
-from latte.data.base import DataConfig
+from latte.data.base import DataConfig, SceneSet
 from latte.data.caption_files import read_captions
 from latte.data.media import read_frames
-from latte.data.procedural import DIRECTIONS, draw_scene, render
 from latte.data.shards import Record
 from latte.data.skipped import FoundClip, check_folder, require_clips, scan
 
@@ -92,20 +91,19 @@ def _procedural(config: DataConfig, cache_dir: str | os.PathLike | None, progres
         "encoded; give a number, "
         "or train with data.kind=procedural, which stores nothing",
     )
-    videos = [_procedural_video(config, index) for index in range(config.num_clips or 0)]
+    scenes = config.scene_set
+    videos = [_procedural_video(config, scenes, index) for index in range(config.num_clips or 0)]
     fingerprint: dict[str, Any] = {"kind": "procedural", "seed": config.seed, "frames": config.frames}
+    fingerprint |= scenes.describe()
     if config.hold_out:
         fingerprint["hold_out"] = config.hold_out
-    return Source(fingerprint, videos, list(DIRECTIONS) if config.labels else [], [])
+    return Source(fingerprint, videos, list(scenes.classes) if config.labels else [], [])
 
 
-def _procedural_video(config: DataConfig, index: int) -> Video:
-    scene = draw_scene(config.seed, index, config.frames, config.hold_out)
-    label = scene.label if config.labels else None
-    record = Record(f"{config.seed}/{index}", label, scene.caption, config.frames)
-    return Video(
-        record, lambda frames: render(scene, config.frames, *config.size)[list(frames)], config.frames
-    )
+def _procedural_video(config: DataConfig, scenes: SceneSet, index: int) -> Video:
+    label = scenes.label(index) if config.labels else None
+    record = Record(f"{config.seed}/{index}", label, scenes.caption(index), config.frames)
+    return Video(record, lambda frames: scenes.render_clip(index)[list(frames)], config.frames)
 
 
 SOURCES = {"folder": _folder, "procedural": _procedural}

@@ -8,14 +8,18 @@ Axes: t frames, h height, w width, c channels.
 
 import math
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import product
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
 
-from latte.checks import require
+from latte.checks import check, require
 from latte.runtime import generator
+
+if TYPE_CHECKING:
+    from latte.data.base import DataConfig
 
 DIRECTIONS = {"up": (0.0, -1.0), "down": (0.0, 1.0), "left": (-1.0, 0.0), "right": (1.0, 0.0)}
 SHAPES = ("circle", "square", "triangle")
@@ -135,6 +139,54 @@ def render(scene: Scene, frames: int, height: int, width: int) -> np.ndarray:
         )
         clip[t, top:bottom, left:right] = np.rint(ground + points.mean((1, 3))[..., None] * (colour - ground))
     return clip
+
+
+class ShapeScenes:
+    """Moving shapes as a set of scenes, see ``latte.data.base.SceneSet``: labels are the directions.
+
+    InputError for a language, or a ``hold_out`` out of range.
+    """
+
+    classes: ClassVar[tuple[str, ...]] = tuple(DIRECTIONS)
+
+    def __init__(self, config: "DataConfig"):
+        check(
+            config.language is None,
+            f"data.language is {config.language!r}, but the captions of moving shapes are in English only; "
+            "leave it out, or set data.scenes=world",
+        )
+        check_hold_out(config.hold_out)
+        self.config = config
+
+    @cached_property
+    def captions(self) -> list[str]:
+        """Every caption that a clip can have, sorted."""
+        return sorted(caption_of(*combination) for combination in split_combinations(self.config.hold_out)[0])
+
+    @cached_property
+    def held_out_captions(self) -> list[str]:
+        """Every caption of the held-out combinations, sorted."""
+        return sorted(caption_of(*combination) for combination in split_combinations(self.config.hold_out)[1])
+
+    def label(self, index: int) -> int:
+        """Return the index of the clip's direction among ``classes``."""
+        return self._scene(index).label
+
+    def caption(self, index: int) -> str:
+        """Return the caption of clip ``index``."""
+        return self._scene(index).caption
+
+    def render_clip(self, index: int) -> np.ndarray:
+        """Return clip ``index``: uint8 (t h w c)."""
+        return render(self._scene(index), self.config.frames, *self.config.size)
+
+    def describe(self) -> dict[str, Any]:
+        """Return nothing: 0.1.0 had no other scenes, and its runs must resume."""
+        return {}
+
+    def _scene(self, index: int) -> Scene:
+        config = self.config
+        return draw_scene(config.seed, index, config.frames, config.hold_out)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,11 @@ from torch import Tensor
 from latte.runtime import generator
 from latte.text.padding import check_num_tokens, pad_features
 
-WORD = re.compile(r"[^\W_]+|[^\w\s]|_")
+# Chinese is written without spaces, so each of its characters (the ideographs of Unicode) is a word.
+HAN = "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+WORD = re.compile(rf"[{HAN}]|[^\W_{HAN}]+|[^\w\s]|_")
+# The pattern of 0.1.0 stays in the fingerprint: text without ideographs is split as it was then.
+FIRST_WORD = r"[^\W_]+|[^\w\s]|_"
 END = "</s>"
 WAVELENGTH = 10000.0
 
@@ -60,7 +64,7 @@ class BuiltinEncoder:
     @property
     def fingerprint(self) -> str:
         """16 hex digits of the recipe behind the vectors; there is nothing else that they depend on."""
-        recipe = f"builtin 1 {self.channels} {WORD.pattern} {END} {WAVELENGTH}"
+        recipe = f"builtin 1 {self.channels} {FIRST_WORD} {END} {WAVELENGTH}"
         return hashlib.sha256(recipe.encode()).hexdigest()[:16]
 
     @property
@@ -69,7 +73,7 @@ class BuiltinEncoder:
         return 4
 
     def count(self, prompt: str) -> int:
-        """Return the number of words and punctuation marks, plus 1 for the end token."""
+        """Return the number of words, Chinese characters and punctuation marks, plus 1 for the end token."""
         return len(WORD.findall(prompt.lower())) + 1
 
     def encode(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:

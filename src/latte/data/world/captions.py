@@ -81,10 +81,15 @@ CHINESE = {
     "left": "向左", "right": "向右", "up": "向上", "down": "向下", "none": "",
 }  # fmt: skip
 LANGUAGES = tuple(TEMPLATES)
+MIXED = "mixed"  # half of the clips are captioned in each language
 
 
 def paraphrases(scene: Scene, language: str = "en") -> list[str]:
-    """Return every caption of the scene in ``language``, "en" or "zh". InputError for another language."""
+    """Return every caption of the scene in ``language``: "en", "zh", or "mixed" for those of both.
+    InputError for another language.
+    """
+    if language == MIXED:
+        return [text for name in LANGUAGES for text in paraphrases(scene, name)]
     if language not in TEMPLATES:
         raise InputError(f"language must be one of {', '.join(TEMPLATES)}, got {language!r}")
     words = {"colour": scene.colour, "ground": scene.background, "direction": scene.direction}
@@ -94,9 +99,14 @@ def paraphrases(scene: Scene, language: str = "en") -> list[str]:
 
 
 def caption(scene: Scene, language: str = "en") -> str:
-    """Return one caption of the scene, chosen among its paraphrases by the scene's own last number."""
+    """Return one caption of the scene; its last number chooses the language of "mixed" and the paraphrase."""
+    number = scene.numbers[-1]
+    if language == MIXED:
+        number *= len(LANGUAGES)
+        language = LANGUAGES[int(number)]
+        number %= 1
     choices = paraphrases(scene, language)
-    return choices[int(scene.numbers[-1] * len(choices))]
+    return choices[int(number * len(choices))]
 
 
 def words_of(text: str) -> list[str]:

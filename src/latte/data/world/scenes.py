@@ -8,10 +8,12 @@ reads them back from pixels. Axes: t frames, h height, w width, c channels.
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
 
+from latte.checks import check
 from latte.data.world.canvas import Canvas
 from latte.data.world.kinds import BACKGROUNDS, COLOURS, KINDS
 from latte.runtime import generator
@@ -67,15 +69,43 @@ def split_combinations(hold_out: int) -> tuple[list[Combination], list[Combinati
     return trained, held_out
 
 
+def check_hold_out(hold_out: int) -> None:
+    """InputError for a share that leaves a kind or colour untrained, or holds nothing out of a kind."""
+    allowed = [0, *(share for share in range(2, len(combinations())) if _is_balanced(share))]
+    check(
+        hold_out in allowed,
+        f"data.hold_out must be one of {', '.join(map(str, allowed))} for data.scenes=world, got {hold_out}; "
+        "other shares leave a colour untrained or hold nothing out of a kind",
+    )
+
+
+@lru_cache
+def _is_balanced(hold_out: int) -> bool:
+    """Return whether every colour is still trained and every kind has held-out combinations."""
+    trained, held_out = split_combinations(hold_out)
+    return {c[1] for c in trained} == set(COLOURS) and {c[0] for c in held_out} == set(KINDS)
+
+
+def backgrounds_of(kind: str, colour: str) -> list[str]:
+    """Return the backgrounds that a scene of this kind and colour can have."""
+    return [background for background in KINDS[kind].backgrounds if background != colour]
+
+
+@lru_cache
+def _combinations_of(kind: str, hold_out: int, held_out: bool) -> tuple[Combination, ...]:
+    """Return the trained, or the held-out, combinations of one kind."""
+    return tuple(c for c in split_combinations(hold_out)[held_out] if c[0] == kind)
+
+
 def sample_scene(seed: int, index: int, hold_out: int = 0, held_out: bool = False) -> Scene:
     """Sample the scene of clip ``index``: kinds in turn, colour and direction uniform among the trained (or
     held-out) combinations.
     """
     draws = torch.rand(16, generator=generator(seed, "world", index), dtype=torch.float64).tolist()
     name = list(KINDS)[index % len(KINDS)]
-    pool = [c for c in split_combinations(hold_out)[held_out] if c[0] == name]
+    pool = _combinations_of(name, hold_out, held_out)
     _, colour, direction = pool[int(draws[0] * len(pool))]
-    backgrounds = [b for b in KINDS[name].backgrounds if b != colour]
+    backgrounds = backgrounds_of(name, colour)
     background = backgrounds[int(draws[1] * len(backgrounds))]
     return Scene(name, colour, background, direction, tuple(draws[2:]))
 
