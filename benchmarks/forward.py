@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Seconds of one forward pass without gradients, any size and dtype: python benchmarks/forward.py --size S --batch 1."""
+"""Seconds of a forward pass without gradients: python benchmarks/forward.py --size S --batch 1."""
 
 import argparse
 from collections.abc import Sequence

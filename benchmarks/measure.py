@@ -32,7 +32,7 @@ MATMUL = {"cpu": 2048, "cuda": 8192, "mps": 4096}
 
 @dataclass(frozen=True)
 class Task:
-    """Something to time: ``run()`` does ``operations`` (2 per multiply-add), 0 when that is not the question."""
+    """Something to time: ``run()`` does ``operations`` (2 per multiply-add), 0 if not of interest."""
 
     name: str
     run: Callable[[], object]
@@ -115,7 +115,7 @@ def prepare(options: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
 
 
 def busy_model(config: ModelConfig, device: torch.device, compiled: str = "off") -> Latte:
-    """A model without zeros: fresh ones have zero layers, on which processors draw less power and clock higher."""
+    """Return a model without zeros: on zero layers processors draw less power and clock higher."""
     model = Latte(config)
     draw = generator(0, "benchmark")
     with torch.no_grad():
@@ -154,7 +154,7 @@ def once(task: Task, device: torch.device, repeats: int) -> float:
 
 
 def processor_seconds() -> tuple[float, float]:
-    """(seconds that all cores have been busy, seconds that this process has used); zeros where /proc does not say."""
+    """Return seconds that all cores were busy, and that this process used; zeros without /proc."""
     own = sum(os.times()[:4])
     try:
         fields = [
@@ -211,7 +211,7 @@ def machine(device: torch.device) -> str:
 
 
 def commit() -> str:
-    """Short hash of the code measured, with '-dirty' when files differ from it; 'none' outside a repository."""
+    """Return the short commit hash, with '-dirty' when files differ from it; 'none' outside a repository."""
 
     def git(*words: str) -> str:
         return subprocess.run(
@@ -231,11 +231,12 @@ def report(
     settings: dict[str, object],
     **more: object,
 ) -> dict:
-    """Print the JSON line of ``task`` beside the matrix product ``yard``; too few clean rounds are one line on stderr and exit code 1."""
+    """Print the JSON line of ``task`` and the matrix product ``yard``; exit 1 for too few clean rounds."""
     samples = times.seconds[task.name]
     if len(samples) < FEWEST_ROUNDS:
         sys.exit(
-            f"{what}: only {len(samples)} clean rounds and {times.rejected} disturbed ones, at least {FEWEST_ROUNDS} are needed; "
+            f"{what}: only {len(samples)} clean rounds and {times.rejected} disturbed ones, "
+            f"at least {FEWEST_ROUNDS} are needed; "
             "stop what else runs on this machine, or raise --max-other-load and report that"
         )
     middle, (low, _, high) = median(samples), quantiles(samples, n=4)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Seconds of one training step on latents (loss, backward, clipping, AdamW, EMA): python benchmarks/train_step.py --size S --batch 1."""
+"""Seconds of a training step on latents, EMA included: python benchmarks/train_step.py --size S --batch 1."""
 
 import argparse
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ from latte.training.step import Task, backward
 def train_step(
     model: Latte, options: argparse.Namespace, device: torch.device, dtype: torch.dtype
 ) -> measure.Task:
-    """The step of the training loop itself, on the same random latents again and again; operations are three forward passes."""
+    """Return the step of the training loop on fixed random latents; it counts as three forward passes."""
     config = model.config
     process, objective = build_process(DiffusionConfig()), OBJECTIVES["paper"]
     task = Task(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The GPU goals in one run: python benchmarks/gpu/run.py [--quick]. One JSON line per answer, also in $OUT/gpu.jsonl where OUT is set.
+"""The GPU goals in one run: python benchmarks/gpu/run.py [--quick]. JSON lines, also in $OUT/gpu.jsonl.
 
 XL/2 at 16 frames of 32 x 32 latents: forward in bf16 at batch 1 and 8, the training step, how many clips fit
 into one step without recomputation, and Stable Diffusion's decoder. Times are the goals of one H200; on
@@ -36,13 +36,14 @@ def check(line: dict) -> dict:
     share = line.get("share_of_matmul", 0.5)
     if not 0 < share <= 1.05:
         sys.exit(
-            f"{line['what']}: {share} of the matrix product's rate cannot be right; is something else running on this GPU?"
+            f"{line['what']}: {share} of the matrix product's rate cannot be right; "
+            "is something else running on this GPU?"
         )
     return line
 
 
 def precision() -> dict:
-    """Relative RMS difference between the bf16 and the fp32 forward pass with equal weights; exit 1 above 5 %."""
+    """Return the relative RMS difference of bf16 from fp32 with equal weights; exit 1 above 5 %."""
     config = measure.ModelConfig(size="XL")
     model = measure.busy_model(config, torch.device("cuda")).eval()
     z, t = torch.randn(1, 16, 4, 32, 32, device="cuda"), torch.tensor([500], device="cuda")
@@ -126,9 +127,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="eager only, three rounds")
     options = parser.parse_args()
     if not torch.cuda.is_available():
-        sys.exit(
-            "this benchmark needs a CUDA device; benchmarks/forward.py and benchmarks/train_step.py run on a CPU"
-        )
+        sys.exit("this benchmark needs a CUDA device; benchmarks/forward.py and train_step.py run on a CPU")
     rounds = ["--rounds", "3" if options.quick else "7"]
     lines = [precision()]
     for compiled in ("off",) if options.quick else ("off", "blocks", "graphs"):

@@ -2,7 +2,7 @@
 """``latte ablate``: the paper's ablations as one sweep from one recipe."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -20,6 +20,10 @@ from latte.cli.options import (
     print_result,
     table,
 )
+
+if TYPE_CHECKING:
+    from latte.ablate.axes import LeftOut
+    from latte.ablate.plan import Plan
 
 __all__ = ["OVERRIDABLE", "ablate"]
 
@@ -89,20 +93,27 @@ def ablate(
 
     code = sweep(plan, settings, torch_device, print_note, write_report)
     write_report()
-    entries = summary(plan, settings)
+    print_summary(plan, summary(plan, settings), left, as_json, stopped=code != 0)
+    if code:
+        raise typer.Exit(code)
+
+
+def print_summary(
+    plan: "Plan", entries: list[dict[str, Any]], left: list["LeftOut"], as_json: bool, stopped: bool
+) -> None:
+    """Print a line per setting, or the result as JSON."""
+    page = plan.out / "report.html"
     result = {
-        "out": str(folder),
+        "out": str(plan.out),
         "report": str(page),
         "settings": entries,
         "arms": entries,  # the name of 0.1.0, for one version
         "left_out": [vars(one) for one in left],
     }
     lines = table([columns(), *(cells(entry) for entry in entries)])
-    if code:
+    if stopped:
         lines.append(f"stopped; resume with: {plan.command()}")
     print_result(result, as_json, [*lines, f"see: {page}"])
-    if code:
-        raise typer.Exit(code)
 
 
 def columns() -> tuple[str, ...]:

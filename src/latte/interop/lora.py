@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Low-rank adapters: W x + (alpha / rank) B A x with W frozen (LoRA, Hu et al. 2021, arXiv 2106.09685, Sec. 4.1), through peft.
+"""Low-rank adapters: W x + (alpha / rank) B A x with W frozen (LoRA, Hu et al. 2021, arXiv 2106.09685, Sec.
+4.1), through peft.
 
-An adapted model is the same object with the same ``forward``; its targets hold ``base_layer``, ``lora_A`` and ``lora_B`` instead of a
-weight. B starts at zero, so nothing changes until training does. Adapters are saved by themselves, in peft's own layout, with the hash
-of the weights that they belong to; or folded into the weights (``merged_state``) for every exporter there is.
+An adapted model is the same object with the same ``forward``; its targets hold ``base_layer``, ``lora_A``
+and ``lora_B`` instead of a weight. B starts at zero, so the output changes only with training. Adapters are
+saved alone, in peft's layout, with the hash of the weights that they belong to, or merged into the weights
+(``merged_state``) for the exporters.
 """
 
 import json
@@ -18,89 +20,80 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from latte.checkpoint.record import read_fingerprint
-from latte.checks import InputError, choose, require
-from latte.files import commit_folder, reported
+from latte.checks import InputError, RunError, check, choose, printable
+from latte.files import check_replaceable, commit_folder, reported
 from latte.interop.coverage import LABELS, build, relabelled
 from latte.interop.readers import read_json, read_tensors
 from latte.model.denoiser import Denoiser
 from latte.runtime import generator
-from latte.tensors import tensors_sha256
+from latte.tensors import check_finite, tensors_sha256
 
 WEIGHTS, CARD = "adapter_model.safetensors", "adapter_config.json"
 PREFIX = "base_model.model."  # of every name in peft's files
 BASE = "base_weights_sha256"
-TOLD = "latte"
-CLIPS = ("num_frames", "latent_size")  # of a model's configuration: what its weights do not tell
+METADATA = "latte"  # key of our own metadata in the file
+CLIPS = ("num_frames", "latent_size")  # config keys that do not follow from the weights
 ADAPTER = "default"
-OTHER_KINDS = (
-    "use_dora",
-    "use_rslora",
-    "rank_pattern",
-    "alpha_pattern",
-    "lora_bias",
-    "modules_to_save",
-)  # of adapters that peft knows
+# Keys of peft's adapter_config.json with the values that mean W x + (alpha / rank) B A x; None: any value.
+# Other keys must be empty (null, false, 0, "", [] or {}): newer kinds of adapters announce themselves by one.
+PLAIN_SETTINGS: dict[str, tuple[Any, ...] | None] = {
+    "peft_type": ("LORA",),
+    "r": None,
+    "lora_alpha": None,
+    "target_modules": None,
+    "base_model_name_or_path": None,
+    "revision": None,
+    "task_type": None,
+    "auto_mapping": None,
+    "inference_mode": None,
+    "peft_version": None,
+    "lora_dropout": None,  # of training only
+    "bias": ("none",),
+    "init_lora_weights": (True, False, "gaussian"),  # others, such as pissa, change the base weights
+    "megatron_core": ("megatron.core",),  # without megatron_config it has no effect
+    "qalora_group_size": (16,),  # without use_qalora it has no effect
+}
 
-TARGETS: dict[
-    str, Callable[[list[str]], bool]
-] = {  # a linear layer's name, split at the dots -> does it belong there?
+# name of a linear layer, split at the dots -> does the target include it?
+TARGETS: dict[str, Callable[[list[str]], bool]] = {
     "qkv": lambda name: name[-1] in ("qkv", "q", "k", "v") and "cross" not in name,
     "proj": lambda name: name[-1] == "proj" and "cross" not in name,
     "cross": lambda name: "cross" in name,
     "mlp": lambda name: "mlp" in name,
 }
-"""Projections of a block: into self-attention and out of it, all of the attention to the caption, both layers of the MLP."""
+"""Projections of a block: in and out of self-attention, all of cross-attention, both layers of the MLP."""
 
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """``rank`` None: no adapters, the whole model is trained. ``alpha`` / ``rank`` scales what an adapter adds; ``targets`` are of TARGETS.
-
-    InputError on construction for anything else.
-    """
+    """Settings of adapters; InputError on construction for a bad value."""
 
     __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
 
-    rank: int | None = None  # rank of the adapters; null: the whole model is trained
-    alpha: float = 8.0  # alpha / rank scales what the adapters add
-    targets: tuple[str, ...] = ("qkv", "proj")  # linear layers that get adapters, of TARGETS
+    rank: int | None = None  # None: no adapters, the whole model is trained
+    alpha: float = 8.0  # alpha / rank scales what an adapter adds
+    targets: tuple[str, ...] = ("qkv", "proj")  # entries of TARGETS
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "targets", tuple(self.targets))  # JSON and YAML have lists
         if self.rank is None:
             for name in ("alpha", "targets"):
-                default = type(self).__dataclass_fields__[name].default
-                require(
-                    getattr(self, name) == default,
-                    f"lora.{name}",
-                    getattr(self, name),
-                    "without lora.rank there are no adapters",
-                    "give lora.rank, e.g. 8, or leave it out",
+                value = getattr(self, name)
+                check(
+                    value == type(self).__dataclass_fields__[name].default,
+                    f"lora.{name} is {value!r}, but without lora.rank there are no adapters; "
+                    f"set lora.rank, e.g. 8, or remove lora.{name}",
                 )
             return
-        require(
-            self.rank >= 1,
-            "lora.rank",
-            self.rank,
-            "it counts columns",
-            "give 1 or more, e.g. 8, or null for none",
-        )
-        require(
-            self.alpha > 0, "lora.alpha", self.alpha, "it is a scale", "give a number above 0, e.g. the rank"
-        )
-        require(
-            bool(self.targets),
-            "lora.targets",
-            self.targets,
-            "something has to be adapted",
-            f"give some of {', '.join(TARGETS)}",
-        )
+        check(self.rank >= 1, f"lora.rank must be at least 1, or null for no adapters, got {self.rank}")
+        check(self.alpha > 0, f"lora.alpha must be positive, got {self.alpha}; the rank is a good start")
+        check(bool(self.targets), f"lora.targets is empty; give some of {', '.join(TARGETS)}")
         for target in self.targets:
             choose("lora.targets", target, TARGETS)
 
 
 def load_peft() -> Any:
-    """The library, or an InputError in one line."""
+    """Return the module peft; InputError when it is not installed."""
     try:
         import peft
     except ImportError as error:
@@ -111,42 +104,45 @@ def load_peft() -> Any:
 
 
 def target_names(model: nn.Module, targets: tuple[str, ...]) -> list[str]:
-    """Names of the linear layers of ``model`` that ``targets`` mean; InputError for a target that it has none of."""
+    """Return the names of the linear layers of ``model`` in ``targets``; InputError for a target without
+    any.
+    """
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     found = {target: [name for name in linear if TARGETS[target](name.split("."))] for target in targets}
     for target, names in found.items():
-        rule = f"{type(model).__name__} has no such projection"
-        require(
+        others = ", ".join(name for name in TARGETS if name != target)
+        check(
             bool(names),
-            "lora.targets",
-            target,
-            rule,
-            f"give some of {', '.join(name for name in TARGETS if name != target)}",
+            f"lora.targets has {target!r}, but {type(model).__name__} has no such projection; give some of "
+            f"{others}",
         )
     return sorted({name for names in found.values() for name in names})
 
 
 def add_lora(model: nn.Module, config: LoraConfig, seed: int = 0) -> None:
-    """Put fresh adapters into ``model`` and freeze everything else. A is a function of ``seed``, B is zero: the model is as before.
+    """Insert fresh adapters into ``model`` and freeze everything else. A depends on ``seed`` alone, B is
+    zero.
 
-    InputError for a model that has adapters already, for targets that it has not, and without a rank.
+    The output of the model does not change. InputError for a model with adapters, for targets that it
+    lacks, and without a rank.
     """
-    require(config.rank is not None, "lora.rank", config.rank, "adapters have one", "give 1 or more, e.g. 8")
+    check(config.rank is not None, "lora.rank is null, but adapters need a rank of at least 1, e.g. 8")
     assert config.rank is not None
     if lora_layers(model):
         raise InputError(
-            f"this {type(model).__name__} has adapters already; load the plain model, or fold them in with merged_state first"
+            f"this {type(model).__name__} has adapters already; load the model without adapters, or merge "
+            "them first"
         )
     insert(model, config.rank, config.alpha, target_names(model, config.targets))
-    draw = generator(seed, "lora")
+    draws = generator(seed, "lora")
     for layer in lora_layers(model).values():
         a = layer.lora_A[ADAPTER].weight
         with torch.no_grad():
-            a.copy_(nn.init.kaiming_uniform_(torch.empty(a.shape), a=sqrt(5), generator=draw))
+            a.copy_(nn.init.kaiming_uniform_(torch.empty(a.shape), a=sqrt(5), generator=draws))
 
 
 def insert(model: nn.Module, rank: int, alpha: float, names: list[str]) -> None:
-    """Adapters at ``names``; they alone are trainable afterwards."""
+    """Insert adapters at ``names``; only they are trainable afterwards."""
     peft = load_peft()
     with torch.random.fork_rng():  # peft draws A from the global stream
         peft.inject_adapter_in_model(
@@ -155,7 +151,7 @@ def insert(model: nn.Module, rank: int, alpha: float, names: list[str]) -> None:
 
 
 def lora_layers(model: nn.Module) -> dict[str, Any]:
-    """The adapted layers of ``model`` by name."""
+    """Return the adapted layers of ``model`` by name."""
     return {
         name: module
         for name, module in model.named_modules()
@@ -164,7 +160,7 @@ def lora_layers(model: nn.Module) -> dict[str, Any]:
 
 
 def lora_state(model: nn.Module) -> dict[str, Tensor]:
-    """The adapters' tensors by name: all that training changes."""
+    """Return the tensors of the adapters by name: all that training changes."""
     return {
         name: tensor
         for name, tensor in model.state_dict().items()
@@ -173,7 +169,7 @@ def lora_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def base_state(model: nn.Module) -> dict[str, Tensor]:
-    """The model's other tensors, under the names that they have in a plain model."""
+    """Return the other tensors of the model, under their names in a model without adapters."""
     adapters = lora_state(model)
     return {
         name.replace(".base_layer.", "."): tensor
@@ -183,7 +179,7 @@ def base_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def merged_state(model: nn.Module) -> dict[str, Tensor]:
-    """The tensors of a plain model that gives the same output: the adapters folded in, ``model`` left as it is."""
+    """Return the tensors of a model with the same output and no adapters; ``model`` does not change."""
     state = base_state(model)
     for name, layer in lora_layers(model).items():
         if not layer.merged:
@@ -193,40 +189,39 @@ def merged_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def merged(model: Denoiser) -> Denoiser:
-    """A plain model, for inference, with the adapters folded into its weights: what every exporter and ``load_trained`` want."""
+    """Return a model for inference with the adapters merged into its weights, as every exporter needs it."""
     with torch.device("meta"):
-        plain = build(model.config)
-    plain.load_state_dict(merged_state(model), assign=True)
-    return plain.requires_grad_(False).eval()
+        result = build(model.config)
+    result.load_state_dict(merged_state(model), assign=True)
+    return result.requires_grad_(False).eval()
 
 
 def save_lora(model: Any, folder: str | Path, facts: Mapping[str, Any] | None = None) -> None:
-    """Write the adapters alone, as ``PeftModel.from_pretrained`` and ``load_lora`` read them; an earlier folder is replaced.
+    """Write the adapters alone, as ``PeftModel.from_pretrained`` and ``load_lora`` read them; an earlier
+    folder is replaced.
 
-    Beside them stand the size of clips that they were trained for and, of ``facts`` (as ``checkpoint.export`` has them), the names of the
-    classes and whose latents and captions they know. InputError for a model without adapters or with adapters folded in, and for a folder
-    with anything else in it; RunError when the disk refuses.
+    The metadata holds the size of the training clips and, of ``facts`` (as for ``interop.export``), the
+    class names and the fingerprints of codec and text encoder. InputError for a model without adapters or
+    with merged ones, and for a folder with other files; RunError when the disk refuses, or a weight is
+    NaN/Inf.
     """
     folder, layers, facts = Path(folder), lora_layers(model), facts or {}
-    apart = bool(layers) and not any(layer.merged for layer in layers.values())
-    require(
-        apart, "the model", type(model).__name__, "it has no adapters that stand apart", "call add_lora first"
+    check(
+        bool(layers) and not any(layer.merged for layer in layers.values()),
+        f"this {type(model).__name__} has no separate adapters to save; call add_lora first",
     )
-    others = sorted(file.name for file in folder.glob("*") if file.name not in (WEIGHTS, CARD))
-    require(
-        not others,
-        "folder",
-        str(folder),
-        f"it holds other files ({', '.join(others[:3])})",
-        "give a new folder",
-    )
+    check_replaceable(folder, (WEIGHTS, CARD))
     tensors = {
         PREFIX + name.replace(f".{ADAPTER}.", "."): tensor.detach().cpu().contiguous()
         for name, tensor in lora_state(model).items()
     }
-    told = {"classes": list(facts.get("classes") or ()), **{key: getattr(model.config, key) for key in CLIPS}}
-    told |= {part: read_fingerprint(facts.get(part) or {}) for part in ("codec", "text")}
-    metadata = {"format": "pt", BASE: tensors_sha256(base_state(model)), TOLD: json.dumps(told)}
+    check_finite(tensors, "to be saved", RunError)
+    about = {
+        "classes": list(facts.get("classes") or ()),
+        **{key: getattr(model.config, key) for key in CLIPS},
+    }
+    about |= {part: read_fingerprint(facts.get(part) or {}) for part in ("codec", "text")}
+    metadata = {"format": "pt", BASE: tensors_sha256(base_state(model)), METADATA: json.dumps(about)}
 
     def write(place: Path) -> None:
         model.peft_config[ADAPTER].save_pretrained(place)
@@ -237,57 +232,68 @@ def save_lora(model: Any, folder: str | Path, facts: Mapping[str, Any] | None = 
 
 
 def load_lora(model: Any, folder: str | Path, classes: Sequence[str] = ()) -> dict[str, Any]:
-    """Put the adapters of ``folder`` into a plain ``model``, ready to train on or to sample -> what stands beside them.
+    """Insert the adapters of ``folder`` into ``model``, ready to train or to sample; return their metadata.
 
-    That is ``classes``, the names of the labels from here on, and as far as the file has them CLIPS, codec and text (fingerprints). The
-    ``classes`` given are the names before: where the adapters know them in another order, the model gets that order. InputError for
-    adapters of other weights (by their hash, where the file has one), of another layout, or cut short, and for a folder that holds none.
+    The result has ``classes``, the names of the labels from now on, and, if the file has them, CLIPS and
+    the fingerprints of codec and text. ``classes`` are the names before: if the adapters list the same
+    names in another order, the label table is reordered. InputError for adapters of other weights (by their
+    hash, if the file has one), of another kind or layout, truncated or non-finite, and for a folder without
+    adapters.
     """
     folder = Path(folder)
     if lora_layers(model):
-        raise InputError(f"this {type(model).__name__} has adapters already; load the plain model first")
+        raise InputError(f"this {type(model).__name__} has adapters already; load the model without adapters")
     if not (folder / CARD).is_file():
         raise InputError(
-            f"{folder} holds no adapters ({CARD} is not there); give a folder that latte convert RUN FOLDER --to lora wrote"
+            f"folder {folder} holds no adapters ({CARD} is missing); use a folder of latte convert RUN "
+            "FOLDER --to lora"
         )
     rank, alpha, names = read_settings(folder / CARD)
     stored, metadata = read_tensors(folder / WEIGHTS)
-    told = read_told(metadata.get(TOLD))
-    told["classes"] = reorder(model, classes, [str(name) for name in told.get("classes") or ()])
+    about = read_metadata(metadata.get(METADATA))
+    about["classes"] = reorder(model, classes, [str(name) for name in about.get("classes") or ()])
     if BASE in metadata:
-        here, rule = tensors_sha256(model.state_dict()), f"{folder} was trained on {metadata[BASE][:16]}"
-        require(here == metadata[BASE], "the model's weights", here[:16], rule, "give that model")
+        found, expected = tensors_sha256(model.state_dict()), metadata[BASE]
+        check(
+            found == expected,
+            f"the model's weights have hash {found[:16]}, but {folder} was trained on {expected[:16]}; use "
+            "that model",
+        )
     linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     chosen = sorted(name for name in linear if any(name == end or name.endswith(f".{end}") for end in names))
-    shapes = {f"{PREFIX}{name}.lora_A.weight": (rank, linear[name].in_features) for name in chosen}
-    shapes |= {f"{PREFIX}{name}.lora_B.weight": (linear[name].out_features, rank) for name in chosen}
-    found = {name: tuple(tensor.shape) for name, tensor in stored.items()}
-    odd = sorted(name for name in shapes.keys() | found.keys() if shapes.get(name) != found.get(name))
-    require(
-        not odd,
-        str(folder / WEIGHTS),
-        odd and odd[0],
-        f"this {type(model).__name__} and {CARD} do not agree on it",
-        "give the adapters of this model, complete",
-    )
+    expected_shapes = {f"{PREFIX}{name}.lora_A.weight": (rank, linear[name].in_features) for name in chosen}
+    expected_shapes |= {f"{PREFIX}{name}.lora_B.weight": (linear[name].out_features, rank) for name in chosen}
+    shapes = {name: tuple(tensor.shape) for name, tensor in stored.items()}
+    both = expected_shapes.keys() | shapes.keys()
+    different = sorted(name for name in both if expected_shapes.get(name) != shapes.get(name))
+    if different:
+        name = different[0]
+        raise InputError(
+            f"{folder / WEIGHTS} does not match this {type(model).__name__} and {CARD}: {name} has shape "
+            f"{shapes.get(name)} "
+            f"instead of {expected_shapes.get(name)}; use the complete adapters of this model"
+        )
     insert(model, rank, alpha, chosen)
     for name, tensor in lora_state(model).items():
         tensor.copy_(stored[PREFIX + name.replace(f".{ADAPTER}.", ".")])
-    return told
+    return about
 
 
-def read_told(written: str | None) -> dict[str, Any]:
-    """What stands beside the adapters; nothing in files of other programs."""
+def read_metadata(text: str | None) -> dict[str, Any]:
+    """Return our metadata beside the adapters; an empty dict for files of other programs."""
     try:
-        told = json.loads(written or "{}")
+        about = json.loads(text or "{}")
     except ValueError:
         return {}
-    return told if isinstance(told, dict) else {}
+    return about if isinstance(about, dict) else {}
 
 
 @torch.no_grad()
 def reorder(model: Any, before: Sequence[str], after: Sequence[str]) -> list[str]:
-    """The names of the labels that hold from here on: ``after`` if there are as many as labels, in whose order the same names are put."""
+    """Return the label names from now on: ``after`` if there are as many as labels, else ``before``.
+
+    If both hold the same names, the label table is put into the new order.
+    """
     if len(after) != (getattr(model.config, "num_classes", None) or 0):
         return list(before)
     if sorted(before) == sorted(after) and list(before) != list(after):
@@ -297,14 +303,34 @@ def reorder(model: Any, before: Sequence[str], after: Sequence[str]) -> list[str
 
 
 def read_settings(file: Path) -> tuple[int, float, list[str]]:
-    """(rank, alpha, ends of the adapted layers' names) of a card of peft; InputError for anything but plain LoRA of one rank."""
-    card = read_json(file)
-    rank, alpha, names = card.get("r"), card.get("lora_alpha"), card.get("target_modules")
-    plain = card.get("peft_type") == "LORA" and not any(card.get(key) for key in OTHER_KINDS)
-    named = [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
-    if plain and named and named == names and isinstance(rank, int) and isinstance(alpha, int | float):
-        return rank, alpha, named
-    raise InputError(
-        f"{file} is {card.get('peft_type')!r}, but it must be plain LoRA of one rank at named layers; give a folder that "
-        "latte wrote"
+    """Return (rank, alpha, ends of the names of the adapted layers) of peft's adapter_config.json.
+
+    InputError, naming the key, for anything but plain LoRA of one rank at named layers.
+    """
+    settings = read_json(file)
+    for key, value in settings.items():
+        allowed = PLAIN_SETTINGS.get(key, ()) if value else None
+        check(
+            allowed is None or value in allowed,
+            f"{printable(file)}: {printable(key)} is {value!r}, which plain LoRA does not have, and other "
+            "adapters are not "
+            "supported; merge these adapters with the program that trained them",
+        )
+    check(
+        settings.get("peft_type") == "LORA",
+        f"{printable(file)} has no peft_type LORA; use a folder that latte or peft wrote",
     )
+    rank, alpha, names = (settings.get(key) for key in ("r", "lora_alpha", "target_modules"))
+    check(
+        type(rank) is int and rank >= 1,
+        f"{printable(file)}: r must be an integer of at least 1 in plain LoRA, got {rank!r}",
+    )
+    check(
+        type(alpha) in (int, float),
+        f"{printable(file)}: lora_alpha must be a number in plain LoRA, got {alpha!r}",
+    )
+    check(
+        isinstance(names, list) and bool(names) and all(isinstance(name, str) for name in names),
+        f"{printable(file)}: target_modules must be a list of layer names in plain LoRA, got {names!r}",
+    )
+    return rank, alpha, names  # type: ignore[return-value]
