@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from numpy import ndarray
 
-from latte.checks import require
+from latte.checks import check
 from latte.data.clips import centre_crop_resize, to_float, to_uint8
 from latte.data.media import VIDEO_SUFFIXES, probe, read_frames
 from latte.data.procedural import Scene, draw_scene, read_motion, render
@@ -193,12 +193,9 @@ def main(words: Sequence[str] | None = None) -> list[dict[str, Any]]:
         if options.videos
         else procedural(trained, count, seed, frames)
     )
-    require(
+    check(
         bool(clips),
-        "--videos",
-        str(options.videos),
-        f"no video there has {frames} frames",
-        "give a folder of longer clips",
+        f"--videos {options.videos} has no video of {frames} frames; give a folder of longer clips",
     )
     lines = []
     for which in options.given:

@@ -77,9 +77,3 @@ def check(condition: bool, message: str) -> None:
     """Raise ``InputError(message)`` unless ``condition``."""
     if not condition:
         raise InputError(message)
-
-
-def require(ok: bool, field: str, value: object, rule: str, way_out: str) -> None:
-    """Do what ``check`` does, for callers that have no message of their own yet."""
-    if not ok:
-        raise InputError(f"{field} is {value!r}, but {rule}; {way_out}")

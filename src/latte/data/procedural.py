@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 import torch
 
-from latte.checks import check, require
+from latte.checks import check
 from latte.runtime import generator
 
 if TYPE_CHECKING:
@@ -78,12 +78,10 @@ def split_combinations(hold_out: int) -> tuple[tuple[Combination, ...], tuple[Co
 
 def check_hold_out(hold_out: int) -> None:
     """InputError for a share that leaves nothing to draw, or holds nothing out."""
-    require(
+    check(
         hold_out == 0 or 2 <= hold_out <= 72,
-        "data.hold_out",
-        hold_out,
-        "one in so many of 72 combinations is held out",
-        "give 2 to 72, or 0 for none",
+        "data.hold_out must be 0 (none) or from 2 to 72, as one in so many of 72 captions is held out, "
+        f"got {hold_out}",
     )
 
 
