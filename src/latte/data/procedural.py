@@ -77,11 +77,10 @@ def split_combinations(hold_out: int) -> tuple[tuple[Combination, ...], tuple[Co
 
 
 def check_hold_out(hold_out: int) -> None:
-    """InputError for a share that leaves nothing to draw, or holds nothing out."""
+    """Raise InputError for a number that leaves no captions, or holds none out."""
     check(
         hold_out == 0 or 2 <= hold_out <= 72,
-        "data.hold_out must be 0 (none) or from 2 to 72, as one in so many of 72 captions is held out, "
-        f"got {hold_out}",
+        f"data.hold_out is {hold_out}, but one caption in so many of 72 is held out; give 2 to 72, or 0 for none",
     )
 
 
