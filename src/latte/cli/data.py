@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from latte.checks import printable
 from latte.cli.options import (
     OVERRIDABLE,
     Command,
