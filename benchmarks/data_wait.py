@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Share of a training step spent waiting for data, from a folder of videos and from latent shards: python benchmarks/data_wait.py.
+"""Share of a training step spent waiting for data, from a folder of videos and from latent shards.
 
-Both trainings are the program's own, with the figures of its own metrics.jsonl; the first steps, which fill caches, do not count.
-Without --root the videos are procedural ones, written as mp4 first.
+python benchmarks/data_wait.py. The numbers come from metrics.jsonl of two trainings; the first steps, which
+fill caches, do not count. Without --root the videos are procedural, written as mp4 first. Add data.workers=N
+to compare numbers of workers.
 """
 
 import argparse
@@ -36,7 +37,7 @@ def write_videos(root: Path, count: int, frames: int, side: int) -> None:
 def shares(
     words: list[str], options: argparse.Namespace, run: Path
 ) -> tuple[list[float], list[float], float]:
-    """Train -> (data wait share of each step, seconds of each step, share of the machine that others used)."""
+    """Train; return the data wait share and the seconds of each step, and what share of it others used."""
     config, _ = load_run(None, [*words, f"run.dir={run}"])
     before, start = measure.processor_seconds(), time.perf_counter()
     build(config, options.device).train()

@@ -98,8 +98,8 @@ def test_doctor_says_what_is_here(latte):
 
 
 def test_doctor_exits_with_1_when_something_is_missing(latte, monkeypatch):
-    monkeypatch.setattr(doctor, "LEAST_MEMORY", 1 << 60)
-    monkeypatch.setattr(doctor, "LEAST_DISK", 1 << 60)
+    monkeypatch.setattr(doctor, "MIN_MEMORY", 1 << 60)
+    monkeypatch.setattr(doctor, "MIN_DISK", 1 << 60)
     monkeypatch.setattr(doctor, "_video_encoders", lambda: None)
     found = latte("doctor")
     assert found.code == 1

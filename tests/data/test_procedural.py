@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is drawn is what is measured: direction, colour and shape of a clip can be read back from its pixels alone."""
+"""What is drawn is what is measured: direction, colour and shape of a clip can be read back from its pixels
+alone.
+"""
 
 from collections import Counter
 from itertools import product

@@ -159,7 +159,7 @@ def test_training_checkpoints_gradients_when_asked(on, tmp_path, monkeypatch):
 
 
 def test_a_run_of_adapters_costs_what_it_costs(tmp_path):
-    """Against the tensors of such a run: gradients, moments, EMA and checkpoints are those of the adapters."""
+    """Against the tensors of such a run: gradients, moments, EMA, checkpoints are those of the adapters."""
     pytest.importorskip("peft", reason="needs the extra lora")
     tiny_trained().save_pretrained(tmp_path / "base")
     adapters = [

@@ -160,15 +160,23 @@ def inspect(
     configure_logging()
     config, _ = load_source(source, overrides)
     check_image(out)
-    codec = build_codec(config.codec, resolve_device(device)) if config.data.kind == "latents" else None
-    dataset = build_dataset(config.data, codec_fingerprint=codec.fingerprint if codec else None)
+    codec = None
+    fingerprint = None
+    if config.data.kind == "latents":
+        codec = build_codec(config.codec, resolve_device(device))
+        fingerprint = codec.fingerprint
+    dataset = build_dataset(config.data, codec_fingerprint=fingerprint)
     items = items_of_step(seed, 0, min(count, len(dataset)), len(dataset))
     clips = [dataset.clip(item, generator(seed, "inspect", item)) for item in items]
     videos = [codec.decode(clip.video[None])[0] if codec else clip.video for clip in clips]
     captions = []
     for clip in clips:
-        name = f" ({dataset.classes[clip.label]})" if clip.label is not None else ""
-        captions.append(clip.key + name + (f": {clip.caption}" if clip.caption else ""))
+        line = clip.key
+        if clip.label is not None:
+            line += f" ({dataset.classes[clip.label]})"
+        if clip.caption:
+            line += f": {clip.caption}"
+        captions.append(line)
     sheet = contact_sheet([to_uint8(video) for video in videos], captions=captions)
     with reported("the contact sheet", out):
         out.parent.mkdir(parents=True, exist_ok=True)

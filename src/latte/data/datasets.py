@@ -85,8 +85,7 @@ class FolderDataset:
     def clip(self, index: int, generator: torch.Generator) -> Clip:
         """Return clip ``index`` with its start frame, then its flip, drawn from ``generator``."""
         found = self.clips[index]
-        times = found.info.times if self.config.rule == "time" else ()
-        frames = choose_frames(found.info.frames, self.config.clip_rule, generator, times)
+        frames = choose_frames(found.info.frames, self.config.clip_rule, generator, found.info.times)
         return self._read(found, frames, generator)
 
     def image(self, index: int, generator: torch.Generator) -> Clip:
@@ -114,7 +113,9 @@ class FolderDataset:
             path = clip.info.path
             size = os.path.getsize(path) if os.path.isfile(path) else 0
             content.append((clip.key, clip.label, clip.info.frames, clip.info.height, clip.info.width, size))
-        described = [content, self.caption_of] if self.caption_of else content
+        described: list[Any] = content
+        if self.caption_of:
+            described = [content, self.caption_of]
         return {
             "kind": "folder",
             "clips": len(self),

@@ -91,12 +91,11 @@ def encode_dataset(
     """Encode all frames of the dataset of ``config`` at its resolution (mirrored too with ``config.flip``)
     into ``out``.
 
-    Frames, interval and rule are chosen by the training that reads the latents. A stochastic codec stores one
-    sample of the posterior per frame, drawn from ``seed``. ``progress(done, total)`` counts videos. With a
-    ``text`` encoder, the features of every distinct caption are stored first, ``caption_part`` to a file, and
-    the encoder is freed. A ``codec`` that is a function builds one; it is called before the captions, for the
-    settings, and again after them, so that codec and text encoder are never in memory together. Everything
-    that can be checked is checked before the first video is read.
+    Training chooses frames, interval and rule. A stochastic codec stores one sample of the posterior per
+    frame, drawn from ``seed``. With a ``text`` encoder, the features of every distinct caption are stored
+    first, ``caption_part`` to a file, and the encoder is freed. A ``codec`` that is a function builds one,
+    before the captions for the settings and again after them: codec and text encoder are never in memory
+    together. Everything that can be checked is checked before the first video is read.
 
     Returns out, videos, frames, classes, captions, new_captions, shards, new_shards, bytes and skipped. Run
     it again after an interruption. InputError when ``out`` holds latents of other settings, nothing can be
@@ -228,7 +227,8 @@ def write_shards(
         records = [video.record for video in shard.videos if video.record.key not in unreadable]
         videos += [{**asdict(record), "shard": shard.path.name} for record in records]
     files = [{"file": shard.path.name, "bytes": shard.path.stat().st_size} for shard in shards]
-    manifest: dict[str, Any] = {"classes": source.classes, "shards": files, "videos": videos, "skipped": skipped}
+    manifest: dict[str, Any] = {"classes": source.classes, "shards": files, "videos": videos}
+    manifest["skipped"] = skipped
     if source.damaged:
         manifest["damaged"] = source.damaged
     return manifest
@@ -281,7 +281,7 @@ class Encoder:
         flips.
         """
         record = video.record
-        kinds = (SOURCE, MIRROR) if self.config.flip else (SOURCE,)
+        kinds = (SOURCE, MIRROR)[: 1 + self.config.flip]
         pieces: dict[str, list[Tensor]] = {kind: [] for kind in kinds}
         for start in range(0, record.frames, video.piece):
             numbers = range(start, min(start + video.piece, record.frames))

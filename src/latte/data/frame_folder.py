@@ -44,6 +44,10 @@ class Unreadable(InputError):
         self.reason = f"{code}: {sentence}"
         super().__init__(f"{printable(self.path)} cannot be used ({self.reason}); repair or remove it")
 
+    def __reduce__(self) -> tuple:
+        """Pickle by the arguments, so that a worker process can send the error."""
+        return Unreadable, (self.path, *self.reason.split(": ", 1)), self.__dict__
+
 
 def check_file(path: str) -> None:
     """Raise Unreadable for what is missing, a device, a pipe or empty, before any library opens it."""

@@ -69,9 +69,12 @@ class JointDataset:
         picks = torch.randint(len(self.dataset), (self.num_images,), generator=generator).tolist()
         images = [self.dataset.image(pick, generator) for pick in picks]
         video = append_images(clip.video, torch.cat([image.video for image in images]))
-        label: Any = None if clip.label is None else [clip.label, *(image.label for image in images)]
-        caption: Any = None if clip.caption is None else [clip.caption, *(image.caption for image in images)]
-        return replace(clip, video=video, label=label, caption=caption)
+        changes: dict[str, Any] = {"video": video}
+        if clip.label is not None:
+            changes["label"] = [clip.label, *(image.label for image in images)]
+        if clip.caption is not None:
+            changes["caption"] = [clip.caption, *(image.caption for image in images)]
+        return replace(clip, **changes)
 
     def describe(self) -> dict[str, Any]:
         """Return the dataset's description and the number of images."""

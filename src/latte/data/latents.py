@@ -137,8 +137,7 @@ class LatentDataset:
     def clip(self, index: int, generator: torch.Generator) -> Clip:
         """Return clip ``index`` with its start frame, then its flip, drawn from ``generator``."""
         record = self.videos[index]
-        times = record.times if self.config.rule == "time" else ()
-        frames = choose_frames(record.frames, self.config.clip_rule, generator, times)
+        frames = choose_frames(record.frames, self.config.clip_rule, generator, record.times)
         return self._read(index, frames, generator)
 
     def image(self, index: int, generator: torch.Generator) -> Clip:
@@ -152,8 +151,10 @@ class LatentDataset:
         """Return the ``frames`` of video ``index`` or, at random, of its mirror image."""
         record = self.videos[index]
         flipped = bool(torch.rand((), generator=generator) < 0.5)
-        name = tensor_name(MIRROR if flipped and self.config.flip else SOURCE, record.key)
-        latent = self._read_tensor(self.shard_of[index], name, frames)
+        kind = SOURCE
+        if flipped and self.config.flip:
+            kind = MIRROR
+        latent = self._read_tensor(self.shard_of[index], tensor_name(kind, record.key), frames)
         return Clip(latent, record.label if self.config.labels else None, record.caption, record.key)
 
     def _read_tensor(self, shard: str, name: str, frames: list[int]) -> Tensor:
@@ -194,7 +195,7 @@ def scan_latents(root: str | os.PathLike, rule: ClipRule | None = None) -> ScanR
     clips = []
     skipped = list(manifest["skipped"])
     for record in map(Record.of, manifest["videos"]):
-        reason = rule.needs(record.frames, record.times) if rule else None
+        reason = rule and rule.needs(record.frames, record.times)
         if reason:
             skipped.append({"path": record.key, "reason": reason})
         else:

@@ -112,9 +112,12 @@ def load_batch(dataset: Any, seed: int, step: int, global_batch: int, rank: int 
     positions = range(rank * share, (rank + 1) * share)
     clips = [dataset.clip(items[position], generator(seed, "clip", step, position)) for position in positions]
     labels = [clip.label for clip in clips]
+    label = None
+    if None not in labels:
+        label = torch.tensor(labels, dtype=torch.int64)
     return Batch(
-        video=torch.stack([clip.video for clip in clips]),
-        label=None if any(label is None for label in labels) else torch.tensor(labels, dtype=torch.int64),
+        video=torch.stack([clip.video for clip in clips]),  # (b f c H W)
+        label=label,
         captions=[clip.caption for clip in clips],
         keys=[clip.key for clip in clips],
         step=step,
@@ -161,7 +164,9 @@ class StepDataset(MapDataset):
         try:
             return load_batch(self.dataset, self.seed, step, self.global_batch, self.rank, self.world)
         except Exception as error:
-            return picklable(error) if get_worker_info() else error
+            if get_worker_info() is None:
+                return error
+            return picklable(error)
 
 
 def picklable(error: Exception) -> Exception:
@@ -205,7 +210,9 @@ class Loader:
         check(ahead >= 1, f"a worker must prepare at least 1 batch in advance, got {ahead}")
         check_world(global_batch, world)
         self.waited = 0.0
-        steps = range(start, sys.maxsize if stop is None else stop)
+        if stop is None:
+            stop = sys.maxsize
+        steps = range(start, stop)
         self._steps = iter(steps)
         batches = StepDataset(dataset, seed, global_batch, rank, world)
         others = set(multiprocessing.active_children())
@@ -262,6 +269,13 @@ def iterate(dataset: StepDataset, steps: range, workers: int, ahead: int) -> Ite
 
     Raises InputError for a dataset that cannot be sent to worker processes.
     """
+    settings: dict[str, Any] = {"num_workers": workers}
+    if workers:
+        settings |= {
+            "timeout": BATCH_TIMEOUT,
+            "prefetch_factor": ahead,
+            "multiprocessing_context": START_METHOD,
+        }
     try:
         with stop_signals_blocked(), warnings.catch_warnings():
             # More workers than cores help when reading waits for a disk. Pickle errors are reported below.
@@ -270,13 +284,10 @@ def iterate(dataset: StepDataset, steps: range, workers: int, ahead: int) -> Ite
                 dataset,
                 sampler=steps,
                 batch_size=None,
-                num_workers=workers,
-                collate_fn=as_loaded,
+                collate_fn=as_loaded,  # type: ignore[arg-type]
                 worker_init_fn=ignore_stop_signals,
-                timeout=BATCH_TIMEOUT if workers else 0,
-                prefetch_factor=ahead if workers else None,
-                multiprocessing_context=START_METHOD if workers else None,
                 generator=torch.Generator(),  # without it, DataLoader would advance the global random state
+                **settings,
             )
             return iter(loader)
     except (reduction.pickle.PicklingError, AttributeError, TypeError) as error:

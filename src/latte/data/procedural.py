@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Endless labelled and captioned clips drawn from a seed: one coloured shape on a dark ground, moving in one direction.
+"""Procedural clips with labels and captions: one coloured shape on a dark background, moving in one
+direction.
 
-Clip ``index`` of seed ``s`` is a pure function of (s, index): no download, no disk. The label is the direction, the caption says
-colour, shape and direction, and ``read_motion`` measures all of them back from pixels, so a generated clip can be graded.
-Axes: t frames, h height, w width, c channels.
+Clip ``index`` is a pure function of (seed, index), without download or disk. The label is the direction; the
+caption names colour, shape and direction; ``read_motion`` measures all three from pixels, so that generated
+clips can be graded. Axes: t frames, h height, w width, c channels.
 """
 
 import math
@@ -39,7 +40,9 @@ Combination = tuple[str, str, str]
 
 @dataclass(frozen=True)
 class Scene:
-    """What one clip shows. ``size`` (half the extent), ``start`` and ``speed`` are in units of the frame's side."""
+    """The content of one clip. ``size`` (half the extent), ``start`` and ``speed`` are in units of the
+    frame's side.
+    """
 
     shape: str
     colour: str
@@ -55,15 +58,17 @@ class Scene:
 
     @property
     def label(self) -> int:
-        """Index of the direction among DIRECTIONS: up, down, left, right."""
+        """Index of the direction in DIRECTIONS: up, down, left, right."""
         return list(DIRECTIONS).index(self.direction)
 
 
 @lru_cache(maxsize=64)
 def split_combinations(hold_out: int) -> tuple[tuple[Combination, ...], tuple[Combination, ...]]:
-    """(those that are drawn, those held out) of the 72 (shape, colour, direction): one in ``hold_out`` is never drawn, with 0 none.
+    """Return (used, held out) of the 72 combinations of shape, colour and direction: one in ``hold_out`` is
+    held out, with 0 none.
 
-    Held out along diagonals, so that every shape, colour and direction, and for 6 and more every pair of them too, is still seen elsewhere.
+    They are held out along diagonals, so that every shape, colour and direction, and from 6 on every pair of
+    them, occurs in the others.
     """
     check_hold_out(hold_out)
     places = product(range(len(SHAPES)), range(len(COLOURS)), range(len(DIRECTIONS)))
@@ -90,7 +95,10 @@ def caption_of(shape: str, colour: str, direction: str) -> str:
 
 
 def draw_scene(seed: int, index: int, frames: int, hold_out: int = 0) -> Scene:
-    """The scene of clip ``index``: every attribute uniform, the whole path inside the frame; held-out combinations never appear."""
+    """Return the scene of clip ``index``: attributes are uniform, and the shape stays inside the frame.
+
+    Held-out combinations never occur.
+    """
     u = torch.rand(8, generator=generator(seed, "scene", index), dtype=torch.float64).tolist()
     direction = list(DIRECTIONS)[index % len(DIRECTIONS)]
     size = 0.13 + 0.05 * u[2]
@@ -101,7 +109,8 @@ def draw_scene(seed: int, index: int, frames: int, hold_out: int = 0) -> Scene:
     dx, dy = DIRECTIONS[direction]
     lead = along if dx + dy > 0 else 1 - along
     start = (lead, across) if dx else (across, lead)
-    shape, colour = SHAPES[int(u[0] * len(SHAPES))], list(COLOURS)[int(u[1] * len(COLOURS))]
+    shape = SHAPES[int(u[0] * len(SHAPES))]
+    colour = list(COLOURS)[int(u[1] * len(COLOURS))]
     if hold_out:
         left = [(shape, colour) for shape, colour, way in split_combinations(hold_out)[0] if way == direction]
         shape, colour = left[int(u[0] * len(left))]
@@ -109,7 +118,7 @@ def draw_scene(seed: int, index: int, frames: int, hold_out: int = 0) -> Scene:
 
 
 def _inside(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Is (x, y), in units of the shape's size around its centre, inside the shape? Broadcasts."""
+    """Return whether points (x, y), in units of the shape's size around its centre, are inside the shape."""
     if shape == "circle":
         return x * x + y * y <= 1
     if shape == "square":
@@ -118,11 +127,13 @@ def _inside(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def render(scene: Scene, frames: int, height: int, width: int) -> np.ndarray:
-    """Scene -> uint8 (t h w c), every pixel the mean of SUPERSAMPLE^2 points. Only the shape's box is looked at."""
-    ground, colour = np.array(GROUND, np.float64), np.array(COLOURS[scene.colour], np.float64)
+    """Return the frames of a scene, uint8 (t h w c). Every pixel is the mean of SUPERSAMPLE^2 points."""
+    ground = np.array(GROUND, np.float64)
+    colour = np.array(COLOURS[scene.colour], np.float64)
     clip = np.empty((frames, height, width, 3), np.uint8)
     clip[:] = GROUND
-    side, (dx, dy) = min(height, width), DIRECTIONS[scene.direction]
+    side = min(height, width)
+    dx, dy = DIRECTIONS[scene.direction]
     for t in range(frames):
         centre_x = scene.start[0] * width + dx * scene.speed * t * side
         centre_y = scene.start[1] * height + dy * scene.speed * t * side
@@ -188,7 +199,9 @@ class ShapeScenes:
 
 @dataclass(frozen=True)
 class Motion:
-    """What ``read_motion`` sees: names or None when the pixels do not say; ``coherent`` = one compact shape in every frame."""
+    """What ``read_motion`` found: names, None if not clear; ``coherent`` means one compact shape in every
+    frame.
+    """
 
     direction: str | None
     colour: str | None
@@ -197,16 +210,19 @@ class Motion:
 
 
 def _mask(frames: np.ndarray) -> np.ndarray:
-    """uint8 (t h w c) -> bool (t h w): pixels nearer to the brightest colour of the clip than to the ground."""
+    """Return bool (t h w) for uint8 (t h w c): the pixels nearer to the brightest colour than to the
+    background.
+    """
     distance = np.abs(frames.astype(np.float64) - np.array(GROUND, np.float64)).max(axis=-1)
     return distance > max(0.5 * np.quantile(distance, 0.995), 40)
 
 
 def _compact(mask: np.ndarray) -> bool:
-    """Is the mask (h w) one connected piece, bar specks of under a twelfth of it?"""
+    """Return whether the mask (h w) is one connected piece, ignoring specks of less than a twelfth of it."""
     if not mask.any():
         return False
-    left, pieces = mask.copy(), []
+    left = mask.copy()
+    pieces = []
     while left.any():
         grown = np.zeros_like(left)
         grown[tuple(np.argwhere(left)[0])] = True
@@ -226,7 +242,7 @@ def _compact(mask: np.ndarray) -> bool:
 
 
 def _shape_of(mask: np.ndarray) -> str:
-    """Name of the shape of a mask (h w) from how it fills its bounding box, top half against bottom half."""
+    """Return the name of the shape of a mask (h w), from how it fills the halves of its bounding box."""
     rows, columns = np.where(mask.any(1))[0], np.where(mask.any(0))[0]
     box = mask[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1].astype(np.float64)
     half = max(len(box) // 2, 1)
@@ -236,10 +252,12 @@ def _shape_of(mask: np.ndarray) -> str:
 
 
 def read_motion(frames: np.ndarray) -> Motion:
-    """Grade a clip by its pixels alone: uint8 (t h w c) -> direction, colour, shape, and whether one shape is there throughout.
+    """Measure direction, colour and shape of a clip from its pixels, uint8 (t h w c), and whether it shows
+    one shape throughout.
 
-    The direction is that of the centroid's regression line over time; it is None when the path is shorter than 12 % of the frame,
-    when the drift across exceeds half of the way along, or when a frame holds no compact shape.
+    The direction is that of the centroid's regression line over time. It is None when the path is shorter
+    than 12 % of the frame, when the sideways drift exceeds half of the path, or when a frame holds no compact
+    shape.
     """
     mask = _mask(frames)
     coherent = all(_compact(m) for m in mask)

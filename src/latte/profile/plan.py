@@ -106,7 +106,8 @@ def plan(
     model = config.network
     train = config.train
     planned_device = device_of(device, measure)
-    processes = world_size() if processes is None else processes
+    if processes is None:
+        processes = world_size()
     check_processes(train.global_batch, processes)
     dtype = dtype_of("auto", planned_device)
     sampling = staging(model, config.codec, config.text, config.sample, planned_device, dtype).facts()
@@ -132,7 +133,9 @@ def plan(
 
 def adapters(config: RunConfig) -> Adapt | None:
     """Return the function that adds the run's adapters to a model; None for a run without."""
-    return (lambda model: add_lora(model, config.lora)) if config.lora.rank else None
+    if not config.lora.rank:
+        return None
+    return lambda model: add_lora(model, config.lora)
 
 
 def check_processes(global_batch: int, processes: int) -> None:
@@ -174,8 +177,9 @@ def device_of(name: str, needed: bool) -> torch.device:
 
 def dtype_of(name: str, device: torch.device) -> torch.dtype:
     """Return ``resolve_dtype`` for a device that need not exist: a missing GPU is taken to have bfloat16."""
-    absent = device.type == "cuda" and not torch.cuda.is_available()
-    return torch.bfloat16 if absent and name == "auto" else resolve_dtype(name, device)
+    if name == "auto" and device.type == "cuda" and not torch.cuda.is_available():
+        return torch.bfloat16
+    return resolve_dtype(name, device)
 
 
 def memory(config: RunConfig, batch: Batch, state: States, device: torch.device) -> Memory:
@@ -185,7 +189,9 @@ def memory(config: RunConfig, batch: Batch, state: States, device: torch.device)
     found = activations(
         config.network, batch.micro_batch, train.num_images, dtype, config.text.tokens, adapters(config)
     )
-    held = found.checkpointed if train.gradient_checkpointing else found.plain
+    held = found.plain
+    if train.gradient_checkpointing:
+        held = found.checkpointed
     return Memory(
         weights=state.weights,
         gradients=state.gradients,

@@ -61,14 +61,16 @@ class Staging:
     @property
     def together(self) -> int:
         """Peak if no part were freed."""
-        encoder = self.text_encoder.weights if self.text_encoder else 0
-        weights = encoder + self.denoiser.weights + self.decoder.weights
+        parts = (self.text_encoder, self.denoiser, self.decoder)
+        weights = sum(part.weights for part in parts if part)
         return weights + max(self.denoiser.working, self.decoder.working)
 
     @property
     def text(self) -> int:
         """Bytes of the stage of the text encoder, 0 without one."""
-        return self.text_encoder.weights + self.text_encoder.working if self.text_encoder else 0
+        if self.text_encoder is None:
+            return 0
+        return self.text_encoder.weights + self.text_encoder.working
 
     def facts(self) -> dict[str, Any]:
         """Return everything as plain data."""
