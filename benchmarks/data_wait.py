@@ -96,7 +96,8 @@ def main(argv: Sequence[str] | None = None) -> list[dict]:
             if len(waits) < measure.FEWEST_ROUNDS or other > options.max_other_load:
                 sys.exit(
                     f"data_wait {name}: {len(waits)} steps, others used {other:.0%} of the machine; "
-                    f"at least {measure.FEWEST_ROUNDS} steps and at most {options.max_other_load:.0%} are needed"
+                    f"at least {measure.FEWEST_ROUNDS} steps and at most {options.max_other_load:.0%} are "
+                    "needed"
                 )
             low, _, high = quantiles(seconds, n=4)
             line = {"what": f"data_wait {name}", "machine": measure.machine(device), "device": device.type}
