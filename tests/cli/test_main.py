@@ -187,6 +187,18 @@ def test_a_closed_pipe_or_stream_ends_the_output_and_nothing_else(tail, words, c
 
 
 @needs_shell
+def test_no_file_takes_the_place_of_a_closed_stream(tmp_path):
+    code = (
+        "from latte.cli.main import safe_output\n"
+        "with safe_output(), open('result', 'w') as file: file.write(str(file.fileno()))"
+    )
+    env = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
+    command = [SHELL, "-c", '"$0" -c "$1" <&- >&- 2>&-', sys.executable, code]
+    subprocess.run(command, env=env, cwd=tmp_path, check=True)
+    assert int((tmp_path / "result").read_text()) > 2
+
+
+@needs_shell
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full on this machine")
 def test_a_result_that_cannot_be_written_is_an_error():
     found = in_shell("> /dev/full", "--version")
