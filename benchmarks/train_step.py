@@ -19,7 +19,7 @@ from latte.training.step import Task, backward
 def train_step(
     model: Latte, options: argparse.Namespace, device: torch.device, dtype: torch.dtype
 ) -> measure.Task:
-    """Return the step of the training loop on fixed random latents; it counts as three forward passes."""
+    """Return the step of the training loop on fixed random latents; counted as three forward passes."""
     config = model.config
     process, objective = build_process(DiffusionConfig()), OBJECTIVES["paper"]
     task = Task(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The benchmarks run, print one JSON line each with what a figure needs, and refuse to print from a disturbed machine."""
+"""The benchmarks run, print one JSON line each with what a number needs, and refuse to print from a disturbed machine."""
 
 import importlib
 import json
@@ -54,7 +54,7 @@ def benchmark(monkeypatch):
     ("name", "more"),
     [("forward", []), ("train_step", ["--micro-batch", "1", "--batch", "2", "--checkpointing"])],
 )
-def test_a_benchmark_prints_what_a_figure_needs(benchmark, capsys, name, more):
+def test_a_benchmark_prints_what_a_number_needs(benchmark, capsys, name, more):
     line = benchmark(name).main([*TINY, *MODEL, *more])
     assert json.loads(capsys.readouterr().out) == line
     assert {*KEYS, "operations", "share_of_matmul"} <= set(line)
@@ -135,7 +135,7 @@ def test_sensitivity_says_from_where_on_a_damage_is_seen(benchmark, capsys, tmp_
             benchmark("sensitivity").main([*words, "--kinds", "speed"])
 
 
-class Obedient:
+class RightPipeline:
     """Stands for a trained model: draws what prompts say, but every second clip in another colour."""
 
     sample, weights = SampleConfig(), "none"
@@ -155,7 +155,7 @@ class Obedient:
 )
 def test_captions_are_graded_part_by_part(benchmark, capsys, monkeypatch, words, combinations):
     captions = benchmark("captions")
-    monkeypatch.setattr(captions.VideoPipeline, "from_pretrained", lambda source, **_: Obedient())
+    monkeypatch.setattr(captions.VideoPipeline, "from_pretrained", lambda source, **_: RightPipeline())
     monkeypatch.setattr(sys, "argv", ["captions.py", "model", "--count", "24", "--seed", "100", *words])
     captions.main()
     line = json.loads(capsys.readouterr().out)
@@ -204,7 +204,7 @@ def other_colour(clip, seed):
     return np.concatenate([clip[:1], clip[1:, ..., ::-1]]) if seed % 2 else clip
 
 
-def test_clips_that_leave_their_given_frame_are_told_apart(benchmark, monkeypatch):
+def test_clips_that_leave_their_conditioning_frame_are_noticed(benchmark, monkeypatch):
     given = benchmark("given")
     scenes = [draw_scene(1000, index, 8) for index in range(8)]
     turned = sum(
@@ -228,7 +228,7 @@ def changed(clip, seed):
     return np.concatenate([clip[:half], clip[half:, :, ::-1, ::-1]])
 
 
-def test_longer_clips_that_stay_what_they_were_are_told_from_those_that_do_not(benchmark):
+def test_longer_clips_that_change_are_distinguished_from_those_that_do_not(benchmark):
     longer, clips = (
         benchmark("longer"),
         [render(draw_scene(1000, index, 16), 16, 64, 64) for index in range(8)],
@@ -254,19 +254,19 @@ def test_longer_clips_that_stay_what_they_were_are_told_from_those_that_do_not(b
 
 
 @pytest.mark.parametrize("videos", [False, True])
-def test_the_benchmarks_of_given_frames_and_longer_clips_run_a_model(
+def test_the_benchmarks_of_conditioning_frames_and_longer_clips_run_a_model(
     benchmark, monkeypatch, tmp_path, videos
 ):
     words = ["--count", "2", *(["--videos", str(write_shapes(tmp_path / "shapes", 2))] if videos else [])]
     given, longer = benchmark("given"), benchmark("longer")
     monkeypatch.setattr(given.VideoPipeline, "from_pretrained", lambda *_, **__: tiny_trained())
     for line in given.main([*words, "--given", "first", "--strengths", "0"]):
-        assert (line["worst"], line["psnr"]) == (0, None), "pixels as latents: nothing is lost"
+        assert (line["worst"], line["psnr"]) == (0, None), "pixels as latents: exact"
         assert ("colour" in line) == (not videos)
     lines = longer.main([*words, "--sheets", str(tmp_path / "sheets")])
     assert [line["method"] for line in lines] == ["real", *longer.METHODS]
     assert all(line["frames"] == 6 and ("same" in line) == (not videos) for line in lines)
-    assert len({line["step"] for line in lines}) == len(lines), "each method draws clips of its own"
+    assert len({line["step"] for line in lines}) == len(lines), "each method generates its own clips"
     assert {path.name for path in (tmp_path / "sheets").iterdir()} == {
         f"{line['method']}-6.png" for line in lines
     }
@@ -278,7 +278,7 @@ def test_captions_of_a_run_that_held_nothing_out_are_refused(benchmark, monkeypa
         benchmark("captions").main()
 
 
-def test_a_disturbed_machine_gives_no_figure(benchmark, capsys, monkeypatch):
+def test_a_disturbed_machine_gives_no_number(benchmark, capsys, monkeypatch):
     measure = benchmark("measure")
     monkeypatch.setattr(measure, "other_load", lambda *_: 0.5)
     with pytest.raises(SystemExit) as stopped:
@@ -316,9 +316,7 @@ def test_the_gpu_benchmark_says_that_it_needs_one(benchmark, monkeypatch):
     find_spec("bitsandbytes") is None, reason="needs bitsandbytes (pip install 'latte-video[bits8]')"
 )
 def test_int8_is_measured_against_float32(benchmark):
-    line = benchmark("int8").main(
-        ["--width", "128", "--layers", "2", "--prompts", "2", "--tokens", "5"]
-    )
+    line = benchmark("int8").main(["--width", "128", "--layers", "2", "--prompts", "2", "--tokens", "5"])
     assert line["float32_bytes"] == 4 * line["parameters"]
     assert line["bfloat16"]["bytes"] == 2 * line["parameters"]
     assert line["bits8"]["bytes"] < line["float32_bytes"]

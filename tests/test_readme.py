@@ -102,7 +102,13 @@ def test_a_line_that_does_not_exist_is_noticed():
 
 
 def test_every_file_that_the_documents_name_exists():
-    for page in ("README.md", "README.zh-CN.md", "CONTRIBUTING.md", "docs/architecture.md", "docs/results.md"):
+    for page in (
+        "README.md",
+        "README.zh-CN.md",
+        "CONTRIBUTING.md",
+        "docs/architecture.md",
+        "docs/results.md",
+    ):
         text = (ROOT / page).read_text(encoding="utf-8")
         named = re.findall(r"\]\((?!http|#)([^)#]+)", text)
         assert [name for name in named if not (ROOT / page).parent.joinpath(name).exists()] == [], page

@@ -79,7 +79,7 @@ UNSAFE_CALLS = {
 }
 REVIEWED: set[tuple[str, str]] = {  # reviewed exceptions, (file, call): at most one
     # public names, imported at first use, so that ``import latte`` imports no torch
-    ("__init__.py", "import_module"),
+    ("__init__.py", "import_module")
 }
 
 
@@ -323,7 +323,10 @@ def test_each_rule_finds_its_violation(rule, file, violation):
             "model/latte.py",
             "from latte.checks import InputError\nfrom latte.model import blocks\nfrom . import patches",
         ),
-        ("cli/train.py", "from latte import __version__\ndef f():\n    from latte.training.train import train"),
+        (
+            "cli/train.py",
+            "from latte import __version__\ndef f():\n    from latte.training.train import train",
+        ),
         ("data/media.py", "def f():\n    import av"),
         ("checkpoint/run.py", "model.eval()\ntorch.load(path, weights_only=True)\nyaml.safe_load(text)"),
     ],

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Hash what must not change when code moves: 3 short trainings, 12 samples, 4 scores, 4 converted checkpoints.
+"""Hash what must not change when code moves: 3 trainings, 12 samples, 4 scores, 4 converted checkpoints.
 
     PYTHONPATH=OLD/src python tools/check_results.py > old.json
     PYTHONPATH=NEW/src python tools/check_results.py --compare old.json
 
-Every input is made on the spot. Clips are hashed as decoded frames (uint8), weights tensor by tensor, scores with their manifest
-hash, so file formats may change. The two runs must share machine, torch and thread count: float32 results depend on them.
+Every input is made on the spot. Clips are hashed as decoded frames (uint8), weights tensor by tensor, scores
+with their manifest hash, so file formats may change. The two runs must share machine, torch and thread count:
+float32 results depend on them.
 """
 
 import argparse
@@ -23,11 +24,24 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-TINY = ["train.steps=6", "train.global_batch=4", "train.checkpoint_every=3", "train.dtype=fp32", "sample.steps=4", "sample.batch=2"]
+TINY = [
+    "train.steps=6",
+    "train.global_batch=4",
+    "train.checkpoint_every=3",
+    "train.dtype=fp32",
+    "sample.steps=4",
+    "sample.batch=2",
+]
 TRAININGS = {
     "class": ["shapes-tiny", "model.depth=2"],
     "joint": ["shapes-tiny", "model.depth=2", "train.num_images=3"],
-    "text": ["shapes-text", "model.depth=2", "data.resolution=32", "train.sample_every=0", "train.decay_steps=2"],
+    "text": [
+        "shapes-text",
+        "model.depth=2",
+        "data.resolution=32",
+        "train.sample_every=0",
+        "train.decay_steps=2",
+    ],
 }
 
 
@@ -78,7 +92,11 @@ def sample_all(folder: Path) -> dict[str, str]:
         ("builtin", [0, 1, 2, 3], {"labels": [0, 1, 2, 3]}),
         (folder / "class", [4, 5, 6], {"labels": [0, 1, -1]}),
         (folder / "joint", [7, 8], {"labels": [2, 3], "frames": 5}),
-        (folder / "text", [9, 10, 11], {"prompts": ["a red square moves left", "a blue circle", "up"], "negative": "down"}),
+        (
+            folder / "text",
+            [9, 10, 11],
+            {"prompts": ["a red square moves left", "a blue circle", "up"], "negative": "down"},
+        ),
     ]
     found = {}
     for source, seeds, options in cases:
@@ -109,9 +127,13 @@ def score_all(folder: Path) -> dict[str, str]:
     for protocol in ("builtin", "random-i3d"):
         for name, fake in fakes.items():
             out = folder / f"score-{protocol}-{name}"
-            result = latte("evaluate", real, fake, "--protocol", protocol, "--clips", 8, "--device", "cpu", "--out", out)
+            result = latte(
+                "evaluate", real, fake, "--protocol", protocol, "--clips", 8, "--device", "cpu", "--out", out
+            )
             interval = [float(bound).hex() for bound in result.get("interval") or ()]
-            found[f"score {protocol} {name}"] = f"{float(result['value']).hex()} {interval} {result['manifest_hash'][:16]}"
+            found[f"score {protocol} {name}"] = (
+                f"{float(result['value']).hex()} {interval} {result['manifest_hash'][:16]}"
+            )
     return found
 
 

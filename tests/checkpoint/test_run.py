@@ -127,20 +127,20 @@ def test_a_damaged_newest_checkpoint_is_passed_over_with_a_warning_but_refused_b
     save(tmp_path, 10), save(tmp_path, 20)
     newest = save(tmp_path, 30)
     alter(newest / "ema.safetensors", 90, 1)
-    said = []
-    assert load_latest(tmp_path, warn=said.append).step == 20
-    assert latest_checkpoint(tmp_path, warn=said.append) == tmp_path / "checkpoints" / "step-20"
-    assert "ema.safetensors has sha256" in said[0]
-    assert "resuming from the earlier checkpoint" in said[1]
+    report = []
+    assert load_latest(tmp_path, warn=report.append).step == 20
+    assert latest_checkpoint(tmp_path, warn=report.append) == tmp_path / "checkpoints" / "step-20"
+    assert "ema.safetensors has sha256" in report[0]
+    assert "resuming from the earlier checkpoint" in report[1]
     assert (
-        latest_checkpoint(tmp_path, only=["optimizer"], warn=said.append) == newest
+        latest_checkpoint(tmp_path, only=["optimizer"], warn=report.append) == newest
     )  # the damage is in the other file
     with pytest.raises(InputError, match="is damaged"):
         load_checkpoint(newest)
     for path in list_checkpoints(tmp_path):
         (path / "manifest.json").unlink()
     with pytest.raises(InputError, match=r"no checkpoint .* can be read \(3 of 3 are damaged"):
-        latest_checkpoint(tmp_path, warn=said.append)
+        latest_checkpoint(tmp_path, warn=report.append)
     assert latest_checkpoint(tmp_path / "elsewhere") is None
 
 
@@ -291,11 +291,11 @@ def crash_everywhere(folder: str, results) -> None:
             crashed = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 77
             inside = bool(list(run_dir.glob("checkpoints/.*")))
             sweep_checkpoints(run_dir)
-            said = []
-            latest = latest_checkpoint(run_dir, warn=said.append)
+            report = []
+            latest = latest_checkpoint(run_dir, warn=report.append)
             step = int(latest.name[5:])
             fine = step in ((2, 3) if case == "prune" else (3,)) and is_that_of(latest, step)
-            fine = fine and not said and not list(run_dir.glob("checkpoints/.*"))
+            fine = fine and not report and not list(run_dir.glob("checkpoints/.*"))
             fine = fine and is_that_of(save(run_dir, 4, keep=2), 4)
             results.put((case, point, crashed, inside, fine))
             shutil.rmtree(run_dir)

@@ -185,9 +185,9 @@ def test_true_clips_follow_their_labels_and_not_shifted_ones():
 
 
 def test_noise_is_unclear():
-    still = demo.Grades(["up"], [read_motion(np.full((8, 32, 32, 3), 25, np.uint8))])
-    assert still.counts()[0] == [0, 0, 0, 0, 1]
-    assert (still.accuracy, still.coherent) == (0.0, 0.0)
+    frozen = demo.Grades(["up"], [read_motion(np.full((8, 32, 32, 3), 25, np.uint8))])
+    assert frozen.counts()[0] == [0, 0, 0, 0, 1]
+    assert (frozen.accuracy, frozen.coherent) == (0.0, 0.0)
 
 
 @pytest.mark.parametrize(("correct", "n"), [(0, 64), (60, 64), (64, 64), (1, 2)])

@@ -83,11 +83,13 @@ def test_a_run_from_pixart_becomes_a_pipeline_when_its_gate_is_open(latte, words
     with torch.no_grad():
         ours = model(z, T, text)
         assert model.config.gated_time
-        for theirs in (
+        for external in (
             LatteTransformer3DModel.from_pretrained("transformer"),
             LattePipeline.from_pretrained("pipe").transformer,
         ):
-            found = theirs(z.transpose(1, 2), T, text, enable_temporal_attentions=True).sample.transpose(1, 2)
+            found = external(z.transpose(1, 2), T, text, enable_temporal_attentions=True).sample.transpose(
+                1, 2
+            )
             assert float((found - ours).abs().max()) <= 1e-5 * float(ours.abs().max())
         model.open_gate(0.0)
         assert float((model(z, T, text) - ours).abs().max()) > 1e-2 * float(ours.abs().max()), (

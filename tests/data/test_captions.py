@@ -312,7 +312,9 @@ def test_features_that_do_not_fit_are_refused(tmp_path):
     content = path.read_bytes()
     for damaged in (content[:50], b"", b"nothing"):
         path.write_bytes(damaged)
-        with pytest.raises(InputError, match=r"captions-00000.safetensors has [0-9,]+ bytes, but its manifest lists"):
+        with pytest.raises(
+            InputError, match=r"captions-00000.safetensors has [0-9,]+ bytes, but its manifest lists"
+        ):
             stored_captions(tmp_path, entry, ["red"], 4)
     path.write_bytes(b"x" * len(content))
     with pytest.raises(InputError, match="cannot be read"):

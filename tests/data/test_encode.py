@@ -55,7 +55,11 @@ def test_an_interrupted_encoding_continues_where_it_stopped(tmp_path, stop):
     assert len(times) == stop // 2
     counted = []
     done = encode_dataset(
-        SHAPES, Drawn(), tmp_path / "out", shard_bytes=TWO_CLIPS, progress=lambda *counts: counted.append(counts)
+        SHAPES,
+        Drawn(),
+        tmp_path / "out",
+        shard_bytes=TWO_CLIPS,
+        progress=lambda *counts: counted.append(counts),
     )
     assert (done["shards"], done["new_shards"]) == (3, 3 - stop // 2)
     assert counted[-1] == (6, 6)
@@ -296,7 +300,9 @@ def test_names_that_are_not_utf8_are_decided_at_the_scan(tmp_path):
         ("--out", lambda: encode_dataset(config, Drawn(), tmp_path / "l\udcfcatents", cache_dir=tmp_path)),
         ("data.root", lambda: LatentDataset(latents_of(config, root))),
     ):
-        with pytest.raises(InputError, match=rf"^{field} is .*, which is not UTF-8, and safetensors cannot open"):
+        with pytest.raises(
+            InputError, match=rf"^{field} is .*, which is not UTF-8, and safetensors cannot open"
+        ):
             act()
     out = tmp_path / "out"
     done = encode_dataset(config, Drawn(), out, cache_dir=tmp_path)

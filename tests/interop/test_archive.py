@@ -175,16 +175,16 @@ def test_hostile_pickles_are_refused_and_leave_no_mark(kind, container, tmp_path
 
 
 @pytest.mark.parametrize(
-    ("value", "wanted"),
+    ("value", "expected_value"),
     [
         (argparse.Namespace(lr=1), "an object of argparse.Namespace"),
         (Payload(os.getcwd), f"a call of {os.getcwd.__module__}.getcwd"),
         (np.float64(1), "a call of numpy"),
     ],
 )
-def test_what_a_file_asks_for_is_named(value, wanted, tmp_path):
+def test_what_a_file_asks_for_is_named(value, expected_value, tmp_path):
     torch.save({"weight": noise(2), "arguments": value}, tmp_path / "x.pt")
-    with pytest.raises(InputError, match=wanted):
+    with pytest.raises(InputError, match=expected_value):
         read_tensors(tmp_path / "x.pt")
 
 

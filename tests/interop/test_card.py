@@ -42,14 +42,14 @@ def model(kind: str):
 
 
 @pytest.mark.parametrize(
-    ("kind", "says"), [("text", "text to video"), ("class", "2 classes"), ("plain", "unconditional")]
+    ("kind", "message"), [("text", "text to video"), ("class", "2 classes"), ("plain", "unconditional")]
 )
-def test_a_card_without_facts_names_what_is_not_recorded(kind, says, tmp_path):
+def test_a_card_without_facts_names_what_is_not_recorded(kind, message, tmp_path):
     built = model(kind)
     save_ours(built, tmp_path, {})
     card = ModelCard.load(tmp_path / "README.md")
     assert (card.data.library_name, "latte" in card.data.tags, card.data.license) == ("latte", True, None)
-    assert f"# {type(built).__name__}, {says}" in card.text
+    assert f"# {type(built).__name__}, {message}" in card.text
     assert f"{sum(p.numel() for p in built.parameters()):,} parameters" in card.text
     assert "Not recorded: data, licence, step, scores." in card.text
     assert f'{type(built).__name__}.from_pretrained("' in card.text

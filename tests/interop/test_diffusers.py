@@ -30,20 +30,22 @@ def test_diffusers_loads_our_folder_and_gives_the_same_output(ours, tmp_path):
     from diffusers import LatteTransformer3DModel
 
     save_diffusers(ours, tmp_path / "transformer")
-    theirs, info = LatteTransformer3DModel.from_pretrained(tmp_path / "transformer", output_loading_info=True)
+    external, info = LatteTransformer3DModel.from_pretrained(
+        tmp_path / "transformer", output_loading_info=True
+    )
     assert not any(info.values()), info
     z, text = noise(2, 4, 4, 8, 8), noise(2, 7, 12)
-    expected = theirs.eval()(z.transpose(1, 2), T, text).sample.transpose(1, 2)
+    expected = external.eval()(z.transpose(1, 2), T, text).sample.transpose(1, 2)
     assert float((ours(z, T, text) - expected).abs().max()) < 1e-5 * float(expected.abs().max())
 
 
 def test_round_trip_bit_for_bit_both_ways(ours, tmp_path):
     from diffusers import LatteTransformer3DModel
 
-    theirs = LatteTransformer3DModel(
+    external = LatteTransformer3DModel(
         **{key: value for key, value in diffusers_config(TINY).items() if key[0] != "_"}
     )
-    theirs.save_pretrained(tmp_path / "theirs")
+    external.save_pretrained(tmp_path / "theirs")
     loaded = load_external(tmp_path / "theirs")
     assert (loaded.layout, loaded.config, loaded.report.dropped) == ("LatteT2V", TINY, {})
     save_diffusers(loaded.model(), tmp_path / "again")
@@ -64,11 +66,11 @@ def test_every_name_of_the_published_size():
 
     with torch.device("meta"):
         model = LatteText(TextConfig())
-        theirs = LatteTransformer3DModel(
+        external = LatteTransformer3DModel(
             **{key: value for key, value in diffusers_config(model.config).items() if key[0] != "_"}
         )
     exported = {name: tensor.shape for name, tensor in diffusers_state(model).items()}
-    assert exported == {name: tensor.shape for name, tensor in theirs.state_dict().items()}
+    assert exported == {name: tensor.shape for name, tensor in external.state_dict().items()}
     assert len(exported) == 967
     names = translate(exported, TABLE, "to_ours")
     assert translate(names.values(), TABLE, "to_external") == {ours: name for name, ours in names.items()}

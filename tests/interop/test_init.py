@@ -67,12 +67,12 @@ def test_log_and_file_report_every_tensor_of_dit_and_of_the_model(dit, tmp_path,
     with caplog.at_level(logging.INFO, logger="latte"):
         tensors = start(tmp_path / "run", path, init_mapping="spatial")["model"]
     report = (tmp_path / "run/init.txt").read_text()
-    said = {line.split()[1]: line.split()[0] for line in report.splitlines()[1:]}
-    assert {name for name in state if name not in said} == set(), "used or skipped"
-    assert said[LABELS] == "dropped:"
-    assert said["blocks.1.attn.qkv.weight"] == "dropped:"
-    assert said["label_embedding.table.weight"] == "missing:"
-    counts = list(said.values())
+    message = {line.split()[1]: line.split()[0] for line in report.splitlines()[1:]}
+    assert {name for name in state if name not in message} == set(), "used or skipped"
+    assert message[LABELS] == "dropped:"
+    assert message["blocks.1.attn.qkv.weight"] == "dropped:"
+    assert message["label_embedding.table.weight"] == "missing:"
+    counts = list(message.values())
     assert counts.count("used:") + counts.count("missing:") == len(tensors)
     logged = "\n".join(record.getMessage() for record in caplog.records)
     assert all(line in logged for line in report.splitlines())

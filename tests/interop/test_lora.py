@@ -162,11 +162,11 @@ def test_adapters_go_out_and_come_back_and_peft_itself_reads_them(kind, tmp_path
     assert sum(
         tensor.numel() for tensor in load_file(tmp_path / "lora" / "adapter_model.safetensors").values()
     ) == sum(tensor.numel() for tensor in lora_state(model).values())
-    ours, theirs = plain(kind), plain(kind)
+    ours, external = plain(kind), plain(kind)
     load_lora(ours, tmp_path / "lora")
     assert same(dict(ours.state_dict()), dict(model.state_dict()))
     assert torch.equal(answer(ours), answer(model))
-    wrapped = peft.PeftModel.from_pretrained(theirs, tmp_path / "lora")
+    wrapped = peft.PeftModel.from_pretrained(external, tmp_path / "lora")
     assert torch.equal(wrapped(Z, T, TEXT if kind == "text" else LABEL), answer(model))
     save_lora(ours, tmp_path / "lora")
     (tmp_path / "lora" / "thesis.tex").touch()

@@ -42,14 +42,14 @@ def test_computes_what_the_released_code_does(classes, tmp_path):
 
 @pytest.mark.parametrize("classes", [None, 5])
 def test_round_trip_bit_for_bit_both_ways(classes, tmp_path):
-    theirs = released_state(classes=classes)
-    loaded = load_external(write(tmp_path / "in.pt", theirs), heads=4)
+    external = released_state(classes=classes)
+    loaded = load_external(write(tmp_path / "in.pt", external), heads=4)
     names = save_official(loaded.model(), tmp_path / "out.pt")
     again = torch.load(tmp_path / "out.pt", weights_only=True)["ema"]
-    assert set(names) == set(again) == set(theirs)
-    learned = [name for name in theirs if name not in ("pos_embed", "temp_embed")]
-    assert all(torch.equal(again[name], theirs[name]) for name in learned)
-    assert all((again[name] - theirs[name]).abs().max() < 1e-6 for name in ("pos_embed", "temp_embed"))
+    assert set(names) == set(again) == set(external)
+    learned = [name for name in external if name not in ("pos_embed", "temp_embed")]
+    assert all(torch.equal(again[name], external[name]) for name in learned)
+    assert all((again[name] - external[name]).abs().max() < 1e-6 for name in ("pos_embed", "temp_embed"))
 
     model = wake(
         Latte(ModelConfig(depth=4, width=32, heads=4, latent_size=8, num_frames=4, num_classes=classes))
@@ -72,7 +72,7 @@ def test_names_of_the_published_size():
     shapes = {name: tuple(tensor.shape) for name, tensor in classes.items()}
     assert (len(plain), len(classes)) == (292, 293)
     assert shapes.keys() - plain.keys() == {"y_embedder.embedding_table.weight"}
-    said = {
+    error_text = {
         "pos_embed": (1, 256, 1152),
         "temp_embed": (1, 16, 1152),
         "x_embedder.proj.weight": (1152, 4, 2, 2),
@@ -83,14 +83,14 @@ def test_names_of_the_published_size():
         "y_embedder.embedding_table.weight": (102, 1152),
     }
     for k in (0, 27):
-        said |= {
+        error_text |= {
             f"blocks.{k}.attn.qkv.weight": (3456, 1152),
             f"blocks.{k}.attn.proj.weight": (1152, 1152),
             f"blocks.{k}.mlp.fc1.weight": (4608, 1152),
             f"blocks.{k}.mlp.fc2.weight": (1152, 4608),
             f"blocks.{k}.adaLN_modulation.1.weight": (6912, 1152),
         }
-    assert said.items() <= shapes.items()
+    assert error_text.items() <= shapes.items()
     raw = {}
     for size in "SBL":
         with torch.device("meta"):
@@ -221,9 +221,9 @@ def test_a_table_is_a_bijection():
     )
     with torch.device("meta"):
         ours = list(Latte(ModelConfig(num_classes=3)).state_dict())
-    theirs = translate(ours, TABLE, "to_external")
-    assert len(set(theirs.values())) == len(ours)
-    assert {there: here for here, there in theirs.items()} == translate(theirs.values(), TABLE, "to_ours")
+    external = translate(ours, TABLE, "to_external")
+    assert len(set(external.values())) == len(ours)
+    assert {there: here for here, there in external.items()} == translate(external.values(), TABLE, "to_ours")
     with pytest.raises(InputError, match="did you mean 'to_ours'"):
         translate(ours, TABLE, "toours")
 

@@ -71,14 +71,14 @@ def test_the_pipeline_of_our_folder_draws_our_clip(kind, model, tmp_path):
     with torch.no_grad():  # as the pipeline does with one prompt: the negative one is cut to its length
         text, null = pipe.encode_prompt("a red circle moves up")
     assert text.shape == null.shape == (1, 6, 12)
-    theirs = pipe(
+    external = pipe(
         "a red circle moves up", latents=latents.transpose(1, 2), decode_chunk_size=3, **CALL
     ).frames
     ours = our_clip(model, codec_, latents, text, null)
-    assert theirs.std() > 0.05
-    assert float((ours - theirs).abs().max()) < SAME
+    assert external.std() > 0.05
+    assert float((ours - external).abs().max()) < SAME
     other, _ = pipe.encode_prompt("a blue square moves down")
-    assert float((our_clip(model, codec_, latents, other, null) - theirs).abs().max()) > 100 * SAME, (
+    assert float((our_clip(model, codec_, latents, other, null) - external).abs().max()) > 100 * SAME, (
         "the prompt has no say"
     )
 
@@ -101,7 +101,7 @@ def test_given_embeddings_give_the_same_clips(kind, scheduler, model, tmp_path):
         )  # our grid, the noise itself as start
     else:
         assert isinstance(pipe.scheduler, DDIMScheduler)
-    theirs = pipe(
+    external = pipe(
         None,
         None,
         prompt_embeds=text,
@@ -111,8 +111,8 @@ def test_given_embeddings_give_the_same_clips(kind, scheduler, model, tmp_path):
         **{**CALL, **changes},
     ).frames
     ours = our_clip(model, codec_, latents, text, null, None, scheduler, steps)
-    assert theirs.std() > 0.05
-    assert float((ours - theirs).abs().max()) < SAME
+    assert external.std() > 0.05
+    assert float((ours - external).abs().max()) < SAME
 
 
 def test_it_generates_our_clip_from_our_text_features(model, tmp_path):
@@ -150,11 +150,11 @@ def test_other_schedules_and_objectives_are_written_to_the_scheduler(diffusion, 
     )
     save_pipeline(model, codec_, *tiny_t5(), diffusion, tmp_path / "out")
     text, null = noise(1, 7, 12), noise(1, 7, 12, seed=1)
-    theirs = pipeline(tmp_path / "out")(
+    external = pipeline(tmp_path / "out")(
         None, None, prompt_embeds=text, negative_prompt_embeds=null, latents=latents.transpose(1, 2), **CALL
     ).frames
-    assert theirs.std() > 0.05
-    assert float((our_clip(model, codec_, latents, text, null, diffusion) - theirs).abs().max()) < SAME
+    assert external.std() > 0.05
+    assert float((our_clip(model, codec_, latents, text, null, diffusion) - external).abs().max()) < SAME
 
 
 def test_a_pipeline_folder_is_a_source_of_weights_autoencoder_and_text_encoder(model, tmp_path):

@@ -54,9 +54,9 @@ def test_at_step_0_every_frame_is_pixarts_picture(folder):
     z, text, mask = noise(2, 4, 4, 8, 8), noise(2, 7, 12), torch.arange(7) < torch.tensor([[3], [7]])
     clip = model(z, T, text, mask)
     assert torch.equal(clip, model(z, T, text, mask, temporal=False)), "difference 0 to the image model"
-    theirs = PixArtTransformer2DModel.from_pretrained(folder)
+    external = PixArtTransformer2DModel.from_pretrained(folder)
     pictures = torch.stack(
-        [theirs(z[:, f], text, T, encoder_attention_mask=mask).sample for f in range(4)], 1
+        [external(z[:, f], text, T, encoder_attention_mask=mask).sample for f in range(4)], 1
     )
     assert pictures.std() > 0.1
     assert float((clip - pictures).abs().max()) < 1e-5 * float(pictures.abs().max())
@@ -79,8 +79,8 @@ def test_then_the_new_blocks_learn(folder):
         optimiser.zero_grad()
         (model(z, T, text)[:, :, :4] - z.roll(1, 1)).square().mean().backward()
         optimiser.step()
-    still = [name for name, parameter in model.named_parameters() if torch.equal(parameter, start[name])]
-    assert [name for name in still if name in report.missing] == []
+    frozen = [name for name, parameter in model.named_parameters() if torch.equal(parameter, start[name])]
+    assert [name for name in frozen if name in report.missing] == []
     assert (model(z, T, text) - model(z, T, text, temporal=False)).abs().max() > 1e-4
 
 
@@ -99,12 +99,12 @@ def test_every_published_name_has_its_place():
     from diffusers import PixArtTransformer2DModel
 
     with torch.device("meta"):
-        theirs = PixArtTransformer2DModel(sample_size=64, caption_channels=4096).state_dict()
+        external = PixArtTransformer2DModel(sample_size=64, caption_channels=4096).state_dict()
         ours = LatteText(TextConfig()).state_dict()
-    names = translate(theirs, TABLE, "to_ours")
-    assert len(theirs) == len(names) == 603
-    assert sum(tensor.numel() for tensor in theirs.values()) == 610_856_096
-    assert all(ours[names[name]].shape == tensor.shape for name, tensor in theirs.items())
+    names = translate(external, TABLE, "to_ours")
+    assert len(external) == len(names) == 603
+    assert sum(tensor.numel() for tensor in external.values()) == 610_856_096
+    assert all(ours[names[name]].shape == tensor.shape for name, tensor in external.items())
     new = ours.keys() - set(names.values())
     assert (len(new), sum(ours[name].numel() for name in new)) == (364, 446_390_784)
 

@@ -9,7 +9,7 @@ import torch
 from support import noise, wake
 from torch import Tensor, nn
 
-from latte.ablate.axes import make_arms
+from latte.ablate.axes import make_settings
 from latte.config.run import load_run
 from latte.diffusion.config import DiffusionConfig, build_process
 from latte.diffusion.loss import OBJECTIVES
@@ -105,7 +105,7 @@ def test_a_training_step(tiny):
     assert all(block.branches["mixer"].conv.weight.grad.abs().max() > 0 for block in model.blocks)
 
 
-def test_an_arm_of_the_ablation(tiny):
+def test_a_setting_of_the_ablation(tiny):
     base, _ = load_run("shapes", WORDS)
-    arms, _ = make_arms(base, ["variant"])
-    assert "mixer" in [arm.name for arm in arms]
+    settings, _ = make_settings(base, ["variant"])
+    assert "mixer" in [setting.name for setting in settings]

@@ -78,7 +78,7 @@ def test_guidance_and_the_batch_double_the_work_and_low_precision_lowers_it():
 def test_decoding_takes_what_the_plan_says(name, chunk, tmp_path):
     path = None
     if name != "builtin":
-        tiny_vae({ours: theirs for theirs, ours in NAMES.items()}[name]).save_pretrained(tmp_path)
+        tiny_vae({ours: external for external, ours in NAMES.items()}[name]).save_pretrained(tmp_path)
         path = str(tmp_path)
     codec = build_codec(CodecConfig(name, path, chunk))
     z = torch.randn(2, 6, 4, 16, 16)

@@ -261,15 +261,11 @@ def test_captions_too_long_are_reported_before_the_weights_are_read(tmp_path, t5
         InputError, match=r"^a caption, 'a .*', has 8 tokens, but text.length is 2 \(.*; give text.length=8"
     ):
         train(tmp_path / "run", *words)
-    with pytest.raises(
-        InputError, match=r"^the caption of 0/\d, 'a .*', has 8 tokens.*; give text.length=8"
-    ):
+    with pytest.raises(InputError, match=r"^the caption of 0/\d, 'a .*', has 8 tokens.*; give text.length=8"):
         train(tmp_path / "run", *encoded(tmp_path / "latents", None), *words)
     with pytest.raises(InputError, match="cannot be read"):
         train(tmp_path / "run", *words, "text.length=8")
-    with pytest.raises(
-        InputError, match=r"^the caption of 0/\d, 'a .*', has 8 tokens.*; give text.length=8"
-    ):
+    with pytest.raises(InputError, match=r"^the caption of 0/\d, 'a .*', has 8 tokens.*; give text.length=8"):
         encoded(tmp_path / "stored", build_text_encoder(config("unused", *words).text))
     assert not (tmp_path / "stored").exists()
     assert not (tmp_path / "run").exists()

@@ -220,18 +220,19 @@ def check_same(model: Denoiser, config: DenoiserConfig, source: str) -> None:
         f"the run trains {kinds[own.reads_text]}, but the weights at {source} are {kinds[other.reads_text]}; "
         "set text.name accordingly, or give other weights",
     )
-    for name, value, theirs in zip(
+    for name, value, external in zip(
         ("depth", "width", "heads"), own.dimensions, other.dimensions, strict=True
     ):
         check(
-            value == theirs,
-            f"model.{name} is {value}, but the weights at {source} have {theirs}; set model.{name}={theirs}",
+            value == external,
+            f"model.{name} is {value}, but the weights at {source} have {external}; "
+            f"set model.{name}={external}",
         )
     for item in fields(own):
-        value, theirs = getattr(own, item.name), getattr(other, item.name)
+        value, external = getattr(own, item.name), getattr(other, item.name)
         check(
-            item.name in FREE or value == theirs,
-            f"model.{item.name} is {value!r}, but the weights at {source} have {theirs}; make them the "
+            item.name in FREE or value == external,
+            f"model.{item.name} is {value!r}, but the weights at {source} have {external}; make them the "
             "same",
         )
     check(
