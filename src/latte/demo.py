@@ -347,8 +347,8 @@ def accuracy(grades: Grades) -> list[html.Html]:
     low, high = grades.interval()
     sentence = (
         f"{grades.num_correct} of {len(grades.asked)} clips move as requested ({low:.1%} to {high:.1%} with "
-        f"95 % confidence), measured by the path of the shape's centre; {grades.coherent:.1%} show one compact "
-        "shape in every frame."
+        f"95 % confidence), measured by the path of the shape's centre; {grades.coherent:.1%} show one "
+        "compact shape in every frame."
     )
     rows = [(name, *counts) for name, counts in zip(NAMES, grades.counts(), strict=True)]
     columns = ["requested", *(f"moves {name}" for name in NAMES), "unclear"]

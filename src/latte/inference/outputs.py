@@ -15,9 +15,9 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import torch
@@ -43,6 +43,26 @@ OUTPUT_TYPES: dict[str, Callable[[np.ndarray], Frames]] = {  # from uint8 (b t h
     "pil": lambda frames: [[Image.fromarray(frame) for frame in clip] for clip in frames],
     "uint8": lambda frames: frames,
 }
+
+
+class CallOptions(TypedDict, total=False):
+    """Further options of a call, which diffusers' pipelines do not have."""
+
+    sampler: str  # a name in SAMPLERS
+    eta: float  # noise of ddim, 0 to 1
+    batch_size: int  # videos generated at once; it does not change them
+    window: int  # for more frames than the model was trained with: frames that it sees at a time
+    longer: str  # how windows become one video, a name in LONG_VIDEO_METHODS
+    overlap: int  # frames that adjacent windows share; half a window by default
+    conditioning_strength: float  # guidance strength of image and last_image on the other frames
+
+
+@dataclass(frozen=True)
+class VideoPipelineOutput:
+    """``frames`` of all videos, in the ``output_type`` asked for, and the seed of each."""
+
+    frames: Frames
+    seeds: list[int]
 
 
 def export_to_video(

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Self, TypedDict, TypeVar, Unpack
+from typing import Any, Self, TypeVar, Unpack
 
 import numpy as np
 import torch
@@ -21,7 +21,14 @@ from latte.autoencoder.codec import Codec, CodecConfig, decoder_for
 from latte.checks import check, choose
 from latte.diffusion.config import DiffusionConfig, build_process
 from latte.inference.generate import SampleConfig, changed, generate
-from latte.inference.outputs import OUTPUT_TYPES, Frames, check_output_folder, smallest_clip, write_clips
+from latte.inference.outputs import (
+    OUTPUT_TYPES,
+    CallOptions,
+    VideoPipelineOutput,
+    check_output_folder,
+    smallest_clip,
+    write_clips,
+)
 from latte.inference.prompts import PromptReader
 from latte.inference.requests import (
     Conditioned,
@@ -33,7 +40,7 @@ from latte.inference.requests import (
     repeat,
 )
 from latte.inference.run_folder import open_source
-from latte.inference.stored import check_complete, open_codec, open_reader
+from latte.inference.stored import check_complete, offload_home, open_codec, open_reader
 from latte.interop.export import publish, save_ours
 from latte.interop.lora import CLIPS, load_lora, merged
 from latte.model.denoiser import Denoiser
@@ -47,26 +54,6 @@ LONG_JOB = 600.0  # seconds from which on the log estimates the time left
 BatchProgress = Callable[[int, int], Callable[[int, int], None]]
 T = TypeVar("T")
 Callback = Callable[["VideoPipeline", int, int, dict[str, Any]], Any]
-
-
-class CallOptions(TypedDict, total=False):
-    """Further options of a call, which diffusers' pipelines do not have."""
-
-    sampler: str  # a name in SAMPLERS
-    eta: float  # noise of ddim, 0 to 1
-    batch_size: int  # videos generated at once; it does not change them
-    window: int  # for more frames than the model was trained with: frames that it sees at a time
-    longer: str  # how windows become one video, a name in LONG_VIDEO_METHODS
-    overlap: int  # frames that adjacent windows share; half a window by default
-    conditioning_strength: float  # guidance strength of image and last_image on the other frames
-
-
-@dataclass(frozen=True)
-class VideoPipelineOutput:
-    """``frames`` of all videos, in the ``output_type`` asked for, and the seed of each."""
-
-    frames: Frames
-    seeds: list[int]
 
 
 @dataclass(eq=False)
@@ -398,12 +385,6 @@ class VideoPipeline(Conditioned):
         """Return (height, width) of the videos in pixels: ``size``, or what the model was trained with."""
         height, width = self.model.config.grid_size
         return size or (height * self.codec.downscale, width * self.codec.downscale)
-
-
-def offload_home(work: torch.device) -> torch.device:
-    """Return where parts rest when they visit ``work`` only to compute; InputError when that is no GPU."""
-    check(work.type != "cpu", f"CPU offload needs a GPU, but device is {str(work)!r}; leave --offload out")
-    return torch.device("cpu")
 
 
 Trained = VideoPipeline

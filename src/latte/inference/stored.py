@@ -262,3 +262,9 @@ def open_codec(stored: StoredModel, codec: Codec | None, path: str | None, devic
         f"{stored.codec_fingerprint}; give the weights it was trained with by --codec-path",
     )
     return codec
+
+
+def offload_home(work: torch.device) -> torch.device:
+    """Return where parts rest when they visit ``work`` only to compute; InputError when that is no GPU."""
+    check(work.type != "cpu", f"CPU offload needs a GPU, but device is {str(work)!r}; leave --offload out")
+    return torch.device("cpu")
