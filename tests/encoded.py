@@ -35,7 +35,7 @@ class Drawn:
 
 
 def make_videos(root: Path) -> Path:
-    """Two classes: an even mp4, an mp4 of uneven frame times, a folder of pictures of another aspect, and a short clip."""
+    """Two classes: an even mp4, one of uneven frame times, a folder of images of another aspect, a short clip."""
     for name in ("a", "b"):
         (root / name).mkdir()
     encode(root / "a" / "even.mp4", numbered(20))

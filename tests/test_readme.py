@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The README says what is true: its two commands, what .ci/run runs, every ``latte`` line, every file and every Python block in it."""
+"""The README is true: its two commands, what .ci/run runs, every ``latte`` line, file and Python block."""
 
 import os
 import re
@@ -22,7 +22,7 @@ def blocks(text: str, language: str) -> list[str]:
 
 
 def commands(text: str) -> list[str]:
-    """Every line of the shell blocks and every inline `latte ...`, without comments and without the environment's folder."""
+    """Every line of the shell blocks and every inline `latte ...`, without comments and environment."""
     lines = [line for block in blocks(text, "(?:sh|bash|console)?") for line in block.splitlines()]
     lines += re.findall(r"`(latte [^`]*)`", text)
     return [line.split("#")[0].strip().replace(".venv/bin/latte", "latte") for line in lines if line.strip()]
@@ -67,7 +67,7 @@ def test_drift_is_noticed(old, new):
 
 
 def unknown(line: str) -> str | None:
-    """What in a ``latte ...`` line the program does not have: a command or an option; None when it has all of it."""
+    """The command or option in a ``latte ...`` line that does not exist; None when all exist."""
     from latte.cli.main import app
 
     here, words = typer.main.get_command(app), shlex.split(line)[1:]

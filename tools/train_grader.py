@@ -40,7 +40,7 @@ QUANTILE = 0.999  # of true clips that the bounds of size and step let pass
 
 @dataclass(frozen=True)
 class Labels:
-    """Ground truth per clip as indices (b), and the size number with its mask (1 where the kind has a size)."""
+    """Ground truth per clip as indices (b), and the size with its mask (1 where the kind has one)."""
 
     kind: Tensor
     colour: Tensor
@@ -93,8 +93,9 @@ def sample_batch(pool: Tensor, scenes: list[Scene], batch: int, step: int) -> tu
 
 
 def spoil(clips: Tensor, labels: Labels, draws: torch.Generator) -> None:
-    """Turn the first eighth of the batch into "other": blended with another clip, emptied, or with its subject
-    shown twice.
+    """Turn the first eighth of the batch into "other".
+
+    It is blended with another clip, emptied, or its subject is shown twice.
     """
     count = len(clips) // 8
     for row in range(count):
@@ -158,7 +159,7 @@ def set_bounds(network: GraderNetwork, num_clips: int) -> None:
 
 
 def accuracy(network: GraderNetwork, num_clips: int) -> dict[str, float]:
-    """Grade fresh true clips: shares of right kinds, colours and directions, and of clips called consistent."""
+    """Grade fresh true clips: shares of right kinds, colours, directions, and of consistent clips."""
     pool, scenes = render_pool(TEST_SEED, num_clips)
     grades = [one for part in pool.split(32) for one in grade(part.numpy(), network)]
     pairs = list(zip(grades, scenes, strict=True))

@@ -687,7 +687,8 @@ def test_metrics_that_cannot_be_measured_are_named_before_training(tmp_path):
     )
     lines = run(plan)[1]
     assert lines[1] == (
-        "label accuracy (label_accuracy) is not measured: the labels are not the directions of procedural clips"
+        "label accuracy (label_accuracy) is not measured: the labels are not the directions of "
+        "procedural clips"
     )
     assert lines[2].startswith("built-in score (score) is not measured: it needs two generated clips")
     assert all("run 1 of" not in line for line in lines[:3])

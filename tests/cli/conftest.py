@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The program inside this process: ``latte("plan", "ffs")`` -> exit code, stdout, stderr and what --json printed."""
+"""The program in this process: ``latte("plan", "ffs")`` -> exit code, stdout, stderr, the object of --json."""
 
 import json
 from collections.abc import Callable

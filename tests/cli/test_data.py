@@ -100,7 +100,8 @@ def test_scan_asks_for_long_enough_clips_only_when_a_length_is_given(latte, vide
 
 
 @pytest.mark.parametrize(
-    ("source", "message"), [("nowhere", "RUN 'nowhere' is no"), (".", "holds no video"), ("shapes", "data.root")]
+    ("source", "message"),
+    [("nowhere", "RUN 'nowhere' is no"), (".", "holds no video"), ("shapes", "data.root")],
 )
 def test_scan_of_nothing_is_refused(latte, source, message):
     found = latte("data", "scan", source)

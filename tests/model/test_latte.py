@@ -388,7 +388,7 @@ def test_wrong_calls_state_the_rule_and_what_to_do():
     model, t = tiny(), torch.tensor([1])
     with pytest.raises(InputError, match="takes 3"):
         model(noise(1, 4, 4, 4, 6), t)
-    with pytest.raises(InputError, match="5, but must be a multiple of .*; the nearest is 4"):
+    with pytest.raises(InputError, match=r"5, but must be a multiple of .*; the nearest is 4"):
         model(noise(1, 4, 3, 5, 6), t)
     with pytest.raises(InputError, match="classes 0 to 4"):
         model(noise(1, 4, 3, 4, 6), t, torch.tensor([6]))
@@ -398,7 +398,7 @@ def test_wrong_calls_state_the_rule_and_what_to_do():
         model(noise(1, 4, 3, 4, 6), t, num_images=4)
     with pytest.raises(InputError, match="unconditional"):
         tiny(num_classes=None)(noise(1, 4, 3, 4, 6), t, torch.tensor([1]))
-    with pytest.raises(InputError, match="multiple of model.tube = 2"):
+    with pytest.raises(InputError, match=r"multiple of model\.tube = 2"):
         tiny(patch="compression")(noise(1, 3, 3, 4, 6), t)
     with pytest.raises(InputError, match="even"):
         tiny(position="rotary", width=20, heads=4)

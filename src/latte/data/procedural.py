@@ -85,7 +85,8 @@ def check_hold_out(hold_out: int) -> None:
     """Raise InputError for a number that leaves no captions, or holds none out."""
     check(
         hold_out == 0 or 2 <= hold_out <= 72,
-        f"data.hold_out is {hold_out}, but one caption in so many of 72 is held out; give 2 to 72, or 0 for none",
+        f"data.hold_out is {hold_out}, but one caption in so many of 72 is held out; "
+        "give 2 to 72, or 0 for none",
     )
 
 

@@ -6,12 +6,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from tools import train_grader
 
 from latte.checks import InputError
 from latte.data.world.grading import GraderNetwork, grade, largest_step, load_grader, size_spread
 from latte.data.world.kinds import KINDS
 from latte.data.world.scenes import Scene, render, sample_scene
+from tools import train_grader
 
 FRAMES = 16
 SEED = 77_000  # neither training nor the bounds saw its scenes

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The procedural world: frames are pure functions of (seed, time), attributes vary, held-out combinations stay
-out.
+"""The procedural world: frames are functions of (seed, time), attributes vary, held-out combinations do not
+appear.
 """
 
 from collections import Counter

@@ -144,7 +144,8 @@ def grade(clips: np.ndarray, network: GraderNetwork | None = None) -> list[Grade
     """
     if clips.ndim != 5 or clips.shape[-1] != 3 or clips.shape[1] < 4 or clips.dtype != np.uint8:
         raise InputError(
-            f"clips must be uint8 of shape (clips, frames >= 4, height, width, 3), got {clips.dtype} {clips.shape}"
+            "clips must be uint8 of shape (clips, frames >= 4, height, width, 3), "
+            f"got {clips.dtype} {clips.shape}"
         )
     network = network or load_grader()
     reading = network(to_input(clips))

@@ -25,8 +25,9 @@ Combination = tuple[str, str, str]
 
 @dataclass(frozen=True)
 class Scene:
-    """What one clip shows. ``numbers`` are uniform draws in [0, 1) that its kind turns into size, speed, phase
-    and places.
+    """What one clip shows.
+
+    ``numbers`` are uniform in [0, 1); the kind turns them into size, speed, phase and places.
     """
 
     kind: str
