@@ -216,12 +216,8 @@ class VideoPipeline(Conditioned):
             if old in options:
                 warnings.warn(f"{old}= is now {new}=", DeprecationWarning, stacklevel=2)
                 options[new] = options.pop(old)
-        defaults = {
-            "config": self.sample,
-            "decoder": self.decoder,
-            "offload": self.offload,
-            "dtype": self.dtype,
-        }
+        defaults = {"config": self.sample, "decoder": self.decoder}
+        defaults |= {"offload": self.offload, "dtype": self.dtype}
         options = {**defaults, **options}
         if labels is not None:
             labels = [self.label(label) for label in labels]
