@@ -291,7 +291,5 @@ def test_any_word_is_read_or_reported(word):
 def test_a_file_that_is_too_deep_is_refused_before_it_is_composed(tmp_path, monkeypatch):
     monkeypatch.setattr(yaml, "compose", lambda *arguments, **options: pytest.fail("composed"))
     for text in ("a: " + "[" * 9 + "]" * 9, "a: [" + "1, " * 20_000 + "1]"):
-        with pytest.raises(
-            InputError, match=r"a.yaml:1 (is nested more than 8 levels|holds more than 20,000)"
-        ):
+        with pytest.raises(InputError, match=r"a.yaml:1 .*: (nested 9 levels deep|over 20,000 values)"):
             from_yaml(tmp_path, text)
