@@ -367,7 +367,7 @@ def test_label_accuracy_counts_the_clips_that_move_as_labelled():
     moving = [render(draw_scene(1, index, 4), 4, 32, 32) for index in range(8)]
     moving[3] = moving[0]  # its label is right, it moves up
     assert list(DIRECTIONS)[3] == "right"
-    assert label_accuracy(moving) == 7 / 8
+    assert label_accuracy(moving, base().data.scene_set) == 7 / 8
 
 
 def test_clips_are_generated_with_seeds_and_labels_in_turn(monkeypatch):
@@ -681,10 +681,15 @@ def test_a_full_disk_is_reported_before_anything_is_trained(tmp_path, monkeypatc
     assert not plan.out.exists()
 
 
-def test_metrics_that_cannot_be_measured_are_named_before_training(tmp_path):
-    plan = plan_for(
-        tmp_path, "model.num_classes=null", "data.labels=false", "sample.guidance=1", seeds=(0,), generated=1
-    )
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("model.num_classes=null", "data.labels=false", "sample.guidance=1"),
+        ("data.scenes=world", "data.resolution=32", "model.num_classes=9"),
+    ],
+)
+def test_metrics_that_cannot_be_measured_are_named_before_training(tmp_path, words):
+    plan = plan_for(tmp_path, *words, seeds=(0,), generated=1)
     lines = run(plan)[1]
     assert lines[1] == (
         "label accuracy (label_accuracy) is not measured: the labels are not the directions of "

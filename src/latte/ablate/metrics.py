@@ -20,11 +20,11 @@ from latte.autoencoder.codec import Codec
 from latte.build import open_data
 from latte.checks import check
 from latte.config.run import RunConfig
+from latte.data.base import SceneSet
 from latte.data.clips import to_uint8
 from latte.data.datasets import Clip, DataConfig, Dataset, FolderDataset, ProceduralDataset, build_dataset
 from latte.data.latents import LatentDataset
 from latte.data.loader import permuted
-from latte.data.procedural import DIRECTIONS, read_motion
 from latte.diffusion.config import build_process
 from latte.diffusion.guidance import conditional
 from latte.diffusion.loss import OBJECTIVES
@@ -233,10 +233,11 @@ def generate_clips(model: Denoiser, config: RunConfig, codec: Codec, count: int)
     return [clip for _, clip in generated]
 
 
-def label_accuracy(clips: Sequence[np.ndarray]) -> float:
-    """Return the fraction of ``generate_clips``'s clips that move in the direction of their label."""
-    names = list(DIRECTIONS)
-    correct = [read_motion(clip).direction == names[index % len(names)] for index, clip in enumerate(clips)]
+def label_accuracy(clips: Sequence[np.ndarray], scenes: SceneSet) -> float:
+    """Return the fraction of ``generate_clips``'s clips whose pixels show the class of their label."""
+    assert scenes.read_label is not None, "see _no_labels"
+    num_classes = len(scenes.classes)
+    correct = [scenes.read_label(clip) == index % num_classes for index, clip in enumerate(clips)]
     return sum(correct) / len(clips)
 
 
@@ -260,8 +261,8 @@ def _no_labels(config: RunConfig, data: AblationData, num_clips: int) -> str:
     if data.codec is None:
         return "the codec of the latents is absent"
     dataset = data.dataset
-    directions = isinstance(dataset, ProceduralDataset) and dataset.classes == list(DIRECTIONS)
-    if config.model.num_classes is None or not directions:
+    readable = isinstance(dataset, ProceduralDataset) and dataset.scenes.read_label and dataset.classes
+    if config.model.num_classes is None or not readable:
         return "the labels are not the directions of procedural clips"
     return ""
 
@@ -323,7 +324,7 @@ METRICS: dict[str, Metric] = {
     ),
     "label_accuracy": Metric(
         "label accuracy",
-        lambda found: label_accuracy(found.clips),
+        lambda found: label_accuracy(found.clips, found.config.data.scene_set),
         "label_range",
         lower_is_better=False,
         unavailable=_no_labels,

@@ -272,11 +272,10 @@ def synth(
     frames: Annotated[int, typer.Option(min=1, help="Frames per clip.")] = 16,
     size: Annotated[int, typer.Option(min=8, help="Side of the frames in pixels.")] = 64,
     fps: Annotated[float, typer.Option(min=1, max=240, help="Frames per second.")] = 8,
-    scenes: Annotated[
-        str, typer.Option(help="shapes (classes: directions) or world (classes: kinds of scenes).")
-    ] = "shapes",
+    scenes: Annotated[str, typer.Option(metavar="NAME", help="What the clips show: {scenes}.")] = "shapes",
     language: Annotated[
-        str | None, typer.Option(help="Captions of --scenes world: en, zh or mixed. [default: en]")
+        str | None,
+        typer.Option(metavar="NAME", help="Captions of --scenes world: en, zh or mixed. [default: en]"),
     ] = None,
     seed: Seed = 0,
     as_json: Json = False,

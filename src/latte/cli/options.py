@@ -82,6 +82,12 @@ def _latent_dtypes() -> Iterable[str]:
     return DTYPES
 
 
+def _scenes() -> Iterable[str]:
+    from latte.data.base import PROCEDURAL
+
+    return PROCEDURAL
+
+
 TABLES: dict[str, Callable[[], Iterable[str]]] = {
     "samplers": _samplers,
     "long_video": _long_video,
@@ -93,6 +99,7 @@ TABLES: dict[str, Callable[[], Iterable[str]]] = {
     "dtypes": _dtypes,
     "training_dtypes": _training_dtypes,
     "latent_dtypes": _latent_dtypes,
+    "scenes": _scenes,
 }
 
 

@@ -4,7 +4,7 @@
 Axes: f frames, c channels, H height, W width.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Protocol
 
@@ -92,7 +92,12 @@ class SceneSet(Protocol):
 
     classes: ClassVar[tuple[str, ...]]
 
-    def __init__(self, config: "DataConfig"): ...
+    @property
+    def read_label(self) -> Callable[[np.ndarray], int | None] | None:
+        """The function that returns the class that a clip's pixels, uint8 (f H W c), show, None when they are
+        not clear; None where labels cannot be read from pixels.
+        """
+        ...
 
     @property
     def captions(self) -> list[str]:
@@ -122,7 +127,7 @@ class SceneSet(Protocol):
 
 
 # Value of data.scenes -> the clips of data.kind=procedural.
-PROCEDURAL: dict[str, type[SceneSet]] = {"shapes": ShapeScenes, "world": WorldScenes}
+PROCEDURAL: dict[str, Callable[["DataConfig"], SceneSet]] = {"shapes": ShapeScenes, "world": WorldScenes}
 
 
 @dataclass(frozen=True)

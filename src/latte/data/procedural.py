@@ -9,7 +9,7 @@ clips can be graded. Axes: t frames, h height, w width, c channels.
 
 import math
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from itertools import product
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -150,6 +150,12 @@ def render(scene: Scene, frames: int, height: int, width: int) -> np.ndarray:
     return clip
 
 
+def read_direction(clip: np.ndarray) -> int | None:
+    """Return the index of the direction that the pixels of a clip (t h w c) show, None for none."""
+    direction = read_motion(clip).direction
+    return None if direction is None else list(DIRECTIONS).index(direction)
+
+
 class ShapeScenes:
     """Moving shapes as a set of scenes, see ``latte.data.base.SceneSet``: labels are the directions.
 
@@ -166,13 +172,14 @@ class ShapeScenes:
         )
         check_hold_out(config.hold_out)
         self.config = config
+        self.read_label = read_direction
 
-    @cached_property
+    @property
     def captions(self) -> list[str]:
         """Every caption that a clip can have, sorted."""
         return sorted(caption_of(*combination) for combination in split_combinations(self.config.hold_out)[0])
 
-    @cached_property
+    @property
     def held_out_captions(self) -> list[str]:
         """Every caption of the held-out combinations, sorted."""
         return sorted(caption_of(*combination) for combination in split_combinations(self.config.hold_out)[1])

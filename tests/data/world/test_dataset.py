@@ -171,4 +171,8 @@ def test_every_set_of_scenes_keeps_the_protocol(name):
         assert scenes.caption(index) in scenes.captions
         assert 0 <= scenes.label(index) < len(scenes.classes)
         assert scenes.render_clip(index).shape == (4, 32, 32, 3)
+        if scenes.read_label:
+            clip = replace(scenes.config, resolution=64, frames=8).scene_set.render_clip(index)
+            assert scenes.read_label(clip) == scenes.label(index)
+    assert (name == "shapes") == (scenes.read_label is not None)
     assert scenes.held_out_captions == sorted(scenes.held_out_captions)

@@ -5,7 +5,6 @@ Chinese.
 Axes: f frames, h height, w width, c channels.
 """
 
-from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -53,13 +52,14 @@ class WorldScenes:
         )
         check_hold_out(config.hold_out)
         self.config = config
+        self.read_label = None
 
-    @cached_property
+    @property
     def captions(self) -> list[str]:
         """Every caption that a clip can have, sorted."""
         return self._captions(split_combinations(self.config.hold_out)[0])
 
-    @cached_property
+    @property
     def held_out_captions(self) -> list[str]:
         """Every caption of the held-out combinations, sorted."""
         return self._captions(split_combinations(self.config.hold_out)[1])
