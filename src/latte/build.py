@@ -86,9 +86,9 @@ class Job:
             seed=config.run.seed,
             device=self.device,
             callbacks=callbacks,
-            captions=CaptionReader(self.captions, config.text.dropout) if self.captions else None,
+            captions=self.captions and CaptionReader(self.captions, config.text.dropout),
             lora=config.lora,
-            sample=sample_sheets(self, self.codec, folder / "samples") if self.codec else None,
+            sample=self.codec and sample_sheets(self, self.codec, folder / "samples"),
             record=asdict(replace(config, run=replace(config.run, allow_data_change=False))),
             until=until,
             allow_data_change=config.run.allow_data_change,
@@ -123,8 +123,9 @@ def check_sampling(config: RunConfig) -> None:
     sampled without a model.
     """
     channels = 2 * config.network.latent_channels
-    unconditional = not config.network.reads_text and config.network.num_classes is None
-    condition = {} if unconditional else {"label": torch.zeros(1, dtype=torch.int64)}
+    condition = {}
+    if config.network.reads_text or config.network.num_classes is not None:
+        condition["label"] = torch.zeros(1, dtype=torch.int64)
 
     def predict(z: torch.Tensor, t: torch.Tensor, **condition: torch.Tensor) -> torch.Tensor:
         return z.new_zeros(len(z), z.shape[1], channels, *z.shape[3:])  # (b f 2c h w)
@@ -148,7 +149,7 @@ def open_data(config: RunConfig, device: torch.device) -> tuple[Dataset, Codec |
     """
     needed = config.data.kind != "latents" or config.train.sample_every > 0 or config.codec.path is not None
     codec = build_codec(config.codec, device) if needed else None
-    dataset = build_dataset(config.data, codec_fingerprint=codec.fingerprint if codec else None)
+    dataset = build_dataset(config.data, codec_fingerprint=codec and codec.fingerprint)
     if isinstance(dataset, LatentDataset):
         name = dataset.settings["codec"]["name"]
         check(
@@ -243,8 +244,9 @@ def caption_owners(dataset: Dataset) -> dict[str, str]:
     """Return caption -> one video that has it, where captions belong to videos."""
     if isinstance(dataset, FolderDataset):
         return {caption: key for key, caption in dataset.caption_of.items()}
-    records = dataset.videos if isinstance(dataset, LatentDataset) else []
-    return {record.caption: record.key for record in records if record.caption is not None}
+    if isinstance(dataset, LatentDataset):
+        return {record.caption: record.key for record in dataset.videos if record.caption is not None}
+    return {}
 
 
 def check_captions(stored: CaptionFeatures, config: RunConfig, root: Path, device: torch.device) -> None:
@@ -300,7 +302,7 @@ def sample_sheets(job: Job, codec: Codec, folder: Path) -> Callable[[nn.Module, 
     config = job.config
     process = build_process(config.diffusion)
     dtype = resolve_dtype(config.train.dtype, job.device)
-    labels, names, prompts = None, None, None
+    labels = names = prompts = None
     num_clips = SHEET_CLIPS
     if job.captions is not None:
         names = sheet_prompts(config, job.dataset)

@@ -34,7 +34,9 @@ def reported(what: str, path: Path, needed: int | None = None, kept: str = "") -
         yield
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or str(error)
-        amount = f"; {needed:,} bytes are needed there" if needed is not None else ""
+        amount = ""
+        if needed is not None:
+            amount = f"; {needed:,} bytes are needed there"
         raise RunError(
             f"could not write {what} to {path}: {reason}{amount}{kept}; "
             "free disk space or choose a writable folder, then run the same command again"
@@ -68,7 +70,8 @@ def commit_folder(path: Path, write: Callable[[Path], None]) -> None:
     if os.path.lexists(path) and not path.is_dir():
         raise InputError(f"{path} exists and is {kind_of(path)}, not a folder; choose a new folder")
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary, replaced = unique_name(path, TEMPORARY), unique_name(path, REPLACED)
+    temporary = unique_name(path, TEMPORARY)
+    replaced = unique_name(path, REPLACED)
     try:
         temporary.mkdir()
         write(temporary)

@@ -48,7 +48,8 @@ class Normaliser(nn.Module):
         self.register_buffer("var", torch.ones(channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        var, mean = self.var, self.mean
+        mean = self.mean
+        var = self.var
         if self.training:
             var, mean = torch.var_mean(x, (0, 2, 3), correction=0)
         return (x - mean[:, None, None]) / (var[:, None, None] + 1e-6).sqrt()

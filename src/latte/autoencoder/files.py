@@ -17,7 +17,9 @@ Network = TypeVar("Network", bound=nn.Module)
 def located(path: str | Path) -> str:
     """Return ``path`` for an error message; a relative one with the absolute path that was looked at."""
     path = Path(path)
-    return str(path) if path.is_absolute() else f"{path} ({path.absolute()})"
+    if path.is_absolute():
+        return str(path)
+    return f"{path} ({path.absolute()})"
 
 
 def read_tensors(path: str | Path, field: str) -> dict[str, Tensor]:
@@ -38,7 +40,7 @@ def read_tensors(path: str | Path, field: str) -> dict[str, Tensor]:
         else:
             stored = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a broken archive raises almost anything
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise InputError(
             f"{field}: {path} is truncated or holds something other than weights ({reason}); fetch it again"
         ) from error

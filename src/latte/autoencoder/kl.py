@@ -78,7 +78,9 @@ class DiffusersCodec(Codec):
 
     def encode_frames(self, frames: Tensor, noise: Tensor | None) -> Tensor:
         posterior = self.network.encode(frames).latent_dist
-        sample = posterior.mean if noise is None else posterior.mean + posterior.std * noise
+        sample = posterior.mean
+        if noise is not None:
+            sample = sample + posterior.std * noise
         return sample * self.scale
 
 
@@ -182,7 +184,9 @@ def _fetch(path: str, name: str, local: bool, reasons: list[str]) -> Path | None
     """Return one file of the folder or repository; None, with the reason appended, when it is absent."""
     if local:
         file = Path(path) / name
-        return file if file.is_file() else None
+        if file.is_file():
+            return file
+        return None
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError
 

@@ -26,7 +26,7 @@ from latte.checkpoint.record import read_fingerprint
 from latte.checks import InputError, RunError, check, printable
 from latte.data.shards import AGAIN, CAPTIONS, PLAN, SINGLE, check_sizes, save
 from latte.text.encoders import TextEncoder
-from latte.text.padding import pad_features
+from latte.text.padding import pad_features, shorten
 
 LOG = logging.getLogger(__name__)
 AT_ONCE = 32  # captions per call of the encoder
@@ -64,11 +64,6 @@ class CaptionFeatures:
                 "data set lists"
             )
         return self.features[caption]
-
-
-def shorten(caption: str) -> str:
-    """Return ``caption`` for a message, 60 characters at most."""
-    return caption if len(caption) <= 60 else f"{caption[:57]}..."
 
 
 def check_lengths(encoder: TextEncoder, captions: Iterable[str], owners: Mapping[str, str]) -> int:

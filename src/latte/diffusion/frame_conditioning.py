@@ -69,8 +69,10 @@ def condition_on_frames(
             z0 = z0 - strength * step_length(error, slope) * slope
             prediction = process.target(z0, t, (z - signal * z0) / noise)
         prediction = torch.where(at, process.target(targets, t, (z - signal * targets) / noise), prediction)
+        if v is None:
+            return prediction
         # a learned variance of -1 is the posterior's own, see Process.reverse_step
-        return prediction if v is None else torch.cat([prediction, torch.where(at, -1.0, v)], dim=2)
+        return torch.cat([prediction, torch.where(at, -1.0, v)], dim=2)  # (b f 2c h w)
 
     def estimate_with_gradient(
         z: Tensor, t: Tensor, targets: Tensor, at: Tensor

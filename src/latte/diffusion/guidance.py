@@ -63,8 +63,10 @@ def guided(
         u = without[:, :, :channels]
         return torch.cat([u + scale * (c - u), with_condition[:, :, channels:]], dim=2)  # (b f c|2c h w)
 
+    if window is None:
+        return both
+
     def inside_window(z: Tensor, t: Tensor) -> Tensor:
-        assert window is not None
         inside = (t >= window[0]) & (t <= window[1])
         if not inside.any():
             return plain(z, t)
@@ -72,7 +74,7 @@ def guided(
             return both(z, t)
         return torch.where(inside.view(-1, *[1] * (z.ndim - 1)), both(z, t), plain(z, t))
 
-    return both if window is None else inside_window
+    return inside_window
 
 
 def check_guidance(scale: float, window: tuple[int, int] | None = None, field: str = "guidance") -> None:

@@ -42,7 +42,9 @@ def freenoise(
     The scene stays the same, and motion nearly repeats: all windows start from the same frames of noise. See
     ``in_windows`` and ``shuffled_noise``.
     """
-    stride = window - (window // 2 if overlap is None else overlap)
+    if overlap is None:
+        overlap = window // 2
+    stride = window - overlap
     windowed = in_windows(denoise, window, overlap)
     return sample(windowed, shuffled_noise(noise, window, stride), frames, mask, 1.0, progress)
 
@@ -63,12 +65,12 @@ def chained(
     changed by a later one. Memory is that of one window with its gradient, time two to three times that of
     ``freenoise``.
     """
-    starts = window_starts(mask.shape[0], window, window // 2 if overlap is None else overlap)
+    starts = window_starts(mask.shape[0], window, overlap)
     z = frames
     done = mask.clone()
     for number, start in enumerate(starts):
         part = slice(start, start + window)
-        part_progress = None if progress is None else partial_progress(progress, number, len(starts))
+        part_progress = progress and partial_progress(progress, number, len(starts))
         strength_scale = CHAIN_STRENGTH if number else 1.0
         generated = sample(denoise, noise, z[:, part], done[part], strength_scale, part_progress)
         z = z.expand(len(generated), *z.shape[1:])
@@ -80,11 +82,13 @@ def chained(
 LONG_VIDEO_METHODS = {"freenoise": freenoise, "chained": chained}
 
 
-def window_starts(frames: int, length: int, overlap: int) -> list[int]:
+def window_starts(frames: int, length: int, overlap: int | None = None) -> list[int]:
     """Return the first frames of windows of ``length`` that cover ``frames``.
 
-    Neighbours share ``overlap`` frames, the last two perhaps more.
+    Neighbours share ``overlap`` frames, None for half of them, the last two perhaps more.
     """
+    if overlap is None:
+        overlap = length // 2
     check(
         length >= 1,
         f"window must be at least 1 frame, got {length}; use the number of frames the model was trained on",
@@ -109,7 +113,6 @@ def in_windows(denoise: DenoiseFunction, length: int, overlap: int | None = None
     is that of one window. Frame conditioning wraps this one, condition_on_frames(in_windows(...), ...); its
     gradient then holds all windows.
     """
-    overlap = length // 2 if overlap is None else overlap
     window_starts(length, length, overlap)  # refuse a wrong overlap now
 
     def windowed(z: Tensor, t: Tensor) -> Tensor:

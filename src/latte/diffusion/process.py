@@ -118,8 +118,9 @@ class NoisePath:
         self.signal = signal
         self.noise = noise
         self.num_steps = len(signal)
-        timesteps = range(self.num_steps) if timestep_map is None else timestep_map
-        self.timestep_map = torch.as_tensor(timesteps, dtype=torch.int64)
+        if timestep_map is None:
+            timestep_map = range(self.num_steps)
+        self.timestep_map = torch.as_tensor(timestep_map, dtype=torch.int64)
         assert len(self.timestep_map) == self.num_steps
         choose("prediction", prediction, PREDICTIONS)
         self.prediction = prediction
@@ -137,7 +138,7 @@ class NoisePath:
         The only change of precision here: the result is float32, so that everything computed from it is
         float32 even for a half-precision ``like``. A float64 ``like`` keeps float64.
         """
-        dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+        dtype = torch.promote_types(like.dtype, torch.float32)
         entries = self._table(name, like.device, dtype)[t.to(like.device)]  # (b)
         return entries.view(-1, *[1] * (like.ndim - 1))  # (b 1 1 1 1)
 
@@ -169,7 +170,7 @@ class NoisePath:
             f"{channels} channels, or {2 * channels} with a learned variance; check model.latent_channels "
             "and model.learn_sigma",
         )
-        output = output.to(torch.float64 if zt.dtype == torch.float64 else torch.float32)
+        output = output.to(torch.promote_types(zt.dtype, torch.float32))
         variance = output[:, :, channels:] if output.shape[2] > channels else None  # (b f c h w)
         return output[:, :, :channels], variance
 

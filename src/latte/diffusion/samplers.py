@@ -55,7 +55,9 @@ def ddpm(
         t = torch.full((len(z),), i, device=z.device)
         step = process.reverse_step(denoise(z, process.original(t)), z, t)
         noise = next_noise()
-        z = step.mean if i == 0 else step.mean + torch.exp(0.5 * step.log_variance) * noise
+        z = step.mean
+        if i > 0:
+            z = z + torch.exp(0.5 * step.log_variance) * noise
     return z
 
 
@@ -192,7 +194,9 @@ def indices(sampler: Sampler, num_steps: int, steps: int | str) -> list[int]:
             1 <= steps <= num_steps,
             f"steps is {steps}, but the model was trained with {num_steps} timesteps; give 1 to {num_steps}",
         )
-    return [num_steps - 1] if steps in (1, "1") else sampler.timesteps(num_steps, str(steps))
+    if steps in (1, "1"):
+        return [num_steps - 1]
+    return sampler.timesteps(num_steps, str(steps))
 
 
 def check_finite(denoise: DenoiseFunction) -> DenoiseFunction:

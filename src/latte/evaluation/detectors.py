@@ -35,9 +35,7 @@ def resize_tf1(x: Tensor, size: tuple[int, int]) -> Tensor:
         new = size[axis - 2]
         position = torch.arange(new, dtype=torch.float32, device=x.device) * (length / new)
         low = position.floor().long().clamp(max=length - 1)
-        weight = (position - low).reshape(
-            [-1 if i == axis else 1 for i in range(4)]
-        )  # new on ``axis``, else 1
+        weight = (position - low).view(-1, *[1] * (3 - axis))  # (new) for axis 3, (new 1) for axis 2
         first = x.index_select(axis, low)
         x = first + (x.index_select(axis, (low + 1).clamp(max=length - 1)) - first) * weight
     return x
@@ -248,7 +246,9 @@ class Detector:
 
     def rows(self, frames: int) -> int:
         """Return how many feature rows a clip of ``frames`` frames gives."""
-        return frames if self.unit == "frame" else 1
+        if self.unit == "frame":
+            return frames
+        return 1
 
     def describe(self) -> dict[str, Any]:
         """Return the manifest's detector and pixel groups."""
@@ -279,7 +279,8 @@ class Detector:
 
     def check_length(self, frames: int) -> None:
         """InputError unless the network can read clips of ``frames`` frames."""
-        low, high = self.spec.min_frames, self.spec.max_frames
+        low = self.spec.min_frames
+        high = self.spec.max_frames
         needed = f"exactly {low}" if low == high else f"at least {low}"
         fits = frames >= low and (high is None or frames <= high)
         check(
@@ -300,7 +301,8 @@ class Detector:
             for part in frames.split(self.group):
                 padding = part[-1:].expand(self.group - len(part), *part.shape[1:])
                 x = self.pixels.prepare(torch.cat([part, padding]).to(self.device))
-                x = x.squeeze(2) if self.unit == "frame" else x
+                if self.unit == "frame":
+                    x = x.squeeze(2)  # (b c h w)
                 y = self.network(x) if len(self.spec.layers) == 1 else self.network(x, self.layer)
                 features.append(y[: len(part)].float().cpu())
         return torch.cat(features)

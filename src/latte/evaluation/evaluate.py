@@ -46,7 +46,8 @@ STAGES = {
     "score": "also compute the scores",
 }
 TOLERANCE = 1e-4  # relative difference tolerated in a replay on another machine
-SAMPLES, PROBES = "samples", "probes"  # folders in OUT: generated clips, cached probes
+SAMPLES = "samples"  # folder of generated clips in OUT
+PROBES = "probes"  # folder of cached probes in OUT
 FILE_BYTES_PER_PIXEL = 0.25  # of a generated mp4 file: a generous estimate, for the check of free disk space
 log = logging.getLogger(__name__)
 BuildDetector = Callable[..., Detector]
@@ -82,7 +83,9 @@ class EvaluateConfig:
     def chosen_protocol(self) -> Protocol:
         """Return the protocol with the requested number of clips."""
         protocol = find_protocol(self.protocol)
-        return protocol if self.clips is None else nonstandard(protocol, clips=self.clips)
+        if self.clips is None:
+            return protocol
+        return nonstandard(protocol, clips=self.clips)
 
     @classmethod
     def of(cls, values: Mapping[str, Any], where: object) -> "EvaluateConfig":
@@ -103,7 +106,9 @@ def replay_config(
     """Return the config of a manifest file's report, on this machine."""
     config = EvaluateConfig.of(report["replay"]["config"], where)
     config = replace(config, processes=processes, device=device)
-    return replace(config, detector=detector) if detector else config
+    if detector:
+        config = replace(config, detector=detector)
+    return config
 
 
 def evaluate(
@@ -312,13 +317,15 @@ def check_replay(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
         if group == "run":
             continue
         for field in (*GROUPS[group], *ADDED.get(group, ())):
-            old, new = before["manifest"][group].get(field), now["manifest"][group].get(field)
+            old = before["manifest"][group].get(field)
+            new = now["manifest"][group].get(field)
             if new != old and not (field in ADDED.get(group, ()) and old is None):
                 raise InputError(
                     f"{group}.{field} is {new!r} now and was {old!r}; the files or the detector are not "
                     "those of the manifest"
                 )
-    old, new = before["value"], now["value"]
+    old = before["value"]
+    new = now["value"]
     if old == new and before["values"] == now["values"]:
         return "exact"
     if abs(old - new) <= TOLERANCE * max(abs(old), abs(new)):

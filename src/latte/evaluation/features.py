@@ -67,7 +67,8 @@ def apply_frame_rule(frames: np.ndarray, rule: FrameRule) -> np.ndarray:
     if rule.size is None:
         return frames
     h, w = frames.shape[1:3]
-    side, size = min(h, w), rule.size
+    size = rule.size
+    side = min(h, w)
     left, top = (w - side) // 2, (h - side) // 2
     width, height = round(w * size / side), round(h * size / side)
     resized_left, resized_top = (width - size) // 2, (height - size) // 2
@@ -150,9 +151,8 @@ def extract_rows(clips: Sequence[PlannedClip], side: Side, detector: Detector, r
         group = clips[start : start + detector.group]
         frames = [apply_frame_rule(side.read(clip.id, clip.indices), rule) for clip in group]
         one_size = len({part.shape for part in frames}) == 1
-        features = (
-            detector(np.stack(frames)) if one_size else torch.cat([detector(part[None]) for part in frames])
-        )
+        batches = [np.stack(frames)] if one_size else [part[None] for part in frames]
+        features = torch.cat([detector(batch) for batch in batches])
         refuse_nonfinite(features, group)
         rows.append(features)
     return torch.cat(rows)

@@ -83,7 +83,9 @@ class Gaussian:
 
 def shrink(rows: Tensor) -> Tensor:
     """Return (r k), r <= k, with the same product rows^T rows as ``rows`` (n k)."""
-    return rows if rows.shape[0] <= rows.shape[1] else torch.linalg.qr(rows, mode="r").R
+    if rows.shape[0] <= rows.shape[1]:
+        return rows
+    return torch.linalg.qr(rows, mode="r").R
 
 
 def merge(a: Gaussian, b: Gaussian) -> Gaussian:
@@ -111,7 +113,8 @@ def gaussian_of_moments(mean: Tensor, covariance: Tensor, name: str, ddof: int) 
     InputError for other shapes, for NaN or Inf, and for a matrix that is not symmetric and positive
     semi-definite.
     """
-    mean, covariance = mean.double().cpu(), covariance.double().cpu()
+    mean = mean.double().cpu()
+    covariance = covariance.double().cpu()
     shapes = f"mu {tuple(mean.shape)} and sigma {tuple(covariance.shape)}"
     fits = mean.ndim == 1 and len(mean) > 0 and covariance.shape == (len(mean), len(mean))
     check(
@@ -143,7 +146,8 @@ def frechet_of(a: Gaussian, b: Gaussian, ddof: int) -> float:
     Not clamped: for equal tables it is 0 within 1e-12 of the trace, of either sign.
     """
     check(ddof in (0, 1), f"ddof must be 0 or 1, got {ddof}: a covariance divides by n or n - 1")
-    count_a, count_b = a.num - ddof, b.num - ddof
+    count_a = a.num - ddof
+    count_b = b.num - ddof
     product = a.root @ b.root.T
     check(bool(torch.isfinite(product).all()), "the features are too large for float64; check the detector")
     shared = float(torch.linalg.svdvals(product).sum()) / math.sqrt(count_a * count_b)

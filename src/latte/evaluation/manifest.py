@@ -148,7 +148,9 @@ def _pixels(plan: Plan, sides: Mapping[str, Side], pixels: Mapping[str, Any]) ->
     resized = "as decoded, "
     if frame.size is not None:
         resized = f"{frame.order}, lanczos with antialias to {frame.size}, then "
-    copied = "" if frame.jpeg is None else f"jpeg {frame.jpeg} (4:2:0), then "
+    copied = ""
+    if frame.jpeg is not None:
+        copied = f"jpeg {frame.jpeg} (4:2:0), then "
     return {
         "frame_source": {side: sorted({_kind(s.codec) for s in sides[side].sources}) for side in SIDES},
         "codec": {side: traits(sides[side].sources) for side in SIDES},
@@ -273,7 +275,8 @@ def compare(report: Mapping[str, Any], other: Mapping[str, Any], name: str) -> d
     for entry in COMPARED:
         group, fields = (entry, GROUPS[entry]) if isinstance(entry, str) else (entry[0], (entry[1],))
         for field in fields:
-            here, there = report["manifest"][group][field], other["manifest"][group].get(field)
+            here = report["manifest"][group][field]
+            there = other["manifest"][group].get(field)
             if field == "frame_size":  # counts may differ; absent in manifests of 0.1.0
                 here, there = (
                     {side: sorted(v[side]) for side in SIDES} if v else None for v in (here, there)

@@ -266,9 +266,10 @@ def refuse_other_interval(protocol: Protocol, fake: Sequence[Source]) -> None:
 
 def ordinal(number: int) -> str:
     """Return '2nd', '3rd', '4th', '11th', '21st'."""
+    if number % 100 in (11, 12, 13):
+        return f"{number}th"
     endings = {1: "st", 2: "nd", 3: "rd"}
-    ending = "th" if number % 100 in (11, 12, 13) else endings.get(number % 10, "th")
-    return f"{number}{ending}"
+    return f"{number}{endings.get(number % 10, 'th')}"
 
 
 def refuse_few(

@@ -77,13 +77,17 @@ class Protocol:
     def needed(self, side: str) -> int:
         """Return how many frames a video of ``side`` must have."""
         stride = self.stride(side)
-        return self.frames * stride if self.shortest == "frames x stride" else (self.frames - 1) * stride + 1
+        if self.shortest == "frames x stride":
+            return self.frames * stride
+        return (self.frames - 1) * stride + 1
 
     def starts(self, side: str, frames: int) -> int:
         """Return at how many frames a clip may start in a video of ``frames`` frames, 0 if the video is too
         short.
         """
-        return 0 if frames < self.needed(side) else frames - (self.frames - 1) * self.stride(side)
+        if frames < self.needed(side):
+            return 0
+        return frames - (self.frames - 1) * self.stride(side)
 
     @property
     def standard(self) -> bool:

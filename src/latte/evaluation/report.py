@@ -121,7 +121,9 @@ def words(value: object, absent: str = "not stated", depth: int = 0) -> str:
         return (", " if depth else "; ").join(parts)
     if isinstance(value, list | tuple):
         return ", ".join(words(part, absent, depth + 1) for part in value) or "none"
-    return absent if value is None else printable(str(value))
+    if value is None:
+        return absent
+    return printable(str(value))
 
 
 def thumbnails(side: Side, clip: PlannedClip, count: int) -> np.ndarray:

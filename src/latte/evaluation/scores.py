@@ -119,8 +119,11 @@ def few_rows(
     is_distance: bool, num_real: int, num_fake: int, interval: Interval | None, floor: Floor | None
 ) -> tuple[str, ...]:
     """Return a warning if the rows do not suffice to say how much the score means."""
-    absent = ["an interval"] if interval is None else []
-    absent += ["a floor"] if is_distance and floor is None else []
+    absent = []
+    if interval is None:
+        absent.append("an interval")
+    if is_distance and floor is None:
+        absent.append("a floor")
     if not absent:
         return ()
     rows = f"{num_real} real and {num_fake} fake rows"
@@ -180,7 +183,8 @@ def half_sample_interval(
     check(halves >= 8 and halves % 2 == 0, f"halves must be an even number of at least 8, got {halves}")
     shorter = min(len(real), len(fake))
     check(shorter >= 4, f"an interval needs at least 4 rows per side, got {shorter}; evaluate more clips")
-    differences, means = [], []
+    differences = []
+    means = []
     for i in range(halves // 2):
         reals = random_halves(real, seed, "half", "real", i)
         fakes = random_halves(fake, seed, "half", "fake", i)

@@ -262,4 +262,6 @@ def read_generation(root: str | Path) -> dict[str, Any]:
         other = {key: value for key, value in facts.items() if key not in named and value != USUAL.get(key)}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}
-    return found | ({"other": other} if other else {})
+    if other:
+        found["other"] = other
+    return found

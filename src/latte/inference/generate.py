@@ -151,7 +151,7 @@ def check_settings(
     choose("longer", longer, LONG_VIDEO_METHODS)
     shape = frames, *latent_shape(model, codec, size)
     check_memory(min(config.batch, num_clips), shape, codec)
-    window_starts(frames, window, window // 2 if overlap is None else overlap)
+    window_starts(frames, window, overlap)
     indices(SAMPLERS[config.sampler], process.num_steps, config.steps)
     return shape
 

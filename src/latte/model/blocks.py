@@ -141,7 +141,9 @@ class SpaceAndTimeAttention(Branch):
 
     def forward(self, x: Tensor, images: bool = False) -> Tensor:
         """Return (b f n d) from tokens (b f n d); images get the spatial half alone."""
-        return self.space(x) if images else self.space(x) + self.time(x)
+        if images:
+            return self.space(x)
+        return self.space(x) + self.time(x)
 
 
 class JointAttention(Attention):

@@ -71,12 +71,12 @@ class DenoiserConfig:
     @property
     def dimensions(self) -> tuple[int, int, int]:
         """(depth, width, heads): those of ``size`` unless overridden."""
-        depth, width, heads = SIZES[self.size]
-        return (
-            depth if self.depth is None else self.depth,
-            width if self.width is None else self.width,
-            heads if self.heads is None else self.heads,
+        overrides = (self.depth, self.width, self.heads)
+        depth, width, heads = (
+            default if override is None else override
+            for default, override in zip(SIZES[self.size], overrides, strict=True)
         )
+        return depth, width, heads
 
     @property
     def grid_size(self) -> tuple[int, int]:
@@ -156,6 +156,13 @@ class DenoiserConfig:
 def nearest_multiple(value: int, factor: int) -> int:
     """Return the positive multiple of ``factor`` that is nearest to ``value``."""
     return max(round(value / factor), 1) * factor
+
+
+def condition_shape(clips: int, num_images: int) -> tuple[int, ...]:
+    """Return the shape of a batch's labels: (b,), with images (b, 1+i)."""
+    if num_images:
+        return clips, 1 + num_images
+    return (clips,)
 
 
 class Denoiser(nn.Module, SavedModel):

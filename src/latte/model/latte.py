@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from latte.checks import InputError, check, choose
 from latte.model.blocks import modulate
 from latte.model.conditioning import CONDITIONINGS, NULL_LABEL, LabelEmbedding, TimestepEmbedding
-from latte.model.denoiser import SIZES, Denoiser, DenoiserConfig, nearest_multiple
+from latte.model.denoiser import SIZES, Denoiser, DenoiserConfig, condition_shape, nearest_multiple
 from latte.model.patches import PATCHES
 from latte.model.positions import TEMPORAL_POSITIONS, spatial_table
 from latte.model.variants import VARIANTS, Parts, Variant
@@ -125,8 +125,7 @@ class Latte(Denoiser):
         """Return {"label": (b,) or (b 1+i)} of class 0; nothing for an unconditional model."""
         if self.label_embedding is None:
             return {}
-        shape = (clips, 1 + num_images) if num_images else (clips,)
-        return {"label": torch.zeros(shape, dtype=torch.long)}
+        return {"label": torch.zeros(condition_shape(clips, num_images), dtype=torch.long)}
 
     def forward(self, z: Tensor, t: Tensor, label: Tensor | None = None, num_images: int = 0) -> Tensor:
         """Return (b f+i o h w) for noisy latents z (b f+i c h w) and timesteps t (b,); o = 2c or c.
@@ -161,7 +160,7 @@ class Latte(Denoiser):
             f"label has shape {tuple(label.shape)}, but {b} clips with {num_images} images each need ({b},) "
             f"or ({b}, {1 + num_images})",
         )
-        return c + self.label_embedding(label if label.ndim == 2 else label[:, None])  # (b 1|1+i d)
+        return c + self.label_embedding(label.reshape(b, -1))  # (b 1|1+i d)
 
     def denoise(self, z: Tensor, c: Tensor, images: bool = False) -> Tensor:
         """Return (b f o h w) for latents (b f c h w) and condition (b f|1 d); ``images`` mix no frames."""
@@ -181,7 +180,8 @@ class Latte(Denoiser):
         """Warn outside the range of training: more frames, or larger latents."""
         if not self.position.free_length:
             self.warn_about_frames(z.shape[1] - num_images)
-        (h, w), (rows, columns) = z.shape[-2:], self.config.grid_size
+        h, w = z.shape[-2:]
+        rows, columns = self.config.grid_size
         if h > rows or w > columns:
             warnings.warn(
                 f"latents of {h} x {w} are larger than the {rows} x {columns} the model was trained on; the "

@@ -128,7 +128,9 @@ class CompressionPatch(nn.Module):
         """Return latents (b f o h w) of tokens (b f/s n ppo); of images (b i n ppo): (b i o h w)."""
         z = unpatchify(x, grid, self.p).transpose(1, 2)  # (b o f/s h w)
         z = self.expand(z).transpose(1, 2)  # (b f o h w)
-        return z.unflatten(1, (-1, self.tube)).mean(2) if images else z
+        if images:
+            return z.unflatten(1, (-1, self.tube)).mean(2)  # (b i o h w)
+        return z
 
 
 def unpatchify(x: Tensor, grid: tuple[int, int], p: int) -> Tensor:

@@ -50,7 +50,8 @@ class SavedModel:
         unknown, of another shape, NaN/Inf or altered.
         """
         path = Path(folder)
-        path = path.parent if path.name == WEIGHTS else path
+        if path.name == WEIGHTS:
+            path = path.parent
         if not ((path / WEIGHTS).is_file() and (path / CONFIG).is_file()):
             raise InputError(
                 f"{folder} is not a weights folder ({WEIGHTS} and {CONFIG}); for an external checkpoint or "
@@ -118,15 +119,14 @@ def parse_config(kind: type[Config], values: Mapping[str, Any], file: Path) -> C
     """Return the configuration of ``kind`` from its keys among ``values``; raise InputError for the first
     bad one.
     """
-    keys = {item.name: values[item.name] for item in fields(kind) if item.name in values}  # type: ignore[arg-type]
+    names = {item.name for item in fields(kind)}  # type: ignore[arg-type]
+    keys = {name: value for name, value in values.items() if name in names}
     try:
         return TypeAdapter(kind).validate_python(keys)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise InputError(
-            f"{file}{': ' + where if where else ''}: {first['msg']}; use a weights folder that latte wrote"
-        ) from None
+        place = ": ".join(filter(None, [str(file), ".".join(map(str, first["loc"]))]))
+        raise InputError(f"{place}: {first['msg']}; use a weights folder that latte wrote") from None
 
 
 def read_weights(file: Path) -> dict[str, Tensor]:

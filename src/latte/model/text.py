@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from latte.checks import InputError, check
 from latte.model.blocks import modulate
 from latte.model.conditioning import Modulation, TimestepEmbedding
-from latte.model.denoiser import Denoiser, DenoiserConfig
+from latte.model.denoiser import Denoiser, DenoiserConfig, condition_shape
 from latte.model.latte import ModelConfig
 from latte.model.patches import UniformPatch
 from latte.model.positions import sincos, temporal_table
@@ -65,7 +65,9 @@ class TextConfig(DenoiserConfig):
 
         A model keeps that of the weights it started from.
         """
-        return self.grid_size if self.table_size is None else (self.table_size, self.table_size)
+        if self.table_size is None:
+            return self.grid_size
+        return self.table_size, self.table_size
 
     @property
     def spans(self) -> tuple[float, float]:
@@ -129,7 +131,7 @@ class LatteText(Denoiser):
 
     def example_condition(self, clips: int, num_images: int = 0, tokens: int = 1) -> dict[str, Tensor]:
         """Return {"text": (b l k), "mask": (b l)}, with images (b 1+i l k) and (b 1+i l)."""
-        shape = (clips, 1 + num_images, tokens) if num_images else (clips, tokens)
+        shape = (*condition_shape(clips, num_images), tokens)
         text = torch.zeros(*shape, self.config.caption_channels)
         return {"text": text, "mask": torch.ones(shape, dtype=torch.bool)}
 
@@ -149,7 +151,9 @@ class LatteText(Denoiser):
     @property
     def opened(self) -> float:
         """How much of the temporal table is added: all of it without ``gated_time``."""
-        return 1.0 if self.time_gate is None else float(self.time_gate)
+        if self.time_gate is None:
+            return 1.0
+        return float(self.time_gate)
 
     @torch.no_grad()
     def open_gate(self, opened: float) -> None:
@@ -189,9 +193,11 @@ class LatteText(Denoiser):
         clip_text = image_text = text
         clip_mask = image_mask = mask
         if text.shape[1] > 1:  # a caption per image
-            clip_text, image_text = text[:, :1].contiguous(), text[:, 1:]
+            clip_text = text[:, :1].contiguous()  # (b 1 l k)
+            image_text = text[:, 1:]  # (b i l k)
             if mask is not None:
-                clip_mask, image_mask = mask[:, :1].contiguous(), mask[:, 1:]
+                clip_mask = mask[:, :1].contiguous()  # (b 1 l)
+                image_mask = mask[:, 1:]  # (b i l)
         # contiguous, so that the clip meets the same kernels as without images
         clip = self.denoise(clip.contiguous(), c, clip_text, clip_mask, temporal)
         images = self.denoise(images, c, image_text, image_mask, temporal=False)
@@ -218,7 +224,9 @@ class LatteText(Denoiser):
         """Return tokens (b f n d) plus the table of their frame; warns beyond the frames of training."""
         self.warn_about_frames(x.shape[1])
         table = temporal_table(x.shape[1], x.shape[-1]).to(x)[:, None]  # (f 1 d)
-        return x + (table if self.time_gate is None else self.time_gate.to(x) * table)
+        if self.time_gate is not None:
+            table = self.time_gate.to(x) * table
+        return x + table
 
     def check_text(
         self, text: Tensor, mask: Tensor | None, b: int, num_images: int
@@ -227,7 +235,8 @@ class LatteText(Denoiser):
         given_shape = tuple(text.shape)
         if text.ndim == 3:
             text = text[:, None]  # (b 1 l k)
-            mask = None if mask is None else mask[:, None]  # (b 1 l)
+            if mask is not None:
+                mask = mask[:, None]  # (b 1 l)
         check(
             text.ndim == 4 and text.shape[0] == b and text.shape[1] in (1, 1 + num_images),
             f"text has shape {given_shape}, but {b} clips with {num_images} images each need (b l k) or (b "

@@ -34,11 +34,14 @@ class SplitAttention(nn.Module):
 
         ``mask`` (b l) is True at valid keys, None when all are.
         """
-        source = x if source is None else source
+        if source is None:
+            source = x
+        if mask is not None:
+            mask = mask[:, None, None]  # (b 1 1 l)
         q = self.split_heads(self.q(x))  # (b h s d/h)
         k = self.split_heads(self.k(source))  # (b h l d/h)
         v = self.split_heads(self.v(source))  # (b h l d/h)
-        y = attend(q, k, v, None if mask is None else mask[:, None, None])
+        y = attend(q, k, v, mask)
         return self.proj(y.transpose(1, 2).flatten(2))  # (b s d)
 
     def split_heads(self, x: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 
 from latte.diffusion.loss import OBJECTIVES
 from latte.diffusion.process import NoisePath
-from latte.model.denoiser import Denoiser
+from latte.model.denoiser import Denoiser, condition_shape
 from latte.runtime import generator, resolve_dtype
 from latte.training.condition import Captions
 from latte.training.config import TrainConfig
@@ -78,7 +78,7 @@ def step_seconds(
 
 def example_condition(model: Denoiser, clips: int, num_images: int, tokens: int) -> Any:
     """Return labels (b) or captions (b l k) of a batch, with images (b 1+i) or (b 1+i l k)."""
-    rows = (clips, 1 + num_images) if num_images else (clips,)
+    rows = condition_shape(clips, num_images)
     if not model.config.reads_text:
         return torch.zeros(rows, dtype=torch.long)
     text = torch.zeros(tokens, model.config.caption_channels)

@@ -111,8 +111,8 @@ class TextEncoderConfig:
             self._refuse(("path", "length", "bits", "gated_time", "table_size"), "there is no text encoder")
         else:
             encoder = choose("text.name", self.name, TEXT_ENCODERS)
-            unread = [] if encoder.has_weights else ["path"]
-            unread += [] if encoder.bits_allowed else ["bits"]
+            reads = {"path": encoder.has_weights, "bits": encoder.bits_allowed}
+            unread = [field for field, is_read in reads.items() if not is_read]
             self._refuse(unread, f"the text encoder {self.name!r} does not read it")
             allowed = " or ".join(str(bits) for bits in encoder.bits_allowed)
             check(
@@ -169,4 +169,6 @@ def weights_bytes(config: TextEncoderConfig, device: torch.device) -> int:
     Where ``path`` holds no config.json, the size is that of T5 v1.1 XXL. InputError for a broken config.json,
     and without transformers.
     """
-    return config.encoder.weights_bytes(config.path, device, config.bits) if config.name else 0
+    if config.name is None:
+        return 0
+    return config.encoder.weights_bytes(config.path, device, config.bits)

@@ -24,13 +24,17 @@ def pad_features(features: Sequence[Tensor], length: int) -> tuple[Tensor, Tenso
     return text, mask
 
 
+def shorten(text: str) -> str:
+    """Return ``text`` for a message, 60 characters at most."""
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
 def check_num_tokens(prompt: str, num_tokens: int, length: int) -> None:
     """InputError when ``prompt`` has more tokens (the end token included) than ``length``: nothing is
     truncated silently.
     """
-    shown = prompt if len(prompt) <= 60 else f"{prompt[:57]}..."
     check(
         num_tokens <= length,
-        f"the prompt {shown!r} has {num_tokens} tokens, but text.length is {length}; "
+        f"the prompt {shorten(prompt)!r} has {num_tokens} tokens, but text.length is {length}; "
         "shorten it, or use a model that was trained with longer prompts",
     )

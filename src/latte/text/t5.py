@@ -333,7 +333,8 @@ def skeleton(path: str | None) -> Any:
     """Return the T5EncoderModel of config.json at ``path`` (XXL when there is none) on the meta device; or
     InputError.
     """
-    library, config = import_transformers(), read_config(path)
+    library = import_transformers()
+    config = read_config(path)
     try:
         with torch.device("meta"):
             return library.T5EncoderModel(library.T5Config.from_dict(config)).eval().requires_grad_(False)

@@ -93,7 +93,9 @@ class MetricsAccumulator:
 
     def latest_loss(self) -> float | None:
         """Return the mean loss since the last line, or that line's loss if no step has followed it."""
-        return self.sums[0].item() / self.steps if self.steps else self.loss
+        if not self.steps:
+            return self.loss
+        return self.sums[0].item() / self.steps
 
     @contextmanager
     def pause(self) -> Iterator[None]:
@@ -199,8 +201,10 @@ class MetricsFile(Callback):
 
 def step_of(line: str) -> float:
     """Return the step of a line of metrics.jsonl; infinity for an incomplete line."""
+    if not line.endswith("\n"):
+        return float("inf")
     try:
-        return json.loads(line)["step"] if line.endswith("\n") else float("inf")
+        return json.loads(line)["step"]
     except (ValueError, KeyError, TypeError):
         return float("inf")
 

@@ -46,7 +46,9 @@ class Labels:
 
     def part(self, clips: slice) -> Self:
         """See Condition."""
-        return self if self.label is None else replace(self, label=self.label[clips])
+        if self.label is None:
+            return self
+        return replace(self, label=self.label[clips])
 
     def drop(self, streams: Sequence[torch.Generator]) -> Self:
         """See Condition."""
@@ -58,7 +60,9 @@ class Labels:
 
     def inputs(self) -> dict[str, Tensor]:
         """Return {"label"}, nothing for an unconditional model."""
-        return {} if self.label is None else {"label": self.label}
+        if self.label is None:
+            return {}
+        return {"label": self.label}
 
 
 @dataclass(frozen=True)

@@ -115,7 +115,9 @@ class TrainConfig:
     @property
     def start(self) -> Start | None:
         """The pretrained weights that a fresh run starts from; None for random weights."""
-        return None if self.init is None else Start(self.init, self.init_mapping, self.init_gaps)
+        if self.init is None:
+            return None
+        return Start(self.init, self.init_mapping, self.init_gaps)
 
 
 def learning_rate(step: int, lr: float, warmup_steps: int, decay_steps: int = 0, steps: int = 0) -> float:
@@ -187,7 +189,9 @@ def check_decay(config: TrainConfig) -> None:
     """InputError, with a value that fits, for a decay that begins before the run or before the end of warm-
     up.
     """
-    steps, warmup, decay = config.steps, config.warmup_steps, config.decay_steps
+    steps = config.steps
+    warmup = config.warmup_steps
+    decay = config.decay_steps
     if decay == 0 or warmup + decay <= steps:
         return
     peak = max(learning_rate(step, 1.0, warmup, decay, steps) for step in range(1, steps + 1))

@@ -146,12 +146,12 @@ def process_group(device: torch.device, timeout: float = DEFAULT_TIMEOUT) -> Ite
     store, number, size = next(rendezvous("env://", timeout=STARTUP_TIMEOUT))
     store = PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     wait_for_all(store, number, size)
-    limit = timedelta(seconds=timeout)
+    limit = backend_limit = timedelta(seconds=timeout)
     backend = "gloo"
     if device.type == "cuda":
         torch.cuda.set_device(device)
         backend = "nccl"
-    backend_limit = limit + NCCL_GRACE if backend == "nccl" else limit
+        backend_limit += NCCL_GRACE
     dist.init_process_group(backend, store=store, rank=number, world_size=size, timeout=backend_limit)
     control = dist.new_group(backend="gloo", timeout=limit)
     rank0_work = dist.new_group(backend="gloo", timeout=RANK0_TIMEOUT)

@@ -154,7 +154,9 @@ class EMA:
     @torch.no_grad()
     def update(self, step: int) -> None:
         """Update the EMA weights after step 1, 2, ..."""
-        decay = min(self.decay, (1 + step) / (10 + step)) if self.warmup else self.decay
+        decay = self.decay
+        if self.warmup:
+            decay = min(decay, (1 + step) / (10 + step))
         torch._foreach_lerp_(self.averages, self.weights, 1 - decay)  # pyright: ignore
 
 

@@ -40,7 +40,7 @@ def run_facts(
     InputError when ``codec`` is not the one that made a dataset of latents.
     """
     data = dataset.describe()
-    made_with = codec.fingerprint if codec else None
+    made_with = codec and codec.fingerprint
     if dataset.latent:
         made_with = data.get("codec")
     if codec and made_with not in (None, codec.fingerprint):

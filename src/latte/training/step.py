@@ -84,7 +84,9 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """Copy a CPU tensor to ``device``; through pinned memory, so that the host does not wait for earlier
     work of the GPU.
     """
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 @torch.no_grad()

@@ -213,9 +213,11 @@ def train(
                 batch: Batch | None = None
                 data_error: Exception | None = None
                 waited = loader.waited
-                if step < end and not stop.code:
-                    batch, data_error = load_next(loader)
-                stop_code = group.max(DATA_FAILED if data_error else stop.code) if step < end else 0
+                stop_code = 0
+                if step < end:
+                    if not stop.code:
+                        batch, data_error = load_next(loader)
+                    stop_code = group.max(DATA_FAILED if data_error else stop.code)
                 done = step >= end or stop_code != 0
 
                 # Save a checkpoint: of finite tensors only, with all earlier lines of metrics on the disk.
@@ -270,7 +272,7 @@ def train(
             "run": str(run_dir),
             "step": step,
             "loss": accumulator.latest_loss(),
-            "checkpoint": str(checkpoint) if checkpoint else None,
+            "checkpoint": checkpoint and str(checkpoint),
             "weights_sha256": tensors_sha256(state.tensors()["ema"]),
             "interrupted": stop_code,
         }

@@ -18,7 +18,9 @@ from latte.checks import check
 from latte.evaluation.networks.layers import Network
 
 WEIGHTS = Path(__file__).with_name("builtin.safetensors")
-SIZE, MIN_FRAMES, NUM_FEATURES = 64, 4, 48
+SIZE = 64
+MIN_FRAMES = 4
+NUM_FEATURES = 48
 CLASSES = {"direction": 4, "shape": 3, "colour": 6}
 SCENE = ("speed", "size", "x", "y", "red", "green", "blue")  # what a procedural clip shows
 CORRUPTION = ("motion", "frozen", "erratic", "blur", "noise", "hue")  # how it was corrupted

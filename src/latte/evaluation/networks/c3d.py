@@ -14,7 +14,8 @@ from latte.checks import check
 from latte.evaluation.networks.layers import Conv, Network, Scheme
 
 NORM_EPS = 0.0  # C3D has no norm
-NUM_FRAMES, SIZE = 16, 112
+NUM_FRAMES = 16
+SIZE = 112
 LAYERS = ("conv1a", "conv2a", "conv3a", "conv3b", "conv4a", "conv4b", "conv5a", "conv5b", "fc6", "fc7", "fc8")
 
 
@@ -60,7 +61,9 @@ class C3D(nn.Module):
 
 def crop_mean(tensor: Tensor) -> Tensor:
     """Crop the published mean clip (3 16 128 171) to [8:120, 8:120]; return weights unchanged."""
-    return tensor[..., 8 : 8 + SIZE, 8 : 8 + SIZE] if tensor.shape[-2:] == (128, 171) else tensor
+    if tensor.shape[-2:] == (128, 171):
+        return tensor[..., 8 : 8 + SIZE, 8 : 8 + SIZE]
+    return tensor
 
 
 def public_names(separator: str, weight: str, bias: str) -> dict[str, str | None]:

@@ -39,8 +39,10 @@ class Mixed(nn.Module):
         super().__init__()
         one, three = (1, 1, 1), (3, 3, 3)
         self.b0 = Conv(c_in, single, one)
-        self.b1a, self.b1b = Conv(c_in, middle[0], one), Conv(*middle, three)
-        self.b2a, self.b2b = Conv(c_in, small[0], one), Conv(*small, three)
+        self.b1a = Conv(c_in, middle[0], one)
+        self.b1b = Conv(*middle, three)
+        self.b2a = Conv(c_in, small[0], one)
+        self.b2b = Conv(*small, three)
         self.b3 = Conv(c_in, pooled, one)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -55,7 +57,8 @@ class I3D(nn.Module):
     def __init__(self, num_classes: int = 400):
         super().__init__()
         self.conv_1a = Conv(3, 64, (7, 7, 7), (2, 2, 2))
-        self.conv_2b, self.conv_2c = Conv(64, 64, (1, 1, 1)), Conv(64, 192, (3, 3, 3))
+        self.conv_2b = Conv(64, 64, (1, 1, 1))
+        self.conv_2c = Conv(64, 192, (3, 3, 3))
         self.mixed = nn.ModuleDict({name: Mixed(*widths) for name, widths in MIXED.items()})
         self.logits = Conv(1024, num_classes, (1, 1, 1), relu=False)
 
@@ -131,7 +134,8 @@ def torch_names(column: int, norm: str) -> dict[str, str | None]:
     roles = {"weight": "gain", "bias": "shift", "running_mean": "mean", "running_var": "var"}
     names: dict[str, str | None] = {}
     for layer in layer_names():
-        ours, public = layer[0], layer[column]
+        ours = layer[0]
+        public = layer[column]
         names[f"{public}.conv3d.weight"] = f"{ours}.weight"
         if ours == "logits":
             names[f"{public}.conv3d.bias"] = f"{ours}.bias"
@@ -160,7 +164,9 @@ def tf_names() -> dict[str, str | None]:
 
 def from_tf(tensor: Tensor) -> Tensor:
     """Return a TF kernel (t h w c o) as (o c t h w), anything else, (1 1 1 1 c) included, as (c,)."""
-    return tensor.permute(4, 3, 0, 1, 2) if tensor.ndim == 5 and tensor.shape[3] > 1 else tensor.flatten()
+    if tensor.ndim == 5 and tensor.shape[3] > 1:
+        return tensor.permute(4, 3, 0, 1, 2)
+    return tensor.flatten()
 
 
 SCHEMES = {

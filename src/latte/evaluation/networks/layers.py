@@ -42,7 +42,7 @@ def convolve(
 
 def same_padding(size: int, kernel: int, stride: int) -> tuple[int, int]:
     """Return the zeros before and after an axis under TensorFlow's SAME rule; an odd zero goes last."""
-    total = max(kernel - (stride if size % stride == 0 else size % stride), 0)
+    total = max(kernel - (size % stride or stride), 0)
     return total // 2, total - total // 2
 
 
@@ -88,7 +88,9 @@ class Conv(nn.Module):
                 x = F.pad(x, [amount for pair in reversed(pairs) for amount in pair])
                 padding = [0] * len(pairs)
         y = convolve(x, self.weight, self.bias, self.stride, padding)
-        return F.relu_(y) if self.relu else y
+        if self.relu:
+            F.relu_(y)
+        return y
 
 
 @dataclass(frozen=True)
