@@ -4,7 +4,7 @@ OUT.safetensors``.
 
 A third of the batch is other content (two shapes at once, other colours), so that the latent space has no
 holes between clips. Gaussian noise on the unit-variance latents makes neighbours decode alike: a diffusion
-model's small errors then cost little.
+model's small errors then cost little. A training that was stopped resumes.
 Axes: n frames, c channels, h height, w width.
 """
 
@@ -24,23 +24,21 @@ from torch.nn import functional
 from latte.autoencoder.builtin import BuiltinAutoencoder
 from latte.data.procedural import draw_scene, render
 from latte.runtime import generator
+from tools.training_loop import TrainingConfig, fresh_network, train
 
 TRAIN_SEED, TEST_SEED = 7_000_000, 8_000_000  # scenes that no recipe draws
 
 
 @dataclass(frozen=True)
-class AutoencoderConfig:
-    """``noise`` is the largest standard deviation of the noise on the latents; ``clips`` of 8 frames are
-    rendered once.
-    """
+class AutoencoderConfig(TrainingConfig):
+    """Settings of a training; a batch is of frames, a clip has 8."""
 
     steps: int = 3000
     batch: int = 64
     lr: float = 2e-3
-    noise: float = 0.3
     clips: int = 2048
-    size: int = 64
-    seed: int = 0
+    noise: float = 0.3  # largest standard deviation of the noise on the latents
+    size: int = 64  # rows and columns of a frame
 
 
 def procedural_frames(seed: int, num_clips: int, size: int) -> Tensor:
@@ -60,35 +58,20 @@ def draw_batch(pool: Tensor, config: AutoencoderConfig, step: int) -> Tensor:
     return (frames.float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
 
 
-def fit(config: AutoencoderConfig, log_every: int = 100) -> BuiltinAutoencoder:
-    """Train from nothing; the learning rate rises for 100 steps and falls to 0 along a cosine."""
+def fit(config: AutoencoderConfig, keep: Path | None = None) -> BuiltinAutoencoder:
+    """Train from random weights, resuming from the state in the file ``keep``."""
     pool = procedural_frames(TRAIN_SEED + config.seed, config.clips, config.size)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        model = BuiltinAutoencoder().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    optimiser = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=1e-3)
-    started = time.perf_counter()
-    for step in range(config.steps):
-        rate = min(1.0, (step + 1) / 100) * 0.5 * (1 + math.cos(math.pi * step / config.steps))
-        for group in optimiser.param_groups:
-            group["lr"] = config.lr * rate
+    model = fresh_network(BuiltinAutoencoder, config.seed)
+
+    def loss_of(step: int) -> Tensor:
         frames = draw_batch(pool, config, step)
         latent = model.encode(frames)
         draw = generator(config.seed, "autoencoder noise", step)
         size = config.noise * torch.rand(len(latent), 1, 1, 1, generator=draw)
         decoded = model.decode(latent + size * torch.randn(latent.shape, generator=draw))
-        mse = functional.mse_loss(decoded, frames)
-        loss = functional.l1_loss(decoded, frames) + 2 * mse
-        optimiser.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimiser.step()
-        if step % log_every == 0 or step == config.steps - 1:
-            print(
-                f"step {step} loss {loss.item():.4f} noisy psnr {psnr(mse.item()):.2f} "
-                f"{time.perf_counter() - started:.0f} s",
-                flush=True,
-            )
+        return functional.l1_loss(decoded, frames) + 2 * functional.mse_loss(decoded, frames)
+
+    train(model, loss_of, config, warmup_steps=100, max_norm=1.0, keep=keep)
     normalise(model, pool)
     return model.eval()
 
@@ -134,18 +117,21 @@ def make_weights(out: Path, config: AutoencoderConfig) -> dict:
     metadata; the card.
     """
     started = time.perf_counter()
-    model = fit(config)
+    keep = out.with_name(f"{out.name}.state")
+    model = fit(config, keep)
     seconds = time.perf_counter() - started
     stored = {name: tensor.half().contiguous() for name, tensor in model.state_dict().items()}
     model.load_state_dict({name: tensor.float() for name, tensor in stored.items()})
+    options = f"--steps {config.steps} --threads {torch.get_num_threads()}"
     card = {
-        "command": f"python -m tools.train_autoencoder {out.name} --steps {config.steps} --threads {torch.get_num_threads()}",
+        "command": f"python -m tools.train_autoencoder {out.name} {options}",
         "config": asdict(config),
         "seconds": round(seconds, 1),
         "parameters": sum(p.numel() for p in model.parameters()),
         "figures": {name: round(value, 4) for name, value in measure(model, config.size).items()},
     }
     save_file(stored, out, metadata={"card": json.dumps(card)})
+    keep.unlink(missing_ok=True)
     return card
 
 

@@ -9,7 +9,6 @@ Axes: b clips, t frames, c channels, h height, w width, k features.
 
 import argparse
 import json
-import math
 import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
@@ -21,25 +20,23 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
-from latte.checks import check
 from latte.evaluation.networks.builtin import CLASSES, MEASURES, BuiltinDetector
 from latte.tensors import tensors_sha256
 from tools.detector_clips import POOL_FRAMES, UNKNOWN, draw_batch, draw_pool, procedural_clips, to_input
+from tools.training_loop import TrainingConfig, fresh_network, train
 
 TRAIN_SEED, TEST_SEED, SCALE_SEED = 7_100_000, 8_100_000, 7_200_000  # scenes that no recipe uses
 SCALED, SHRINKAGE = 640, 0.01  # see whiten
-KEEP_EVERY = 500  # steps
 
 
 @dataclass(frozen=True)
-class DetectorConfig:
-    """Settings of a training."""
+class DetectorConfig(TrainingConfig):
+    """Settings of a training; a batch is of clips."""
 
     steps: int = 8000
-    batch: int = 16  # clips per step
+    batch: int = 16
     lr: float = 2e-3
-    clips: int = 3072  # scenes that are rendered once
-    seed: int = 0
+    clips: int = 3072
 
 
 def loss_of(model: BuiltinDetector, clips: Tensor, labels: Tensor) -> Tensor:
@@ -80,89 +77,24 @@ def condition(model: BuiltinDetector, clips: Tensor) -> None:
 
 
 def fit(
-    config: DetectorConfig,
-    start: dict[str, Tensor] | None = None,
-    keep: Path | None = None,
-    log_every: int = 100,
+    config: DetectorConfig, start: dict[str, Tensor] | None = None, keep: Path | None = None
 ) -> BuiltinDetector:
-    """Train from random weights or from ``start``; the learning rate warms up for 50 steps and decays to 0
-    along a cosine.
+    """Train from random weights or from ``start``, resuming from the state in the file ``keep``.
 
-    The state is saved to the file ``keep`` every KEEP_EVERY steps, and resumed from there. The last layer is
-    not trained.
+    The last layer is not trained.
     """
     pool = draw_pool(TRAIN_SEED + config.seed, config.clips)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        model = BuiltinDetector().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model = fresh_network(BuiltinDetector, config.seed)
+
+    def batch(step: int) -> tuple[Tensor, Tensor]:
+        return draw_batch(pool, config.batch, config.seed, step)
+
     if start is None:
-        condition(
-            model, torch.cat([draw_batch(pool, config.batch, config.seed, step)[0] for step in (0, 3, 6)])
-        )
+        condition(model, torch.cat([batch(step)[0] for step in (0, 3, 6)]))
     else:
         model.load_state_dict(start)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=1e-3)
-    first = read_state(keep, model, optimizer, config) if keep and keep.exists() else 0
-    started = time.process_time()
-    recent: list[float] = []
-    for step in range(first, config.steps):
-        factor = min(1.0, (step + 1) / 50) * 0.5 * (1 + math.cos(math.pi * step / config.steps))
-        for group in optimizer.param_groups:
-            group["lr"] = config.lr * factor
-        loss = loss_of(model, *draw_batch(pool, config.batch, config.seed, step))
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 5.0)
-        optimizer.step()
-        recent = [*recent[1 - log_every :], loss.item()]
-        if (step + 1) % log_every == 0 or step == config.steps - 1:
-            mean = sum(recent) / len(recent)
-            print(
-                f"step {step + 1} loss {mean:.4f} {time.process_time() - started:.0f} CPU seconds", flush=True
-            )
-        if keep and (step + 1) % KEEP_EVERY == 0:
-            write_state(keep, model, optimizer, config, step + 1)
+    train(model, lambda step: loss_of(model, *batch(step)), config, warmup_steps=50, max_norm=5.0, keep=keep)
     return model.eval()
-
-
-def write_state(
-    path: Path, model: BuiltinDetector, optimizer: torch.optim.AdamW, config: DetectorConfig, step: int
-) -> None:
-    """Save the weights and both optimizer moments of each after ``step`` steps of ``config``."""
-    state = {
-        f"weight {name}": parameter.detach().contiguous() for name, parameter in model.named_parameters()
-    }
-    for name, parameter in model.named_parameters():
-        for kind in ("exp_avg", "exp_avg_sq"):
-            if parameter in optimizer.state:
-                state[f"{kind} {name}"] = optimizer.state[parameter][kind].contiguous()
-    temporary = path.with_name(f"{path.name}.part")
-    save_file(state, temporary, metadata={"step": str(step), "config": json.dumps(asdict(config))})
-    temporary.replace(path)
-
-
-def read_state(
-    path: Path, model: BuiltinDetector, optimizer: torch.optim.AdamW, config: DetectorConfig
-) -> int:
-    """Restore what ``write_state`` saved and return the number of steps done; InputError if it is of another
-    training.
-    """
-    with safe_open(path, "pt") as file:
-        written = file.metadata()
-    same = json.loads(written["config"]) == asdict(config)
-    check(same, f"{path} is the state of {written['config']}; delete it, or train with those settings")
-    state = load_file(path)
-    step = int(written["step"])
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(state[f"weight {name}"])
-            if f"exp_avg {name}" in state:
-                kinds = {
-                    kind: state[f"{kind} {name}"].clone(memory_format=torch.preserve_format)
-                    for kind in ("exp_avg", "exp_avg_sq")
-                }
-                optimizer.state[parameter] = {"step": torch.tensor(float(step)), **kinds}
-    return step
 
 
 @torch.no_grad()

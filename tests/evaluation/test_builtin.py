@@ -275,7 +275,7 @@ def test_a_fresh_training_is_a_function_of_its_seed(tmp_path):
 
 
 def test_a_stopped_training_resumes(tmp_path, monkeypatch):
-    monkeypatch.setattr(training, "KEEP_EVERY", 2)
+    monkeypatch.setattr("tools.training_loop.KEEP_EVERY", 2)
     keep, config, whole = tmp_path / "state", replace(SMALL, steps=4), draw_batch
 
     steps = []
