@@ -29,7 +29,8 @@ from latte.tensors import find_nonfinite
 
 T = TypeVar("T")
 FORMAT = 1
-MANIFEST, STATE = "manifest.json", "state.json"
+MANIFEST = "manifest.json"
+STATE = "state.json"
 MAX_MANIFEST_BYTES = 1 << 20
 PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 LISTINGS = 20  # how often a reader lists the checkpoints again while a trainer changes them
@@ -222,9 +223,11 @@ def newest(run_dir: Path, read: Callable[[Path], T], warn: Callable[[str], None]
     A trainer that commits and removes checkpoints at the same time is no damage: after a failed read the
     folder is listed again, and only a checkpoint that fails and is still there counts as damaged.
     """
-    paths, warnings = settled_listing(run_dir), []
+    paths = settled_listing(run_dir)
+    warnings = []
     for _ in range(LISTINGS):
-        changed, warnings = False, []
+        changed = False
+        warnings = []
         for path in reversed(paths):
             try:
                 found = read(path)

@@ -35,7 +35,8 @@ def read_captions(found: ScanResult, setting: str | None) -> dict[str, str]:
     """
     if setting is None:
         return {}
-    root, keys = Path(found.root), [clip.key for clip in found.clips]
+    root = Path(found.root)
+    keys = [clip.key for clip in found.clips]
     skipped = (Path(os.path.relpath(bad["path"], root)).as_posix() for bad in found.skipped)
     known = {*keys, *skipped}
     table = find_table(root, found.clips) if setting == AUTO else Path(os.path.abspath(setting))
@@ -70,7 +71,9 @@ def find_table(root: Path, clips: Sequence[FoundClip]) -> Path | None:
     """
     tables = [name for name in TABLES if (root / name).is_file()]
     beside = next((sidecar(clip) for clip in clips if (root / sidecar(clip)).is_file()), None)
-    kinds = [*tables, *([beside] if beside else [])]
+    kinds = list(tables)
+    if beside:
+        kinds.append(beside)
     if not kinds:
         raise InputError(
             f"data.captions is 'auto', but {str(root)!r} holds neither {' nor '.join(TABLES)}, nor a .txt "
@@ -81,7 +84,9 @@ def find_table(root: Path, clips: Sequence[FoundClip]) -> Path | None:
             f"data.captions is 'auto', but {str(root)!r} holds captions of two kinds, {kinds[0]} and "
             f"{printable(kinds[1])}; give the path of one, or remove the other"
         )
-    return root / tables[0] if tables else None
+    if not tables:
+        return None
+    return root / tables[0]
 
 
 def sidecar(clip: FoundClip) -> str:
@@ -89,8 +94,9 @@ def sidecar(clip: FoundClip) -> str:
     'jump/scene.01'.
     """
     path = Path(clip.key)
-    is_folder = clip.info.codec == "images"
-    return str(path.with_name(path.name + ".txt") if is_folder else path.with_suffix(".txt"))
+    if clip.info.codec == "images":
+        return f"{path}.txt"
+    return str(path.with_suffix(".txt"))
 
 
 def sidecars(root: Path, clips: Sequence[FoundClip]) -> Iterator[Row]:
@@ -199,4 +205,6 @@ def key_of(root: Path, folder: Path, name: str, known: Collection[str]) -> str |
     if name.isascii():
         return None
     same = [key for key in known if unicodedata.normalize("NFC", key) in keys]
-    return same[0] if len(same) == 1 else None
+    if len(same) == 1:
+        return same[0]
+    return None

@@ -128,7 +128,9 @@ def encoded(encoder: TextEncoder, captions: Sequence[str]) -> Iterator[tuple[str
 def compact(tokens: Tensor) -> Tensor:
     """Return float32 ``tokens`` in bfloat16 if that changes no number, else unchanged."""
     small = tokens.to(torch.bfloat16)
-    return small if torch.equal(small.float(), tokens) else tokens
+    if torch.equal(small.float(), tokens):
+        return small
+    return tokens
 
 
 class Part:
@@ -248,7 +250,8 @@ def finite(caption: str, tokens: Tensor) -> Tensor:
 
 def open_parts(root: Path) -> tuple[list[Part], list[Path]]:
     """Return the parts in ``root`` by name, and the files of that name which cannot be read."""
-    parts, broken = [], []
+    parts = []
+    broken = []
     for path in sorted([*root.glob(SINGLE), *root.glob(CAPTIONS)]):
         try:
             parts.append(Part(path))
@@ -262,8 +265,10 @@ def list_parts(root: Path) -> dict[str, Any]:
     without any.
     """
     parts, _ = open_parts(root)
+    if not parts:
+        return {}
     files = [{"file": part.path.name, "bytes": part.path.stat().st_size} for part in parts]
-    return {"encoder": parts[0].encoder, "identity": parts[0].fingerprint, "parts": files} if parts else {}
+    return {"encoder": parts[0].encoder, "identity": parts[0].fingerprint, "parts": files}
 
 
 def stored_captions(

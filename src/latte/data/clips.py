@@ -61,7 +61,9 @@ class ClipRule:
         """Number of source frames that the clip needs, or None for "time" (it depends on the video)."""
         if self.rule == "time":
             return None
-        return span(self.frames, self.interval) if self.rule == "strict" else self.frames * self.interval
+        if self.rule == "strict":
+            return span(self.frames, self.interval)
+        return self.frames * self.interval
 
     @property
     def seconds(self) -> float:
@@ -113,8 +115,9 @@ def _time_at(rule: ClipRule, start: int, times: Sequence[float]) -> list[int]:
     for i in range(rule.frames):
         moment = times[start] + i * rule.interval / (rule.fps or 1)
         after = min(bisect_left(times, moment), len(times) - 1)
-        before_is_nearer = after > start and moment - times[after - 1] <= times[after] - moment
-        chosen.append(after - 1 if before_is_nearer else after)
+        if after > start and moment - times[after - 1] <= times[after] - moment:
+            after -= 1  # the frame before is nearer
+        chosen.append(after)
     return chosen
 
 
@@ -147,7 +150,10 @@ def choose_frames(
             f"no clip fits this video ({reason}); use longer videos, fewer frames or a smaller interval"
         )
     starts = rule.num_starts(num_frames, times)
-    return rule.frames_at(int(torch.randint(starts, (), generator=generator)) if generator else 0, times)
+    start = 0
+    if generator:
+        start = int(torch.randint(starts, (), generator=generator))
+    return rule.frames_at(start, times)
 
 
 def centre_crop_resize(frames: np.ndarray, height: int, width: int) -> np.ndarray:
@@ -161,12 +167,14 @@ def centre_crop_resize(frames: np.ndarray, height: int, width: int) -> np.ndarra
     h, w = frames.shape[1:3]
     if (h, w) == (height, width):
         return frames
-    box_h, box_w = h, w
+    box_h = h
+    box_w = w
     if h * width < w * height:
         box_w = max(1, round(h * width / height))
     else:
         box_h = max(1, round(w * height / width))
-    top, left = (h - box_h) // 2, (w - box_w) // 2
+    top = (h - box_h) // 2
+    left = (w - box_w) // 2
     box = np.ascontiguousarray(frames[:, top : top + box_h, left : left + box_w])
     pixels = torch.from_numpy(box).permute(0, 3, 1, 2)  # (t c h w)
     resized = interpolate(pixels, size=(height, width), mode="bicubic", antialias=True)

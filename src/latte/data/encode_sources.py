@@ -63,7 +63,9 @@ def _folder(config: DataConfig, cache_dir: str | os.PathLike | None, progress: P
 def _folder_video(clip: FoundClip, caption: str | None) -> Video:
     info = clip.info
     path = Path(info.path)
-    files = path.iterdir() if path.is_dir() else [path]
+    files = [path]
+    if path.is_dir():
+        files = list(path.iterdir())
     states = [file.stat() for file in files if file.exists()]
     record = Record(
         key=clip.key,

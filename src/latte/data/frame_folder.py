@@ -106,7 +106,8 @@ def measure_folder(folder: str) -> tuple[int, int, int, tuple[str, ...]]:
         raise Unreadable(folder, "no-frames", f"the first image cannot be used: {notes[0]}")
     if len(files) > MAX_FRAMES and not notes:
         notes.append(f"limit: only the first {MAX_FRAMES} frames are used, {len(files)} are there")
-    first, last = files[0][0], files[len(sizes) - 1][0]
+    first = files[0][0]
+    last = files[len(sizes) - 1][0]
     missing = last - first + 1 - len(sizes)
     if missing:
         notes.append(
@@ -163,8 +164,9 @@ def opened(file: str) -> Iterator[Image.Image]:
 
 def upright_size(image: Image.Image) -> tuple[int, int]:
     """Return (width, height) of ``image`` as a viewer shows it, by its EXIF orientation."""
-    swapped = orientation(image) >= 5
-    return (image.height, image.width) if swapped else (image.width, image.height)
+    if orientation(image) >= 5:  # a quarter turn
+        return image.height, image.width
+    return image.width, image.height
 
 
 def orientation(image: Image.Image) -> int:
@@ -175,7 +177,9 @@ def orientation(image: Image.Image) -> int:
             value = image.getexif().get(ORIENTATION, 1)
     except IMAGE_ERRORS:
         return 1
-    return value if value in range(1, 9) else 1
+    if value not in range(1, 9):
+        return 1
+    return value
 
 
 def has_transparency(file: str) -> bool:
@@ -199,8 +203,9 @@ def read_image(file: str) -> np.ndarray:
             else:
                 pixels = image.convert("RGB")
             method = ROTATIONS.get(orientation(image))
-            # np.array copies: pillow's own memory is read-only, and torch warns about that
-            return np.array(pixels if method is None else pixels.transpose(method))
+            if method is not None:
+                pixels = pixels.transpose(method)
+            return np.array(pixels)  # a copy: pillow's own memory is read-only, and torch warns about that
     except IMAGE_ERRORS as error:
         if isinstance(error, Unreadable):
             raise

@@ -50,7 +50,9 @@ def check_layout(name: str, found: ScanResult) -> None:
         key = Path(path).relative_to(found.root).as_posix()
         is_folder = os.path.isdir(path)
         if is_folder != layout.frames:
-            needed = "folders of numbered images" if layout.frames else "video files"
+            needed = "video files"
+            if layout.frames:
+                needed = "folders of numbered images"
             raise InputError(
                 f"data.root {found.root!r}: {key!r} is {kinds[is_folder]}, but clips of {name} are {needed}\n"
                 + expected

@@ -348,13 +348,17 @@ def is_worker_failure(error: RuntimeError) -> bool:
 
 def worker_error(error: RuntimeError, step: int | None = None) -> RunError:
     """Return a one-line RunError for a worker process that died or hung."""
-    where = "" if step is None else f" at step {step}"
+    where = ""
+    if step is not None:
+        where = f" at step {step}"
     if "timed out" in str(error):
         return RunError(
             f"no batch arrived{where} within {BATCH_TIMEOUT:.0f} s; is the disk of data.root still there? "
             "If reading is just slow, use more data.workers"
         )
-    cause = error.__cause__ if "is killed by signal" in str(error.__cause__) else error
+    cause: BaseException | None = error
+    if "is killed by signal" in str(error.__cause__):
+        cause = error.__cause__
     reason = str(cause).splitlines()[0].rstrip(". ")
     return RunError(
         f"a data worker died{where} ({reason}); if memory or /dev/shm ran out, use fewer data.workers; "

@@ -97,7 +97,9 @@ class MediaInfo:
         """
         if self.time_base[0]:
             return [(tick - self.start) * self.time_base[0] / self.time_base[1] for tick in self.stamps]
-        return [index / self.fps for index in range(self.frames)] if self.fps else []
+        if not self.fps:
+            return []
+        return [index / self.fps for index in range(self.frames)]
 
 
 def probe(path: str | os.PathLike) -> MediaInfo:
@@ -143,11 +145,9 @@ def _probe_video(path: str) -> MediaInfo:
     )
     ticks = [stamp for stamp in found.stamps if stamp is not None]
     if not found.time_base or len(ticks) < num_frames or any(b <= a for a, b in pairwise(ticks)):
-        rate = (
-            f"they are taken as even, at the header's {info.fps:g} fps"
-            if info.fps
-            else "no rate is known either"
-        )
+        rate = "no rate is known either"
+        if info.fps:
+            rate = f"they are taken as even, at the header's {info.fps:g} fps"
         found.notes.append(f"no-timing: time stamps are missing or do not increase; {rate}")
         return replace(info, notes=tuple(found.notes))
     base = Fraction(found.time_base)
@@ -165,8 +165,11 @@ def _survey(path: str) -> _Survey:
     """Decode ``path`` up to its end, its first damage, a change of size or MAX_FRAMES."""
     from av.video.reformatter import VideoReformatter
 
-    found, reformatter = _Survey(), VideoReformatter()
-    size, last_key, num_interlaced, num_pixels = (0, 0), None, 0, 0
+    found = _Survey()
+    reformatter = VideoReformatter()
+    size = (0, 0)
+    last_key = None
+    num_interlaced = num_pixels = 0
     stop = ""
     first_notes: list[str] = []
     try:
@@ -176,8 +179,10 @@ def _survey(path: str) -> _Survey:
                 if found.pixels is None:
                     size = (frame.width, frame.height)
                     found.pixels = to_rgb(path, stream, frame, reformatter)
-                    found.codec, found.time_base = stream.codec_context.name, stream.time_base
-                    found.rate, found.promised = float(stream.average_rate or 0), promised_frames(stream)
+                    found.codec = stream.codec_context.name
+                    found.time_base = stream.time_base
+                    found.rate = float(stream.average_rate or 0)
+                    found.promised = promised_frames(stream)
                     first_notes = _notes_of(stream, frame)
                 if (frame.width, frame.height) != size:
                     new_size = f"{frame.width}x{frame.height}"
@@ -201,7 +206,8 @@ def _survey(path: str) -> _Survey:
         if found.pixels is None or error.reason.startswith("too-large"):
             raise
         stop = error.reason
-        stop = stop if stop.startswith("damaged") else f"damaged: {stop}"
+        if not stop.startswith("damaged"):
+            stop = f"damaged: {stop}"
     if stop:
         code, _, sentence = stop.partition(": ")
         found.notes.append(f"{code}: only the first {len(found.stamps)} frames are used: {sentence}")
@@ -262,7 +268,9 @@ def decode_frames(source: str | os.PathLike | MediaInfo, indices: Sequence[int])
     path = info.path if info else os.fspath(source)  # type: ignore[arg-type]
     needed = sorted(set(indices))
     if not needed or needed[0] < 0 or (info and needed[-1] >= info.frames):
-        end = info.frames - 1 if info else "end"
+        end: object = "end"
+        if info:
+            end = info.frames - 1
         raise InputError(f"frames {list(indices)} of {printable(path)} must be in 0...{end}")
     if os.path.isdir(path):
         files = [file for _, file in frame_files(path)]
@@ -311,7 +319,8 @@ def _span(
     stamps = info.stamps if info and key else []
     index_of = {stamp: index for index, stamp in enumerate(stamps)}
     found: dict[int, np.ndarray] = {}
-    num_decoded, reformatter = 0, VideoReformatter()
+    num_decoded = 0
+    reformatter = VideoReformatter()
     try:
         with closing(decode_stream(path, stamps[key] if key else None)) as frames:
             for stream, frame in frames:

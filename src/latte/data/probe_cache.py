@@ -29,7 +29,7 @@ class ProbeCache:
 
     def __init__(self, root: str, folder: str | os.PathLike | None):
         name = f"probes-{hashlib.sha256(os.fsencode(root)).hexdigest()[:16]}.json"
-        self.file = (Path(folder) if folder else user_cache()) / name
+        self.file = Path(folder or user_cache()) / name
         self.reader = f"{READER} av {version('av')}"
         self.entries: dict[str, Any] = {}
         self.seen: dict[str, Any] = {}

@@ -152,7 +152,9 @@ def finished(path: Path, plan: str) -> list[dict[str, str]] | None:
             written = json.loads((shard.metadata() or {}).get(PLAN, "{}"))
     except (OSError, SafetensorError):
         return None
-    return written["refused"] if written.get("plan") == plan else None
+    if written.get("plan") != plan:
+        return None
+    return written["refused"]
 
 
 def check_destination(out: Path, settings: dict[str, Any]) -> None:

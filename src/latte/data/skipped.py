@@ -92,9 +92,12 @@ def scan(
     ignored: Counter[str] = Counter()
     paths = sorted(_candidates(base, ignored))
     keys = [Path(path).relative_to(base).as_posix() for path in paths]
-    classes = _classes([key for key in keys if is_utf8(key)]) if labels else []
+    classes = []
+    if labels:
+        classes = _classes([key for key in keys if is_utf8(key)])
     cache = ProbeCache(base, cache_dir)
-    clips, skipped = [], []
+    clips = []
+    skipped = []
     for done, (path, key) in enumerate(zip(paths, keys, strict=True), start=1):
         found = (
             cache.probe(path, key) if is_utf8(key) else "unsupported: its name is not valid UTF-8; rename it"
@@ -151,7 +154,9 @@ def describe_clips(found: ScanResult) -> list[str]:
         size = f"{info.frames} frames of {info.width}x{info.height}, {info.fps:g} fps"
         lines.append(f"{printable(info.path)}  {size}{notes}")
     lines += [f"{printable(bad['path'])}  skipped: {bad['reason']}" for bad in found.skipped]
-    names = f": {', '.join(printable(name) for name in found.classes)}" if found.classes else ""
+    names = ""
+    if found.classes:
+        names = f": {', '.join(printable(name) for name in found.classes)}"
     counts = f"{len(found.clips)} clips, {len(found.classes)} classes{names}; {len(found.skipped)} skipped"
     return [*lines, *remarks(found), counts]
 
@@ -250,4 +255,6 @@ def _classes(keys: list[str]) -> list[str]:
             f"classes are the folders in <root>/<class>/<clip>, but {examples[0]!r} and {examples[1]!r} "
             "are at different depths; move them or set data.labels=false"
         )
-    return sorted({part[0] for part in parts}) if depths == {2} else []
+    if depths != {2}:
+        return []
+    return sorted({part[0] for part in parts})

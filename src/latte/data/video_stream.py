@@ -158,7 +158,9 @@ def pixel_aspect(stream: Any) -> float:
     """
     aspect = float(stream.sample_aspect_ratio or 1)
     plausible = 1 / MAX_ASPECT <= aspect <= MAX_ASPECT
-    return aspect if plausible and abs(aspect - 1) > 0.01 else 1.0
+    if plausible and abs(aspect - 1) > 0.01:
+        return aspect
+    return 1.0
 
 
 def display_matrix(frame: Any) -> tuple[int, int, int, int]:
@@ -192,8 +194,14 @@ def orient(pixels: np.ndarray, matrix: tuple[int, int, int, int]) -> np.ndarray:
     """Apply a display matrix to (h w c): the nearest of the 8 quarter turns and mirror images."""
     a, b, c, d = matrix
     if abs(a) + abs(d) >= abs(b) + abs(c):
-        horizontal, vertical = a, d
+        horizontal = a
+        vertical = d
     else:
         pixels = pixels.swapaxes(0, 1)  # (w h c)
-        horizontal, vertical = c, b
-    return pixels[:: -1 if vertical < 0 else 1, :: -1 if horizontal < 0 else 1]
+        horizontal = c
+        vertical = b
+    if vertical < 0:
+        pixels = pixels[::-1]
+    if horizontal < 0:
+        pixels = pixels[:, ::-1]
+    return pixels

@@ -180,7 +180,8 @@ def contact_sheet(
     row_height = height * scale + gap + header
     column_width = width * scale + gap
     sheet = Image.new("RGB", (columns * column_width + gap, len(clips) * row_height + gap), (255, 255, 255))
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(13) if header else None
+    draw = ImageDraw.Draw(sheet)
+    font = ImageFont.load_default(13) if header else None
     for row, clip in enumerate(clips):
         check_frames(clip, 1)
         if captions is not None:

@@ -73,7 +73,8 @@ class ModelClips:
         found = resolve(self.model)
         if found.kind == "run":
             checkpoint = latest_checkpoint(found.path, only={"ema"})
-            found = resolve(checkpoint) if checkpoint else found
+            if checkpoint:
+                found = resolve(checkpoint)
         return found.step
 
     def generate(

@@ -293,7 +293,8 @@ def check_labels(model: Denoiser, labels: Sequence[int] | None, count: int) -> T
     if classes is None:
         check(labels is None, f"labels are {labels}, but this model is unconditional; leave them out")
         return None
-    labels = [-1] * count if labels is None else labels
+    if labels is None:
+        labels = [-1] * count
     check(
         len(labels) == count,
         f"there are {len(labels)} labels, but there are {count} seeds; pass one label per seed",

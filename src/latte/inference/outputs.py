@@ -218,7 +218,9 @@ def read_record(folder: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
         return {"format": FORMAT, "facts": now, "files": {}}
     try:
         record = json.loads(path.read_text("utf-8"))
-        before, files, prompts = record["facts"], dict(record["files"]), dict(record.get("prompts", {}))
+        before = record["facts"]
+        files = dict(record["files"])
+        prompts = dict(record.get("prompts", {}))
         keys = [key for key in dict.fromkeys([*before, *now]) if before.get(key) != now.get(key)]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise InputError(f"{path} is damaged; delete {folder}, or give another --out") from None
@@ -276,6 +278,7 @@ def mosaic(clips: Sequence[np.ndarray], gap: int = 2) -> np.ndarray:
     t, h, w, c = clips[0].shape
     board = np.full((t, rows * (h + gap) - gap, columns * (w + gap) - gap, c), 255, np.uint8)
     for index, clip in enumerate(clips):
-        y, x = index // columns * (h + gap), index % columns * (w + gap)
+        y = index // columns * (h + gap)
+        x = index % columns * (w + gap)
         board[:, y : y + h, x : x + w] = clip
     return board

@@ -118,7 +118,9 @@ class Conditioned:
         """Return the name of a class number (the number where classes have no names), 'none' for -1."""
         if label < 0:
             return "none"
-        return self.classes[label] if self.classes else str(label)
+        if not self.classes:
+            return str(label)
+        return self.classes[label]
 
     def describe_classes(self) -> str:
         """Return text such as '0 to 3 (up, down, left, right)'."""

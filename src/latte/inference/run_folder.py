@@ -45,7 +45,9 @@ MAX_CONFIG_BYTES = 1 << 20
 def run_of(path: Path) -> Path | None:
     """Return the run folder that ``path`` is, or that it is a checkpoint of; None for any other path."""
     run = path.parents[1] if path.parent.name == "checkpoints" else path
-    return run if (run / RUN_FILE).is_file() else None
+    if (run / RUN_FILE).is_file():
+        return run
+    return None
 
 
 def open_source(

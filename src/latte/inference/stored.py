@@ -78,11 +78,9 @@ def open_weights_folder(folder: Path, name: str, own_codec: bool = False) -> Sto
         shape = {item.name: card[item.name] for item in fields(kind)}
         classes = [str(label) for label in card.get("classes") or ()]
         codec, text = (dict(card.get(part) or {}) for part in ("codec", "text"))
-        diffusion, sample, about = (
-            card.get("diffusion"),
-            card.get("sample") or {},
-            dict(card.get("about") or {}),
-        )
+        diffusion = card.get("diffusion")
+        sample = card.get("sample") or {}
+        about = dict(card.get("about") or {})
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(
             f"{folder / CARD} does not describe a Latte model ({type(error).__name__}: {error}); "
@@ -93,11 +91,13 @@ def open_weights_folder(folder: Path, name: str, own_codec: bool = False) -> Sto
     if kind.reads_text and not text_keys:
         text_keys = {"name": "t5"}  # what the released models read, whose files do not record it
     codec_keys = {key: codec[key] for key in ("name", "path") if key in codec and not own_codec}
-    config, recorded = typed(kind, shape, where), card.get("weights_sha256")
+    config = typed(kind, shape, where)
+    recorded = card.get("weights_sha256")
 
     def load() -> tuple[Denoiser, str]:
         tensors, _ = read_tensors(folder / WEIGHTS)
-        network, found = load_network(config, tensors, str(folder / WEIGHTS)), tensors_sha256(tensors)
+        network = load_network(config, tensors, str(folder / WEIGHTS))
+        found = tensors_sha256(tensors)
         check(
             recorded in (None, found),
             f"{folder / WEIGHTS} has the hash {found[:16]}, but {CARD} records {str(recorded)[:16]}: "
@@ -154,7 +154,8 @@ def open_external_model(source: Source, codec_path: str | None, text_encoder_pat
     process: None in the result.
     """
     loaded, facts = open_external(source.name)
-    place, text = codec_path or facts["codec"]["path"], facts.get("text")
+    place = codec_path or facts["codec"]["path"]
+    text = facts.get("text")
     text_path = text_encoder_path or (text or {}).get("path")
 
     def load() -> tuple[Denoiser, str]:

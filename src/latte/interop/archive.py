@@ -24,7 +24,8 @@ from latte.interop.pickles import Machine, Refused, StorageRef, TensorRef
 
 MAX_PICKLE = 16 * 2**20  # bytes of a zipped pickle: names and shapes only, never tensor data
 MAX_ITEMS = 100_000  # containers, values and tensors visited in one file
-MAX_DEPTH, MAX_NAME = 64, 1000
+MAX_DEPTH = 64
+MAX_NAME = 1000  # characters
 MAX_OVERLAP = 2  # bytes of all tensors per byte of their storages: tied weights need less than 2
 SMALL = 2**20
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # the first pickle of the format before torch 1.6
@@ -131,7 +132,8 @@ def read_legacy(file: BinaryIO) -> dict[str, Tensor]:
     Machine().run(file)
     if Machine().run(file).get("little_endian") is not True:
         raise Refused("numbers in big-endian order")
-    tree, keys = Machine().run(file), Machine().run(file)
+    tree = Machine().run(file)
+    keys = Machine().run(file)
     places: dict[str, int] = {}
     start = file.tell()
     expected = {ref.storage.key: ref.storage for _, ref in walk(tree)}
@@ -155,7 +157,8 @@ def walk(tree: Any) -> Iterator[tuple[str, TensorRef]]:
     """Yield the tensors in nested dicts, lists and tuples with their dotted names; plain values are
     skipped.
     """
-    stack, visited = [("", tree, 0)], 0
+    stack = [("", tree, 0)]
+    visited = 0
     while stack:
         name, node, depth = stack.pop()
         visited += 1

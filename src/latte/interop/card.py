@@ -40,7 +40,8 @@ MARKUP = re.compile(r"[\\`*\[\]|~]|(?<![^\W_])_|_(?![^\W_])")  # an underscore i
 
 def card_text(model: Denoiser, facts: Mapping[str, Any]) -> str:
     """Return README.md of ``model``, with the YAML header that the hub reads."""
-    name, config = type(model).__name__, asdict(model.config)
+    name = type(model).__name__
+    config = asdict(model.config)
     text = model.config.reads_text
     about = facts.get("about") or {}
     header: dict[str, Any] = {
@@ -75,8 +76,11 @@ def card_text(model: Denoiser, facts: Mapping[str, Any]) -> str:
 def usage(name: str, facts: Mapping[str, Any]) -> list[str]:
     """Return the lines of the example: the pipeline where the facts suffice for it, else the bare model."""
     if "diffusion" in facts and "codec" in facts:
-        condition = "class_labels=[0]" if facts.get("classes") else "num_videos_per_prompt=4"
-        condition = 'prompt="..."' if "text" in facts else condition
+        condition = "num_videos_per_prompt=4"
+        if "text" in facts:
+            condition = 'prompt="..."'
+        elif facts.get("classes"):
+            condition = "class_labels=[0]"
         code = [
             "from latte import VideoPipeline",
             "",
@@ -92,7 +96,9 @@ def conditioning(config: Mapping[str, Any]) -> str:
     """Name the condition that the model takes besides the timestep."""
     if "caption_channels" in config:
         return "text to video"
-    return "unconditional" if config.get("num_classes") is None else f"{config['num_classes']} classes"
+    if config.get("num_classes") is None:
+        return "unconditional"
+    return f"{config['num_classes']} classes"
 
 
 def table_rows(config: Mapping[str, Any], facts: Mapping[str, Any]) -> dict[str, Any]:
@@ -113,7 +119,9 @@ def public(part: Any) -> Any:
     is_hub_id = bool(re.fullmatch(r"[\w.-]+/[\w.-]+", path)) and not Path(path).exists()
     shown = {key: value for key, value in part.items() if key != "identity" and (key != "path" or is_hub_id)}
     fingerprint = read_fingerprint(part)
-    return shown if fingerprint is None else {**shown, "fingerprint": fingerprint}
+    if fingerprint is not None:
+        shown["fingerprint"] = fingerprint
+    return shown
 
 
 def score_row(score: Mapping[str, Any]) -> str:

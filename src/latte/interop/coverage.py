@@ -93,7 +93,9 @@ def not_allowed(names: Iterable[str], patterns: Sequence[str]) -> list[str]:
 def some(names: Sequence[str]) -> str:
     """Return the first few names, safe to print."""
     shown = [printable(name) for name in names[:SHOWN]]
-    return ", ".join([*shown, "..."] if len(names) > SHOWN else shown)
+    if len(names) > SHOWN:
+        shown.append("...")
+    return ", ".join(shown)
 
 
 def compare(
@@ -186,7 +188,8 @@ def dimensions(depth: int, width: int, heads: int | None) -> dict[str, Any]:
             "number of "
             "attention heads does not follow from the tensors; give heads=..."
         )
-    heads = known[width] if heads is None else heads
+    if heads is None:
+        heads = known[width]
     for size, numbers in SIZES.items():
         if numbers == (depth, width, heads):
             return {"size": size}

@@ -21,7 +21,8 @@ from latte.interop.key_maps import translate
 from latte.model.text import COARSE, LatteText, TextConfig
 from latte.tensors import check_finite
 
-CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
+CONFIG = "config.json"
+WEIGHTS = "diffusion_pytorch_model.safetensors"
 BLOCKS = (
     ("transformer_blocks", "space_blocks", ("attn1", "attn2")),
     ("temporal_transformer_blocks", "time_blocks", ("attn1",)),
@@ -94,7 +95,8 @@ def understand(
         heads is None or written in (None, heads),
         f"heads is {heads}, but config.json has {written}; remove heads, or give that number",
     )
-    heads = written if heads is None else heads
+    if heads is None:
+        heads = written
     size = positive_integer(card, "sample_size", 64)
     scale = card.get("interpolation_scale") or max(size // COARSE, 1)
     expected = max(size // COARSE, 1)
@@ -156,7 +158,9 @@ def heads_on_card(card: Mapping[str, Any], width: int) -> int | None:
 
 def positive_integer(card: Mapping[str, Any], key: str, default: int) -> int:
     """Return a positive integer of config.json; InputError for anything else."""
-    value = default if card.get(key) is None else card[key]
+    value = card.get(key)
+    if value is None:
+        value = default
     if type(value) is not int or value < 1:
         raise InputError(
             f"{key} in config.json must be an integer of at least 1, got {value!r}; fetch the folder again"

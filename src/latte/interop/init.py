@@ -29,7 +29,8 @@ from latte.interop.lora import LoraConfig, add_lora, lora_state
 from latte.interop.pixart import init_from_pixart
 from latte.interop.resolve import Source, resolve
 from latte.model.denoiser import Denoiser, DenoiserConfig
-from latte.model.text import config_class
+from latte.model.latte import Latte
+from latte.model.text import LatteText, config_class
 from latte.tensors import tensors_sha256
 
 LOG = logging.getLogger(__name__)
@@ -123,7 +124,9 @@ def load_into(model: Denoiser, start: Start, source: Source, facts: Mapping[str,
         if layout in IMAGE_MODELS:
             return IMAGE_MODELS[layout](model, start)
         loaded = load_external(start.source, heads=model.config.dimensions[2])
-        tensors, config, recorded = loaded.state_dict, loaded.config, read_card(loaded.card)
+        tensors = loaded.state_dict
+        config = loaded.config
+        recorded = read_card(loaded.card)
     check_same(model, config, start.source)
     check_recorded(recorded, facts, start.source)
     tensors = sort_classes(tensors, recorded.get("classes") or [], facts.get("classes") or [], start.source)
@@ -137,7 +140,7 @@ def load_into(model: Denoiser, start: Start, source: Source, facts: Mapping[str,
 
 def from_dit(model: Denoiser, start: Start) -> Coverage:
     """Load a DiT into a class model."""
-    if model.config.reads_text:
+    if not isinstance(model, Latte):
         raise InputError(
             f"{start.source} is a DiT, which reads no captions; give a PixArt-alpha, or leave text.name out"
         )
@@ -148,7 +151,7 @@ def from_pixart(model: Denoiser, start: Start) -> Coverage:
     """Load a PixArt-alpha into a text model; InputError for one without a gate, which would not start as
     PixArt.
     """
-    if not model.config.reads_text:
+    if not isinstance(model, LatteText):
         raise InputError(
             f"{start.source} is a PixArt-alpha, which reads captions; give a DiT, or set text.name"
         )
@@ -229,7 +232,8 @@ def check_same(model: Denoiser, config: DenoiserConfig, source: str) -> None:
             f"set model.{name}={external}",
         )
     for item in fields(own):
-        value, external = getattr(own, item.name), getattr(other, item.name)
+        value = getattr(own, item.name)
+        external = getattr(other, item.name)
         check(
             item.name in FREE or value == external,
             f"model.{item.name} is {value!r}, but the weights at {source} have {external}; make them the "

@@ -78,7 +78,8 @@ def load_external(
     stored, facts = read_tensors(found.path, BRANCHES)
     tensors = unwrap(stored)
     name = recognise(tensors, source)
-    layout, card = LAYOUTS[name], read_card(found.path)
+    layout = LAYOUTS[name]
+    card = read_card(found.path)
     try:
         understood = layout.understand(tensors, card, heads)
         check_depth(understood.config, tensors)

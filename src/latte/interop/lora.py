@@ -28,7 +28,8 @@ from latte.model.denoiser import Denoiser
 from latte.runtime import generator
 from latte.tensors import check_finite, tensors_sha256
 
-WEIGHTS, CARD = "adapter_model.safetensors", "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+CARD = "adapter_config.json"
 PREFIX = "base_model.model."  # of every name in peft's files
 BASE = "base_weights_sha256"
 METADATA = "latte"  # key of our own metadata in the file
@@ -205,7 +206,9 @@ def save_lora(model: Any, folder: str | Path, facts: Mapping[str, Any] | None = 
     with merged ones, and for a folder with other files; RunError when the disk refuses, or a weight is
     NaN/Inf.
     """
-    folder, layers, facts = Path(folder), lora_layers(model), facts or {}
+    folder = Path(folder)
+    layers = lora_layers(model)
+    facts = facts or {}
     check(
         bool(layers) and not any(layer.merged for layer in layers.values()),
         f"this {type(model).__name__} has no separate adapters to save; call add_lora first",
@@ -285,7 +288,9 @@ def read_metadata(text: str | None) -> dict[str, Any]:
         about = json.loads(text or "{}")
     except ValueError:
         return {}
-    return about if isinstance(about, dict) else {}
+    if not isinstance(about, dict):
+        return {}
+    return about
 
 
 @torch.no_grad()

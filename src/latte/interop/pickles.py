@@ -104,7 +104,8 @@ class Machine:
     def since_mark(self) -> list[Any]:
         """Pop everything above the last mark."""
         start = self.marks.pop()
-        items, self.stack[start:] = self.stack[start:], []
+        items = self.stack[start:]
+        del self.stack[start:]
         return items
 
     def take(self, count: int) -> list[Any]:
@@ -132,9 +133,7 @@ class Machine:
         """Interpret a call: five names are known, every other is refused."""
         function, arguments = self.take(2)
         if type(function) is not Global or type(arguments) is not tuple or function.name not in REDUCIBLE:
-            raise Refused(
-                f"a call of {function.name if type(function) is Global else type(function).__name__}"
-            )
+            raise Refused(f"a call of {name_of(function)}")
         for argument in arguments:
             if type(argument) in (dict, list):
                 self.copy(argument)
@@ -144,7 +143,7 @@ class Machine:
         """Interpret the creation of an object: a TorchScript module becomes an empty dict."""
         kind, arguments = self.take(2)
         if type(kind) is not Global or not kind.name.startswith("__torch__.") or arguments != ():
-            raise Refused(f"an object of {kind.name if type(kind) is Global else type(kind).__name__}")
+            raise Refused(f"an object of {name_of(kind)}")
         self.push({})
 
     def build(self) -> None:
@@ -166,7 +165,9 @@ class Machine:
 
     def remember(self, index: int | None) -> None:
         """Store the top of the stack under ``index`` (None: the next free one)."""
-        self.memo[len(self.memo) if index is None else index] = self.stack[-1]
+        if index is None:
+            index = len(self.memo)
+        self.memo[index] = self.stack[-1]
 
     def name(self, argument: str | None) -> None:
         """Push a global name; ``argument`` None pops module and name."""
@@ -193,6 +194,13 @@ REDUCIBLE: dict[str, Callable[..., Any]] = {
     "torch.jit._pickle.build_intlist": lambda items: list(items),
     "torch.jit._pickle.restore_type_tag": lambda value, kind: value,
 }
+
+
+def name_of(value: Any) -> str:
+    """Return the name of a global, the type's of any other value."""
+    if type(value) is Global:
+        return value.name
+    return type(value).__name__
 
 
 def constant(value: Any) -> Callable[[Machine, Any], None]:

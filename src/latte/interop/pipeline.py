@@ -119,13 +119,15 @@ def check_parts(model: LatteText, codec: Codec, text_encoder: Any, tokenizer: An
     check(
         found == ENCODER, f"the text encoder is {found}, but a LattePipeline needs {ENCODER}; use --to latte"
     )
-    width, channels = text_encoder.config.d_model, model.config.caption_channels
+    width = text_encoder.config.d_model
+    channels = model.config.caption_channels
     check(
         width == channels,
         f"the text encoder has width {width}, but the model reads captions of {channels} channels; "
         "use the text encoder that it was trained with",
     )
-    num_tokens, vocabulary = len(tokenizer), text_encoder.config.vocab_size
+    num_tokens = len(tokenizer)
+    vocabulary = text_encoder.config.vocab_size
     check(
         num_tokens <= vocabulary,
         f"the tokenizer has {num_tokens} tokens, but the text encoder has {vocabulary}; use its own "
@@ -149,8 +151,10 @@ def to_pipeline(model: Any, folder: Path, facts: Mapping[str, Any]) -> None:
         )
     # refuse what diffusers cannot express before a T5 is read
     diffusers_state(model, (facts.get("about") or {}).get("gate_steps"))
-    codec, text = facts.get("codec") or {}, facts.get("text") or {}
-    name, path = text.get("name"), text.get("path")
+    codec = facts.get("codec") or {}
+    text = facts.get("text") or {}
+    name = text.get("name")
+    path = text.get("path")
     check(
         name in (None, "t5"),
         f"the text encoder is {name!r}, but a LattePipeline needs {ENCODER}; use --to latte",

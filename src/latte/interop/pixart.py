@@ -92,13 +92,16 @@ def init_from_pixart(model: LatteText, source: str | Path) -> Coverage:
 def read_pixart(source: str | Path, heads: int | None) -> tuple[dict[str, Tensor], Understanding]:
     """Return tensors and configuration of a PixArt; ``heads`` is used where config.json has none."""
     path = fetch(source)
-    tensors, card = unwrap(read_tensors(path, BRANCHES)[0]), read_card(path) or {}
+    tensors = unwrap(read_tensors(path, BRANCHES)[0])
+    card = read_card(path) or {}
     if not recognise(tensors):
         raise InputError(
             f"weights {source} are not PixArt-alpha (first tensors: {some(sorted(tensors))}); use its "
             "transformer folder"
         )
-    return tensors, understand(tensors, card, None if "num_attention_heads" in card else heads)
+    if "num_attention_heads" in card:
+        heads = None
+    return tensors, understand(tensors, card, heads)
 
 
 def fill(model: LatteText, source: str | Path, tensors: dict[str, Tensor], found: Understanding) -> Coverage:
@@ -110,9 +113,11 @@ def fill(model: LatteText, source: str | Path, tensors: dict[str, Tensor], found
             f"model.{name} is {ours}, but the PixArt at {source} has {pixart}; set model.{name}={pixart}",
         )
     for name, advice in ADVICE.items():
-        ours, pixart = getattr(model.config, name), getattr(found.config, name)
+        ours = getattr(model.config, name)
+        pixart = getattr(found.config, name)
         check(ours == pixart, f"model.{name} is {ours}, but the PixArt at {source} has {pixart}; {advice}")
-    ours, pixart = model.config.table_grid, found.config.table_grid
+    ours = model.config.table_grid
+    pixart = found.config.table_grid
     check(
         ours == pixart,
         f"the grid of positions is {ours}, but the PixArt at {source} has {pixart}; "

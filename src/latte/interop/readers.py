@@ -23,11 +23,12 @@ from torch import Tensor
 
 from latte.checks import InputError
 from latte.interop.archive import BROKEN, MAX_PICKLE, collect, entry_bytes, read_legacy, stored
-from latte.interop.pickles import Global, Machine, Refused, StorageRef
+from latte.interop.pickles import Global, Machine, Refused, StorageRef, name_of
 from latte.tensors import check_weights
 
 BUILTIN = Path(str(resources.files("latte"))) / "builtin"
-SAFE, PICKLED = (".safetensors",), (".pt", ".pth", ".bin", ".ckpt")
+SAFE = (".safetensors",)
+PICKLED = (".pt", ".pth", ".bin", ".ckpt")
 DIFFUSERS = "diffusion_pytorch_model"
 PREFERRED = ("model", DIFFUSERS, "pytorch_model")
 INERT_OBJECTS = ("argparse.Namespace", "omegaconf.")
@@ -45,7 +46,8 @@ SHARD = re.compile(r".+-(\d+)-of-(\d+)\.\w+")
 MAX_JSON = 8 * 2**20
 MAX_HEADER = 8 * 2**20  # bytes of the header of a safetensors file; 10,000 tensors need 1.5 MB
 MAX_TENSORS = 10_000  # of a model; Latte-XL has 400
-MAX_FACTS, MAX_VALUES = 100, 10_000
+MAX_FACTS = 100
+MAX_VALUES = 10_000
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(/[\w./-]+)?")
 HUB_FILES = [
     "config.json",
@@ -65,7 +67,7 @@ class Lenient(Machine):
     def new(self) -> None:
         """Interpret the creation of an object: an empty dict for the listed kinds, every other is refused."""
         kind, arguments = self.take(2)
-        name = kind.name if type(kind) is Global else type(kind).__name__
+        name = name_of(kind)
         if not name.startswith(INERT_OBJECTS) or arguments != ():
             raise Refused(f"an object of {name}")
         self.push({})
@@ -87,7 +89,8 @@ def fetch(source: str | Path) -> Path:
     ``builtin`` is the folder in the package. Offline, only the cache of the hub is used. InputError when
     there is neither.
     """
-    path, name = Path(source), str(source)
+    path = Path(source)
+    name = str(source)
     if name == "builtin":
         return BUILTIN
     try:
@@ -105,7 +108,8 @@ def fetch(source: str | Path) -> Path:
     from huggingface_hub import hf_hub_download, snapshot_download
 
     offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
-    repository, file = "/".join(path.parts[:2]), "/".join(path.parts[2:])
+    repository = "/".join(path.parts[:2])
+    file = "/".join(path.parts[2:])
     try:
         if file:
             return Path(hf_hub_download(repository, file, local_files_only=offline))
@@ -129,7 +133,7 @@ def read_tensors(path: str | Path, branches: tuple[str, ...] = ()) -> tuple[Tens
     weights and for NaN/Inf.
     """
     path = Path(path)
-    file = find_weights(path) if path.is_dir() else path
+    file = find_weights(path)
     if not file.is_file():
         raise InputError(f"weights {file} do not exist ({file.absolute()}); use a file, a folder or a hub id")
     if file.name.endswith(".index.json"):
@@ -151,10 +155,12 @@ def read_tensors(path: str | Path, branches: tuple[str, ...] = ()) -> tuple[Tens
 
 def find_weights(folder: Path) -> Path:
     """Return the weight file, or the index of the shards, in a model's folder or in the ``transformer`` of
-    a pipeline.
+    a pipeline; a file is returned as it is.
 
     InputError when there is none, or more than one candidate.
     """
+    if not folder.is_dir():
+        return folder
     names = sorted(file.name for file in folder.iterdir())
     has_weights = any(Path(name).suffix in SAFE + PICKLED for name in names)
     if (INDEX in names or not has_weights) and (folder / "transformer").is_dir():
@@ -204,7 +210,7 @@ def read_card(path: Path) -> dict[str, Any] | None:
     InputError for a folder of diffusers without it, because heads and frames would be guesses. The weight
     file alone is read.
     """
-    file = find_weights(path) if path.is_dir() else path
+    file = find_weights(path)
     card = file.with_name("config.json")
     if path.is_dir() and file.name.startswith(DIFFUSERS) and not card.is_file():
         raise InputError(
@@ -212,7 +218,9 @@ def read_card(path: Path) -> dict[str, Any] | None:
             "frames; "
             "the download is incomplete: fetch it again, or use the weight file itself"
         )
-    return read_json(card) if file.name.split(".")[0] in PREFERRED and card.is_file() else None
+    if file.name.split(".")[0] in PREFERRED and card.is_file():
+        return read_json(card)
+    return None
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -257,7 +265,9 @@ def read_pickled(file: Path, branches: tuple[str, ...]) -> tuple[Tensors, dict[s
     with open(file, "rb") as opened:
         zipped = opened.read(4) == b"PK\x03\x04"
         opened.seek(0)
-        return read_zip(opened, branches) if zipped else (read_legacy(opened), {})
+        if zipped:
+            return read_zip(opened, branches)
+        return read_legacy(opened), {}
 
 
 def read_zip(file: BinaryIO, branches: tuple[str, ...]) -> tuple[Tensors, dict[str, str]]:

@@ -105,7 +105,9 @@ def kind_of_path(path: Path) -> str | None:
     if path.is_file():
         if path.name == WEIGHTS and is_weights_folder(path.parent):
             return "weights"
-        return "external" if looks_like_weights(path.name) else None
+        if looks_like_weights(path.name):
+            return "external"
+        return None
     if not path.is_dir():
         return None
     if (path / RUN_CONFIG).is_file():
@@ -118,7 +120,9 @@ def kind_of_path(path: Path) -> str | None:
     if (path / INDEX).is_file():
         return "pipeline"
     found = any(looks_like_weights(item.name) for item in path.iterdir()) or (path / "transformer").is_dir()
-    return "external" if found else None
+    if found:
+        return "external"
+    return None
 
 
 def is_weights_folder(folder: Path) -> bool:
@@ -149,8 +153,6 @@ def why_unknown(path: Path, exists: bool) -> str:
         return f"which does not exist{nearest(printable(path.name), map(printable, names))}"
     if path.is_dir():
         return "which is a folder without weights"
-    return (
-        "which is a file of another kind"
-        if path.is_file()
-        else "which is neither a regular file nor a folder"
-    )
+    if path.is_file():
+        return "which is a file of another kind"
+    return "which is neither a regular file nor a folder"

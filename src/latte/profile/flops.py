@@ -88,8 +88,9 @@ def multiply_adds(module: Any, x: Tensor, output: Tensor) -> int:
 
     One weight row per output, per input if transposed.
     """
-    values = x if isinstance(module, nn.ConvTranspose3d) else output
-    return values.numel() * module.weight[0].numel()
+    if isinstance(module, nn.ConvTranspose3d):
+        return x.numel() * module.weight[0].numel()
+    return output.numel() * module.weight[0].numel()
 
 
 def norm_operations(module: Any, x: Tensor, output: Tensor) -> int:

@@ -199,7 +199,9 @@ class OnDevice(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if self.dtype != torch.float32 and func in LOWERED | RAISED:
-            dtype = self.dtype if func in LOWERED else torch.float32
+            dtype = torch.float32
+            if func in LOWERED:
+                dtype = self.dtype
             args = [self.cast(value, dtype) for value in args]
         if func is F.scaled_dot_product_attention:
             return FusedAttention.apply(*args[:3])
