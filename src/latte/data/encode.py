@@ -88,8 +88,7 @@ def encode_dataset(
     caption_progress: Progress = None,
     scan_progress: Progress = None,
 ) -> dict[str, Any]:
-    """Encode all frames of the dataset of ``config`` at its resolution (mirrored too with ``config.flip``)
-    into ``out``.
+    """Encode all frames of the dataset of ``config`` (mirrored too with ``config.flip``) into ``out``.
 
     Training chooses frames, interval and rule. A stochastic codec stores one sample of the posterior per
     frame, drawn from ``seed``. With a ``text`` encoder, the features of every distinct caption are stored

@@ -139,8 +139,10 @@ def render(scene: Scene, frames: int, height: int, width: int) -> np.ndarray:
         centre_x = scene.start[0] * width + dx * scene.speed * t * side
         centre_y = scene.start[1] * height + dy * scene.speed * t * side
         reach = scene.size * side
-        left, right = max(math.floor(centre_x - reach), 0), min(math.ceil(centre_x + reach), width)
-        top, bottom = max(math.floor(centre_y - reach), 0), min(math.ceil(centre_y + reach), height)
+        left = max(math.floor(centre_x - reach), 0)
+        right = min(math.ceil(centre_x + reach), width)
+        top = max(math.floor(centre_y - reach), 0)
+        bottom = min(math.ceil(centre_y + reach), height)
         x = ((np.arange(left * SUPERSAMPLE, right * SUPERSAMPLE) + 0.5) / SUPERSAMPLE - centre_x) / reach
         y = ((np.arange(top * SUPERSAMPLE, bottom * SUPERSAMPLE) + 0.5) / SUPERSAMPLE - centre_y) / reach
         points = _inside(scene.shape, x[None], y[:, None]).reshape(
@@ -251,7 +253,8 @@ def _compact(mask: np.ndarray) -> bool:
 
 def _shape_of(mask: np.ndarray) -> str:
     """Return the name of the shape of a mask (h w), from how it fills the halves of its bounding box."""
-    rows, columns = np.where(mask.any(1))[0], np.where(mask.any(0))[0]
+    rows = np.where(mask.any(1))[0]
+    columns = np.where(mask.any(0))[0]
     box = mask[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1].astype(np.float64)
     half = max(len(box) // 2, 1)
     if box[:half].mean() < 0.62 * box[-half:].mean():
@@ -276,7 +279,8 @@ def read_motion(frames: np.ndarray) -> Motion:
     points = np.stack([np.argwhere(m).mean(0)[::-1] for m in mask]) / min(frames.shape[1:3])
     times = np.arange(len(points)) - (len(points) - 1) / 2
     path = (times @ (points - points.mean(0))) / max((times @ times), 1e-9) * max(len(points) - 1, 1)
-    along, across = abs(path).max(), abs(path).min()
+    along = abs(path).max()
+    across = abs(path).min()
     direction = None
     if along >= 0.12 and across <= 0.5 * along:
         direction = max(DIRECTIONS, key=lambda name: float(np.dot(DIRECTIONS[name], path)))
