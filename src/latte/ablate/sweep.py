@@ -144,7 +144,7 @@ def check_disk(plan: Plan, todo: Sequence[Run]) -> None:
 
 def initial_model(plan: Plan, setting: Setting, seed: int) -> Any:
     """Return the setting's initial model; InputError for a DiT that is missing or does not fit."""
-    model = build_model(setting.config.model, seed)
+    model: Any = build_model(setting.config.model, seed)  # a Latte: ablations have no text models
     if setting.mapping is not None:
         if plan.dit is None:
             raise InputError(
