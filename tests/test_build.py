@@ -73,7 +73,7 @@ def test_a_configuration_made_by_hand_is_checked_too():
 def test_a_size_that_the_codec_or_the_patches_do_not_divide_is_reported_with_the_nearest():
     with pytest.raises(
         InputError,
-        match=r"data.resolution is 100, but codec 'kl' shrinks 8 times; the nearest multiple is 96",
+        match=r"data.resolution is 100, but codec 'kl' reduces each side 8 times; the nearest multiple is 96",
     ):
         config("data.resolution=100")
     with pytest.raises(

@@ -181,8 +181,7 @@ def test_a_run_cannot_start_from_a_run_of_adapters(run, tmp_path):
 
 def test_adapters_without_a_base_are_refused_before_anything_is_built(tmp_path):
     with pytest.raises(
-        InputError,
-        match=r"command line: lora.rank is 2, but adapters need trained weights; give train.init",
+        InputError, match=r"command line: lora.rank is 2, but adapters need trained weights; give train.init"
     ):
         load_run("shapes", [*WORDS, "lora.rank=2"])
     with pytest.raises(InputError, match=r"without lora.rank there are no adapters"):

@@ -159,12 +159,12 @@ def test_the_gate_is_reported_when_it_is_not_open_with_the_step_where_it_is():
     gated.open_gate(0.25)
     with pytest.raises(
         InputError,
-        match=r"^time_gate is 0.25, but .*; train on to step 40 \(train.gate_steps\), where the gate is open",
+        match=r"^time_gate is 0.25, but .*; resume training up to step 40 \(train.gate_steps\), where the gate is open",
     ):
         diffusers_state(gated, 40)
     with pytest.raises(
         InputError,
-        match=r"train on to step train.gate_steps, where the gate is open, or a step further with a lower one",
+        match=r"resume training up to step train.gate_steps, where the gate is open, or resume with a lower",
     ):
         diffusers_state(gated)
     gated.open_gate(1.0)
@@ -176,7 +176,7 @@ def test_adapters_leave_the_gate_as_it_is_and_so_want_it_open(image, tmp_path):
     words = ["lora.rank=2", "text.length=16", "train.steps=2"]
     with pytest.raises(
         InputError,
-        match=r"^train.init: time_gate of .* is 0.0, but adapters leave it as it is.*train the whole model",
+        match=r"^train.init: time_gate of .* is 0.0, but adapters do not change it.*train the whole model",
     ):
         job(tmp_path / "run", image[1], *words).train()
     trained = tiny_text(depth=2)
