@@ -372,6 +372,9 @@ def test_a_spiece_model_without_protobuf_is_refused_with_the_package_to_install(
 
 @pytest.mark.skipif(not has_protobuf(), reason="needs protobuf (pip install 'latte-video[t2v]')")
 def test_a_spiece_model_alone_gives_the_same_tokens(tmp_path):
-    found, expected = load_tokenizer(spiece_folder(tmp_path / "t5")), shared("weights", "t5_tokenizer")
+    from transformers import T5Tokenizer
+
+    found = load_tokenizer(spiece_folder(tmp_path / "t5"))
+    expected = T5Tokenizer.from_pretrained(shared("weights", "t5_tokenizer"))  # reads its tokenizer.json
     for text in ("studies have shown that owning a dog is good for you", "", "caf\u00e9, 3x  dusk!"):
-        assert found(text).input_ids == load_tokenizer(expected)(text).input_ids
+        assert found(text).input_ids == expected(text).input_ids
