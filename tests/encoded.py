@@ -9,6 +9,7 @@ from PIL import Image
 from torch import Tensor
 
 from latte.autoencoder.codec import CodecConfig, build_codec
+from latte.autoencoder.compression import Compression
 from latte.data.datasets import DataConfig
 from videos import encode, numbered
 
@@ -23,7 +24,8 @@ def pixels():
 class Drawn:
     """A stochastic codec: pixels plus noise. Its ``encode`` calls ``before()`` first."""
 
-    name, fingerprint, channels, downscale, stochastic = "drawn", "0123456789abcdef", 3, 1, True
+    name, fingerprint, stochastic = "drawn", "0123456789abcdef", True
+    compression = Compression(channels=3, spatial_factor=1)
     before = staticmethod(lambda: None)
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:

@@ -7,7 +7,7 @@ from safetensors.torch import save_file
 from support import noise
 from torch import Tensor, nn
 
-from latte.autoencoder.base import Codec, PixelCodec
+from latte.autoencoder.base import Codec, Compression, FrameCodec, PixelCodec
 from latte.autoencoder.builtin import BuiltinAutoencoder, BuiltinCodec
 from latte.autoencoder.codec import CODECS, CodecConfig, build_codec
 from latte.autoencoder.taef2 import Taef2Codec, build_decoder, build_encoder
@@ -15,10 +15,11 @@ from latte.checks import InputError
 from latte.runtime import generator
 
 
-class Noisy(Codec):
+class Noisy(FrameCodec):
     """A stochastic codec whose mean is the pixels; counts the frames of each call."""
 
-    name, channels, downscale, stochastic = "noisy", 3, 1, True
+    name, stochastic = "noisy", True
+    compression = Compression(channels=3, spatial_factor=1)
 
     @classmethod
     def load(cls, path, chunk, device):
@@ -58,7 +59,11 @@ def test_shapes_range_and_type(name):
     codec = made(name)
     latent = codec.encode(frames().requires_grad_())
     assert latent.shape == (2, 3, *codec.latent_shape(16, 24))
-    assert codec.latent_shape(16, 24) == (codec.channels, 16 // codec.downscale, 24 // codec.downscale)
+    assert codec.latent_shape(16, 24) == (
+        codec.channels,
+        16 // codec.spatial_factor,
+        24 // codec.spatial_factor,
+    )
     decoded = codec.decode(10 * latent)
     assert decoded.shape == (2, 3, 3, 16, 24)
     assert decoded.abs().max() <= 1
@@ -165,13 +170,9 @@ def test_wrong_latents_are_refused():
 
 def test_the_table_holds_what_is_documented():
     assert set(CODECS) == {"kl", "kl_temporal", "taef2", "pixels", "builtin"}
-    assert {name: (codec.channels, codec.downscale) for name, codec in CODECS.items()} == {
-        "kl": (4, 8),
-        "kl_temporal": (4, 8),
-        "taef2": (32, 8),
-        "pixels": (3, 1),
-        "builtin": (4, 8),
-    }
+    assert {
+        name: (codec.compression.channels, codec.compression.spatial_factor) for name, codec in CODECS.items()
+    } == {"kl": (4, 8), "kl_temporal": (4, 8), "taef2": (32, 8), "pixels": (3, 1), "builtin": (4, 8)}
 
 
 @pytest.mark.parametrize(

@@ -31,8 +31,8 @@ def test_a_plan_needs_neither_data_nor_weights(name):
         )
     )
     codec = CODECS[name]
-    assert found.latent == (16, codec.channels, 64 // codec.downscale, 64 // codec.downscale)
-    assert found.tokens == 16 * (64 // codec.downscale // 2) ** 2
+    assert found.latent == (16, codec.channels, 64 // codec.spatial_factor, 64 // codec.spatial_factor)
+    assert found.tokens == 16 * (64 // codec.spatial_factor // 2) ** 2
 
 
 def test_the_plan_of_the_paper_is_the_papers():

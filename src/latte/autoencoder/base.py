@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The interface of every codec, frames in and latents out a few at a time, its fingerprint; and the codec of
-plain pixels.
+"""The interface of every codec, frames in and latents out, its fingerprint; and the codec of plain pixels.
 
-A subclass handles single frames only. Scaling to about unit variance belongs to the codec: callers never see
-raw latents.
-Axes: b batch, f frames, n = b f, c latent channels, H W pixels, h w = H W / downscale.
+A subclass of FrameCodec handles single frames, one of VideoCodec whole clips whose time it may compress.
+Scaling to about unit variance belongs to the codec: callers never see raw latents.
+Axes: b batch, f frames, f' latent frames, n = b f, c channels, H W pixels, h w latent size.
 """
 
 import hashlib
@@ -16,27 +15,28 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
+from latte.autoencoder.compression import Compression
 from latte.checks import check
+
+__all__ = ["Codec", "Compression", "FrameCodec", "PixelCodec", "VideoCodec"]
 
 
 class Codec(ABC):
-    """Frames (b f 3 H W) in [-1, 1] <-> latents (b f c h w) of about unit variance.
+    """Frames (b f 3 H W) in [-1, 1] <-> latents (b f' c h w) of about unit variance.
 
-    ``chunk`` frames are processed at a time on ``device``. The network is frozen and in evaluation mode. Both
-    directions return contiguous float32 on the codec's device. A subclass states what others need to know
-    before any weight is read.
+    The network is frozen, in evaluation mode and on ``device``. Both directions return contiguous float32 on
+    the codec's device. ``compression`` states what others need to know before any weight is read, and
+    everything that counts frames asks it. Abstract: subclass FrameCodec or VideoCodec.
     """
 
     name: ClassVar[str]
     """Key of ``codec.CODECS``."""
-    channels: ClassVar[int]
-    """Channels of the latent."""
-    downscale: ClassVar[int]
-    """Pixels per latent row and column."""
+    compression: Compression
+    """Channels, spatial and temporal factor; the class's own for codecs whose weights all have one shape."""
     path: str | None = None
     """Where ``build_codec`` found the weights."""
     scale: float = 1.0
-    """What raw latents are multiplied by."""
+    """What raw latents are multiplied by, one number; 1 where the codec normalises channel by channel."""
     stochastic: ClassVar[bool] = False
     """Whether ``encode`` samples a posterior when given a generator."""
     layout: ClassVar[str | None] = None
@@ -65,16 +65,54 @@ class Codec(ABC):
         It is the published network unless ``path`` is a local folder with another configuration.
         """
 
-    @abstractmethod
-    def encode_frames(self, frames: Tensor, noise: Tensor | None) -> Tensor:
-        """Return scaled latents (n c h w) of frames (n 3 H W) in [-1, 1].
+    @classmethod
+    def compression_at(cls, path: str | None) -> Compression:
+        """Return the compression of the weights at ``path`` without reading them.
 
-        ``noise`` (n c h w) standard normal samples the posterior; None takes its mean.
+        A codec whose configuration decides it reads the config.json there; InputError when there is none.
+        """
+        return cls.compression
+
+    @abstractmethod
+    def encode(self, frames: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Return latents (b f' c h w) of frames (b f 3 H W) float in [-1, 1].
+
+        With a generator a stochastic codec samples, without it takes the mean. Noise is drawn for the whole
+        call before anything is encoded, so the result depends on ``generator`` and not on ``chunk``.
+        InputError for a size or a number of frames that the codec does not take.
         """
 
     @abstractmethod
-    def decode_frames(self, latent: Tensor) -> Tensor:
-        """Return frames (n 3 H W), about [-1, 1], of scaled latents (n c h w)."""
+    def decode(self, latent: Tensor) -> Tensor:
+        """Return frames (b f 3 H W) in [-1, 1], clamped, of latents (b f' c h w)."""
+
+    @property
+    def channels(self) -> int:
+        """Channels of the latent."""
+        return self.compression.channels
+
+    @property
+    def spatial_factor(self) -> int:
+        """Pixels per latent row and column."""
+        return self.compression.spatial_factor
+
+    @property
+    def temporal_factor(self) -> int:
+        """Frames per latent frame, see ``Compression``."""
+        return self.compression.temporal_factor
+
+    @property
+    def encodes_images(self) -> bool:
+        """Whether an image becomes one latent frame."""
+        return self.compression.encodes_images
+
+    def latent_frames(self, frames: int) -> int:
+        """Return the latent frames of a clip of ``frames``; InputError with the nearest valid numbers."""
+        return self.compression.latent_frames(frames)
+
+    def frames(self, latent_frames: int) -> int:
+        """Return how many frames ``latent_frames`` latent frames decode to."""
+        return self.compression.frames(latent_frames)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -91,37 +129,57 @@ class Codec(ABC):
         self.network.to(self.device)
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
-        """Return (c, h, w) of a frame of height x width; InputError unless ``downscale`` divides both."""
-        for field, size in (("frame height", height), ("frame width", width)):
-            check(
-                size > 0 and size % self.downscale == 0,
-                f"{field} is {size}, but codec {self.name!r} needs a multiple of {self.downscale}",
-            )
-        return self.channels, height // self.downscale, width // self.downscale
-
-    def encode(self, frames: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Return latents (b f c h w) of frames (b f 3 H W) float in [-1, 1].
-
-        With a generator a stochastic codec samples, without it takes the mean. Noise is drawn for the whole
-        call before the first chunk, so the result depends on ``generator`` and not on ``chunk``.
+        """Return (c, h, w) of a latent frame of height x width; InputError unless ``spatial_factor`` divides
+        both.
         """
+        return self.channels, *self.compression.latent_size(height, width, self.name)
+
+    def check_clips(self, frames: Tensor) -> tuple[int, int, int, int, int]:
+        """Return (b, f', c, h, w) of the latents of frames (b f 3 H W); InputError for another shape."""
         check(
             frames.ndim == 5 and frames.shape[2] == 3,
             f"frames have shape {tuple(frames.shape)}, but a codec encodes (batch, frames, 3, height, width)",
         )
         shape = self.latent_shape(*frames.shape[-2:])
-        noise = None
-        if generator is not None and self.stochastic:
-            noise = torch.randn((*frames.shape[:2], *shape), generator=generator).flatten(0, 1)  # (n c h w)
-        return self._in_chunks(self.encode_frames, frames, noise)
+        return len(frames), self.latent_frames(frames.shape[1]), *shape
 
-    def decode(self, latent: Tensor) -> Tensor:
-        """Return frames (b f 3 H W) in [-1, 1], clamped, of latents (b f c h w)."""
+    def check_latents(self, latent: Tensor) -> None:
+        """InputError unless ``latent`` is (b f' c h w) with the codec's channels."""
         check(
             latent.ndim == 5 and latent.shape[2] == self.channels,
             f"the latent has shape {tuple(latent.shape)}, but codec {self.name!r} decodes (batch, frames, "
             f"{self.channels}, height, width); use the codec that the latents or the model were made with",
         )
+
+    def draw_noise(self, shape: tuple[int, ...], generator: torch.Generator | None) -> Tensor | None:
+        """Return standard normal noise of ``shape`` for a stochastic codec with a generator, else None."""
+        if generator is None or not self.stochastic:
+            return None
+        return torch.randn(shape, generator=generator)
+
+
+class FrameCodec(Codec):
+    """A codec of single frames, ``chunk`` of them at a time: f' = f."""
+
+    @abstractmethod
+    def encode_frames(self, frames: Tensor, noise: Tensor | None) -> Tensor:
+        """Return scaled latents (n c h w) of frames (n 3 H W) in [-1, 1].
+
+        ``noise`` (n c h w) standard normal samples the posterior; None takes its mean.
+        """
+
+    @abstractmethod
+    def decode_frames(self, latent: Tensor) -> Tensor:
+        """Return frames (n 3 H W), about [-1, 1], of scaled latents (n c h w)."""
+
+    def encode(self, frames: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Return latents (b f c h w) of frames (b f 3 H W) float in [-1, 1], see ``Codec.encode``."""
+        noise = self.draw_noise(self.check_clips(frames), generator)
+        return self._in_chunks(self.encode_frames, frames, noise if noise is None else noise.flatten(0, 1))
+
+    def decode(self, latent: Tensor) -> Tensor:
+        """Return frames (b f 3 H W) in [-1, 1], clamped, of latents (b f c h w)."""
+        self.check_latents(latent)
         return self._in_chunks(lambda part, _: self.decode_frames(part), latent, None).clamp_(-1, 1)
 
     @torch.no_grad()
@@ -139,12 +197,43 @@ class Codec(ABC):
         return torch.cat(parts).unflatten(0, clips.shape[:2])  # (b f ...)
 
 
-class PixelCodec(Codec):
+class VideoCodec(Codec):
+    """A codec of whole clips, one clip at a time, so that a clip never depends on its batch."""
+
+    @abstractmethod
+    def encode_clip(self, frames: Tensor, noise: Tensor | None) -> Tensor:
+        """Return scaled latents (1 f' c h w) of the frames (1 f 3 H W) of one clip, in [-1, 1].
+
+        ``noise`` (1 f' c h w) standard normal samples the posterior; None takes its mean.
+        """
+
+    @abstractmethod
+    def decode_clip(self, latent: Tensor) -> Tensor:
+        """Return the frames (1 f 3 H W), about [-1, 1], of one clip's scaled latents (1 f' c h w)."""
+
+    @torch.no_grad()
+    def encode(self, frames: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Return latents (b f' c h w) of frames (b f 3 H W) float in [-1, 1], see ``Codec.encode``."""
+        noise = self.draw_noise(self.check_clips(frames), generator)
+        parts = []
+        for index, clip in enumerate(frames):
+            part_noise = None if noise is None else noise[index : index + 1].to(self.device)
+            parts.append(self.encode_clip(clip[None].to(self.device, torch.float32), part_noise))
+        return torch.cat(parts).contiguous()  # (b f' c h w)
+
+    @torch.no_grad()
+    def decode(self, latent: Tensor) -> Tensor:
+        """Return frames (b f 3 H W) in [-1, 1], clamped, of latents (b f' c h w)."""
+        self.check_latents(latent)
+        clips = [self.decode_clip(clip[None].to(self.device, torch.float32)) for clip in latent]
+        return torch.cat(clips).contiguous().clamp_(-1, 1)  # (b f 3 H W)
+
+
+class PixelCodec(FrameCodec):
     """No autoencoder: the pixels themselves, for small experiments and exact tests."""
 
     name = "pixels"
-    channels = 3
-    downscale = 1
+    compression = Compression(channels=3, spatial_factor=1)
 
     @classmethod
     def load(cls, path: str | None, chunk: int, device: str | torch.device) -> Self:

@@ -13,7 +13,7 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from latte.autoencoder.base import Codec
+from latte.autoencoder.base import Compression, FrameCodec
 from latte.autoencoder.files import load_network
 
 WEIGHTS = Path(__file__).with_name("builtin.safetensors")
@@ -97,12 +97,11 @@ class BuiltinAutoencoder(nn.Module):
         return self.decoder(latent)
 
 
-class BuiltinCodec(Codec):
+class BuiltinCodec(FrameCodec):
     """The built-in autoencoder as a codec: deterministic, 4 channels, 8x smaller."""
 
     name = "builtin"
-    channels = 4
-    downscale = 8
+    compression = Compression(channels=4, spatial_factor=8)
 
     @classmethod
     def load(cls, path: str | None, chunk: int, device: str | torch.device) -> Self:

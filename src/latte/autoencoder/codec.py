@@ -65,14 +65,21 @@ def decoder_for(codec: Codec, path: str) -> Codec:
     InputError for one whose latents have other channels, size or scale.
     """
     found = build_codec(CodecConfig(kind_at(path).name, path, TEMPORAL_CHUNK), codec.device)
-    expected = (codec.channels, codec.downscale, codec.scale)
-    latents = (found.channels, found.downscale, found.scale)
     check(
-        latents == expected,
-        f"--decoder {path}: its latents (channels, downscale, scale) are {latents}, but the model's are "
-        f"{expected}; give another decoder of the same autoencoder",
+        (found.compression, found.scale) == (codec.compression, codec.scale),
+        f"--decoder {path}: its latents are {latents_of(found)}, but the model's are {latents_of(codec)}; "
+        "give another decoder of the same autoencoder",
     )
     return found
+
+
+def latents_of(codec: Codec) -> str:
+    """Return the kind of a codec's latents in words."""
+    shape = codec.compression
+    return (
+        f"{shape.channels} channels, {shape.spatial_factor} times smaller each way, {shape.temporal_factor} "
+        f"times in time, scale {codec.scale:g}"
+    )
 
 
 def build_codec(config: CodecConfig, device: str | torch.device = "cpu") -> Codec:

@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from latte.autoencoder.base import Codec
+from latte.autoencoder.base import Compression, FrameCodec
 from latte.autoencoder.files import fill_network, located, read_tensors
 from latte.checks import InputError, check
 
@@ -29,7 +29,7 @@ STABLE_DIFFUSION = {"block_out_channels": [128, 256, 512, 512], "layers_per_bloc
 OLD_NAMES = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
 
 
-class DiffusersCodec(Codec):
+class DiffusersCodec(FrameCodec):
     """A network of diffusers with a posterior. Abstract: KLCodec and TemporalCodec."""
 
     layout: ClassVar[str]
@@ -37,8 +37,7 @@ class DiffusersCodec(Codec):
     """Folders of a pipeline that may hold the network, the likeliest first; '' for the folder itself."""
     published: ClassVar[dict[str, Any]]
     """Arguments of the network's class for the published network."""
-    channels = 4
-    downscale = 8
+    compression = Compression(channels=4, spatial_factor=8)
     scale = 0.18215
     stochastic = True
 

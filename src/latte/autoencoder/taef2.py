@@ -13,7 +13,7 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from latte.autoencoder.base import Codec
+from latte.autoencoder.base import Compression, FrameCodec
 from latte.autoencoder.files import load_network, located
 from latte.checks import InputError
 
@@ -78,12 +78,11 @@ def build_decoder() -> nn.Sequential:
     return nn.Sequential(*layers, conv(WIDTH, 3))
 
 
-class Taef2Codec(Codec):
+class Taef2Codec(FrameCodec):
     """taef2 as a codec: latents scaled by 1.2 to about unit variance."""
 
     name = "taef2"
-    channels = 32
-    downscale = 8
+    compression = Compression(channels=32, spatial_factor=8)
     scale = 1.2
 
     @classmethod

@@ -133,23 +133,27 @@ def derived(data: DataConfig, codec: CodecConfig) -> dict[str, tuple[Any, str]]:
 
     InputError for a frame size that the codec does not divide.
     """
-    kind = CODECS[codec.name]
+    compression = CODECS[codec.name].compression_at(codec.path)
+    factor = compression.spatial_factor
     height, width = data.size
     for side in data.size:
-        multiple = max(round(side / kind.downscale), 1) * kind.downscale
         check(
-            side % kind.downscale == 0,
-            f"data.resolution is {side}, but codec {codec.name!r} reduces each side {kind.downscale} times; "
-            f"the nearest multiple is {multiple}",
+            side % factor == 0,
+            f"data.resolution is {side}, but codec {codec.name!r} reduces each side {factor} times; "
+            f"the nearest multiple is {max(round(side / factor), 1) * factor}",
         )
-    latent = (height // kind.downscale, width // kind.downscale)
+    latent = (height // factor, width // factor)
+    num_frames = compression.latent_frames(data.frames, "data.frames")
+    reason = f"data.frames is {data.frames}"
+    if num_frames != data.frames:
+        reason += f", which codec {codec.name!r} encodes to {num_frames} latent frames"
     return {
-        "num_frames": (data.frames, f"data.frames is {data.frames}"),
+        "num_frames": (num_frames, reason),
         "latent_size": (
             latent,
             f"data.resolution {height} x {width} with codec {codec.name!r} gives {latent[0]} x {latent[1]}",
         ),
-        "latent_channels": (kind.channels, f"codec {codec.name!r} has {kind.channels}"),
+        "latent_channels": (compression.channels, f"codec {codec.name!r} has {compression.channels}"),
     }
 
 

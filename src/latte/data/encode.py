@@ -20,6 +20,7 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor
 
+from latte.autoencoder.compression import Compression
 from latte.checks import InputError, RunError, check, choose, printable
 from latte.data.base import DataConfig
 from latte.data.captions import PART, check_lengths, list_parts, store_captions, warn_of_sides
@@ -43,12 +44,11 @@ DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch
 SHARD_BYTES = 256 << 20
 
 
-class FrameCodec(Protocol):
+class EncodingCodec(Protocol):
     """What encoding needs of a codec (``latte.autoencoder``)."""
 
     name: str
-    channels: int
-    downscale: int
+    compression: Compression
     stochastic: bool
 
     @property
@@ -59,7 +59,7 @@ class FrameCodec(Protocol):
     def encode(self, frames: Tensor, generator: torch.Generator | None = None) -> Tensor: ...
 
 
-AnyCodec = FrameCodec | Callable[[], Any]
+AnyCodec = EncodingCodec | Callable[[], Any]
 
 
 @dataclass(frozen=True)
@@ -136,10 +136,10 @@ def encode_dataset(
     }
 
 
-def built(codec: AnyCodec) -> FrameCodec:
+def built(codec: AnyCodec) -> EncodingCodec:
     """Return the codec itself, or what the function builds."""
     if hasattr(codec, "encode"):
-        return cast("FrameCodec", codec)
+        return cast("EncodingCodec", codec)
     return cast("Callable[[], Any]", codec)()
 
 
@@ -236,7 +236,7 @@ def write_shards(
 class Encoder:
     """Turns videos into the tensors of a shard, with one codec, resolution and dtype."""
 
-    def __init__(self, config: DataConfig, codec: FrameCodec, dtype: str, seed: int):
+    def __init__(self, config: DataConfig, codec: EncodingCodec, dtype: str, seed: int):
         self.config = config
         self.codec = codec
         self.dtype = choose("dtype", dtype, DTYPES)
@@ -252,8 +252,8 @@ class Encoder:
             "codec": {
                 "name": codec.name,
                 "identity": codec.fingerprint,  # key of 0.1.0, part of the shards' digests
-                "channels": codec.channels,
-                "downscale": codec.downscale,
+                "channels": codec.compression.channels,
+                "downscale": codec.compression.spatial_factor,  # key of 0.1.0, part of the shards' digests
             },
             "resolution": list(self.config.size),
             "latent": list(self.shape),

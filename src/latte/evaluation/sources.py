@@ -230,7 +230,7 @@ def _open_latents(root: Path, codec_path: str | None, device: str) -> LatentSide
         with safe_open(root / entry["shard"], framework="pt") as shard:
             latent = shard.get_tensor(f"{SOURCE}:{record.key}").contiguous()
         content = hashlib.sha256(latent.numpy().tobytes()).hexdigest()
-        size = (latent.shape[-2] * codec.downscale, latent.shape[-1] * codec.downscale)
+        size = (latent.shape[-2] * codec.spatial_factor, latent.shape[-1] * codec.spatial_factor)
         name = f"latents of {made['name']}"
         sources.append(
             Source(record.key, record.frames, content, record.fps, name, *size, damage.get(record.key))

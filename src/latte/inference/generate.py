@@ -159,7 +159,7 @@ def check_settings(
 def check_memory(batch: int, shape: tuple[int, int, int, int], codec: Codec) -> None:
     """Raise InputError when the frames of one batch alone, as float32, exceed this machine's memory."""
     frames, _, height, width = shape
-    needed = 4 * 3 * batch * frames * height * width * codec.downscale**2
+    needed = 4 * 3 * batch * frames * height * width * codec.spatial_factor**2
     try:
         available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):  # not POSIX: unknown
@@ -190,7 +190,7 @@ def check_conditioning_frames(
     """Raise InputError for a frame that a clip of latent ``shape`` (f c h w) does not have, and for images
     of another size.
     """
-    size = shape[2] * codec.downscale, shape[3] * codec.downscale
+    size = shape[2] * codec.spatial_factor, shape[3] * codec.spatial_factor
     for frame, image in conditioning_frames.items():
         check(
             -shape[0] <= frame < shape[0],
@@ -313,7 +313,7 @@ def latent_shape(model: Denoiser, codec: Codec, size: tuple[int, int] | None) ->
     """
     if size is None:
         return (model.config.latent_channels, *model.config.grid_size)
-    step = codec.downscale * model.config.patch_size
+    step = codec.spatial_factor * model.config.patch_size
     for side in size:
         nearest = max(round(side / step), 1) * step
         check(

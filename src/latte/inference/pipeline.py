@@ -380,7 +380,7 @@ class VideoPipeline(Conditioned):
     def frame_size(self, size: tuple[int, int] | None = None) -> tuple[int, int]:
         """Return (height, width) of the videos in pixels: ``size``, or what the model was trained with."""
         height, width = self.model.config.grid_size
-        return size or (height * self.codec.downscale, width * self.codec.downscale)
+        return size or (height * self.codec.spatial_factor, width * self.codec.spatial_factor)
 
 
 Trained = VideoPipeline

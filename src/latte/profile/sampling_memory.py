@@ -130,10 +130,11 @@ def decoding(config: DenoiserConfig, codec: CodecConfig, clips: int) -> Stage:
     """Return the memory of decoding ``clips`` clips, ``codec.chunk`` frames at a time."""
     kind = CODECS[codec.name]
     decoder = kind(kind.skeleton(codec.path), codec.chunk, "meta")
+    channels = kind.compression_at(codec.path).channels
     check(
-        config.latent_channels == kind.channels,
+        config.latent_channels == channels,
         f"model.latent_channels is {config.latent_channels}, but the latents of codec {codec.name!r} have "
-        f"{kind.channels}; "
+        f"{channels}; "
         "give the codec that the model was trained with",
     )
     z = torch.empty(clips, config.num_frames, config.latent_channels, *config.grid_size, device="meta")

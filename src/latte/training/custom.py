@@ -169,13 +169,13 @@ def run_record(
         return {"model": asdict(model.config), **record}
     known = {item.name for item in fields(ModelConfig)}
     height, width = model.config.grid_size
-    downscale = 8  # of the default codec
+    factor = 8  # of the default codec
     if codec is not None:
-        downscale = codec.downscale
+        factor = codec.spatial_factor
         settings = {"name": codec.name, "path": codec.path, "chunk": codec.chunk}
         record["codec"] = {key: value for key, value in settings.items() if value is not None}
     frames = model.config.num_frames
-    data = {"kind": KIND, "frames": frames, "resolution": [height * downscale, width * downscale]}
+    data = {"kind": KIND, "frames": frames, "resolution": [height * factor, width * factor]}
     return {
         "model": {key: value for key, value in asdict(model.config).items() if key in known},
         "data": data,

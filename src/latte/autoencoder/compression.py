@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a codec does to the shape of a clip: channels, space and time, known before any weight is read."""
+
+from dataclasses import dataclass
+
+from latte.checks import check
+
+
+@dataclass(frozen=True)
+class Compression:
+    """The factors between a clip of frames (f 3 H W) and its latent (f' c h w).
+
+    A causal codec with a temporal factor gives the first frame a latent of its own, so valid clips have
+    1 + k ``temporal_factor`` frames and 1 + k latent frames; one that is not causal takes multiples of the
+    factor. With temporal factor 1 every length is valid.
+    """
+
+    channels: int
+    """Channels of the latent."""
+    spatial_factor: int
+    """Pixels per latent row and column."""
+    temporal_factor: int = 1
+    """Frames per latent frame, after the first one of a causal codec."""
+    causal: bool = True
+    """Whether latents depend on earlier frames alone, and the first frame has its own."""
+
+    @property
+    def encodes_images(self) -> bool:
+        """Whether one frame is a valid clip, of one latent frame."""
+        return self.causal or self.temporal_factor == 1
+
+    @property
+    def lead(self) -> int:
+        """Frames that the first latent frame covers."""
+        return 1 if self.causal else self.temporal_factor
+
+    def latent_frames(self, frames: int, field: str = "frames") -> int:
+        """Return the number of latent frames of ``frames`` frames.
+
+        InputError that names ``field`` and the nearest valid numbers when the codec has no such clip.
+        """
+        whole, rest = divmod(frames - self.lead, self.temporal_factor)
+        if rest or frames < self.lead:
+            nearest = " and ".join(map(str, self.nearest_frames(frames)))
+            length = f"{self.lead} + {self.temporal_factor} k" if self.causal else f"{self.temporal_factor} k"
+            check(
+                False,
+                f"{field} is {frames}, but this codec compresses time {self.temporal_factor} times and takes "
+                f"clips of {length} frames; the nearest valid numbers are {nearest}",
+            )
+        return 1 + whole
+
+    def frames(self, latent_frames: int) -> int:
+        """Return the number of frames that ``latent_frames`` latent frames decode to; 0 for 0."""
+        if latent_frames == 0:
+            return 0
+        return self.lead + (latent_frames - 1) * self.temporal_factor
+
+    def latent_index(self, frame: int) -> int:
+        """Return which latent frame covers frame ``frame``, both from 0 on."""
+        return max(0, -(-(frame + 1 - self.lead) // self.temporal_factor))
+
+    def span(self, latent_index: int) -> range:
+        """Return the frames that latent frame ``latent_index`` covers."""
+        return range(self.frames(latent_index), self.frames(latent_index + 1))
+
+    def nearest_frames(self, frames: int) -> list[int]:
+        """Return the valid numbers of frames around ``frames``: itself, or the next below and above."""
+        below = self.frames(max(0, (frames - self.lead) // self.temporal_factor + 1))
+        if below == frames and below > 0:
+            return [frames]
+        above = self.frames(max(0, (frames - self.lead) // self.temporal_factor + 1) + 1)
+        return [length for length in (below, above) if length > 0]
+
+    def latent_size(self, height: int, width: int, codec: str) -> tuple[int, int]:
+        """Return (h, w) of frames of height x width; InputError, naming ``codec``, unless the factor divides
+        both.
+        """
+        for field, size in (("frame height", height), ("frame width", width)):
+            check(
+                size > 0 and size % self.spatial_factor == 0,
+                f"{field} is {size}, but codec {codec!r} needs a multiple of {self.spatial_factor}",
+            )
+        return height // self.spatial_factor, width // self.spatial_factor
