@@ -9,6 +9,8 @@ os.environ.setdefault("NO_COLOR", "1")
 import pytest
 import torch
 
+from temporal import registered
+
 torch.set_num_threads(1)  # on tiny tensors more threads only wait for each other
 
 
@@ -19,3 +21,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture
+def time_codecs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Put the codecs of ``temporal`` into the table of codecs for one test."""
+    registered(monkeypatch)
