@@ -19,14 +19,17 @@ from label_accuracy import effort
 from latte.checkpoint.run import list_checkpoints
 from latte.checks import InputError
 from latte.config.run import load_run
-from latte.data.procedural import Combination, caption_of, read_motion, split_combinations
+from latte.data.procedural import Combination, caption_of, split_combinations
+from latte.data.shape_grading import read_motion
 from latte.inference.pipeline import VideoPipeline
 
 PARTS = ("shape", "colour", "direction")  # in the order of a combination
 
 
 def measure(source: str | Path, combinations: list[Combination], count: int, seed: int) -> dict:
-    """Return the fractions of ``count`` clips that are right in each part, in ``all``, and coherent."""
+    """Return the fractions of ``count`` clips that are right in each part and in ``all``, and that hold
+    together.
+    """
     began = time.perf_counter()
     requested = [combinations[index % len(combinations)] for index in range(count)]
     prompts = [caption_of(*combination) for combination in requested]
@@ -48,6 +51,7 @@ def measure(source: str | Path, combinations: list[Combination], count: int, see
         **{part: sum(row[index] for row in right) / count for index, part in enumerate(PARTS)},
         "all": sum(map(all, right)) / count,
         "coherent": sum(motion.coherent for motion in motions) / count,
+        "consistent": sum(motion.consistent for motion in motions) / count,
         "weights_sha256": pipe.weights,
         "seconds": round(time.perf_counter() - began, 1),
     }

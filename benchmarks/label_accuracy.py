@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Label accuracy of a model of procedural clips: python benchmarks/label_accuracy.py RUN [--every].
 
-Generates ``--count`` clips (seeds from ``--seed`` up, classes in turn) with the run's ``sample`` settings and
-measures the motion of the shape in pixels. One line for the newest checkpoint, or with ``--every`` one per
-checkpoint; a weights folder or 'builtin' works too.
+Generates ``--count`` clips (seeds from ``--seed`` up, classes in turn) with the run's ``sample`` settings,
+and reads from the pixels how the shape moves and whether it keeps its colour, size and outline. One line for
+the newest checkpoint, or with ``--every`` one per checkpoint; a weights folder or 'builtin' works too.
 """
 
 import argparse
@@ -14,13 +14,13 @@ from pathlib import Path
 import torch
 
 from latte.checkpoint.run import list_checkpoints
-from latte.data.procedural import read_motion
+from latte.data.shape_grading import read_motion
 from latte.inference.pipeline import VideoPipeline
 
 
 def measure(source: str | Path, count: int, seed: int) -> dict:
-    """Return the fractions of ``count`` clips that follow their label and that show one shape in every
-    frame.
+    """Return the fractions of ``count`` clips that follow their label, that show one shape in every frame,
+    and that keep its colour, size and outline.
     """
     began = time.perf_counter()
     pipe = VideoPipeline.from_pretrained(source, device="cpu", dtype="fp32")
@@ -42,7 +42,10 @@ def measure(source: str | Path, count: int, seed: int) -> dict:
         "guidance": pipe.sample.guidance,
         "label_accuracy": sum(right) / count,
         "by_class": by_class,
-        "coherent": sum(motion.coherent for motion in motions) / count,
+        **{
+            part: sum(getattr(motion, part) for motion in motions) / count
+            for part in ("coherent", "keeps_colour", "keeps_size", "keeps_shape", "consistent")
+        },
         "weights_sha256": pipe.weights,
         "seconds": round(time.perf_counter() - began, 1),
     }

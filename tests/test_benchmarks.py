@@ -159,7 +159,7 @@ def test_captions_are_graded_part_by_part(benchmark, capsys, monkeypatch, words,
     monkeypatch.setattr(sys, "argv", ["captions.py", "model", "--count", "24", "--seed", "100", *words])
     captions.main()
     line = json.loads(capsys.readouterr().out)
-    assert [line[key] for key in ("shape", "colour", "direction", "all", "coherent")] == [1, 0.5, 1, 0.5, 1]
+    assert [line[key] for key in ("shape", "colour", "direction", "all", "consistent")] == [1, 0.5, 1, 0.5, 1]
     assert (line["clips"], line["combinations"], line["held_out"]) == (
         24,
         combinations,

@@ -24,7 +24,7 @@ from latte import page as html
 from latte.build import Job, build
 from latte.checks import InputError, check, command_line
 from latte.config.run import load_run
-from latte.data.procedural import DIRECTIONS, Motion, read_motion
+from latte.data.shape_grading import DIRECTIONS, Motion, read_motion
 from latte.files import reported
 from latte.inference.outputs import check_output_folder, write_clips
 from latte.inference.pipeline import VideoPipeline
@@ -96,6 +96,11 @@ class Grades:
     def coherent(self) -> float:
         """Return the fraction of clips with one compact shape in every frame."""
         return sum(motion.coherent for motion in self.motions) / len(self.motions)
+
+    @property
+    def consistent(self) -> float:
+        """Return the fraction of clips whose shape keeps its colour, size and outline."""
+        return sum(motion.consistent for motion in self.motions) / len(self.motions)
 
     def interval(self) -> tuple[float, float]:
         """Return the 95 % interval of the accuracy (Wilson's, which holds near 0 and 1)."""
@@ -244,12 +249,14 @@ def run_demo(config: DemoConfig, device: str, dtype: str, progress: Progress, no
         "report": str(page),
         "label_accuracy": shown.grades.accuracy,
         "interval": shown.grades.interval(),
+        "consistency": shown.grades.consistent,
         "graded": config.graded,
         "sheet": str(shown.sheet),
         "gif": str(shown.gif),
         "run": str(config.out / "run"),
         "loss": [trained.losses[0], html.smooth(trained.losses, WINDOW)[-1]],
         "new_label_accuracy": after.grades.accuracy,
+        "new_consistency": after.grades.consistent,
         "seconds": round(seconds, 1),
     }
 
@@ -267,6 +274,7 @@ def report(
     graded = command_line("demo", "--graded", config.graded, "--seed", config.seed)
     tiles = {
         f"of {config.graded} clips move as requested": f"{shown.grades.accuracy:.1%}",
+        "keep colour, size and outline": f"{shown.grades.consistent:.1%}",
         f"loss of the small model, {trained.losses[0]:.2f} at first": f"{mean[-1]:.2f}",
         "training steps": f"{trained.steps[-1]:,}",
         "seconds in total": f"{seconds:.0f}",
@@ -348,7 +356,7 @@ def accuracy(grades: Grades) -> list[html.Html]:
     sentence = (
         f"{grades.num_correct} of {len(grades.asked)} clips move as requested ({low:.1%} to {high:.1%} with "
         f"95 % confidence), measured by the path of the shape's centre; {grades.coherent:.1%} show one "
-        "compact shape in every frame."
+        f"compact shape in every frame, and {grades.consistent:.1%} keep its colour, size and outline."
     )
     rows = [(name, *counts) for name, counts in zip(NAMES, grades.counts(), strict=True)]
     columns = ["requested", *(f"moves {name}" for name in NAMES), "unclear"]

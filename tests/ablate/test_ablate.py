@@ -33,6 +33,7 @@ from latte.ablate.metrics import (
     HeldOut,
     Metric,
     Subset,
+    consistency,
     generate_clips,
     held_out_keys,
     heldout_loss,
@@ -85,7 +86,8 @@ def plan_for(tmp_path, *words, axes=("temporal_position",), **changes):
 
 def point(setting, seed, step, loss, accuracy=None, score=None):
     """A point that took one second."""
-    return Point(setting, seed, step, 1.0, {"heldout_loss": loss, "label_accuracy": accuracy, "score": score})
+    values = {"heldout_loss": loss, "label_accuracy": accuracy, "consistency": None, "score": score}
+    return Point(setting, seed, step, 1.0, values)
 
 
 def run(plan, **changes):
@@ -370,6 +372,15 @@ def test_label_accuracy_counts_the_clips_that_move_as_labelled():
     assert label_accuracy(moving, base().data.scene_set) == 7 / 8
 
 
+def test_consistency_counts_the_clips_whose_shape_stays_the_same():
+    clips = [render(draw_scene(1, index, 8), 8, 64, 64) for index in range(8)]
+    clips[2] = np.concatenate(
+        [clips[2][:4], clips[3][4:]]
+    )  # another shape, colour or size from the middle on
+    clips[5] = np.concatenate([clips[5][:4], clips[5][:4] // 2])  # half as bright
+    assert consistency(clips, base().data.scene_set) == 6 / 8
+
+
 def test_clips_are_generated_with_seeds_and_labels_in_turn(monkeypatch):
     seen = []
 
@@ -580,8 +591,8 @@ def test_losses_of_other_clips_and_other_noise_are_not_compared(tmp_path):
         for place, setting in enumerate(settings)
         for seed in plan.seeds
     }
-    assert judged(claim, settings, found, plan)[2:] == (HOLDS, EQUAL, FAILS)
-    assert judged(claim, [settings[0], faster], found, plan)[2:] == (UNMEASURED, EQUAL, FAILS)
+    assert judged(claim, settings, found, plan)[2:] == (HOLDS, EQUAL, UNMEASURED, FAILS)
+    assert judged(claim, [settings[0], faster], found, plan)[2:] == (UNMEASURED, EQUAL, UNMEASURED, FAILS)
 
 
 def test_the_page_shows_every_setting_and_judges_every_claim(tmp_path):
@@ -608,9 +619,9 @@ def test_the_page_shows_every_setting_and_judges_every_claim(tmp_path):
     ]
     found = {row[1]: row[3:] for row in rows if row[:1] in (["variant"], ["temporal_position"])}
     assert found == {
-        "Variant 1 is the best of the four.": [HOLDS, UNMEASURED, UNMEASURED],
-        "Variant 4 is the worst of the four.": [FAILS, UNMEASURED, UNMEASURED],
-        "Absolute positions are slightly better than rotary.": [EQUAL, UNMEASURED, UNMEASURED],
+        "Variant 1 is the best of the four.": [HOLDS, *[UNMEASURED] * 3],
+        "Variant 4 is the worst of the four.": [FAILS, *[UNMEASURED] * 3],
+        "Absolute positions are slightly better than rotary.": [EQUAL, *[UNMEASURED] * 3],
     }
     assert {"1 (baseline)", "2", "3", "4", "joint", "absolute (baseline)", "rotary"} <= {
         row[0] for row in rows if row
@@ -681,19 +692,29 @@ def test_a_full_disk_is_reported_before_anything_is_trained(tmp_path, monkeypatc
     assert not plan.out.exists()
 
 
+UNLABELLED = ("model.num_classes=null", "data.labels=false", "sample.guidance=1")
+WORLD = ("data.scenes=world", "data.resolution=32", "model.num_classes=9")
+
+
 @pytest.mark.parametrize(
-    "words",
+    ("words", "reasons"),
     [
-        ("model.num_classes=null", "data.labels=false", "sample.guidance=1"),
-        ("data.scenes=world", "data.resolution=32", "model.num_classes=9"),
+        (UNLABELLED, {"label_accuracy": "the labels are not those of procedural clips"}),
+        (WORLD, {}),
+        (
+            (*WORLD, "data.frames=2"),
+            dict.fromkeys(
+                ("label_accuracy", "consistency"),
+                "clips of data.frames=2 are too short to be graded; give data.frames=4 or more",
+            ),
+        ),
     ],
 )
-def test_metrics_that_cannot_be_measured_are_named_before_training(tmp_path, words):
+def test_metrics_that_cannot_be_measured_are_named_before_training(tmp_path, words, reasons):
     plan = plan_for(tmp_path, *words, seeds=(0,), generated=1)
     lines = run(plan)[1]
-    assert lines[1] == (
-        "label accuracy (label_accuracy) is not measured: the labels are not the directions of "
-        "procedural clips"
-    )
-    assert lines[2].startswith("built-in score (score) is not measured: it needs two generated clips")
-    assert all("run 1 of" not in line for line in lines[:3])
+    named = [line for line in lines if "is not measured" in line]
+    assert [line.split("(")[1].split(")")[0] for line in named] == [*reasons, "score"]
+    for line, reason in zip(named, reasons.values(), strict=False):
+        assert line.endswith(reason)
+    assert lines[1 : 1 + len(named)] == named, "before anything is trained"

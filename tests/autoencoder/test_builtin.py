@@ -12,7 +12,8 @@ from support import noise
 
 from latte.autoencoder.builtin import WEIGHTS, BuiltinCodec
 from latte.data.clips import to_float, to_uint8
-from latte.data.procedural import draw_scene, read_motion, render
+from latte.data.procedural import draw_scene, render
+from latte.data.shape_grading import read_motion
 from tools.train_autoencoder import (
     TRAIN_SEED,
     AutoencoderConfig,

@@ -17,7 +17,8 @@ from latte.autoencoder.codec import CodecConfig, build_codec
 from latte.cli.demo import unused_folder
 from latte.cli.main import app
 from latte.data.media import probe, read_frames
-from latte.data.procedural import DIRECTIONS, Motion, draw_scene, read_motion, render
+from latte.data.procedural import draw_scene, render
+from latte.data.shape_grading import DIRECTIONS, Motion, read_motion
 from latte.diffusion.config import DiffusionConfig
 from latte.inference.generate import SampleConfig
 from latte.inference.pipeline import VideoPipeline
@@ -179,7 +180,7 @@ def grades_of(asked):
 
 def test_true_clips_follow_their_labels_and_not_shifted_ones():
     names = list(DIRECTIONS) * 4
-    assert grades_of(names).accuracy == 1.0
+    assert (grades_of(names).accuracy, grades_of(names).consistent) == (1.0, 1.0)
     assert grades_of(names[1:] + names[:1]).accuracy == 0.0
     assert grades_of(names).counts() == [[4 * (row == column) for column in range(5)] for row in range(4)]
 
@@ -187,7 +188,7 @@ def test_true_clips_follow_their_labels_and_not_shifted_ones():
 def test_noise_is_unclear():
     frozen = demo.Grades(["up"], [read_motion(np.full((8, 32, 32, 3), 25, np.uint8))])
     assert frozen.counts()[0] == [0, 0, 0, 0, 1]
-    assert (frozen.accuracy, frozen.coherent) == (0.0, 0.0)
+    assert (frozen.accuracy, frozen.coherent, frozen.consistent) == (0.0, 0.0, 0.0)
 
 
 @pytest.mark.parametrize(("correct", "n"), [(0, 64), (60, 64), (64, 64), (1, 2)])

@@ -4,6 +4,7 @@ alone.
 """
 
 from collections import Counter
+from dataclasses import replace
 from itertools import product
 
 import numpy as np
@@ -11,16 +12,8 @@ import pytest
 import torch
 
 from latte.checks import InputError
-from latte.data.procedural import (
-    COLOURS,
-    DIRECTIONS,
-    GROUND,
-    SHAPES,
-    draw_scene,
-    read_motion,
-    render,
-    split_combinations,
-)
+from latte.data.procedural import draw_scene, render, split_combinations
+from latte.data.shape_grading import COLOURS, DIRECTIONS, GROUND, SHAPES, read_motion
 
 SIZES = [(8, 32, 32), (8, 64, 64), (16, 48, 40)]
 
@@ -127,6 +120,7 @@ def test_the_speed_does_not_depend_on_the_frame_count():
 
 
 def test_what_is_not_a_moving_shape_is_not_taken_for_one():
+    scene = draw_scene(0, 5, 8)
     frozen = np.repeat(render(draw_scene(0, 1, 8), 8, 32, 32)[:1], 8, 0)
     assert read_motion(frozen).direction is None
     empty = np.broadcast_to(np.array(GROUND, np.uint8), (8, 32, 32, 3))
@@ -142,6 +136,17 @@ def test_what_is_not_a_moving_shape_is_not_taken_for_one():
     ]
     assert len(split) > 10, "two shapes in one clip are seen as two"
     assert two.shape == (8, 64, 64, 3)
+    red, blue = (render(replace(scene, colour=name), 8, 64, 64) for name in ("red", "blue"))
+    assert read_motion(red).consistent
+    turning = read_motion(np.concatenate([red[:5], blue[5:]]))
+    assert (turning.direction, turning.coherent, turning.keeps_colour) == (scene.direction, True, False)
+    growing = np.stack([render(replace(scene, size=0.13 + 0.006 * t), 8, 64, 64)[t] for t in range(8)])
+    assert (read_motion(growing).coherent, read_motion(growing).keeps_size) == (True, False)
+    square = render(replace(scene, shape="square"), 8, 64, 64)
+    reshaped = read_motion(
+        np.concatenate([render(replace(scene, shape="circle"), 8, 64, 64)[:4], square[4:]])
+    )
+    assert (reshaped.coherent, reshaped.keeps_shape, reshaped.consistent) == (True, False, False)
     backwards = render(draw_scene(0, 2, 8), 8, 32, 32)[::-1]
     assert read_motion(backwards).direction == "right"
     assert draw_scene(0, 2, 8).direction == "left"

@@ -5,7 +5,7 @@ import json
 
 from latte.autoencoder.builtin import WEIGHTS
 from latte.checkpoint.record import read_fingerprint
-from latte.data.procedural import DIRECTIONS, read_motion
+from latte.data.shape_grading import DIRECTIONS, read_motion
 from latte.inference.pipeline import VideoPipeline
 from latte.interop.readers import BUILTIN
 

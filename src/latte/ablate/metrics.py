@@ -235,10 +235,14 @@ def generate_clips(model: Denoiser, config: RunConfig, codec: Codec, count: int)
 
 def label_accuracy(clips: Sequence[np.ndarray], scenes: SceneSet) -> float:
     """Return the fraction of ``generate_clips``'s clips whose pixels show the class of their label."""
-    assert scenes.read_label is not None, "see _no_labels"
     num_classes = len(scenes.classes)
     correct = [scenes.read_label(clip) == index % num_classes for index, clip in enumerate(clips)]
     return sum(correct) / len(clips)
+
+
+def consistency(clips: Sequence[np.ndarray], scenes: SceneSet) -> float:
+    """Return the fraction of ``clips`` whose pixels show one scene that stays the same throughout."""
+    return sum(scenes.is_consistent(clip) for clip in clips) / len(clips)
 
 
 @dataclass(frozen=True)
@@ -261,9 +265,26 @@ def _no_labels(config: RunConfig, data: AblationData, num_clips: int) -> str:
     if data.codec is None:
         return "the codec of the latents is absent"
     dataset = data.dataset
-    readable = isinstance(dataset, ProceduralDataset) and dataset.scenes.read_label and dataset.classes
-    if config.model.num_classes is None or not readable:
-        return "the labels are not the directions of procedural clips"
+    if config.model.num_classes is None or not isinstance(dataset, ProceduralDataset) or not dataset.classes:
+        return "the labels are not those of procedural clips"
+    return _too_short(config, dataset)
+
+
+def _not_consistent(config: RunConfig, data: AblationData, num_clips: int) -> str:
+    if num_clips == 0:
+        return "no clips are generated (--generated 0)"
+    if not isinstance(data.dataset, ProceduralDataset):
+        return "the data are not procedural clips, whose colours and outlines are known"
+    return _too_short(config, data.dataset)
+
+
+def _too_short(config: RunConfig, dataset: ProceduralDataset) -> str:
+    needed = dataset.scenes.min_graded_frames
+    if config.data.frames < needed:
+        return (
+            f"clips of data.frames={config.data.frames} are too short to be graded; give "
+            f"data.frames={needed} or more"
+        )
     return ""
 
 
@@ -331,8 +352,20 @@ METRICS: dict[str, Metric] = {
         number_format=".1%",
         unit="fraction of clips",
         log_scale=False,
-        explanation="Label accuracy: the fraction of {count} generated clips whose shape moves as the "
-        "label says.",
+        explanation="Label accuracy: the fraction of {count} generated clips that show what their label "
+        "says.",
+    ),
+    "consistency": Metric(
+        "consistency",
+        lambda found: consistency(found.clips, found.config.data.scene_set),
+        "consistency_range",
+        lower_is_better=False,
+        unavailable=_not_consistent,
+        number_format=".1%",
+        unit="fraction of clips",
+        log_scale=False,
+        explanation="Consistency: the fraction of {count} generated clips that show one scene throughout, "
+        "whose colours, outlines and sizes stay.",
     ),
     "score": Metric(
         "built-in score",

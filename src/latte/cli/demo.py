@@ -66,7 +66,7 @@ def demo(
         f"{result['label_accuracy']:.1%} of {result['graded']} clips move in the direction of their label"
     )
     lines = [
-        f"{accuracy} ({low:.1%} to {high:.1%})",
+        f"{accuracy} ({low:.1%} to {high:.1%}); {result['consistency']:.1%} keep colour, size and outline",
         f"loss of the small model: {result['loss'][0]:.3f} at first, {result['loss'][1]:.3f} at the end",
         *(f"{name}: {result[name]}" for name in ("sheet", "gif", "run")),
         f"clips: {Path(result['clips'][0]['path']).parent}",

@@ -91,12 +91,15 @@ class SceneSet(Protocol):
     """
 
     classes: ClassVar[tuple[str, ...]]
+    min_graded_frames: ClassVar[int]
+    """Frames that a clip needs for ``read_label`` and ``is_consistent``."""
 
-    @property
-    def read_label(self) -> Callable[[np.ndarray], int | None] | None:
-        """The function that returns the class that a clip's pixels, uint8 (f H W c), show, None when they are
-        not clear; None where labels cannot be read from pixels.
-        """
+    def read_label(self, clip: np.ndarray) -> int | None:
+        """Return the class that ``clip``, uint8 (f H W c), shows, None when it is not clear."""
+        ...
+
+    def is_consistent(self, clip: np.ndarray) -> bool:
+        """Return whether ``clip`` shows one scene whose colours, outlines and sizes stay."""
         ...
 
     @property

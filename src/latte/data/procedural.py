@@ -3,8 +3,8 @@
 direction.
 
 Clip ``index`` is a pure function of (seed, index), without download or disk. The label is the direction; the
-caption names colour, shape and direction; ``read_motion`` measures all three from pixels, so that generated
-clips can be graded. Axes: t frames, h height, w width, c channels.
+caption names colour, shape and direction; ``shape_grading`` reads all three back from pixels.
+Axes: t frames, h height, w width, c channels.
 """
 
 import math
@@ -17,22 +17,12 @@ import numpy as np
 import torch
 
 from latte.checks import check
+from latte.data.shape_grading import COLOURS, DIRECTIONS, GROUND, SHAPES, read_motion
 from latte.runtime import generator
 
 if TYPE_CHECKING:
     from latte.data.base import DataConfig
 
-DIRECTIONS = {"up": (0.0, -1.0), "down": (0.0, 1.0), "left": (-1.0, 0.0), "right": (1.0, 0.0)}
-SHAPES = ("circle", "square", "triangle")
-COLOURS = {
-    "red": (230, 60, 50),
-    "green": (70, 200, 80),
-    "blue": (70, 110, 240),
-    "yellow": (240, 210, 60),
-    "magenta": (220, 80, 210),
-    "white": (235, 235, 235),
-}
-GROUND = (24, 26, 34)
 SUPERSAMPLE = 4
 Combination = tuple[str, str, str]
 """Shape, colour, direction."""
@@ -152,12 +142,6 @@ def render(scene: Scene, frames: int, height: int, width: int) -> np.ndarray:
     return clip
 
 
-def read_direction(clip: np.ndarray) -> int | None:
-    """Return the index of the direction that the pixels of a clip (t h w c) show, None for none."""
-    direction = read_motion(clip).direction
-    return None if direction is None else list(DIRECTIONS).index(direction)
-
-
 class ShapeScenes:
     """Moving shapes as a set of scenes, see ``latte.data.base.SceneSet``: labels are the directions.
 
@@ -165,6 +149,7 @@ class ShapeScenes:
     """
 
     classes: ClassVar[tuple[str, ...]] = tuple(DIRECTIONS)
+    min_graded_frames: ClassVar[int] = 2
 
     def __init__(self, config: "DataConfig"):
         check(
@@ -174,7 +159,6 @@ class ShapeScenes:
         )
         check_hold_out(config.hold_out)
         self.config = config
-        self.read_label = read_direction
 
     @property
     def captions(self) -> list[str]:
@@ -198,6 +182,15 @@ class ShapeScenes:
         """Return clip ``index``: uint8 (t h w c)."""
         return render(self._scene(index), self.config.frames, *self.config.size)
 
+    def read_label(self, clip: np.ndarray) -> int | None:
+        """Return the index of the direction that the pixels of a clip (t h w c) show, None for none."""
+        direction = read_motion(clip).direction
+        return None if direction is None else self.classes.index(direction)
+
+    def is_consistent(self, clip: np.ndarray) -> bool:
+        """Return whether a clip (t h w c) shows one shape that stays the same throughout."""
+        return read_motion(clip).consistent
+
     def describe(self) -> dict[str, Any]:
         """Return nothing: 0.1.0 had no other scenes, and its runs must resume."""
         return {}
@@ -205,86 +198,3 @@ class ShapeScenes:
     def _scene(self, index: int) -> Scene:
         config = self.config
         return draw_scene(config.seed, index, config.frames, config.hold_out)
-
-
-@dataclass(frozen=True)
-class Motion:
-    """What ``read_motion`` found: names, None if not clear; ``coherent`` means one compact shape in every
-    frame.
-    """
-
-    direction: str | None
-    colour: str | None
-    shape: str | None
-    coherent: bool
-
-
-def _mask(frames: np.ndarray) -> np.ndarray:
-    """Return bool (t h w) for uint8 (t h w c): the pixels nearer to the brightest colour than to the
-    background.
-    """
-    distance = np.abs(frames.astype(np.float64) - np.array(GROUND, np.float64)).max(axis=-1)
-    return distance > max(0.5 * np.quantile(distance, 0.995), 40)
-
-
-def _compact(mask: np.ndarray) -> bool:
-    """Return whether the mask (h w) is one connected piece, ignoring specks of less than a twelfth of it."""
-    if not mask.any():
-        return False
-    left = mask.copy()
-    pieces = []
-    while left.any():
-        grown = np.zeros_like(left)
-        grown[tuple(np.argwhere(left)[0])] = True
-        while True:
-            spread = grown.copy()
-            spread[1:] |= grown[:-1]
-            spread[:-1] |= grown[1:]
-            spread[:, 1:] |= grown[:, :-1]
-            spread[:, :-1] |= grown[:, 1:]
-            spread &= left
-            if (spread == grown).all():
-                break
-            grown = spread
-        pieces.append(int(grown.sum()))
-        left &= ~grown
-    return max(pieces) >= sum(pieces) * 11 / 12
-
-
-def _shape_of(mask: np.ndarray) -> str:
-    """Return the name of the shape of a mask (h w), from how it fills the halves of its bounding box."""
-    rows = np.where(mask.any(1))[0]
-    columns = np.where(mask.any(0))[0]
-    box = mask[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1].astype(np.float64)
-    half = max(len(box) // 2, 1)
-    if box[:half].mean() < 0.62 * box[-half:].mean():
-        return "triangle"
-    return "square" if box.mean() > 0.5 * (1 + math.pi / 4) else "circle"
-
-
-def read_motion(frames: np.ndarray) -> Motion:
-    """Measure direction, colour and shape of a clip from its pixels, uint8 (t h w c), and whether it shows
-    one shape throughout.
-
-    The direction is that of the centroid's regression line over time. It is None when the path is shorter
-    than 12 % of the frame, when the sideways drift exceeds half of the path, or when a frame holds no compact
-    shape.
-    """
-    mask = _mask(frames)
-    coherent = all(_compact(m) for m in mask)
-    if not coherent:
-        return Motion(None, None, None, False)
-    areas = mask.sum((1, 2))
-    coherent = bool(areas.max() <= 2 * areas.min())
-    points = np.stack([np.argwhere(m).mean(0)[::-1] for m in mask]) / min(frames.shape[1:3])
-    times = np.arange(len(points)) - (len(points) - 1) / 2
-    path = (times @ (points - points.mean(0))) / max((times @ times), 1e-9) * max(len(points) - 1, 1)
-    along = abs(path).max()
-    across = abs(path).min()
-    direction = None
-    if along >= 0.12 and across <= 0.5 * along:
-        direction = max(DIRECTIONS, key=lambda name: float(np.dot(DIRECTIONS[name], path)))
-    inner = np.median(frames[mask].astype(np.float64), axis=0)
-    colour = min(COLOURS, key=lambda name: float(np.linalg.norm(np.array(COLOURS[name]) - inner)))
-    names = [_shape_of(m) for m in mask]
-    return Motion(direction, colour, max(set(names), key=names.count), coherent)

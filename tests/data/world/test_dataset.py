@@ -6,6 +6,7 @@ held-out ones, and moving shapes as they were.
 from collections import Counter
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -171,8 +172,10 @@ def test_every_set_of_scenes_keeps_the_protocol(name):
         assert scenes.caption(index) in scenes.captions
         assert 0 <= scenes.label(index) < len(scenes.classes)
         assert scenes.render_clip(index).shape == (4, 32, 32, 3)
-        if scenes.read_label:
-            clip = replace(scenes.config, resolution=64, frames=8).scene_set.render_clip(index)
-            assert scenes.read_label(clip) == scenes.label(index)
-    assert (name == "shapes") == (scenes.read_label is not None)
+        clip = replace(scenes.config, resolution=64, frames=8).scene_set.render_clip(index)
+        assert len(clip) >= scenes.min_graded_frames
+        assert scenes.read_label(clip) == scenes.label(index)
+        assert scenes.is_consistent(clip)
+        other = replace(scenes.config, resolution=64, frames=8).scene_set.render_clip(index + 1)
+        assert not scenes.is_consistent(np.concatenate([clip[:4], other[4:]]))
     assert scenes.held_out_captions == sorted(scenes.held_out_captions)

@@ -11,6 +11,7 @@ import numpy as np
 
 from latte.checks import check
 from latte.data.world.captions import LANGUAGES, MIXED, caption, paraphrases
+from latte.data.world.grading import MIN_FRAMES, grade
 from latte.data.world.kinds import KINDS
 from latte.data.world.scenes import (
     Combination,
@@ -36,6 +37,7 @@ class WorldScenes:
     """
 
     classes: ClassVar[tuple[str, ...]] = tuple(KINDS)
+    min_graded_frames: ClassVar[int] = MIN_FRAMES
 
     def __init__(self, config: "DataConfig"):
         height, width = config.size
@@ -52,7 +54,6 @@ class WorldScenes:
         )
         check_hold_out(config.hold_out)
         self.config = config
-        self.read_label = None
 
     @property
     def captions(self) -> list[str]:
@@ -83,6 +84,15 @@ class WorldScenes:
     def render_clip(self, index: int) -> np.ndarray:
         """Return clip ``index``: uint8 (f h w c)."""
         return render(self._scene(index), self.config.frames, *self.config.size)
+
+    def read_label(self, clip: np.ndarray) -> int | None:
+        """Return the index of the kind that the grader reads in a clip (t h w c), None for none of them."""
+        kind = grade(clip[None])[0].kind
+        return self.classes.index(kind) if kind in self.classes else None
+
+    def is_consistent(self, clip: np.ndarray) -> bool:
+        """Return whether the grader finds one scene throughout a clip (t h w c), see ``grading.grade``."""
+        return grade(clip[None])[0].consistent
 
     def describe(self) -> dict[str, Any]:
         """Return what the clips depend on apart from seed, size, frames and held-out share."""

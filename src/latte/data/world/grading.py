@@ -27,6 +27,7 @@ KIND_NAMES = (*KINDS, "other")  # other: no subject, two of them, or something t
 COLOUR_NAMES = tuple(COLOURS)
 BACKGROUND_NAMES = tuple(BACKGROUNDS)
 DIRECTION_NAMES = ("none", "left", "right", "up", "down")
+MIN_FRAMES = 4  # of a clip
 SIDE = 64  # pixels that the network sees
 LIGHT = (0.299, 0.587, 0.114)  # luma weights of ITU-R BT.601
 
@@ -144,9 +145,10 @@ def grade(clips: np.ndarray, network: GraderNetwork | None = None) -> list[Grade
     shows the same kind, colour and background, that the size holds, and that no step between frames exceeds
     those of true clips. InputError for another shape.
     """
-    if clips.ndim != 5 or clips.shape[-1] != 3 or clips.shape[1] < 4 or clips.dtype != np.uint8:
+    if clips.ndim != 5 or clips.shape[-1] != 3 or clips.shape[1] < MIN_FRAMES or clips.dtype != np.uint8:
         raise InputError(
-            "clips must be uint8 of shape (clips, frames >= 4, height, width, 3), "
+            "clips must be uint8 of shape (clips, frames, height, width, 3) with at least "
+            f"{MIN_FRAMES} frames, "
             f"got {clips.dtype} {clips.shape}"
         )
     network = network or load_grader()
