@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Codecs that compress time, small and exact, for tests; the fixture ``time_codecs`` puts them into the table.
+"""Codecs that compress time, small and exact, for tests; fixture ``time_codecs`` puts them into the table.
 
 The causal one takes 1 + 4 k frames. A latent frame is the mean of its span plus half the latent frame before
 it, so a latent depends on everything since the first frame of its clip: latents of a clip that starts
@@ -48,7 +48,7 @@ class TimeCodec(VideoCodec):
         before = torch.cat((torch.zeros_like(latent[0, :1]), latent[0, :-1]))  # (f' c h w)
         means = latent[0] - MEMORY * before  # (f' c h w)
         spans = [len(self.compression.span(index)) for index in range(len(means))]
-        repeated = means.repeat_interleave(torch.tensor(spans, device=means.device), 0)  # (f c h w)
+        repeated = torch.cat([mean.expand(n, -1, -1, -1) for mean, n in zip(means, spans, strict=True)])
         return pixel_shuffle(repeated, self.spatial_factor)[None]  # (1 f 3 H W)
 
 

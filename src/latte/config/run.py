@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from importlib import resources
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar, get_type_hints
 
 import yaml
@@ -31,10 +32,12 @@ from latte.config.layers import (
     type_name,
 )
 from latte.data.datasets import DataConfig
+from latte.data.joint import check_images
 from latte.diffusion.config import DiffusionConfig
 from latte.inference.generate import SampleConfig
 from latte.interop.lora import LoraConfig
 from latte.model.latte import ModelConfig
+from latte.model.patches import PATCHES
 from latte.model.text import TextConfig
 from latte.text.encoders import TextEncoderConfig
 from latte.training.config import TrainConfig
@@ -98,6 +101,8 @@ class RunConfig:
             )
         if problems:
             raise InputError("\n".join(problems))
+        compression = CODECS[self.codec.name].compression_at(self.codec.path)
+        check_images(self.train.num_images, compression, self.codec.name)
 
     @property
     def network(self) -> ModelConfig | TextConfig:
@@ -197,7 +202,7 @@ def load_run(run: str | Path | None, overrides: Iterable[str] = ()) -> tuple[Run
     nested, problems = _typed(entries)
     config = None
     try:
-        _derive(nested, entries)
+        problems += _derive(nested, entries)
         config = _ADAPTER.validate_python(nested)
     except ValidationError as error:
         problems += _located(error, entries)
@@ -276,19 +281,45 @@ def _unusable(value: Any) -> str:
     return ""
 
 
-def _derive(nested: dict[str, Any], entries: dict[str, Entry]) -> None:
-    """Add to the model's values what follows from data and codec, if these are valid."""
+def _derive(nested: dict[str, Any], entries: dict[str, Entry]) -> list[str]:
+    """Add to the model's values what follows from data and codec, if these are valid; return problems."""
     try:
         data = _DATA.validate_python(nested.get("data", {}))
         codec = _CODEC.validate_python(nested.get("codec", {}))
         found = derived(data, codec)
     except (ValidationError, InputError):
-        return
+        return []
+    problems = []
+    if "model.num_frames" not in entries:
+        problems = _tube_problems(data, codec, nested.get("model", {}))
+    if problems:
+        del nested["model"]  # what follows from data and codec alone is checked with the other sections
     for leaf, (value, _) in found.items():
         if f"model.{leaf}" not in entries:
             entries[f"model.{leaf}"] = Entry(value, DERIVED)
             square = leaf == "latent_size" and value[0] == value[1]
             nested.setdefault("model", {})[leaf] = value[0] if square else value
+    frames = entries.get("data.frames", Entry(None, DEFAULT))
+    return [f"{frames.origin}: {problem}" for problem in problems]
+
+
+def _tube_problems(data: DataConfig, codec: CodecConfig, model: Mapping[str, Any]) -> list[str]:
+    """Return why the patches with the values ``model`` cannot divide the latent frames of ``data``, if so."""
+    patch = PATCHES.get(model.get("patch", ModelConfig.patch))
+    tube = patch.frames_per_token(SimpleNamespace(tube=model.get("tube", ModelConfig.tube))) if patch else 0
+    if tube < 1:
+        return []
+    compression = CODECS[codec.name].compression_at(codec.path)
+    num_frames = compression.latent_frames(data.frames)
+    if num_frames % tube == 0:
+        return []
+    below = num_frames // tube * tube
+    nearest_frames = [str(compression.frames(count)) for count in (below, below + tube) if count]
+    return [
+        f"data.frames is {data.frames}, of which codec {codec.name!r} makes {num_frames} latent frames, but "
+        f"compression patches need a multiple of model.tube = {tube} latent frames; the nearest valid "
+        f"numbers are {' and '.join(nearest_frames)}"
+    ]
 
 
 def _located(error: ValidationError, entries: Mapping[str, Entry]) -> list[str]:

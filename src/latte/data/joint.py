@@ -2,8 +2,9 @@
 """Image-video joint training (Latte, Sec. 3.3.4): images of the same dataset behind every clip.
 
 The images are drawn independently of the clip and of each other, and have their own labels and captions. They
-are appended on the frame axis; the model passes them through its spatial blocks only. Axes: f clip frames, i
-images, c channels, H height, W width.
+are appended on the frame axis; the model passes them through its spatial blocks only. A codec that compresses
+time encodes the clip as a clip and every image by itself, so an image is one latent frame. Axes: f clip
+frames, i images, c channels, H height, W width.
 """
 
 from collections.abc import Sequence
@@ -13,8 +14,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from latte.autoencoder.compression import Compression
 from latte.checks import check
 from latte.data.base import Clip, Dataset
+
+
+def check_images(num_images: int, compression: Compression, codec: str) -> None:
+    """InputError when images are wanted of a codec, named ``codec``, that encodes none."""
+    check(
+        num_images == 0 or compression.encodes_images,
+        f"train.num_images is {num_images}, but codec {codec!r} encodes no images: it takes blocks of "
+        f"{compression.temporal_factor} frames, and an image is one frame; set train.num_images=0, or use a "
+        "causal codec",
+    )
 
 
 def append_images(clip: Tensor, images: Tensor) -> Tensor:

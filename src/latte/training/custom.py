@@ -133,14 +133,18 @@ def check_first_clip(dataset: Dataset, model: Denoiser, codec: Codec | None) -> 
     config = model.config
     expected = (config.num_frames, config.latent_channels, *config.grid_size)
     found = tuple(clip.shape)
+    fix = ""
     if not dataset.latent and codec is not None:
-        found = (len(clip), *codec.latent_shape(*clip.shape[-2:]))
+        num_frames = codec.compression.latent_frames(len(clip), "the number of frames of the first clip")
+        found = (num_frames, *codec.latent_shape(*clip.shape[-2:]))
+        if codec.temporal_factor > 1 and num_frames != config.num_frames:
+            fix = f" (to {codec.frames(config.num_frames)} frames)"
     if found != expected:
         raise InputError(
             f"the first clip {tuple(clip.shape)} has latents of {found} (frames, channels, height, width), "
             "but the "
-            f"model takes {expected}; change the clips, or num_frames, latent_channels and latent_size of "
-            "ModelConfig"
+            f"model takes {expected}; change the clips{fix}, or num_frames, latent_channels and latent_size "
+            "of ModelConfig"
         )
     if not dataset.latent and float(clip.abs().max()) > 1.001:
         raise InputError(
@@ -169,12 +173,13 @@ def run_record(
         return {"model": asdict(model.config), **record}
     known = {item.name for item in fields(ModelConfig)}
     height, width = model.config.grid_size
+    frames = model.config.num_frames
     factor = 8  # of the default codec
     if codec is not None:
         factor = codec.spatial_factor
+        frames = codec.frames(model.config.num_frames)
         settings = {"name": codec.name, "path": codec.path, "chunk": codec.chunk}
         record["codec"] = {key: value for key, value in settings.items() if value is not None}
-    frames = model.config.num_frames
     data = {"kind": KIND, "frames": frames, "resolution": [height * factor, width * factor]}
     return {
         "model": {key: value for key, value in asdict(model.config).items() if key in known},

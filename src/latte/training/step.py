@@ -4,7 +4,7 @@ global batch.
 
 Every draw is keyed by (seed, step, position in the global batch), and the loss is a sum over clips divided
 by the global batch: so a step is the same, to rounding, for every micro batch and number of processes.
-Axes: b batch, f frames, i images, c channels, h height, w width.
+Axes: b batch, f frames, f' latent frames, i images, c channels, h height, w width.
 """
 
 from collections.abc import Callable, Sequence
@@ -64,11 +64,11 @@ def micro_batch_loss(
     task: Task, step: int, positions: Sequence[int], video: Tensor, condition: Condition
 ) -> Loss:
     """Return the objective of one micro batch, each term (b,)."""
-    z0 = encode(task, step, positions, to_device(video, task.device))  # (b f+i c h w)
+    z0 = encode(task, step, positions, to_device(video, task.device))  # (b f'+i c h w)
     # The order of the draws from a clip's stream (t, eps, dropped condition) is part of the result.
     streams = [generator(task.seed, "train", step, position) for position in positions]
     t = torch.cat([draw_timesteps(task.process, 1, stream) for stream in streams])  # (b)
-    eps = torch.stack([torch.randn(z0.shape[1:], generator=stream) for stream in streams])  # (b f+i c h w)
+    eps = torch.stack([torch.randn(z0.shape[1:], generator=stream) for stream in streams])  # (b f'+i c h w)
     kept = condition.drop(streams).inputs()
     inputs = {name: to_device(tensor, task.device) for name, tensor in kept.items()}
 
@@ -91,14 +91,29 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
 
 @torch.no_grad()
 def encode(task: Task, step: int, positions: Sequence[int], video: Tensor) -> Tensor:
-    """Return latents (b f c h w) float32 of clips (b f 3 H W), one by one: no clip's latent depends on the
-    rest of the batch.
+    """Return latents (b f'+i c h w) float32 of clips (b f+i 3 H W), one by one: no clip's latent depends on
+    the rest of the batch.
     """
     if task.codec is None:
         return video.float()
-    streams = [generator(task.seed, "encode", step, position) for position in positions]
-    clips = [task.codec.encode(clip, stream) for clip, stream in zip(video.split(1), streams, strict=True)]
-    return torch.cat(clips).to(task.device, torch.float32)  # (b f c h w)
+    latents = []
+    for clip, position in zip(video.split(1), positions, strict=True):
+        stream = generator(task.seed, "encode", step, position)
+        latents.append(encode_joint(task.codec, clip, task.num_images, stream))
+    return torch.cat(latents).to(task.device, torch.float32)  # (b f'+i c h w)
+
+
+def encode_joint(codec: Codec, video: Tensor, num_images: int, stream: torch.Generator) -> Tensor:
+    """Return latents (1 f'+i c h w) of one clip and the images behind it (1 f+i 3 H W).
+
+    A codec that compresses time encodes the clip as a clip and every image by itself: one latent frame each.
+    """
+    if num_images == 0 or codec.temporal_factor == 1:
+        return codec.encode(video, stream)
+    clip, images = video.split([video.shape[1] - num_images, num_images], dim=1)
+    latent = codec.encode(clip, stream)  # (1 f' c h w)
+    single = codec.encode(images.transpose(0, 1), stream).transpose(0, 1)  # (1 i c h w)
+    return torch.cat((latent, single), dim=1)  # (1 f'+i c h w)
 
 
 def condition_for(model: Denoiser, given: Tensor | Captions | None) -> Condition:

@@ -25,7 +25,7 @@ from latte.checkpoint.run import list_checkpoints, save_checkpoint
 from latte.checks import InputError, RunError, check
 from latte.data.datasets import Dataset
 from latte.data.fingerprint import write_listing
-from latte.data.joint import JointDataset
+from latte.data.joint import JointDataset, check_images
 from latte.data.loader import Batch, Loader, default_workers
 from latte.diffusion.config import DiffusionConfig, build_process
 from latte.diffusion.loss import OBJECTIVES, Loss
@@ -287,6 +287,8 @@ def check_parts(
         codec is not None or dataset.latent,
         "codec is missing, but the data are frames; give codec.name, or a folder of encoded latents",
     )
+    if codec is not None:
+        check_images(config.num_images, codec.compression, codec.name)
     check(
         config.global_batch % group.size == 0,
         f"train.global_batch is {config.global_batch}, but {group.size} processes must share it evenly; "
@@ -299,7 +301,7 @@ def check_parts(
         f"model.num_classes is {num_classes}, but the data have {found} classes; give {found or 'null'}, or "
         "other data",
     )
-    if isinstance(dataset, CustomDataset):
+    if isinstance(dataset, CustomDataset) or (codec is not None and codec.temporal_factor > 1):
         check_first_clip(dataset, model, codec)
 
 
