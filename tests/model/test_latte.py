@@ -229,7 +229,7 @@ def test_any_size_and_length_at_call_time():
     model, rotary = tiny(), tiny(position="rotary")
     t = torch.tensor([3])
     assert model(noise(1, 2, 3, 2, 4), t).shape == (1, 2, 6, 2, 4)
-    with pytest.warns(UserWarning, match="9 frames are more than the 4"):
+    with pytest.warns(UserWarning, match="9 latent frames are more than the 4"):
         assert model(noise(1, 9, 3, 4, 6), t).shape == (1, 9, 6, 4, 6)
     assert rotary(noise(1, 9, 3, 4, 6), t).shape == (1, 9, 6, 4, 6)
     with pytest.warns(UserWarning, match="8 x 6 are larger than the 4 x 6"):

@@ -42,22 +42,31 @@ Guidance = Annotated[float | None, typer.Option(help="Classifier-free guidance s
 Eta = Annotated[float | None, typer.Option(help="Noise of ddim, 0 to 1.")]
 Seed = Annotated[int, typer.Option(help="Seed of the first clip; each further clip adds 1.")]
 Frames = Annotated[
-    int | None, typer.Option(help="Frames per clip; by default what the model was trained with.")
+    int | None, typer.Option(help="Frames of video per clip; by default what the model was trained with.")
 ]
 Window = Annotated[
     int | None,
-    typer.Option(metavar="N", help="For longer clips: the model sees N frames at a time, overlapping."),
+    typer.Option(
+        metavar="N",
+        help="For longer clips: the model sees N latent frames at a time, overlapping. With a codec that "
+        "compresses time 4 times each stands for 4 frames of video, with others for one.",
+    ),
 ]
 Longer = Annotated[str | None, typer.Option(metavar="NAME", help="How windows become a clip: {long_video}.")]
 Overlap = Annotated[
     int | None,
-    typer.Option(metavar="N", help="Frames that adjacent windows share; half a window by default."),
+    typer.Option(metavar="N", help="Latent frames that adjacent windows share; half a window by default."),
 ]
 First = Annotated[
     Path | None, typer.Option(metavar="FILE", help="First frame: an image, or a video's first frame.")
 ]
 Last = Annotated[
-    Path | None, typer.Option(metavar="FILE", help="Last frame: an image, or a video's last frame.")
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="Last frame: an image, or a video's last frame; with a codec that compresses time it is held "
+        "for the last latent frame.",
+    ),
 ]
 Size = Annotated[
     str | None, typer.Option(metavar="N|HxW", help="Pixels; by default what the model was trained with.")
@@ -163,7 +172,7 @@ def check_before_loading(
     if out is not None:
         check_output_folder(out)
     if window is None:
-        refuse(windowed, "needs --window, the frames that the model sees at a time")
+        refuse(windowed, "needs --window, the latent frames that the model sees at a time")
     texts = [check_prompt(text) for text in prompt or []]
     if file is not None:
         texts += read_prompts(file)

@@ -6,7 +6,12 @@ A method is a function (sample, denoise, noise, frames, mask, window, overlap, p
 where ``frames`` (1|b f c h w) holds the conditioning frames and ``mask``, bool (f,), their positions. A clip
 that fits into one window is the ordinary sample, whatever the method. To add a method: one function and one
 entry in LONG_VIDEO_METHODS.
-Axes: b batch, f frames, c channels, h height, w width.
+
+Clip, window, overlap and chain count latent frames. Where a causal codec compresses time, the first latent
+frame of a clip stands for one frame of video, all others for several, and the model learned that the first
+one it sees is of that kind. In a later window it is not: there an overlap of at least one latent frame helps,
+whose first one has the least weight (freenoise) or is given (chained).
+Axes: b batch, f latent frames, c channels, h height, w width.
 """
 
 from collections.abc import Callable, Sequence
@@ -83,19 +88,20 @@ LONG_VIDEO_METHODS = {"freenoise": freenoise, "chained": chained}
 
 
 def window_starts(frames: int, length: int, overlap: int | None = None) -> list[int]:
-    """Return the first frames of windows of ``length`` that cover ``frames``.
+    """Return the first latent frames of windows of ``length`` that cover ``frames``.
 
-    Neighbours share ``overlap`` frames, None for half of them, the last two perhaps more.
+    Neighbours share ``overlap`` latent frames, None for half of them, the last two perhaps more. InputError
+    for windows that do not fit.
     """
     if overlap is None:
         overlap = length // 2
     check(
         length >= 1,
-        f"window must be at least 1 frame, got {length}; use the number of frames the model was trained on",
+        f"window must be at least 1 latent frame, got {length}; use the number the model was trained on",
     )
     check(
         0 <= overlap < length,
-        f"overlap is {overlap}, but windows have {length} frames; give 0 to {length - 1}",
+        f"overlap is {overlap}, but windows have {length} latent frames; give 0 to {length - 1}",
     )
     if frames <= length:
         return [0]

@@ -57,8 +57,8 @@ class ModelClips:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """Return frames, height and width of a clip."""
-        return (self.pipe.model.config.num_frames, *self.pipe.frame_size())
+        """Return frames of video, height and width of a clip."""
+        return (self.pipe.num_frames, *self.pipe.frame_size())
 
     @property
     def interval(self) -> int | None:
@@ -87,6 +87,8 @@ class ModelClips:
         config = replace(pipe.sample, fps=fps or pipe.sample.fps)
         facts = {key: value for key, value in asdict(config).items() if key != "batch"}
         facts |= {"weights": pipe.weights, "codec": pipe.codec.fingerprint}
+        if pipe.codec.temporal_factor > 1:  # a protocol may use fewer frames than such a clip has
+            facts["frames"] = pipe.num_frames
 
         def batch_progress(number: int, batches: int) -> Callable[[int, int], None]:
             return lambda done, total: progress(number * total + done, batches * total)

@@ -5,7 +5,6 @@ Every clip has its own random stream, so the clip of a seed is the same, to roun
 Axes: b batch, f latent frames, t frames, c channels, h height, w width.
 """
 
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -16,12 +15,14 @@ from torch import Tensor
 
 from latte.autoencoder.codec import Codec
 from latte.checks import InputError, RunError, check, choose
-from latte.data.clips import to_float, to_uint8
+from latte.data.clips import to_uint8
 from latte.diffusion.frame_conditioning import DEFAULT_STRENGTH, condition_on_frames, restore_frames
 from latte.diffusion.guidance import check_guidance, guided
 from latte.diffusion.long_video import LONG_VIDEO_METHODS, SampleFunction, partial_progress, window_starts
 from latte.diffusion.process import DenoiseFunction, Flow, Process
 from latte.diffusion.samplers import SAMPLERS, Noise, indices, sample
+from latte.inference.clip_shape import Shape, check_memory, clip_shape
+from latte.inference.conditioning_frames import check_conditioning_frames, encode_frames
 from latte.inference.prompts import Prompts
 from latte.model.conditioning import NULL_LABEL
 from latte.model.denoiser import Denoiser
@@ -81,27 +82,27 @@ def generate(
     """Return an iterator over (seed, uint8 (t h w c)), one clip per seed in order, computed batch by batch.
 
     Each seed has a class number in ``labels`` (-1 or None: the null class), or a text model a prompt.
-    ``frames`` and ``size``, (height, width) in pixels, default to what the model was trained with. ``dtype``
-    is the precision of matrix products. ``progress(done, total)`` counts denoising steps over all batches.
-    The model sees ``window`` frames at a time, sharing ``overlap`` (None: half), joined by ``longer`` of
-    LONG_VIDEO_METHODS. ``conditioning_frames``: {frame, -1 for the last: uint8 (h w c) of the clip's size},
-    with their guidance strength on the other frames. ``decoder`` decodes instead of ``codec``; ``offload``:
-    the device that parts visit while they compute.
+    ``frames`` of video and ``size``, (height, width) in pixels, default to what the model was trained with.
+    ``dtype`` is the precision of matrix products. ``progress(done, total)`` counts denoising steps over all
+    batches. The model sees ``window`` latent frames at a time, sharing ``overlap`` (None: half), joined by
+    ``longer`` of LONG_VIDEO_METHODS. ``conditioning_frames``: {frame of the video, -1 the last: uint8 (h w c)
+    of the clip's size}, with their guidance strength on the others. ``decoder`` decodes instead of ``codec``;
+    ``offload``: the device that parts visit while they compute.
 
     InputError at the call for conditions and settings that do not fit; RunError, while iterating, for
     NaN/Inf.
     """
     config = config or SampleConfig()
-    num_frames = model.config.num_frames if frames is None else frames
-    span = num_frames if window is None else window
     images = conditioning_frames or {}
-    shape = check_settings(model, process, codec, config, len(seeds), num_frames, size, span, longer, overlap)
+    join = choose("longer", longer, LONG_VIDEO_METHODS)
+    shape = clip_shape(model, codec, frames, size, window)
+    length = shape[0] if window is None else window
+    check_settings(process, codec, config, len(seeds), shape, length, overlap)
     check_conditioning_frames(images, codec, shape)
     home = next(model.parameters()).device
     device = offload or home
     denoiser_for = condition(model, labels, prompts, len(seeds), config.guidance, dtype, device)
     walk = walker(config, process, device, conditioning_strength)
-    join = LONG_VIDEO_METHODS[longer]
 
     def run() -> Iterator[tuple[int, np.ndarray]]:
         latents, mask = encode_frames(images, codec, shape, offload)
@@ -112,7 +113,7 @@ def generate(
             advance = progress and partial_progress(progress, index, len(parts))
             noise = SampleNoise(seeds[part])
             with borrowed(model, device, home):
-                z = join(walk, denoiser_for(part), noise, known, mask, span, overlap, advance)
+                z = join(walk, denoiser_for(part), noise, known, mask, length, overlap, advance)
             yield from zip(seeds[part], decode(decoder or codec, z, seeds[part], offload), strict=True)
 
     return run()
@@ -133,42 +134,20 @@ def changed(config: SampleConfig, **changes: Any) -> SampleConfig:
 
 
 def check_settings(
-    model: Denoiser,
     process: Process | Flow,
     codec: Codec,
     config: SampleConfig,
     num_clips: int,
-    frames: int,
-    size: tuple[int, int] | None,
+    shape: Shape,
     window: int,
-    longer: str,
     overlap: int | None,
-) -> tuple[int, int, int, int]:
-    """Return the latent shape (f c h w) of these settings; InputError, in one line, for settings that the
-    model cannot use.
+) -> None:
+    """Raise InputError, in one line, for settings that this process and clips of latent ``shape`` cannot
+    have.
     """
-    check(frames >= 1, f"frames must be at least 1, got {frames}")
-    choose("longer", longer, LONG_VIDEO_METHODS)
-    shape = frames, *latent_shape(model, codec, size)
     check_memory(min(config.batch, num_clips), shape, codec)
-    window_starts(frames, window, overlap)
+    window_starts(shape[0], window, overlap)
     indices(SAMPLERS[config.sampler], process.num_steps, config.steps)
-    return shape
-
-
-def check_memory(batch: int, shape: tuple[int, int, int, int], codec: Codec) -> None:
-    """Raise InputError when the frames of one batch alone, as float32, exceed this machine's memory."""
-    frames, _, height, width = shape
-    needed = 4 * 3 * batch * frames * height * width * codec.spatial_factor**2
-    try:
-        available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):  # not POSIX: unknown
-        return
-    check(
-        needed <= available,
-        f"one batch of {batch} clips of {frames} frames needs {needed / 2**30:,.0f} GiB for its pixels "
-        f"alone, but this machine has {available / 2**30:,.0f} GiB; lower --batch, --frames or --size",
-    )
 
 
 def check_finite(values: Tensor, seeds: Sequence[int], what: str) -> None:
@@ -182,45 +161,6 @@ def check_finite(values: Tensor, seeds: Sequence[int], what: str) -> None:
             f"the {what} of seed {names} holds NaN/Inf; nothing of this batch was written; "
             "lower the guidance, use another sampler or --dtype fp32, or check the weights"
         )
-
-
-def check_conditioning_frames(
-    conditioning_frames: Mapping[int, np.ndarray], codec: Codec, shape: tuple[int, ...]
-) -> None:
-    """Raise InputError for a frame that a clip of latent ``shape`` (f c h w) does not have, and for images
-    of another size.
-    """
-    size = shape[2] * codec.spatial_factor, shape[3] * codec.spatial_factor
-    for frame, image in conditioning_frames.items():
-        check(
-            -shape[0] <= frame < shape[0],
-            f"conditioning frame {frame} is out of range: a clip has the frames 0 to {shape[0] - 1}",
-        )
-        check(
-            image.shape[:2] == size,
-            f"conditioning frame {frame} has the size {image.shape[:2]}, but clips have {size}; resize it",
-        )
-
-
-@torch.no_grad()
-def encode_frames(
-    conditioning_frames: Mapping[int, np.ndarray],
-    codec: Codec,
-    shape: tuple[int, ...],
-    offload: torch.device | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Encode {frame: uint8 (h w c)}; return latents (1 f c h w) of ``shape`` (f c h w), 0 elsewhere, and a
-    bool mask (f,). With ``offload`` the codec visits that device.
-    """
-    mask = torch.zeros(shape[0], dtype=torch.bool)
-    if not conditioning_frames:
-        return torch.zeros(1, *shape, device=codec.device), mask
-    with borrowed(codec, offload or codec.device, codec.device):
-        latents = torch.zeros(1, *shape, device=codec.device)
-        for frame, image in conditioning_frames.items():
-            latents[:, frame] = codec.encode(to_float(image[None])[None])[:, 0]  # (1 c h w)
-            mask[frame] = True
-    return latents, mask
 
 
 def walker(
@@ -305,23 +245,6 @@ def check_labels(model: Denoiser, labels: Sequence[int] | None, count: int) -> T
             f"label {label} is out of range: this model has the classes 0 to {classes - 1}, and -1 for none",
         )
     return torch.tensor(labels, dtype=torch.int64)
-
-
-def latent_shape(model: Denoiser, codec: Codec, size: tuple[int, int] | None) -> tuple[int, int, int]:
-    """Return (c, h, w) of the latent of frames of ``size`` in pixels, None: the model's own; InputError if
-    it does not divide.
-    """
-    if size is None:
-        return (model.config.latent_channels, *model.config.grid_size)
-    step = codec.spatial_factor * model.config.patch_size
-    for side in size:
-        nearest = max(round(side / step), 1) * step
-        check(
-            side > 0 and side % step == 0,
-            f"size is {size}, but autoencoder and patches make tokens of {step} x {step} pixels; "
-            f"the nearest multiple of {side} is {nearest}",
-        )
-    return codec.latent_shape(*size)
 
 
 def autocast(model: Denoiser, device: torch.device, dtype: torch.dtype) -> Callable[..., Tensor]:

@@ -51,9 +51,9 @@ class CallOptions(TypedDict, total=False):
     sampler: str  # a name in SAMPLERS
     eta: float  # noise of ddim, 0 to 1
     batch_size: int  # videos generated at once; it does not change them
-    window: int  # for more frames than the model was trained with: frames that it sees at a time
+    window: int  # for longer videos than in training: latent frames that the model sees at a time
     longer: str  # how windows become one video, a name in LONG_VIDEO_METHODS
-    overlap: int  # frames that adjacent windows share; half a window by default
+    overlap: int  # latent frames that adjacent windows share; half a window by default
     conditioning_strength: float  # guidance strength of image and last_image on the other frames
 
 
@@ -105,7 +105,7 @@ def to_frames(frames: np.ndarray | Tensor | Sequence[Image.Image | np.ndarray]) 
 
 def clip_facts(pipe: Any, options: Mapping[str, Any], negative: str = "") -> dict[str, Any]:
     """Return everything but seed, label and prompt that decides the pixels of a clip, as plain data; images
-    by their hash.
+    by their hash. Frames are those of the video, windows count latent frames.
 
     ``options`` are those of ``VideoPipeline.generate``. The keys, and so the default folder names, are those
     of 0.1.0.
@@ -115,6 +115,8 @@ def clip_facts(pipe: Any, options: Mapping[str, Any], negative: str = "") -> dic
     facts = {key: value for key, value in asdict(options["config"]).items() if key != "batch"}
     facts |= {"weights": pipe.weights, "codec": pipe.codec.fingerprint}
     facts |= {"frames": options["frames"], "size": options["size"], "dtype": str(options["dtype"])}
+    if pipe.codec.temporal_factor > 1:
+        facts["frames"] = options["frames"] or pipe.num_frames
     if window:
         facts |= {"window": window, "longer": options["longer"], "overlap": options["overlap"]}
     if images:

@@ -158,10 +158,10 @@ class VideoPipeline(Conditioned):
     ) -> VideoPipelineOutput:
         """Generate ``num_videos_per_prompt`` videos per prompt or class label.
 
-        What is left out is the model's own: size, frames and ``self.sample``. Conditions: ``prompt`` for a
-        text model, ``negative_prompt`` is what guidance steers away from; ``class_labels``, names or numbers,
-        for a class model, "none" and -1 are the null class. ``image`` and ``last_image`` are the first and
-        the last frame (PIL image, array (h w c), tensor (c h w) or path), cropped and resized to fit.
+        What is left out is the model's own: size, frames of video and ``self.sample``. Conditions: ``prompt``
+        for a text model, ``negative_prompt`` is what guidance steers away from; ``class_labels``, names or
+        numbers, for a class model, "none" and -1 are the null class. ``image`` and ``last_image`` are the
+        first and the last frame (PIL image, array (h w c), tensor (c h w) or path), cropped and resized.
 
         Video i has the seed ``seed`` + i, or the i-th of a list, or one drawn from ``generator`` (None:
         torch's global one), and depends on nothing else of its batch. ``num_inference_steps`` is a count or a
@@ -171,14 +171,12 @@ class VideoPipeline(Conditioned):
         Returns ``.frames`` and ``.seeds``. InputError for arguments that do not fit, RunError for NaN/Inf.
         """
         convert = choose("output_type", output_type, OUTPUT_TYPES)
-        check(
-            num_videos_per_prompt >= 1,
-            f"num_videos_per_prompt must be at least 1, got {num_videos_per_prompt}",
-        )
+        count = num_videos_per_prompt
+        check(count >= 1, f"num_videos_per_prompt must be at least 1, got {count}")
         prompts = as_list("prompt", prompt)
         labels = as_list("class_labels", class_labels)
         self.check_conditions(prompts, labels)
-        seeds = choose_seeds(seed, generator, len(prompts or labels or [None]) * num_videos_per_prompt)
+        seeds = choose_seeds(seed, generator, len(prompts or labels or [None]) * count)
         names = {"sampler": "sampler", "eta": "eta", "batch_size": "batch"}
         changes = {name: options.pop(key, None) for key, name in names.items()}
         default = self.frame_size()
@@ -186,8 +184,8 @@ class VideoPipeline(Conditioned):
         with self.step_callback(callback_on_step_end) as progress:
             clips = self.generate(
                 seeds,
-                repeat(labels, num_videos_per_prompt),
-                repeat(prompts, num_videos_per_prompt),
+                repeat(labels, count),
+                repeat(prompts, count),
                 negative_prompt or "",
                 config=changed(self.sample, steps=num_inference_steps, guidance=guidance_scale, **changes),
                 frames=num_frames,
@@ -216,8 +214,12 @@ class VideoPipeline(Conditioned):
             if old in options:
                 warnings.warn(f"{old}= is now {new}=", DeprecationWarning, stacklevel=2)
                 options[new] = options.pop(old)
-        defaults = {"config": self.sample, "decoder": self.decoder}
-        defaults |= {"offload": self.offload, "dtype": self.dtype}
+        defaults = {
+            "config": self.sample,
+            "decoder": self.decoder,
+            "offload": self.offload,
+            "dtype": self.dtype,
+        }
         options = {**defaults, **options}
         if labels is not None:
             labels = [self.label(label) for label in labels]
@@ -247,10 +249,9 @@ class VideoPipeline(Conditioned):
         began = time.monotonic()
         config = options.get("config", self.sample)
         batches = -(-len(requests) // config.batch)
-        frames = options.get("frames") or self.model.config.num_frames
-        check_output_folder(
-            folder, len(requests) * smallest_clip(frames, *self.frame_size(options.get("size")))
-        )
+        frames = options.get("frames") or self.num_frames
+        smallest = smallest_clip(frames, *self.frame_size(options.get("size")))
+        check_output_folder(folder, len(requests) * smallest)
 
         def run(number: int, part: Sequence[SampleRequest]) -> Iterator[tuple[int, np.ndarray]]:
             labels = [request.label for request in part if request.label is not None] or None
@@ -363,19 +364,18 @@ class VideoPipeline(Conditioned):
 
     def facts(self) -> dict[str, Any]:
         """Return what config.json stores beside the model's keys, as plain data."""
-        codec = {"name": self.codec.name, "path": None, "fingerprint": self.codec.fingerprint}
-        if self.codec_config:
-            codec["path"] = self.codec_config.path
-        facts = {
-            "diffusion": asdict(self.diffusion),
-            "codec": codec,
-            "classes": self.classes,
-            "sample": asdict(self.sample),
-            "about": dict(self.about),
-        }
+        path = self.codec_config and self.codec_config.path
+        codec = {"name": self.codec.name, "path": path, "fingerprint": self.codec.fingerprint}
+        facts = {"diffusion": asdict(self.diffusion), "codec": codec, "classes": self.classes}
+        facts |= {"sample": asdict(self.sample), "about": dict(self.about)}
         if self.reader:
             facts["text"] = {**asdict(self.reader.config), "fingerprint": self.reader.fingerprint}
         return facts
+
+    @property
+    def num_frames(self) -> int:
+        """Return the frames of a video of the length that the model was trained with."""
+        return self.codec.frames(self.model.config.num_frames)
 
     def frame_size(self, size: tuple[int, int] | None = None) -> tuple[int, int]:
         """Return (height, width) of the videos in pixels: ``size``, or what the model was trained with."""

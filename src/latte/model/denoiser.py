@@ -253,7 +253,7 @@ class Denoiser(nn.Module, SavedModel):
         """Warn when a clip has more frames than the model was trained on."""
         if frames > self.config.num_frames:
             warnings.warn(
-                f"{frames} frames are more than the {self.config.num_frames} the model was trained on; the "
-                "temporal table is extended",
+                f"{frames} latent frames are more than the {self.config.num_frames} the model was trained "
+                "on; the temporal table is extended",
                 stacklevel=4,
             )
