@@ -169,10 +169,21 @@ def test_wrong_latents_are_refused():
 
 
 def test_the_table_holds_what_is_documented():
-    assert set(CODECS) == {"kl", "kl_temporal", "taef2", "pixels", "builtin"}
     assert {
-        name: (codec.compression.channels, codec.compression.spatial_factor) for name, codec in CODECS.items()
-    } == {"kl": (4, 8), "kl_temporal": (4, 8), "taef2": (32, 8), "pixels": (3, 1), "builtin": (4, 8)}
+        name: (kind.compression.channels, kind.compression.spatial_factor, kind.compression.temporal_factor)
+        for name, kind in CODECS.items()
+    } == {
+        "kl": (4, 8, 1),
+        "kl_temporal": (4, 8, 1),
+        "taef2": (32, 8, 1),
+        "pixels": (3, 1, 1),
+        "builtin": (4, 8, 1),
+        "ltx": (128, 32, 8),
+        "wan": (16, 8, 4),
+        "cogvideox": (16, 8, 4),
+        "hunyuan": (16, 8, 4),
+        "dc": (32, 32, 1),
+    }
 
 
 @pytest.mark.parametrize(
@@ -180,6 +191,11 @@ def test_the_table_holds_what_is_documented():
     [
         ({"name": "buitlin"}, "codec.name is 'buitlin'.*did you mean 'builtin'"),
         ({"name": "pixels", "chunk": 0}, "codec.chunk must be .* got 0"),
+        ({"name": "wan", "tile": 0}, "codec.tile must be null or a side in pixels, at least 1, got 0"),
+        (
+            {"name": "pixels", "tile": 64},
+            "codec.tile is 64, but codec 'pixels' has no tiles; .* kl, ltx, wan",
+        ),
     ],
 )
 def test_a_wrong_configuration_is_refused(given, message):

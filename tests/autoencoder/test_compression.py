@@ -9,6 +9,7 @@ from latte.checks import InputError
 CAUSAL = Compression(16, 8, 4)
 GROUPS = Compression(4, 8, 4, causal=False)
 FRAMES = Compression(4, 8)
+PAIRS = Compression(16, 8, 4, latent_step=2)
 
 
 @pytest.mark.parametrize(
@@ -18,6 +19,7 @@ FRAMES = Compression(4, 8)
         (Compression(128, 32, 8), {1: 1, 9: 2, 17: 3, 121: 16}),
         (GROUPS, {4: 1, 8: 2, 88: 22}),
         (FRAMES, {1: 1, 2: 2, 16: 16, 17: 17}),
+        (PAIRS, {1: 1, 9: 3, 17: 5, 49: 13}),
     ],
 )
 def test_lengths_there_and_back(compression, lengths):
@@ -36,6 +38,9 @@ def test_lengths_there_and_back(compression, lengths):
         (GROUPS, 1, [4]),
         (GROUPS, 17, [16, 20]),
         (FRAMES, 0, [1]),
+        (PAIRS, 5, [1, 9]),
+        (PAIRS, 24, [17, 25]),
+        (PAIRS, -8, [1]),
     ],
 )
 def test_other_lengths_are_refused_with_the_nearest_ones(compression, frames, nearest):

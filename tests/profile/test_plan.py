@@ -13,6 +13,7 @@ from latte.data.procedural import draw_scene, render
 from latte.model.latte import Latte
 from latte.profile.plan import plan
 from tiny import WORDS, tiny_trained
+from tiny_external import save_external
 
 
 def config(*words, recipe=None):
@@ -21,18 +22,23 @@ def config(*words, recipe=None):
 
 @pytest.mark.parametrize("name", list(CODECS))
 def test_a_plan_needs_neither_data_nor_weights(name):
-    found = plan(
-        config(
-            f"codec.name={name}",
-            "codec.path=nowhere",
-            "data.root=nowhere",
-            "data.resolution=64",
-            "model.size=S",
-        )
+    words = [f"codec.name={name}", "data.root=nowhere", "data.resolution=64", "data.frames=9", "model.size=S"]
+    found = plan(config(*words))
+    shape = CODECS[name].compression
+    side = 64 // shape.spatial_factor
+    assert found.latent == (1 + 8 // shape.temporal_factor, shape.channels, side, side)
+    assert found.tokens == found.latent[0] * (side // 2) ** 2
+
+
+def test_a_codec_whose_configuration_decides_is_planned_by_it(tmp_path):
+    save_external("wan_22", tmp_path)
+    words = ["data.root=nowhere", "data.resolution=64", "data.frames=17", "model.size=S", "codec.name=wan"]
+    assert plan(config(*words, f"codec.path={tmp_path}")).latent == (5, 6, 4, 4)
+    assert plan(config(*words, "codec.name=kl", "codec.path=nowhere")).latent == (17, 4, 8, 8), (
+        "needs no file"
     )
-    codec = CODECS[name]
-    assert found.latent == (16, codec.channels, 64 // codec.spatial_factor, 64 // codec.spatial_factor)
-    assert found.tokens == 16 * (64 // codec.spatial_factor // 2) ** 2
+    with pytest.raises(InputError, match=r"codec.path: nowhere .* is no folder"):
+        config(*words, "codec.path=nowhere")
 
 
 def test_the_plan_of_the_paper_is_the_papers():

@@ -18,6 +18,7 @@ from latte.profile.sampling_memory import decoding, denoising, staging
 from latte.text.encoders import TextEncoderConfig
 from latte.text.t5 import T5Encoder
 from tiny import tiny_text
+from tiny_external import CASES, save_external
 from tiny_pipeline import NAMES, tiny_t5, tiny_vae
 
 CLASSES = ModelConfig(depth=4, width=64, heads=4, num_frames=6, latent_size=16, num_classes=3)
@@ -85,6 +86,21 @@ def test_decoding_takes_what_the_plan_says(name, chunk, tmp_path):
     with torch.no_grad(), LiveBytes() as live:
         codec.decode(z)
     found = decoding(TEXT, CodecConfig(name, path, chunk), 2)
+    assert found.weights == sum(parameter.nbytes for parameter in codec.network.parameters())
+    assert found.working == pytest.approx(live.peak, rel=0.05)
+
+
+@pytest.mark.parametrize("name", ["wan_22", "ltx_timestep", "cogvideox", "hunyuan", "dc"])
+def test_decoding_clips_takes_what_the_plan_says(name, tmp_path):
+    save_external(name, tmp_path)
+    case = CASES[name]
+    config = CodecConfig(case.codec, str(tmp_path))
+    codec = build_codec(config)
+    frames = 1 + case.step // case.time
+    model = ModelConfig(depth=2, num_frames=frames, latent_size=8, latent_channels=case.channels)
+    with torch.no_grad(), LiveBytes() as live:
+        codec.decode(torch.randn(2, frames, case.channels, 8, 8))
+    found = decoding(model, config, 2)
     assert found.weights == sum(parameter.nbytes for parameter in codec.network.parameters())
     assert found.working == pytest.approx(live.peak, rel=0.05)
 

@@ -35,10 +35,16 @@ class Codec(ABC):
     """Channels, spatial and temporal factor; the class's own for codecs whose weights all have one shape."""
     path: str | None = None
     """Where ``build_codec`` found the weights."""
+    tile: int | None = None
+    """Side in pixels of the tiles that ``build_codec`` turned on; None for whole frames."""
     scale: float = 1.0
     """What raw latents are multiplied by, one number; 1 where the codec normalises channel by channel."""
-    stochastic: ClassVar[bool] = False
+    moments: tuple[Tensor, Tensor] | None = None
+    """Means and deviations (c) of raw latents, where the codec normalises channel by channel."""
+    stochastic: bool = False
     """Whether ``encode`` samples a posterior when given a generator."""
+    tileable: ClassVar[bool] = False
+    """Whether ``enable_tiles`` works."""
     layout: ClassVar[str | None] = None
     """Class of the network in diffusers, whose folders name it in config.json; None for other networks."""
 
@@ -116,12 +122,21 @@ class Codec(ABC):
 
     @cached_property
     def fingerprint(self) -> str:
-        """16 hex digits of SHA-256 over name, scale and float32 weights, whatever file they are in."""
+        """16 hex digits of SHA-256 over name, scale, moments and float32 weights, whatever their file."""
         digest = hashlib.sha256(f"{self.name} {self.scale!r}".encode())
+        for moment in self.moments or ():
+            digest.update(moment.float().cpu().numpy().tobytes())
         for key, tensor in sorted(self.network.state_dict().items()):
             digest.update(f" {key} {tuple(tensor.shape)} ".encode())
             digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
         return digest.hexdigest()[:16]
+
+    def enable_tiles(self, side: int) -> None:
+        """Encode and decode in overlapping square tiles of ``side`` pixels, blended, to bound the memory.
+
+        Results differ from those of whole frames. InputError for a side that the codec cannot use.
+        """
+        check(False, f"codec.tile is {side}, but codec {self.name!r} has no tiles; set codec.tile=null")
 
     def to(self, device: str | torch.device) -> None:
         """Move the network to ``device`` and work there from now on."""
@@ -150,6 +165,7 @@ class Codec(ABC):
             f"the latent has shape {tuple(latent.shape)}, but codec {self.name!r} decodes (batch, frames, "
             f"{self.channels}, height, width); use the codec that the latents or the model were made with",
         )
+        self.latent_frames(self.frames(latent.shape[1]))  # refuses a number that no clip has
 
     def draw_noise(self, shape: tuple[int, ...], generator: torch.Generator | None) -> Tensor | None:
         """Return standard normal noise of ``shape`` for a stochastic codec with a generator, else None."""

@@ -13,7 +13,9 @@ import torch
 
 from latte.autoencoder.base import Codec, PixelCodec
 from latte.autoencoder.builtin import BuiltinCodec
-from latte.autoencoder.kl import KLCodec, TemporalCodec, layout_at
+from latte.autoencoder.diffusers_codec import layout_at
+from latte.autoencoder.external import CogVideoXCodec, DCCodec, HunyuanCodec, LTXCodec, WanCodec
+from latte.autoencoder.kl import KLCodec, TemporalCodec
 from latte.autoencoder.taef2 import Taef2Codec
 from latte.checks import check, choose
 
@@ -27,6 +29,11 @@ CODECS: dict[str, type[Codec]] = {
     "taef2": Taef2Codec,
     "pixels": PixelCodec,
     "builtin": BuiltinCodec,
+    "ltx": LTXCodec,
+    "wan": WanCodec,
+    "cogvideox": CogVideoXCodec,
+    "hunyuan": HunyuanCodec,
+    "dc": DCCodec,
 }
 
 
@@ -38,7 +45,8 @@ class CodecConfig:
     path: str | None = (
         None  # folder, file or hub id, as the codec needs it; null: the packaged weights or none
     )
-    chunk: int = 16  # frames in memory at a time
+    chunk: int = 16  # frames in memory at a time, for codecs of single frames; codecs of whole clips use tile
+    tile: int | None = None  # side in pixels of the tiles of frames too large for memory; null: whole frames
 
     __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
 
@@ -47,6 +55,16 @@ class CodecConfig:
         check(
             type(self.chunk) is int and 1 <= self.chunk <= MAX_CHUNK,
             f"codec.chunk must be an integer from 1 to {MAX_CHUNK} frames, got {self.chunk!r}",
+        )
+        check(
+            self.tile is None or (type(self.tile) is int and self.tile >= 1),
+            f"codec.tile must be null or a side in pixels, at least 1, got {self.tile!r}",
+        )
+        tileable = [name for name, kind in CODECS.items() if kind.tileable]
+        check(
+            self.tile is None or self.name in tileable,
+            f"codec.tile is {self.tile}, but codec {self.name!r} has no tiles; the codecs that have are "
+            f"{', '.join(tileable)}, and for others codec.tile must be null",
         )
 
 
@@ -65,8 +83,12 @@ def decoder_for(codec: Codec, path: str) -> Codec:
     InputError for one whose latents have other channels, size or scale.
     """
     found = build_codec(CodecConfig(kind_at(path).name, path, TEMPORAL_CHUNK), codec.device)
+    same_moments = (found.moments is None) == (codec.moments is None) and all(
+        torch.equal(one.cpu(), other.cpu())
+        for one, other in zip(found.moments or (), codec.moments or (), strict=True)
+    )
     check(
-        (found.compression, found.scale) == (codec.compression, codec.scale),
+        (found.compression, found.scale) == (codec.compression, codec.scale) and same_moments,
         f"--decoder {path}: its latents are {latents_of(found)}, but the model's are {latents_of(codec)}; "
         "give another decoder of the same autoencoder",
     )
@@ -78,7 +100,7 @@ def latents_of(codec: Codec) -> str:
     shape = codec.compression
     return (
         f"{shape.channels} channels, {shape.spatial_factor} times smaller each way, {shape.temporal_factor} "
-        f"times in time, scale {codec.scale:g}"
+        f"times in time, scale {codec.scale:g}{', own means and deviations' if codec.moments else ''}"
     )
 
 
@@ -86,4 +108,7 @@ def build_codec(config: CodecConfig, device: str | torch.device = "cpu") -> Code
     """Return the codec of ``config`` on ``device``; InputError for missing or wrong weights."""
     codec = CODECS[config.name].load(config.path, config.chunk, device)
     codec.path = config.path
+    if config.tile is not None:
+        codec.enable_tiles(config.tile)
+        codec.tile = config.tile
     return codec

@@ -12,7 +12,8 @@ class Compression:
 
     A causal codec with a temporal factor gives the first frame a latent of its own, so valid clips have
     1 + k ``temporal_factor`` frames and 1 + k latent frames; one that is not causal takes multiples of the
-    factor. With temporal factor 1 every length is valid.
+    factor. With temporal factor 1 every length is valid. Where a network decodes ``latent_step`` latent
+    frames together, k is a multiple of it.
     """
 
     channels: int
@@ -23,6 +24,8 @@ class Compression:
     """Frames per latent frame, after the first one of a causal codec."""
     causal: bool = True
     """Whether latents depend on earlier frames alone, and the first frame has its own."""
+    latent_step: int = 1
+    """Latent frames by which clips grow."""
 
     @property
     def encodes_images(self) -> bool:
@@ -34,21 +37,26 @@ class Compression:
         """Frames that the first latent frame covers."""
         return 1 if self.causal else self.temporal_factor
 
+    @property
+    def step(self) -> int:
+        """Frames by which clips grow."""
+        return self.temporal_factor * self.latent_step
+
     def latent_frames(self, frames: int, field: str = "frames") -> int:
         """Return the number of latent frames of ``frames`` frames.
 
         InputError that names ``field`` and the nearest valid numbers when the codec has no such clip.
         """
-        whole, rest = divmod(frames - self.lead, self.temporal_factor)
+        whole, rest = divmod(frames - self.lead, self.step)
         if rest or frames < self.lead:
             nearest = " and ".join(map(str, self.nearest_frames(frames)))
-            length = f"{self.lead} + {self.temporal_factor} k" if self.causal else f"{self.temporal_factor} k"
+            length = f"{self.lead} + {self.step} k" if self.causal else f"{self.step} k"
             check(
                 False,
                 f"{field} is {frames}, but this codec compresses time {self.temporal_factor} times and takes "
                 f"clips of {length} frames; the nearest valid numbers are {nearest}",
             )
-        return 1 + whole
+        return 1 + whole * self.latent_step
 
     def frames(self, latent_frames: int) -> int:
         """Return the number of frames that ``latent_frames`` latent frames decode to; 0 for 0."""
@@ -66,11 +74,11 @@ class Compression:
 
     def nearest_frames(self, frames: int) -> list[int]:
         """Return the valid numbers of frames around ``frames``: itself, or the next below and above."""
-        below = self.frames(max(0, (frames - self.lead) // self.temporal_factor + 1))
-        if below == frames and below > 0:
+        steps = max(-1, (frames - self.lead) // self.step)
+        below = self.lead + steps * self.step
+        if below == frames and steps >= 0:
             return [frames]
-        above = self.frames(max(0, (frames - self.lead) // self.temporal_factor + 1) + 1)
-        return [length for length in (below, above) if length > 0]
+        return [length for length in (below, below + self.step) if length >= self.lead]
 
     def latent_size(self, height: int, width: int, codec: str) -> tuple[int, int]:
         """Return (h, w) of frames of height x width; InputError, naming ``codec``, unless the factor divides

@@ -130,6 +130,8 @@ def decoding(config: DenoiserConfig, codec: CodecConfig, clips: int) -> Stage:
     """Return the memory of decoding ``clips`` clips, ``codec.chunk`` frames at a time."""
     kind = CODECS[codec.name]
     decoder = kind(kind.skeleton(codec.path), codec.chunk, "meta")
+    if codec.tile is not None:
+        decoder.enable_tiles(codec.tile)
     channels = kind.compression_at(codec.path).channels
     check(
         config.latent_channels == channels,
