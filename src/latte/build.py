@@ -135,7 +135,17 @@ def check_sampling(config: RunConfig) -> None:
         denoise = guided(predict, condition, condition, settings.guidance)
         shape = (1, config.network.latent_channels, 1, 1)
         process = build_process(config.diffusion)
-        sample(settings.sampler, denoise, process, SampleNoise([0]), shape, settings.steps, settings.eta)
+        noise = SampleNoise([0])
+        sample(
+            settings.sampler,
+            denoise,
+            process,
+            noise,
+            shape,
+            settings.steps,
+            settings.eta,
+            order=settings.order,
+        )
     except InputError as error:
         raise InputError(
             f"train.sample_every is {config.train.sample_every}, but the settings of section sample cannot "

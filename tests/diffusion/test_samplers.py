@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Samplers against the exact law of Gaussian data, against diffusers, and against each other.
+"""Samplers against the exact law of Gaussian data, against diffusers, and against each other; solvers' own
+tests are in test_solvers.py.
 
 For data N(m, sd^2) the exact denoiser is affine, so a sampler maps its draws to the sample affinely: row k of
 a batch is given 1 as its k-th draw and 0 otherwise, and mean and variance of what it would generate follow
 without any randomness (``law``).
 """
-
-import sys
 
 import pytest
 import torch
@@ -28,7 +27,7 @@ PAIRS = [
     for name, s in SAMPLERS.items()
     if p.prediction in s.predictions
 ]
-DIFFUSERS = ("dpmpp", "unipc", "euler", "heun")
+SOLVERS = ("dpmpp", "unipc", "euler", "heun")
 
 
 @pytest.fixture(autouse=True)
@@ -241,7 +240,7 @@ def test_a_sample_is_the_same_read_from_epsilon_or_from_v(name):
     torch.testing.assert_close(as_eps, as_v, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("name", DIFFUSERS)
+@pytest.mark.parametrize("name", SOLVERS)
 def test_variance_channels_never_reach_a_solver(name):
     plain = sample(name, lambda z, t: network(z, t)[:, :, :3], PROCESSES["paper"], SampleNoise([4]), SHAPE, 5)
     assert torch.equal(plain, sample(name, network, PROCESSES["paper"], SampleNoise([4]), SHAPE, 5))
@@ -312,7 +311,13 @@ def test_a_sample_carries_no_gradient():
         ("euler", "paper", "ddim50", 0.0, "needs an integer from 1 to 1000"),
         ("ddim", "paper", 5, 1.5, "eta must be between 0 .* got 1.5"),
         ("ddpm", "paper", 5, 0.5, "ddpm has no eta"),
-        ("ddim", "rectified_flow", 5, 0.0, "ddim cannot use a model that predicts flow; use one of flow"),
+        (
+            "ddim",
+            "rectified_flow",
+            5,
+            0.0,
+            "ddim cannot use a model that predicts flow; use one of flow, dpmpp, unipc",
+        ),
         (
             "flow",
             "paper",
@@ -326,13 +331,6 @@ def test_what_cannot_be_sampled_is_refused_in_one_line(name, objective, steps, e
     with pytest.raises(InputError, match=message) as caught:
         sample(name, network, PROCESSES[objective], SampleNoise([0]), SHAPE, steps, eta)
     assert "\n" not in str(caught.value)
-
-
-def test_a_missing_diffusers_is_named(monkeypatch):
-    monkeypatch.setitem(sys.modules, "diffusers", None)
-    with pytest.raises(InputError, match="pip install diffusers, or use sampler ddpm or ddim"):
-        sample("unipc", network, PROCESSES["paper"], SampleNoise([0]), SHAPE, 3)
-    sample("ddim", network, PROCESSES["paper"], SampleNoise([0]), SHAPE, 3)
 
 
 @pytest.mark.parametrize("name", [name for name in SAMPLERS if name != "flow"])

@@ -39,6 +39,7 @@ Steps = Annotated[
 ]
 SamplerName = Annotated[str | None, typer.Option(metavar="NAME", help="One of {samplers}.")]
 Guidance = Annotated[float | None, typer.Option(help="Classifier-free guidance scale; 1 turns guidance off.")]
+Order = Annotated[int | None, typer.Option(metavar="N", help="Order of dpmpp and unipc: 1 to 3, default 2.")]
 Eta = Annotated[float | None, typer.Option(help="Noise of ddim, 0 to 1.")]
 Seed = Annotated[int, typer.Option(help="Seed of the first clip; each further clip adds 1.")]
 Frames = Annotated[
@@ -113,6 +114,7 @@ def sample(
     count: Count = None,
     steps: Steps = None,
     sampler: SamplerName = None,
+    order: Order = None,
     guidance: Guidance = None,
     eta: Eta = None,
     seed: Seed = 0,
@@ -151,6 +153,7 @@ def sample(
     requests = make_requests(pipe, texts, labels, count, seed, unread)
     frame_size = read_size(size)
     chosen = {"sampler": sampler, "guidance": guidance, "eta": eta, "batch": batch, "fps": fps}
+    chosen |= {"order": order}
     options = {"config": changed(pipe.sample, steps=read_steps(steps), **chosen), "frames": frames}
     options |= {"size": frame_size, "dtype": pipe.dtype, "window": window, "overlap": overlap}
     options["longer"] = longer or "freenoise"

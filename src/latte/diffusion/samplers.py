@@ -2,41 +2,27 @@
 """From noise to a sample, one small function per sampler; each visits every timestep of a process that is
 respaced for it.
 
-DDPM and DDIM are our own, with the released code's respacing. DPM-Solver++, UniPC, Euler and Heun are
-diffusers' schedulers, built from explicit values and fed z_0, so that what a model's output means stays in
-``process.py``. Rectified flow has its own Euler steps. Start noise and later noise come from one generator
-per sample, and no step mixes samples: a sample does not depend on its batch. To add a sampler: a function and
-one entry in SAMPLERS.
+DDPM, DDIM and the Euler steps of rectified flow are here; DDPM and DDIM have the released code's respacing.
+The solvers are in ``solvers.py``. Start noise and later noise come from one generator per sample, and no step
+mixes samples: a sample does not depend on its batch. To add a sampler: a function and one entry in SAMPLERS.
 Axes: b batch, f frames, c channels, h height, w width.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from latte.checks import InputError, RunError, check, choose
+from latte.checks import RunError, check, choose
 from latte.diffusion.process import DenoiseFunction, Flow, Process
 from latte.diffusion.schedules import spaced_timesteps, trailing_timesteps
+from latte.diffusion.solvers import NextNoise, Progress, dpmpp, heun, unipc, with_progress
 
-T = TypeVar("T")
-Progress = Callable[[int, int], None]
-"""(steps done, steps in all)."""
 Noise = Callable[[Sequence[int]], Tensor]
 """Shape -> the next standard normal (b, *shape) float32, such as ``runtime.SampleNoise``."""
-NextNoise = Callable[[], Tensor]
-"""-> the next standard normal (b f c h w) on the sampler's device."""
-
-
-def _with_progress(steps: Sequence[T], progress: Progress | None) -> Iterator[T]:
-    """Yield the steps in order; after the work on step i, call progress(i, how many)."""
-    for done, step in enumerate(steps, 1):
-        yield step
-        if progress is not None:
-            progress(done, len(steps))
 
 
 def ddpm(
@@ -51,7 +37,7 @@ def ddpm(
 
     The last step also draws noise, as in the released code, and drops it.
     """
-    for i in _with_progress(range(process.num_steps - 1, -1, -1), progress):
+    for i in with_progress(range(process.num_steps - 1, -1, -1), progress):
         t = torch.full((len(z),), i, device=z.device)
         step = process.reverse_step(denoise(z, process.original(t)), z, t)
         noise = next_noise()
@@ -70,7 +56,7 @@ def ddim(
     progress: Progress | None,
 ) -> Tensor:
     """DDIM (Song et al. 2021, eq. 12 and 16); eta 0 is deterministic, eta 1 is DDPM."""
-    for i in _with_progress(range(process.num_steps - 1, -1, -1), progress):
+    for i in with_progress(range(process.num_steps - 1, -1, -1), progress):
         t = torch.full((len(z),), i, device=z.device)
         step = process.reverse_step(denoise(z, process.original(t)), z, t)
         alpha = process.alphas_cumprod[i].item()
@@ -92,58 +78,12 @@ def flow(
 ) -> Tensor:
     """Euler steps along dz/ds = eps - z_0 from s = 1 (noise) to s = 0 (Liu et al. 2023, eq. 1)."""
     times = process.times.tolist()
-    for i in _with_progress(range(process.num_steps - 1, -1, -1), progress):
+    for i in with_progress(range(process.num_steps - 1, -1, -1), progress):
         t = torch.full((len(z),), i, device=z.device)
         prediction, _ = process.split(denoise(z, process.original(t)), z)
         z0, eps = process.estimate(prediction, z, t)
         s = times[i - 1] if i else 0.0
         z = (1 - s) * z0 + s * eps
-    return z
-
-
-def _scheduler(scheduler_class: str, settings: dict[str, Any], process: Process) -> Any:
-    """Return the diffusers scheduler over all steps of ``process``."""
-    try:
-        import diffusers
-    except ImportError as error:
-        raise InputError(
-            f"{scheduler_class} is part of diffusers, which is not installed; pip install diffusers, or use "
-            "sampler ddpm or ddim"
-        ) from error
-    scheduler = getattr(diffusers, scheduler_class)(
-        num_train_timesteps=process.num_steps,
-        trained_betas=process.betas.tolist(),
-        prediction_type="sample",
-        **settings,
-    )
-    # diffusers computes these from float32 betas, too coarse for a few large steps
-    scheduler.alphas_cumprod = process.alphas_cumprod
-    scheduler.set_timesteps(process.num_steps)
-    return scheduler
-
-
-def solver(
-    scheduler_class: str,
-    settings: dict[str, Any],
-    denoise: DenoiseFunction,
-    process: Process,
-    z: Tensor,
-    next_noise: NextNoise,
-    eta: float,
-    progress: Progress | None,
-) -> Tensor:
-    """A deterministic solver of diffusers over the indices of ``process``.
-
-    Heun calls the model 2 steps - 1 times.
-    """
-    scheduler = _scheduler(scheduler_class, settings, process)
-    z = z * scheduler.init_noise_sigma
-    for step in _with_progress(scheduler.timesteps, progress):
-        t = torch.full((len(z),), int(step), device=z.device)
-        zt = scheduler.scale_model_input(z, step)
-        prediction, _ = process.split(denoise(zt, process.original(t)), zt)
-        z0, _ = process.estimate(prediction, zt, t)
-        z = scheduler.step(z0, step, z).prev_sample
     return z
 
 
@@ -158,16 +98,9 @@ class Sampler(NamedTuple):
     """What a model's output may mean, keys of PREDICTIONS."""
     has_eta: bool = False
     """Whether it has DDIM's eta."""
+    orders: tuple[int, ...] = ()
+    """The orders that it can have, the default first; empty: ``run`` takes no ``order``."""
 
-
-# The scheduler sees a process that is respaced already, and must visit each of its N indices: that is
-# "trailing" for the first two classes and "leading" for the others, which also starts those from the noise
-# itself rather than from it scaled by sqrt(1 - alphas_cumprod).
-MULTISTEP = {"solver_order": 2, "final_sigmas_type": "zero", "timestep_spacing": "trailing"}
-DPMPP = {"algorithm_type": "dpmsolver++", "solver_type": "midpoint", **MULTISTEP}
-UNIPC = {"predict_x0": True, "solver_type": "bh2", **MULTISTEP}
-EULER = {"interpolation_type": "linear", "final_sigmas_type": "zero", "timestep_spacing": "leading"}
-HEUN = {"clip_sample": False, "timestep_spacing": "leading"}
 
 # Solvers step from the last index straight to the data, so indices that include 0 waste a step: on Gaussian
 # data of standard deviation 1, dpmpp at 10 steps gives 0.95 on trailing timesteps and 1.33 on the released
@@ -175,11 +108,11 @@ HEUN = {"clip_sample": False, "timestep_spacing": "leading"}
 SAMPLERS = {
     "ddpm": Sampler(ddpm),
     "ddim": Sampler(ddim, has_eta=True),
-    "dpmpp": Sampler(partial(solver, "DPMSolverMultistepScheduler", DPMPP), trailing_timesteps),
-    "unipc": Sampler(partial(solver, "UniPCMultistepScheduler", UNIPC), trailing_timesteps),
-    "euler": Sampler(partial(solver, "EulerDiscreteScheduler", EULER), trailing_timesteps),
-    "heun": Sampler(partial(solver, "HeunDiscreteScheduler", HEUN), trailing_timesteps),
     "flow": Sampler(flow, trailing_timesteps, predictions=("flow",)),
+    "dpmpp": Sampler(dpmpp, trailing_timesteps, ("epsilon", "v", "flow"), orders=(2, 1, 3)),
+    "unipc": Sampler(unipc, trailing_timesteps, ("epsilon", "v", "flow"), orders=(2, 1, 3)),
+    "euler": Sampler(partial(dpmpp, order=1), trailing_timesteps),
+    "heun": Sampler(heun, trailing_timesteps),
 }
 
 
@@ -197,6 +130,20 @@ def indices(sampler: Sampler, num_steps: int, steps: int | str) -> list[int]:
     if steps in (1, "1"):
         return [num_steps - 1]
     return sampler.timesteps(num_steps, str(steps))
+
+
+def check_order(name: str, order: int | None, field: str = "order") -> None:
+    """Raise InputError for an ``order`` that the sampler ``name`` does not have."""
+    orders = SAMPLERS[name].orders
+    others = ", ".join(other for other, entry in SAMPLERS.items() if entry.orders)
+    check(
+        order is None or bool(orders),
+        f"{field} is {order}, but sampler {name} has no choice of orders; leave it out, or use {others}",
+    )
+    check(
+        order is None or order in orders,
+        f"{field} is {order}, but sampler {name} has the orders {', '.join(map(str, sorted(orders)))}",
+    )
 
 
 def check_finite(denoise: DenoiseFunction) -> DenoiseFunction:
@@ -229,6 +176,7 @@ def sample(
     eta: float = 0.0,
     device: str | torch.device = "cpu",
     progress: Progress | None = None,
+    order: int | None = None,
 ) -> Tensor:
     """Return a sample z_0 (b f c h w) of the sampler ``name`` of SAMPLERS.
 
@@ -240,6 +188,7 @@ def sample(
     steps: a count, or for ddpm and ddim a respacing such as "ddim50".
     eta: 0 (deterministic) to 1, for ddim alone.
     progress: called with (i, n) after each of the n steps.
+    order: of dpmpp and unipc, None for their default.
 
     InputError for any other combination, RunError that names the step when the latent or the model's output
     holds NaN or Inf.
@@ -255,12 +204,14 @@ def sample(
         eta == 0 or sampler.has_eta,
         f"eta is {eta}, but sampler {name} has no eta; leave it at 0, or use ddim",
     )
+    check_order(name, order)
+    run = partial(sampler.run, order=order or sampler.orders[0]) if sampler.orders else sampler.run
     respaced = process.keep(indices(sampler, process.num_steps, steps))
 
     def next_noise() -> Tensor:
         return noise(shape).to(device)
 
-    z = sampler.run(check_finite(denoise), respaced, next_noise(), next_noise, eta, progress)
+    z = run(check_finite(denoise), respaced, next_noise(), next_noise, eta, progress)
     if not bool(z.isfinite().all()):
         raise RunError(
             "sampling: the latent holds NaN or Inf after the last step; check the weights, use a lower "

@@ -5,7 +5,7 @@ It implements ``latte.evaluation.sources.ClipSource``, so that evaluation import
 """
 
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -85,7 +85,7 @@ class ModelClips:
         """
         pipe = self.pipe
         config = replace(pipe.sample, fps=fps or pipe.sample.fps)
-        facts = {key: value for key, value in asdict(config).items() if key != "batch"}
+        facts = {key: value for key, value in config.recorded().items() if key != "batch"}
         facts |= {"weights": pipe.weights, "codec": pipe.codec.fingerprint}
         if pipe.codec.temporal_factor > 1:  # a protocol may use fewer frames than such a clip has
             facts["frames"] = pipe.num_frames

@@ -6,7 +6,7 @@ Axes: b batch, f latent frames, t frames, c channels, h height, w width.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -20,7 +20,7 @@ from latte.diffusion.frame_conditioning import DEFAULT_STRENGTH, condition_on_fr
 from latte.diffusion.guidance import check_guidance, guided
 from latte.diffusion.long_video import LONG_VIDEO_METHODS, SampleFunction, partial_progress, window_starts
 from latte.diffusion.process import DenoiseFunction, Flow, Process
-from latte.diffusion.samplers import SAMPLERS, Noise, indices, sample
+from latte.diffusion.samplers import SAMPLERS, Noise, check_order, indices, sample
 from latte.inference.clip_shape import Shape, check_memory, clip_shape
 from latte.inference.conditioning_frames import check_conditioning_frames, encode_frames
 from latte.inference.prompts import Prompts
@@ -45,6 +45,7 @@ class SampleConfig:
     eta: float = 0.0  # noise of ddim, from 0 (deterministic) to 1 (as ddpm)
     batch: int = 4  # clips generated at once
     fps: float = 8.0  # frame rate of the files
+    order: int | None = None  # of dpmpp and unipc, 1 to 3; null: the sampler's own, 2
 
     def __post_init__(self) -> None:
         choose("sample.sampler", self.sampler, SAMPLERS)
@@ -56,6 +57,11 @@ class SampleConfig:
             not isinstance(self.steps, int) or self.steps >= 1,
             f"sample.steps must be at least 1, got {self.steps}",
         )
+        check_order(self.sampler, self.order, "sample.order")
+
+    def recorded(self) -> dict[str, Any]:
+        """Return the settings as plain data, without those that are null: records stay what they were."""
+        return {key: value for key, value in asdict(self).items() if value is not None}
 
 
 def generate(
@@ -129,8 +135,11 @@ def decode(decoder: Codec, z: Tensor, seeds: Sequence[int], offload: torch.devic
 
 
 def changed(config: SampleConfig, **changes: Any) -> SampleConfig:
-    """Return ``config`` with those ``changes`` that are not None."""
-    return replace(config, **{key: value for key, value in changes.items() if value is not None})
+    """Return ``config`` with those ``changes`` that are not None; another sampler has its own order."""
+    chosen = {key: value for key, value in changes.items() if value is not None}
+    if chosen.get("sampler", config.sampler) != config.sampler:
+        chosen.setdefault("order", None)
+    return replace(config, **chosen)
 
 
 def check_settings(
@@ -181,7 +190,16 @@ def walker(
         conditioned = condition_on_frames(denoise, process, known, mask, scale * strength)
         shape = known.shape[1:]
         z = sample(
-            config.sampler, conditioned, process, noise, shape, config.steps, config.eta, device, progress
+            config.sampler,
+            conditioned,
+            process,
+            noise,
+            shape,
+            config.steps,
+            config.eta,
+            device,
+            progress,
+            config.order,
         )
         return restore_frames(z, known, mask)
 

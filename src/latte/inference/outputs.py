@@ -15,7 +15,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -50,6 +50,7 @@ class CallOptions(TypedDict, total=False):
 
     sampler: str  # a name in SAMPLERS
     eta: float  # noise of ddim, 0 to 1
+    order: int  # of dpmpp and unipc, 1 to 3
     batch_size: int  # videos generated at once; it does not change them
     window: int  # for longer videos than in training: latent frames that the model sees at a time
     longer: str  # how windows become one video, a name in LONG_VIDEO_METHODS
@@ -112,7 +113,7 @@ def clip_facts(pipe: Any, options: Mapping[str, Any], negative: str = "") -> dic
     """
     images = options["conditioning_frames"]
     window = options["window"]
-    facts = {key: value for key, value in asdict(options["config"]).items() if key != "batch"}
+    facts = {key: value for key, value in options["config"].recorded().items() if key != "batch"}
     facts |= {"weights": pipe.weights, "codec": pipe.codec.fingerprint}
     facts |= {"frames": options["frames"], "size": options["size"], "dtype": str(options["dtype"])}
     if pipe.codec.temporal_factor > 1:

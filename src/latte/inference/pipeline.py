@@ -177,7 +177,7 @@ class VideoPipeline(Conditioned):
         labels = as_list("class_labels", class_labels)
         self.check_conditions(prompts, labels)
         seeds = choose_seeds(seed, generator, len(prompts or labels or [None]) * count)
-        names = {"sampler": "sampler", "eta": "eta", "batch_size": "batch"}
+        names = {"sampler": "sampler", "eta": "eta", "batch_size": "batch", "order": "order"}
         changes = {name: options.pop(key, None) for key, name in names.items()}
         default = self.frame_size()
         size = height or default[0], width or default[1]
@@ -367,7 +367,7 @@ class VideoPipeline(Conditioned):
         path = self.codec_config and self.codec_config.path
         codec = {"name": self.codec.name, "path": path, "fingerprint": self.codec.fingerprint}
         facts = {"diffusion": asdict(self.diffusion), "codec": codec, "classes": self.classes}
-        facts |= {"sample": asdict(self.sample), "about": dict(self.about)}
+        facts |= {"sample": self.sample.recorded(), "about": dict(self.about)}
         if self.reader:
             facts["text"] = {**asdict(self.reader.config), "fingerprint": self.reader.fingerprint}
         return facts

@@ -233,7 +233,7 @@ def run_facts(path: Path) -> tuple[Denoiser, Coverage, dict[str, Any]]:
     facts = {
         "diffusion": asdict(stored.diffusion),
         "classes": stored.classes,
-        "sample": asdict(stored.sample),
+        "sample": stored.sample.recorded(),
         "codec": {
             "name": stored.codec.name,
             "path": stored.codec.path,

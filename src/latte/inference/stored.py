@@ -140,7 +140,7 @@ def open_external(
         "diffusion": asdict(DiffusionConfig()),
         "codec": {"name": codec, "path": place, "fingerprint": None},
         "classes": [],
-        "sample": asdict(RELEASED_T2V if text else SampleConfig()),
+        "sample": (RELEASED_T2V if text else SampleConfig()).recorded(),
     }
     if text:
         facts["text"] = {**asdict(TextEncoderConfig(name="t5", path=place)), "fingerprint": None}
