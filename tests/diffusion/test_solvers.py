@@ -101,15 +101,15 @@ def test_a_multistep_solver_is_diffusers(name, order, steps, schedule):
         process = build_process(DiffusionConfig(schedule=schedule, objective=objective))
         ours = sample(name, network, process, SampleNoise([1, 2]), SHAPE, steps, order=order)
         start = SampleNoise([1, 2])(SHAPE)
-        theirs = by_diffusers(name, kept(process, name, steps), start, solver_order=order)
-        assert (ours - theirs).square().mean().sqrt() <= 5e-7 * max(theirs.abs().max(), 1)
+        reference = by_diffusers(name, kept(process, name, steps), start, solver_order=order)
+        assert (ours - reference).square().mean().sqrt() <= 5e-7 * max(reference.abs().max(), 1)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("steps", [1, 2, 5, 14, 20, 50])
 @pytest.mark.parametrize(("name", "order"), [*ORDERED, ("heun", None)])
 def test_in_float64_it_is_diffusers_to_rounding(name, order, steps, schedule):
-    """Their tables are float32, which hides small mistakes: here they get ours. Their DPM-Solver++ still
+    """Its tables are float32, which hides small mistakes: here it gets ours. Its DPM-Solver++ still
     rounds every sample to float32.
     """
     process = build_process(DiffusionConfig(schedule=schedule, objective="v"))
@@ -119,10 +119,10 @@ def test_in_float64_it_is_diffusers_to_rounding(name, order, steps, schedule):
         ratios = torch.cat([ratios[:1], ratios[1:].repeat_interleave(2)])
     sigmas = torch.cat([ratios, torch.zeros(1, dtype=torch.float64)])
     settings = {} if order is None else {"solver_order": order}
-    theirs = by_diffusers(name, respaced, doubles([1, 2])(SHAPE), sigmas, **settings)
+    reference = by_diffusers(name, respaced, doubles([1, 2])(SHAPE), sigmas, **settings)
     ours = sample(name, network, process, doubles([1, 2]), SHAPE, steps, order=order)
-    assert ours.dtype == theirs.dtype == torch.float64
-    assert (ours - theirs).abs().max() <= (1e-6 if name == "dpmpp" else 1e-9) * theirs.abs().max()
+    assert ours.dtype == reference.dtype == torch.float64
+    assert (ours - reference).abs().max() <= (1e-6 if name == "dpmpp" else 1e-9) * reference.abs().max()
 
 
 @pytest.mark.parametrize("steps", [1, 4, 20, 50])
@@ -130,9 +130,9 @@ def test_euler_is_diffusers(steps):
     process = build_process(DiffusionConfig())
     respaced = kept(process, "euler", steps)
     sigmas = torch.cat([(respaced.noise / respaced.signal).flip(0), torch.zeros(1, dtype=torch.float64)])
-    theirs = by_diffusers("euler", respaced, doubles([1, 2])(SHAPE), sigmas)
+    reference = by_diffusers("euler", respaced, doubles([1, 2])(SHAPE), sigmas)
     ours = sample("euler", network, process, doubles([1, 2]), SHAPE, steps)
-    assert (ours - theirs).abs().max() <= 1e-6 * theirs.abs().max()
+    assert (ours - reference).abs().max() <= 1e-6 * reference.abs().max()
 
 
 @pytest.mark.parametrize("steps", [1, 4, 20, 50])
@@ -142,9 +142,9 @@ def test_rectified_flow_is_diffusers(name, order, steps):
     sigmas = torch.cat([respaced.times.flip(0), torch.zeros(1, dtype=torch.float64)])
     sigmas[0] -= 1e-6  # as diffusers does where lambda is infinite
     flow = {"use_flow_sigmas": True, "solver_order": order}
-    theirs = by_diffusers(name, respaced, doubles([1, 2])(SHAPE), sigmas, **flow)
+    reference = by_diffusers(name, respaced, doubles([1, 2])(SHAPE), sigmas, **flow)
     ours = sample(name, network, FLOW, doubles([1, 2]), SHAPE, steps, order=order)
-    assert (ours - theirs).abs().max() <= 1e-6 * theirs.abs().max()
+    assert (ours - reference).abs().max() <= 1e-6 * reference.abs().max()
 
 
 def even_in_lambda(steps):
