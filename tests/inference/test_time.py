@@ -24,6 +24,7 @@ from latte.inference.pipeline import VideoPipeline
 from latte.inference.requests import class_requests
 from latte.model.latte import Latte, ModelConfig
 from temporal import BlockCodec, TimeCodec, time_codec
+from tiny_external import CASES, save_external
 from tiny_pipeline import NAMES, tiny_codec
 
 LENGTHS = (1, 2, 3, 4, 5, 7, 8, 9, 12, 13, 16, 17)
@@ -38,7 +39,13 @@ def taef2(folder: Path) -> Codec:
 TINY = {  # codecs whose weights would be downloaded -> the same with tiny random weights
     "taef2": taef2,
     **{name: lambda folder, kind=kind: tiny_codec(kind, folder) for kind, name in NAMES.items()},
+    **{name: lambda folder, name=name: external(name, folder) for name in CASES if name in CODECS},
 }
+
+
+def external(name: str, folder: Path) -> Codec:
+    save_external(name, folder)
+    return build_codec(CodecConfig(name, str(folder / "vae")))
 
 
 def pipeline(codec: Codec, num_frames: int = 3, side: int = 16, **changes) -> VideoPipeline:
@@ -74,7 +81,7 @@ def pipe(time_codecs) -> VideoPipeline:
 @pytest.mark.parametrize("name", [*CODECS, *(kind.name for kind in temporal.TIME_CODECS)])
 def test_every_codec_makes_exactly_n_frames_or_names_the_nearest_numbers(name, tmp_path, time_codecs):
     codec = TINY[name](tmp_path) if name in TINY else build_codec(CodecConfig(name))
-    found = pipeline(codec, num_frames=2, side=2 * codec.spatial_factor)
+    found = pipeline(codec, side=2 * codec.spatial_factor)
     valid = 0
     for frames in LENGTHS:
         nearest = codec.compression.nearest_frames(frames)
@@ -84,8 +91,8 @@ def test_every_codec_makes_exactly_n_frames_or_names_the_nearest_numbers(name, t
             continue
         with pytest.raises(InputError, match=f"frames is {frames}, but .*{' and '.join(map(str, nearest))}$"):
             found.generate([0], frames=frames)
-    assert len(clip(found)) == found.num_frames == codec.frames(2)
-    assert valid >= 4
+    assert len(clip(found)) == found.num_frames == codec.frames(3)
+    assert valid >= 3
 
 
 def test_compression_patches_and_codec_decide_together_which_lengths_are_valid(time_codecs):
@@ -209,6 +216,21 @@ def test_given_latent_frames_are_in_the_sample_bit_for_bit(pipe, monkeypatch):
     clip(pipe, frames=13, conditioning_frames=images)
     assert mask == [True, True, False, True]
     assert (samples[0][0][mask] == latents[mask]).all()
+
+
+@pytest.mark.parametrize("name", ["wan", "cogvideox", "hunyuan", "ltx"])
+def test_published_codecs_pin_an_image_and_a_clip_as_they_encode_them(name, tmp_path):
+    codec = TINY[name](tmp_path)
+    step = codec.compression.step
+    images = [picture(10 * level, 32) for level in range(1 + step)]
+    shape = codec.latent_frames(1 + 2 * step), *codec.latent_shape(32, 32)
+    first, mask = encode_frames({0: images[0], -1: images[1]}, codec, shape)
+    assert mask.nonzero().flatten().tolist() == [0, shape[0] - 1]
+    assert torch.equal(first[0, 0], whole(codec, images[:1])[0])
+    prefix, mask = encode_frames(dict(enumerate(images)), codec, shape)
+    count = codec.latent_frames(len(images))
+    assert int(mask.sum()) == count
+    assert torch.equal(prefix[0, :count], whole(codec, images))
 
 
 def test_windows_keep_the_given_frames(pipe, monkeypatch):

@@ -175,6 +175,7 @@ def run(
     device = str(resolve_device(config.device))
     if is_model(fake):
         fake_side = ModelClips(fake, config.device, codec_path, sample_seed)
+        fake_side.check_length(config.chosen_protocol.needed("fake"))
     else:
         fake_side = open_side("fake", fake, out / PROBES, codec_path, device)
     real_side = open_side("real", real, out / PROBES, codec_path, device)

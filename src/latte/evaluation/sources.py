@@ -12,25 +12,20 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, runtime_checkable
 from typing import Protocol as Interface
 
 import numpy as np
-import torch
-from safetensors import safe_open
 
-from latte.autoencoder.codec import Codec, CodecConfig, build_codec
-from latte.checkpoint.record import read_fingerprint
-from latte.checks import check, printable
-from latte.data.clips import to_uint8
+from latte.checks import check
 from latte.data.frame_folder import IMAGE_SUFFIXES, frame_files
 from latte.data.media import VIDEO_SUFFIXES, MediaInfo, read_frames
-from latte.data.shards import MANIFEST, SHARDS, SOURCE, Record, read_manifest
+from latte.data.shards import MANIFEST, SHARDS
 from latte.data.skipped import check_folder, scan
 from latte.data.video_stream import is_video_name
 from latte.evaluation.detector_files import file_sha256
+from latte.evaluation.latent_side import open_latents
 from latte.evaluation.plan import Source
 
 RECORDS = ("clips.json", "album.json")  # latte sample writes the first beside its clips, 0.1.0 the second
@@ -117,34 +112,6 @@ class FolderSide:
         return read_frames(self.infos[id], indices)
 
 
-@dataclass(frozen=True)
-class LatentSide:
-    """The videos of latent shards, decoded by the codec they were made with."""
-
-    root: str
-    sources: tuple[Source, ...]
-    broken: tuple[dict[str, str], ...]
-    shards: dict[str, str]
-    codec: CodecConfig
-    fingerprint: str | None
-    device: str
-
-    def read(self, id: str, indices: Sequence[int]) -> np.ndarray:
-        """Return decoded frames of a video; InputError if latents or frames have NaN or Inf."""
-        low = min(indices)
-        with safe_open(Path(self.root) / self.shards[id], framework="pt") as shard:
-            span = shard.get_slice(f"{SOURCE}:{id}")[low : max(indices) + 1]
-        latent = span[[index - low for index in indices]].float()[None].to(self.device)  # (1 f c h w)
-        frames = _codec(self.codec, self.fingerprint, self.device).decode(latent)
-        for what, tensor in (("latents", latent), ("decoded frames", frames)):
-            finite = bool(torch.isfinite(tensor).all())
-            check(
-                finite,
-                f"the {what} of {printable(id)} in {self.root} have NaN or Inf; encode that video again",
-            )
-        return np.asarray(to_uint8(frames))[0]
-
-
 def open_side(
     name: str, path: str | Path, cache: Path, codec_path: str | None = None, device: str = "cpu"
 ) -> Side:
@@ -154,7 +121,7 @@ def open_side(
     """
     root = Path(check_folder(path, name.upper()))
     latents = (root / MANIFEST).is_file() and any(root.glob(SHARDS))
-    side = _open_latents(root, codec_path, device) if latents else open_folder(root, cache)
+    side = open_latents(root, codec_path, device) if latents else open_folder(root, cache)
     kinds = f"videos ({', '.join(VIDEO_SUFFIXES)}), folders of numbered images, latent shards or a model"
     check(
         bool(side.sources or side.broken),
@@ -209,45 +176,6 @@ def open_folder(root: Path, cache: Path) -> FolderSide:
         for bad in found.skipped
     )
     return FolderSide(str(root), tuple(sources), broken, {clip.key: clip.info for clip in found.clips})
-
-
-def _open_latents(root: Path, codec_path: str | None, device: str) -> LatentSide:
-    manifest = read_manifest(root)
-    check(
-        manifest["complete"],
-        f"the latents in {root} are incomplete; run the same latte data encode again to resume",
-    )
-    made = manifest["settings"]["codec"]
-    config = CodecConfig(name=made["name"], path=codec_path)
-    fingerprint = read_fingerprint(made)
-    codec = _codec(config, fingerprint, device)
-    damage = {bad["path"]: bad["reason"] for bad in manifest.get("damaged", [])}
-    sources = []
-    shards = {}
-    for entry in manifest["videos"]:
-        record = Record.of(entry)
-        shards[record.key] = entry["shard"]
-        with safe_open(root / entry["shard"], framework="pt") as shard:
-            latent = shard.get_tensor(f"{SOURCE}:{record.key}").contiguous()
-        content = hashlib.sha256(latent.numpy().tobytes()).hexdigest()
-        size = (latent.shape[-2] * codec.spatial_factor, latent.shape[-1] * codec.spatial_factor)
-        name = f"latents of {made['name']}"
-        sources.append(
-            Source(record.key, record.frames, content, record.fps, name, *size, damage.get(record.key))
-        )
-    broken = tuple({"id": bad["path"], "reason": bad["reason"]} for bad in manifest["skipped"])
-    return LatentSide(str(root), tuple(sources), broken, shards, config, fingerprint, device)
-
-
-@lru_cache(2)
-def _codec(config: CodecConfig, fingerprint: str | None, device: str) -> Codec:
-    codec = build_codec(config, device)
-    check(
-        codec.fingerprint == fingerprint,
-        f"the codec is {codec.name} {codec.fingerprint}, but the latents were made with {fingerprint}; "
-        "give its weights by --codec-path",
-    )
-    return codec
 
 
 def read_generation(root: str | Path) -> dict[str, Any]:

@@ -60,6 +60,19 @@ class ModelClips:
         """Return frames of video, height and width of a clip."""
         return (self.pipe.num_frames, *self.pipe.frame_size())
 
+    def check_length(self, needed: int) -> None:
+        """Raise InputError, with the next valid number, when clips of a codec that compresses time have fewer
+        than ``needed`` frames.
+        """
+        compression = self.pipe.codec.compression
+        frames = self.pipe.num_frames
+        longer = compression.nearest_frames(needed)[-1]
+        check(
+            frames >= needed or compression.temporal_factor == 1,
+            f"{self.pipe.name} generates clips of {frames} frames, but {needed} are needed; generate longer "
+            f"ones by latte sample --frames {longer} --out FOLDER and give that folder as FAKE",
+        )
+
     @property
     def interval(self) -> int | None:
         """Return how many video frames lie between two frames of its training clips, None if it is not

@@ -73,7 +73,7 @@ def encode_frames(
         latents = torch.zeros(1, *shape, device=codec.device)
         for places, clip in given_clips(given, codec.compression):
             z = codec.encode(to_float(clip)[None])  # (1 f c h w)
-            latents[:, places] = z[:, -len(places) :]
+            latents[:, places] = z[:, places] if codec.temporal_factor > 1 else z
             mask[places] = True
     return latents, mask
 
@@ -81,10 +81,10 @@ def encode_frames(
 def given_clips(
     given: Mapping[int, np.ndarray], compression: Compression
 ) -> Iterator[tuple[list[int], np.ndarray]]:
-    """Yield (latent frames, uint8 (t h w c)): clips whose last latent frames are those.
+    """Yield (latent frames, uint8 (t h w c)): clips from the first frame on that hold those latent frames.
 
-    One per run of adjacent latent frames, so that a run is the same whatever is given after it; one per frame
-    where frames are encoded by themselves.
+    One per run of adjacent latent frames, so that a run is the same whatever is given after it. Where frames
+    are encoded by themselves each is a clip, of that frame alone.
     """
     if compression.temporal_factor == 1:
         for frame, image in given.items():
@@ -97,8 +97,9 @@ def given_clips(
         else:
             runs.append([place])
     for run in runs:
-        frames = range(compression.frames(run[-1] + 1))
-        yield run, np.stack([given[source(frame, sorted(given), compression)] for frame in frames])
+        length = compression.nearest_frames(compression.frames(run[-1] + 1))[-1]
+        frames = (source(frame, sorted(given), compression) for frame in range(length))
+        yield run, np.stack([given[frame] for frame in frames])
 
 
 def source(frame: int, given: list[int], compression: Compression) -> int:
