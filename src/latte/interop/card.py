@@ -16,7 +16,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from latte.autoencoder.codec import CODECS
 from latte.checkpoint.record import read_fingerprint
+from latte.checks import InputError
 from latte.model.denoiser import Denoiser
 
 QUESTIONS = ("data", "licence", "step", "scores")  # what a reader asks first
@@ -108,7 +110,24 @@ def table_rows(config: Mapping[str, Any], facts: Mapping[str, Any]) -> dict[str,
     about = facts.get("about") or {}
     rows: dict[str, Any] = {"model": config}
     rows |= {label: public(facts[key]) for key, label in PARTS.items() if facts.get(key)}
+    if length := clip_length(config, facts.get("codec") or {}):
+        rows["clips"] = length
     return rows | {label: about[key] for key, label in TRAINING.items() if about.get(key)}
+
+
+def clip_length(config: Mapping[str, Any], codec: Mapping[str, Any]) -> str | None:
+    """Return '17 frames of video, 5 latent frames'; None where they are the same, and for a codec that is not
+    available here.
+    """
+    kind = CODECS.get(str(codec.get("name")))
+    try:
+        compression = kind and kind.compression_at(codec.get("path"))
+    except InputError:
+        return None
+    if compression is None or compression.temporal_factor == 1:
+        return None
+    latent_frames = config["num_frames"]
+    return f"{compression.frames(latent_frames)} frames of video, {latent_frames} latent frames"
 
 
 def public(part: Any) -> Any:

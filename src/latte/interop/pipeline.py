@@ -16,6 +16,7 @@ from typing import Any
 from safetensors.torch import save_file
 
 from latte.autoencoder.codec import Codec, CodecConfig, build_codec
+from latte.autoencoder.kl import StableDiffusionCodec
 from latte.checkpoint.record import read_fingerprint
 from latte.checks import InputError, check
 from latte.diffusion.config import DiffusionConfig, build_process
@@ -110,7 +111,7 @@ def save_pipeline(
 
 def check_parts(model: LatteText, codec: Codec, text_encoder: Any, tokenizer: Any) -> None:
     """Raise InputError unless diffusers has a class for each part and they match each other."""
-    if codec.layout is None:
+    if not isinstance(codec, StableDiffusionCodec):
         raise InputError(
             f"the codec is {codec.name!r}, but a LattePipeline decodes with an autoencoder of Stable "
             "Diffusion; use --to latte"
