@@ -233,7 +233,7 @@ def test_published_codecs_pin_an_image_and_a_clip_as_they_encode_them(name, tmp_
     assert torch.equal(prefix[0, :count], whole(codec, images))
 
 
-def test_windows_keep_the_given_frames(pipe, monkeypatch):
+def test_windows_keep_conditioning_frames(pipe, monkeypatch):
     monkeypatch.setattr(temporal, "MEMORY", 0.0)
     images = {0: picture(200), -1: picture(40)}
     for longer in LONG_VIDEO_METHODS:

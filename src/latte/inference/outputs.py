@@ -118,7 +118,7 @@ def clip_facts(pipe: Any, options: Mapping[str, Any], negative: str = "") -> dic
     facts |= {"frames": options["frames"], "size": options["size"], "dtype": str(options["dtype"])}
     if pipe.codec.temporal_factor > 1:
         facts["frames"] = options["frames"] or pipe.num_frames
-    if window:
+    if window is not None:
         facts |= {"window": window, "longer": options["longer"], "overlap": options["overlap"]}
     if images:
         hashes = {str(frame): hashlib.sha256(image.tobytes()).hexdigest() for frame, image in images.items()}
