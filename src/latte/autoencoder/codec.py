@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from latte.autoencoder.any_diffusers import AnyDiffusersCodec
 from latte.autoencoder.base import Codec, PixelCodec
 from latte.autoencoder.builtin import BuiltinCodec
 from latte.autoencoder.diffusers_codec import layout_at
@@ -34,6 +35,7 @@ CODECS: dict[str, type[Codec]] = {
     "cogvideox": CogVideoXCodec,
     "hunyuan": HunyuanCodec,
     "dc": DCCodec,
+    "diffusers": AnyDiffusersCodec,
 }
 
 
@@ -71,10 +73,11 @@ class CodecConfig:
 def kind_at(path: str) -> type[Codec]:
     """Return the codec class of the folder, pipeline or hub id ``path``, by its config.json.
 
-    Without one it is KLCodec.
+    Without one it is KLCodec; for a class without a codec of its own AnyDiffusersCodec.
     """
-    kinds = {kind.layout: kind for kind in CODECS.values() if kind.layout is not None}
-    return kinds.get(layout_at(path) or "", KLCodec)
+    layout = layout_at(path)
+    kinds = {kind.layout: kind for kind in CODECS.values()}
+    return kinds.get(layout, AnyDiffusersCodec) if layout else KLCodec
 
 
 def decoder_for(codec: Codec, path: str) -> Codec:

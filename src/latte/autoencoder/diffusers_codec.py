@@ -107,8 +107,8 @@ class DiffusersCodec(Codec):
 
     def __init__(self, network: Any, chunk: int = 16, device: str | torch.device = "cpu"):
         super().__init__(network, chunk, device)
-        self.compression = self.compression_of(network.config)
-        self.scale = network.config.get("scaling_factor", 1.0)
+        self.compression = self.compression_for(network)
+        self.scale = network.config.get("scaling_factor") or 1.0
         self.moments = self.moments_of(network)
 
     def __init_subclass__(cls, **arguments: Any) -> None:
@@ -128,6 +128,11 @@ class DiffusersCodec(Codec):
 
         InputError for one that this codec cannot use.
         """
+
+    @classmethod
+    def compression_for(cls, network: Any) -> Compression:
+        """Return the compression of ``network``, with weights or without."""
+        return cls.compression_of(network.config)
 
     @classmethod
     def moments_of(cls, network: Any) -> tuple[Tensor, Tensor] | None:
@@ -332,8 +337,7 @@ def layout_at(path: str) -> str | None:
 
 def advice(layout: str) -> str:
     """Return what to do with an autoencoder of class ``layout``, for the end of a message."""
-    name = CODEC_OF.get(layout, "another")
-    return f"give codec.name={name} or another folder"
+    return f"set codec.name={CODEC_OF.get(layout, 'diffusers')}, or give another folder"
 
 
 def undescribed(file: Path, layout: str, error: Exception) -> InputError:
