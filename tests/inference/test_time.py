@@ -197,6 +197,10 @@ def test_a_last_frame_is_held_for_its_span(time_codecs, monkeypatch):
     latents, _ = encoded(codec, {0: first, -1: last}, 9)
     clip_there = [first] * 5 + [last] * 4  # what is not given repeats the nearest; of two, the earlier one
     assert torch.allclose(latents[2], whole(codec, clip_there)[2], atol=1e-6)
+    short, _ = encoded(codec, {0: first, -1: last}, 5)
+    assert torch.allclose(short[1], whole(codec, [first] + [last] * 4)[1], atol=1e-6), (
+        "its span, not the first"
+    )
     alone, mask = encoded(codec, {8: last}, 9)
     assert mask == [False, False, True]
     assert torch.allclose(alone[2], whole(codec, [last] * 9)[2], atol=1e-6)
@@ -227,6 +231,8 @@ def test_published_codecs_pin_an_image_and_a_clip_as_they_encode_them(name, tmp_
     first, mask = encode_frames({0: images[0], -1: images[1]}, codec, shape)
     assert mask.nonzero().flatten().tolist() == [0, shape[0] - 1]
     assert torch.equal(first[0, 0], whole(codec, images[:1])[0])
+    _, mask = encode_frames({2: images[2]}, codec, shape)
+    assert mask.nonzero().flatten().tolist() == [1], "also where no clip ends with its span"
     prefix, mask = encode_frames(dict(enumerate(images)), codec, shape)
     count = codec.latent_frames(len(images))
     assert int(mask.sum()) == count
