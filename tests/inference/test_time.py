@@ -11,7 +11,7 @@ from torch import nn
 
 import temporal
 from latte.autoencoder.base import Codec
-from latte.autoencoder.codec import CODECS, CodecConfig, build_codec
+from latte.autoencoder.codec import CODECS, CodecConfig, build_codec, decoder_for
 from latte.autoencoder.taef2 import Taef2Codec, build_decoder, build_encoder
 from latte.checks import InputError
 from latte.data.media import probe
@@ -24,7 +24,7 @@ from latte.inference.pipeline import VideoPipeline
 from latte.inference.requests import class_requests
 from latte.model.latte import Latte, ModelConfig
 from temporal import BlockCodec, TimeCodec, time_codec
-from tiny_external import CASES, save_external
+from tiny_external import CASES, WAN, save_external, tiny_external
 from tiny_pipeline import NAMES, tiny_codec
 
 LENGTHS = (1, 2, 3, 4, 5, 7, 8, 9, 12, 13, 16, 17)
@@ -36,8 +36,14 @@ def taef2(folder: Path) -> Codec:
     return Taef2Codec(nn.ModuleDict(parts))
 
 
+def any_diffusers(folder: Path) -> Codec:
+    tiny_external("AutoencoderKLQwenImage", WAN).save_pretrained(folder)
+    return build_codec(CodecConfig("diffusers", str(folder)))
+
+
 TINY = {  # codecs whose weights would be downloaded -> the same with tiny random weights
     "taef2": taef2,
+    "diffusers": any_diffusers,
     **{name: lambda folder, kind=kind: tiny_codec(kind, folder) for kind, name in NAMES.items()},
     **{name: lambda folder, name=name: external(name, folder) for name in CASES if name in CODECS},
 }
@@ -237,6 +243,16 @@ def test_published_codecs_pin_an_image_and_a_clip_as_they_encode_them(name, tmp_
     count = codec.latent_frames(len(images))
     assert int(mask.sum()) == count
     assert torch.equal(prefix[0, :count], whole(codec, images))
+
+
+def test_another_decoder_must_compress_alike(tmp_path):
+    found = pipeline(TINY["wan"](tmp_path / "wan"))
+    found.decoder = decoder_for(found.codec, str(tmp_path / "wan" / "vae"))
+    assert found.decoder is not found.codec
+    assert len(clip(found, frames=5)) == 5
+    TINY["ltx"](tmp_path / "ltx")
+    with pytest.raises(InputError, match=r"8 times in time.* but the model's are .* 4 times in time"):
+        decoder_for(found.codec, str(tmp_path / "ltx" / "vae"))
 
 
 def test_windows_keep_conditioning_frames(pipe, monkeypatch):
