@@ -14,8 +14,11 @@ from latte.autoencoder.base import Codec
 from latte.autoencoder.codec import CODECS, CodecConfig, build_codec, decoder_for
 from latte.autoencoder.taef2 import Taef2Codec, build_decoder, build_encoder
 from latte.checks import InputError
+from latte.data.clips import to_uint8
 from latte.data.media import probe
+from latte.data.procedural import draw_scene, render
 from latte.diffusion.config import DiffusionConfig
+from latte.diffusion.frame_conditioning import restore_frames
 from latte.diffusion.long_video import LONG_VIDEO_METHODS
 from latte.inference.conditioning_frames import encode_frames
 from latte.inference.generate import SampleConfig
@@ -243,6 +246,27 @@ def test_published_codecs_pin_an_image_and_a_clip_as_they_encode_them(name, tmp_
     count = codec.latent_frames(len(images))
     assert int(mask.sum()) == count
     assert torch.equal(prefix[0, :count], whole(codec, images))
+
+
+def decibels(found: np.ndarray, expected: np.ndarray) -> float:
+    """Peak signal-to-noise ratio of uint8 pictures."""
+    return float(10 * np.log10(255**2 / np.square(found.astype(float) - expected).mean()))
+
+
+@pytest.mark.skipif("builtin_temporal" not in CODECS, reason="needs the built-in codec that compresses time")
+def test_a_trained_causal_codec_shows_the_first_and_the_last_frame():
+    codec = build_codec(CodecConfig("builtin_temporal"))
+    frames = render(draw_scene(77, 0, 17), 17, 64, 64)
+    latents = whole(codec, frames)[None]
+    known, mask = encode_frames({0: frames[0], -1: frames[-1]}, codec, tuple(latents.shape[1:]))
+    plain, pinned = (
+        np.asarray(to_uint8(codec.decode(z)))[0] for z in (latents, restore_frames(latents, known, mask))
+    )
+    assert decibels(frames[12], frames[16]) < 25, "the shape moves, or the test is empty"
+    for frame in (0, 16):
+        own = decibels(plain[frame], frames[frame])
+        assert own > 27
+        assert decibels(pinned[frame], frames[frame]) > own - 2, "as good as the codec itself"
 
 
 def test_another_decoder_must_compress_alike(tmp_path):
