@@ -168,6 +168,7 @@ def open_data(config: RunConfig, device: torch.device) -> tuple[Dataset, Codec |
             f"codec {name!r}; "
             f"give codec.name={name}, or encode again",
         )
+        dataset.check_images(config.train.num_images)
     return dataset, codec
 
 

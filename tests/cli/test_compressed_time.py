@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The commands with a codec that compresses time: what a user types counts frames of video."""
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -8,6 +10,7 @@ from PIL import Image
 
 from temporal import TIME_WORDS
 from tiny import WORDS
+from videos import encode, numbered
 
 pytestmark = pytest.mark.usefixtures("time_codecs")
 RUN = ["shapes", *WORDS, *TIME_WORDS, "train.steps=2"]
@@ -60,3 +63,89 @@ def test_training_from_frames_writes_sheets_of_whole_clips(latte):
     other = latte("train", *RUN, *words, "data.frames=13", "train.steps=6")
     assert other.code == 2
     assert any("data.frames: the run has 9, you gave 13" in line for line in other.errors)
+
+
+@pytest.fixture
+def clips(tmp_path) -> Path:
+    """Two classes of videos; those of the first have 9 frames, the others 23."""
+    for name, frames in (("a", 9), ("b", 23)):
+        (tmp_path / "clips" / name).mkdir(parents=True)
+        for index in range(2):
+            encode(tmp_path / "clips" / name / f"{index}.mp4", numbered(frames, 16, 16))
+    return tmp_path / "clips"
+
+
+CLIPS = ["data.kind=folder", "data.root=clips", "model.num_classes=2"]
+SHARDS = ["data.kind=latents", "data.root=shards", "model.num_classes=2"]
+
+
+@pytest.mark.usefixtures("clips")
+def test_latents_are_encoded_scanned_inspected_and_trained_on(latte):
+    found = latte("data", "encode", *RUN, *CLIPS, "--out", "shards", "--json")
+    assert found.code == 0, found.err
+    assert (found.json["windows"], found.json["frames"], found.json["latent_frames"]) == (2 + 2 * 3, 64, 24)
+    again = latte("data", "encode", *RUN, *CLIPS, "--out", "shards")
+    assert "4 videos, 64 frames, 8 windows of 9 frames, 24 latent frames, 1 shards" in again.out
+    scanned = latte("data", "scan", "shards", "--json").json
+    assert scanned["clips"] == 4
+    assert scanned["latents"]["latent_frames"] == 24
+    assert {file["frames"] for file in scanned["files"]} == {9, 23}
+    line = latte("data", "scan", "shards").out.splitlines()[-1]
+    assert line == "latents of codec time: 64 frames of video in 8 windows of 9 frames, 24 latent frames"
+    looked = latte("data", "inspect", "shards", "--json").json
+    assert (looked["frames"], looked["latent_frames"]) == (9, 3)
+    assert latte("data", "inspect", "shards", "data.frames=5", "--json").json["latent_frames"] == 2
+    trained = latte("train", *RUN, *SHARDS, "train.sample_every=2", "train.num_images=2", "--json")
+    assert trained.code == 0, trained.err
+    assert Path("runs/shapes/samples/step-0000002.png").exists()
+
+
+@pytest.mark.usefixtures("clips")
+def test_too_short_videos_are_named_in_the_summary(latte):
+    found = latte("data", "encode", *RUN, *CLIPS, "data.frames=13", "--out", "shards")
+    assert "2 videos skipped" in found.out
+    assert "skipped: a/0.mp4 (too-short: 9 frames decode, a clip spans 13" in found.out
+    found = latte("data", "encode", *RUN, *CLIPS, "data.frames=12", "--out", "other")
+    assert (found.code, len(found.errors)) == (2, 1)
+    assert "9 and 13" in found.errors[0]
+    assert not Path("other").exists()
+
+
+def losses(run: str) -> list[float]:
+    lines = Path(run, "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line)["loss"] for line in lines]
+
+
+@pytest.mark.usefixtures("clips")
+def test_three_steps_from_shards_are_those_from_videos_where_windows_are_whole_videos(latte):
+    """Every video of class a is one window, so both runs train on the same clips in the same order."""
+    words = [*RUN, "train.log_every=1", "train.steps=3", "model.num_classes=1"]
+    shutil.rmtree("clips/b")
+    source = ["data.kind=folder", "data.root=clips"]
+    encoded = latte("data", "encode", *words, *source, "--shard-dtype", "float32", "--out", "shards")
+    assert encoded.code == 0, encoded.err
+    from_videos = latte("train", *words, *source, "--out", "videos", "--json").json
+    from_shards = latte(
+        "train", *words, "data.kind=latents", "data.root=shards", "--out", "run", "--json"
+    ).json
+    assert from_shards["weights_sha256"] == from_videos["weights_sha256"]
+    assert losses("run") == losses("videos")
+    assert len(losses("run")) == 3
+
+
+@pytest.mark.usefixtures("clips")
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["data.frames=13"], "windows of 9 frames (interval 1, rule strict); give at most 9"),
+        (["data.interval=2"], "give data.interval=1, or encode again"),
+        (["codec.name=pixels", "data.resolution=16"], "were made with codec"),
+        (["codec.name=time_drawn"], "were made with codec"),
+        (["data.frames=11"], "nearest valid numbers are 9 and 13"),
+    ],
+)
+def test_latents_that_do_not_fit_the_run_are_one_line(latte, words, expected):
+    assert latte("data", "encode", *RUN, *CLIPS, "--out", "shards").code == 0
+    found = latte("train", *RUN, *SHARDS, *words, "train.sample_every=0")
+    assert (found.code, len(found.errors)) == (2, 1)
+    assert expected in found.errors[0]

@@ -6,7 +6,7 @@ the clips are those of the run.
 """
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from latte.config.run import RunConfig
     from latte.data.skipped import ScanResult
 
+SHOWN = 5  # skipped videos in the summary of ``encode``; all are in the manifest
 MAX_CLIPS = 100_000  # that ``synth`` writes; training generates any number without files
 MAX_CLIP_BYTES = 1 << 30  # of the frames of one clip
 app = typer.Typer(cls=Group, help="List, inspect, encode and generate clips.", no_args_is_help=True)
@@ -59,6 +60,9 @@ def load_source(source: str, overrides: list[str] | None) -> tuple["RunConfig", 
             f"data.resolution=[{height},{width}]",
             f"codec.name={settings['codec']['name']}",
         ]
+        for key, value in settings.get("windows", {}).items():
+            if key != "stride" and value is not None:
+                words.append(f"data.{key}={value}")
     return load_run(None, [*words, *(overrides or [])])
 
 
@@ -85,10 +89,12 @@ def scan_folder(
     data = config.data
     ruled = any(origins[f"data.{key}"] != DEFAULT for key in ("frames", "interval", "rule", "fps"))
     rule = data.clip_rule if ruled else None
+    latents = None
     if data.kind == "latents":
-        from latte.data.latents import scan_latents
+        from latte.data.latents import count_latents, scan_latents
 
         found = scan_latents(check_folder(data.root or ""), rule)
+        latents = count_latents(data.root or "")
     else:
         found = scan(check_folder(data.root or ""), rule, data.labels, progress=progress_line("scan", 0, 1))
     if found.skipped:
@@ -97,11 +103,23 @@ def scan_folder(
     require_clips(found)
     result = scan_result(found)
     lines = describe_clips(found)
+    if latents:
+        result["latents"] = latents
+        lines.append(latents_line(latents))
     if result["empty_classes"]:
         lines.append(f"no usable clip in class {', '.join(result['empty_classes'])}")
     if found.skipped:
         lines.append(f"skipped files and their reasons: {printable(out)}")
     print_result(result, as_json, lines)
+
+
+def latents_line(latents: dict[str, Any]) -> str:
+    """Return what ``count_latents`` counted, for people."""
+    windows = ""
+    if latents["windows"]:
+        windows = f" in {latents['windows']} windows of {latents['window']['frames']} frames"
+    counts = f"{latents['frames']} frames of video{windows}, {latents['latent_frames']} latent frames"
+    return f"latents of codec {latents['codec']}: {counts}"
 
 
 def scan_result(found: "ScanResult") -> dict:
@@ -168,7 +186,7 @@ def inspect(
     dataset = build_dataset(config.data, codec_fingerprint=fingerprint)
     items = items_of_step(seed, 0, min(count, len(dataset)), len(dataset))
     clips = [dataset.clip(item, generator(seed, "inspect", item)) for item in items]
-    videos = [codec.decode(clip.video[None])[0] if codec else clip.video for clip in clips]
+    videos = [codec.decode(clip.video[None])[0] if codec else clip.video for clip in clips]  # (f 3 H W)
     captions = []
     for clip in clips:
         line = clip.key
@@ -181,7 +199,12 @@ def inspect(
     with reported("the contact sheet", out):
         out.parent.mkdir(parents=True, exist_ok=True)
         commit_file(out, lambda temporary: sheet.save(temporary, format=image_format(out)))
-    print_result({"sheet": str(out), "clips": [clip.key for clip in clips]}, as_json, [str(out)])
+    result: dict[str, Any] = {"sheet": str(out), "clips": [clip.key for clip in clips]}
+    lines = [str(out)]
+    if codec:
+        result |= {"frames": len(videos[0]), "latent_frames": len(clips[0].video)}
+        lines.append(f"{len(videos[0])} frames of video per clip, {len(clips[0].video)} latent frames")
+    print_result(result, as_json, lines)
 
 
 def image_format(path: Path) -> str | None:
@@ -212,6 +235,14 @@ def encode(
     shard_dtype: Annotated[
         str, typer.Option(metavar="NAME", help="How latents are stored: {latent_dtypes}.")
     ] = "float16",
+    stride: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Source frames from one window to the next, for a codec that compresses time; one window's "
+            "length by default.",
+        ),
+    ] = None,
     seed: Seed = 0,
     device: Device = "auto",
     as_json: Json = False,
@@ -219,7 +250,9 @@ def encode(
 ) -> None:
     """Encode a dataset once with the autoencoder, and its captions with the text encoder if the run has one.
 
-    Train on it with data.kind=latents data.root=OUT. Run again to continue after an interruption.
+    Train on it with data.kind=latents data.root=OUT. Run again to continue after an interruption. Every frame
+    is encoded. A codec that compresses time encodes windows of data.frames frames instead, chosen by
+    data.interval, data.rule and data.fps.
     """
     from latte.autoencoder.codec import build_codec
     from latte.data.encode import encode_dataset
@@ -241,18 +274,31 @@ def encode(
         text=text,
         caption_progress=progress_line("captions", 0, 1),
         scan_progress=progress_line("scan", 0, 1),
+        stride=stride,
     )
     result["quarantined"] = result["skipped"]  # the key of 0.1.0, for one version
+    lines = encode_lines(result, config.data.frames, text is not None)
+    print_result(result, as_json, [*lines, f"train on it with: {train_words(folder)}"])
+
+
+def encode_lines(result: dict[str, Any], frames: int, captioned: bool) -> list[str]:
+    """Return what was encoded and what was not, for people; ``frames`` are those of a window."""
+    counted = f"{result['frames']} frames"
+    if result["windows"]:
+        counted += (
+            f", {result['windows']} windows of {frames} frames, {result['latent_frames']} latent frames"
+        )
     lines = [
-        f"{result['videos']} videos, {result['frames']} frames, {result['shards']} shards, "
-        f"{result['bytes']:,} bytes; {len(result['skipped'])} videos skipped"
+        f"{result['videos']} videos, {counted}, {result['shards']} shards, {result['bytes']:,} bytes; "
+        f"{len(result['skipped'])} videos skipped"
     ]
-    if text:
+    lines += [f"skipped: {printable(bad['path'])} ({bad['reason']})" for bad in result["skipped"][:SHOWN]]
+    if captioned:
         lines.append(
             f"{result['captions']} captions; {result['new_captions']} features are new (the empty one "
             "included)"
         )
-    print_result(result, as_json, [*lines, f"train on it with: {train_words(folder)}"])
+    return lines
 
 
 def train_words(folder: Path) -> str:

@@ -77,7 +77,7 @@ def _training_dtypes() -> Iterable[str]:
 
 
 def _latent_dtypes() -> Iterable[str]:
-    from latte.data.encode import DTYPES
+    from latte.data.encoder import DTYPES
 
     return DTYPES
 

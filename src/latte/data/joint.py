@@ -45,13 +45,15 @@ class JointDataset:
     """``dataset`` with ``num_images`` images behind each clip.
 
     ``Clip.video`` is (f+i c H W); label and caption are [of the clip, of each image ...], or None without
-    labels or captions.
+    labels or captions. InputError for a dataset whose ``check_images`` raises it.
     """
 
     def __init__(self, dataset: Dataset, num_images: int):
         check(
             num_images >= 1, f"train.num_images must be at least 1 (0 trains on clips only), got {num_images}"
         )
+        if hasattr(dataset, "check_images"):
+            dataset.check_images(num_images)
         self.dataset = dataset
         self.num_images = num_images
         self.classes = dataset.classes

@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Clips from latents that were encoded before: a folder of safetensors shards and their manifest.
 
-The shards hold every frame of every video, so training can still choose any length, interval and rule.
-Reading a clip does not touch the rest of its shard. ``latte.data.encode`` writes such folders. Axes: n frames
-of a video, f frames of a clip, c channels, h height, w width.
+The shards hold every frame of every video, so training can still choose any length, interval and rule. Those
+of a codec that compresses time hold windows, see ``latte.data.windows``, whose beginnings are the clips.
+Reading a clip does not touch the rest of its shard. ``latte.data.encode`` writes such folders. Axes: n latent
+frames of a video, f' latent frames of a clip, c channels, h height, w width.
 """
 
 import hashlib
 import json
 import os
-from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from latte.checks import InputError, check, printable
 from latte.data.base import Clip, ClipReadError, DataConfig
 from latte.data.clips import ClipRule, choose_frames
 from latte.data.fingerprint import combined, fingerprints
+from latte.data.joint import check_images
 from latte.data.media import MediaInfo
 from latte.data.shards import (
     AGAIN,
@@ -30,20 +31,22 @@ from latte.data.shards import (
     SOURCE,
     Record,
     check_sizes,
+    compression_of,
     read_manifest,
     tensor_name,
     tensor_offsets,
 )
 from latte.data.skipped import FoundClip, ScanResult, check_folder
+from latte.data.windows import check_clips
 
 
 class LatentDataset:
-    """The clips of the shards in ``config.root``: ``Clip.video`` is a latent (f c h w), float32.
+    """The clips of the shards in ``config.root``: ``Clip.video`` is a latent (f' c h w), float32.
 
-    A clip's start frame and flip are drawn from the generator exactly as FolderDataset draws them. Videos too
-    short for the rule are in ``skipped``. InputError when the folder is unfinished or damaged, or was made
-    with another codec (``codec_fingerprint``; None: any) or frame size, or without the mirror images that
-    ``config.flip`` needs.
+    A clip's start frame, or window, and flip are drawn from the generator exactly as FolderDataset draws
+    them. Videos too short for the rule are in ``skipped``. InputError when the folder is unfinished or
+    damaged, or was made with another codec (``codec_fingerprint``; None: any), frame size or windows, or
+    without the mirror images that ``config.flip`` needs.
     """
 
     latent = True
@@ -53,7 +56,9 @@ class LatentDataset:
         self.config = config
         self.manifest = read_manifest(self.root)
         self.settings = self.manifest["settings"]
+        self.compression = compression_of(self.settings)
         self._check(codec_fingerprint)
+        self.num_latents = self.compression.latent_frames(config.frames, "data.frames")
         self.classes: list[str] = self.manifest["classes"] if config.labels else []
         self.videos: list[Record] = []
         self.shard_of: list[str] = []
@@ -65,11 +70,7 @@ class LatentDataset:
     def _check(self, codec_fingerprint: str | None) -> None:
         """InputError unless all shards are there and fit the configuration."""
         root = printable(self.root)
-        check(
-            self.manifest["complete"],
-            f"the latents in {root} are not finished; run the same latte data encode again, it continues "
-            "where it stopped",
-        )
+        check_complete(self.root, self.manifest)
         codec = self.settings["codec"]
         made_with = read_fingerprint(codec)
         check(
@@ -89,13 +90,16 @@ class LatentDataset:
             f"data.flip is True, but the latents in {root} hold no mirror images; leave it out, or {AGAIN} "
             "with data.flip=true",
         )
+        check_rule(self.root, self.manifest, self.config.clip_rule)
         check_sizes(self.root, self.manifest["shards"])
 
     def _select_videos(self) -> None:
         """Sort the videos of the manifest into those that fit the rule and the skipped ones."""
         for entry in self.manifest["videos"]:
             record = Record.of(entry)
-            reason = self.config.clip_rule.needs(record.frames, record.times)
+            reason = None
+            if not record.starts:
+                reason = self.config.clip_rule.needs(record.frames, record.times)
             if reason:
                 self.skipped.append({"path": record.key, "reason": reason})
             else:
@@ -135,20 +139,44 @@ class LatentDataset:
         return fingerprints(paths, spans)
 
     def clip(self, index: int, generator: torch.Generator) -> Clip:
-        """Return clip ``index`` with its start frame, then its flip, drawn from ``generator``."""
+        """Return clip ``index`` with its start frame or window, then its flip, drawn from ``generator``."""
         record = self.videos[index]
+        if record.starts:
+            return self._read(index, self._window(record, generator, self.num_latents), generator)
         frames = choose_frames(record.frames, self.config.clip_rule, generator, record.times)
         return self._read(index, frames, generator)
 
     def image(self, index: int, generator: torch.Generator) -> Clip:
         """Return the latent of one frame of video ``index`` (1 c h w), then its flip, drawn from
         ``generator``.
+
+        Of windows it is the first frame of a random one, since no other has a latent frame of its own.
         """
-        frame = int(torch.randint(self.videos[index].frames, (), generator=generator))
+        record = self.videos[index]
+        if record.starts:
+            return self._read(index, self._window(record, generator, 1), generator)
+        frame = int(torch.randint(record.frames, (), generator=generator))
         return self._read(index, [frame], generator)
 
+    def check_images(self, num_images: int) -> None:
+        """InputError when images are wanted, but ``image`` is not the latent that the codec makes of one."""
+        codec = self.settings["codec"]["name"]
+        check_images(num_images, self.compression, codec)
+        check(
+            num_images == 0 or self.manifest.get("exact_prefix", True),
+            f"train.num_images is {num_images}, but the latents in {printable(self.root)} were made by codec "
+            f"{codec!r}, whose first latent frame depends on later frames, so it is not that of an image; "
+            "train from the videos, or set train.num_images=0",
+        )
+
+    def _window(self, record: Record, generator: torch.Generator, count: int) -> list[int]:
+        """Return the first ``count`` latent frames of a window of ``record`` drawn from ``generator``."""
+        size = self.compression.latent_frames(self.settings["windows"]["frames"])
+        window = int(torch.randint(len(record.starts), (), generator=generator))
+        return list(range(window * size, window * size + count))
+
     def _read(self, index: int, frames: list[int], generator: torch.Generator) -> Clip:
-        """Return the ``frames`` of video ``index`` or, at random, of its mirror image."""
+        """Return latent ``frames`` of video ``index`` or, at random, of its mirror image."""
         record = self.videos[index]
         flipped = bool(torch.rand((), generator=generator) < 0.5)
         kind = SOURCE
@@ -174,7 +202,7 @@ class LatentDataset:
     def describe(self) -> dict[str, Any]:
         """Return what the clips are, without where they are stored or when they were encoded."""
         # Of a source file's stamp only the size counts: a copy has another time.
-        videos = [{**asdict(record), "stamp": record.stamp[:1]} for record in self.videos]
+        videos = [{**record.entry(), "stamp": record.stamp[:1]} for record in self.videos]
         return {
             "kind": "latents",
             "clips": len(self),
@@ -186,16 +214,37 @@ class LatentDataset:
         }
 
 
+def check_complete(root: Path, manifest: dict[str, Any]) -> None:
+    """InputError unless the encoding into ``root`` has finished."""
+    check(
+        manifest["complete"],
+        f"the latents in {printable(root)} are not finished; run the same latte data encode again, it "
+        "continues where it stopped",
+    )
+
+
+def check_rule(root: Path, manifest: dict[str, Any], rule: ClipRule) -> None:
+    """InputError unless clips of ``rule`` can be taken from the windows of ``manifest``, if it has any."""
+    windows = manifest["settings"].get("windows")
+    if windows:
+        check_clips(printable(root), windows, manifest["exact_prefix"], rule)
+
+
 def scan_latents(root: str | os.PathLike, rule: ClipRule | None = None) -> ScanResult:
     """Return the videos in a folder of latents as ``skipped.scan`` does for a folder of videos; sizes are
     those encoded.
     """
     manifest = read_manifest(Path(root))
+    check_complete(Path(root), manifest)
+    if rule:
+        check_rule(Path(root), manifest, rule)
     height, width = manifest["settings"]["resolution"]
     clips = []
     skipped = list(manifest["skipped"])
     for record in map(Record.of, manifest["videos"]):
-        reason = rule and rule.needs(record.frames, record.times)
+        reason = None
+        if rule and not record.starts:
+            reason = rule.needs(record.frames, record.times)
         if reason:
             skipped.append({"path": record.key, "reason": reason})
         else:
@@ -203,3 +252,25 @@ def scan_latents(root: str | os.PathLike, rule: ClipRule | None = None) -> ScanR
             clips.append(FoundClip(record.key, info, record.label))
     tried = len(clips) + len(skipped)
     return ScanResult(os.fspath(root), tuple(clips), tuple(manifest["classes"]), tuple(skipped), tried)
+
+
+def count_latents(root: str | os.PathLike) -> dict[str, Any]:
+    """Return what a complete folder of latents holds: codec, frames of video, windows, latent frames, and the
+    settings of a window (None when every frame is encoded by itself).
+    """
+    manifest = read_manifest(Path(root))
+    settings = manifest["settings"]
+    records = [Record.of(entry) for entry in manifest["videos"]]
+    frames = sum(record.frames for record in records)
+    windows = sum(len(record.starts) for record in records)
+    window = settings.get("windows")
+    latent_frames = frames
+    if window:
+        latent_frames = windows * compression_of(settings).latent_frames(window["frames"])
+    return {
+        "codec": settings["codec"]["name"],
+        "frames": frames,
+        "windows": windows,
+        "latent_frames": latent_frames,
+        "window": window,
+    }

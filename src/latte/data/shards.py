@@ -8,7 +8,7 @@ to date.
 import json
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
 
@@ -16,8 +16,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from latte.autoencoder.compression import Compression
 from latte.checks import InputError, check, printable
 from latte.data.media import MediaInfo
+from latte.data.windows import AGAIN
 from latte.data.writers import is_running
 from latte.files import commit_file, reported
 
@@ -31,7 +33,6 @@ MIRROR = "mirror"
 SHARDS = "shard-?????.safetensors"
 PLAN = "latte"  # key of a shard's metadata
 MAX_HEADER = 100_000_000  # bytes, the limit of safetensors itself
-AGAIN = "encode again with: latte data encode"
 KEPT = "; files that are finished are kept"
 # Temporary files of a writer that was killed; versions before 0.2 called them .<name>.<pid>.partial
 LEFTOVER = re.compile(
@@ -41,8 +42,8 @@ LEFTOVER = re.compile(
 
 @dataclass(frozen=True)
 class Record:
-    """One video as the manifest lists it. ``stamp`` is (bytes, time) of its source; the rest is as in
-    MediaInfo.
+    """One video as the manifest lists it. ``stamp`` is (bytes, time) of its source, ``starts`` the first
+    frame of every window of a codec that compresses time; the rest is as in MediaInfo.
     """
 
     key: str
@@ -54,6 +55,7 @@ class Record:
     steps: tuple[tuple[int, int], ...] = ()
     time_base: tuple[int, int] = (0, 1)
     stamp: tuple[int, ...] = ()
+    starts: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, entry: dict[str, Any]) -> Self:
@@ -62,7 +64,15 @@ class Record:
         values["steps"] = tuple((step, count) for step, count in entry["steps"])
         values["time_base"] = tuple(entry["time_base"])
         values["stamp"] = tuple(entry["stamp"])
+        values["starts"] = tuple(entry.get("starts", ()))
         return cls(**values)
+
+    def entry(self) -> dict[str, Any]:
+        """Return plain data that ``of`` reads back; without windows as every version wrote it."""
+        values = asdict(self)
+        if not self.starts:
+            del values["starts"]
+        return values
 
     @property
     def times(self) -> list[float]:
@@ -116,6 +126,17 @@ def read_manifest(root: Path) -> dict[str, Any]:
     )
     manifest.setdefault("skipped", manifest.pop("quarantined", []))  # the key of 0.1.0
     return manifest
+
+
+def compression_of(settings: dict[str, Any]) -> Compression:
+    """Return the compression of the codec that made the latents of a manifest's settings."""
+    codec = settings["codec"]
+    return Compression(
+        channels=codec["channels"],
+        spatial_factor=codec["downscale"],
+        temporal_factor=codec.get("temporal_factor", 1),
+        causal=codec.get("causal", True),
+    )
 
 
 def write_manifest(out: Path, settings: dict[str, Any], complete: bool, **content: Any) -> None:
