@@ -258,7 +258,8 @@ def test_a_trained_causal_codec_shows_the_first_and_the_last_frame():
     codec = build_codec(CodecConfig("builtin_temporal"))
     frames = render(draw_scene(77, 0, 17), 17, 64, 64)
     latents = whole(codec, frames)[None]
-    known, mask = encode_frames({0: frames[0], -1: frames[-1]}, codec, tuple(latents.shape[1:]))
+    shape = codec.latent_frames(17), *codec.latent_shape(64, 64)
+    known, mask = encode_frames({0: frames[0], -1: frames[-1]}, codec, shape)
     plain, pinned = (
         np.asarray(to_uint8(codec.decode(z)))[0] for z in (latents, restore_frames(latents, known, mask))
     )
