@@ -13,7 +13,6 @@ from latte.evaluation.sources import open_side
 from temporal import TimeCodec, time_codec
 from tiny_detector import write_side
 
-pytest.importorskip("latte.data.windows")  # how latents of compressed time are stored
 pytestmark = pytest.mark.usefixtures("time_codecs")
 
 
