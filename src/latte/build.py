@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from latte.autoencoder.codec import Codec, build_codec
+from latte.autoencoder.codec import CODECS, Codec, build_codec
 from latte.checkpoint.run import list_checkpoints
 from latte.checks import InputError, check, printable
 from latte.config.run import RunConfig
@@ -167,6 +167,14 @@ def open_data(config: RunConfig, device: torch.device) -> tuple[Dataset, Codec |
             f"codec.name is {config.codec.name!r}, but the latents in {config.data.root} were made with "
             f"codec {name!r}; "
             f"give codec.name={name}, or encode again",
+        )
+        made = dataset.compression
+        given = CODECS[name].compression_at(config.codec.path)
+        check(
+            (made.channels, made.spatial_factor, made.temporal_factor)
+            == (given.channels, given.spatial_factor, given.temporal_factor),
+            f"the latents in {config.data.root} are of another codec {name!r} ({made}) than this run's "
+            f"({given}); give codec.path, the weights that they were made with",
         )
         dataset.check_images(config.train.num_images)
     return dataset, codec

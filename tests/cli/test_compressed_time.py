@@ -149,3 +149,18 @@ def test_latents_that_do_not_fit_the_run_are_one_line(latte, words, expected):
     found = latte("train", *RUN, *SHARDS, *words, "train.sample_every=0")
     assert (found.code, len(found.errors)) == (2, 1)
     assert expected in found.errors[0]
+
+
+def test_the_plan_counts_latent_frames_for_the_model_and_frames_for_the_codec(latte):
+    found = latte("plan", *RUN, "--json").json
+    assert found["latent"] == [3, 12, 8, 8]
+    assert found["tokens"] == 3 * 2 * 2
+    encoding = found["encoding"]
+    assert (encoding["frames"], encoding["latent_frames"], encoding["temporal_factor"]) == (9, 3, 4)
+    assert encoding["clip_bytes"] == 3 * 12 * 8 * 8 * 2
+    assert "9 -> 3 latent frames" in latte("plan", *RUN).out
+    longer = latte("plan", *RUN, "data.frames=17", "--json").json
+    assert longer["tokens"] == 5 * 2 * 2
+    frames = ["shapes", "codec.name=builtin", "data.resolution=32"]
+    one, two = (latte("plan", *frames, f"data.frames={n}", "--json").json["encoding"] for n in (4, 8))
+    assert two["operations"] == 2 * one["operations"] > 0

@@ -59,6 +59,7 @@ def rows(planned: "Plan") -> list[tuple[str, str]]:
     lines = [
         ("parameters", parameters),
         ("operations per clip", f"{planned.operations:,}"),
+        ("frames per clip", encoding_text(planned)),
         ("latent", " x ".join(map(str, planned.latent)) + " (frames, channels, height, width)"),
         ("tokens per clip", f"{planned.tokens:,}"),
         ("global batch", f"{batch.global_batch} = {split}"),
@@ -77,6 +78,13 @@ def rows(planned: "Plan") -> list[tuple[str, str]]:
         seconds = f"{planned.time.step_seconds:.3f} s per step on {planned.time.device}"
         lines.append(("time", f"{seconds}, {planned.time.hours:,.1f} hours in all"))
     return [*lines, *sampling_rows(planned.sampling)]
+
+
+def encoding_text(planned: "Plan") -> str:
+    """Return how many latent frames the frames of a clip become, and what encoding them costs."""
+    found = planned.encoding
+    latents = f"{found.frames} -> {found.latent_frames} latent frames"
+    return f"{latents}, {found.operations:,} operations to encode, {size(found.clip_bytes)} in float16 shards"
 
 
 def sampling_rows(sampling: dict[str, Any]) -> list[tuple[str, str]]:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from latte.autoencoder.codec import CODECS, CodecConfig
 from latte.model.conditioning import Modulation
 from latte.model.denoiser import Denoiser, DenoiserConfig
 from latte.model.latte import ModelConfig
@@ -50,6 +51,16 @@ def count(config: DenoiserConfig, tokens: int = 1) -> Cost:
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(z, t, **condition)
     return Cost(sum(parameter.numel() for parameter in model.parameters()), counter.get_total_flops())
+
+
+def encoding_operations(codec: CodecConfig, frames: int, size: tuple[int, int]) -> int:
+    """Return the exact operations of encoding one clip of ``frames`` frames of ``size``, (height, width)."""
+    kind = CODECS[codec.name]
+    encoder = kind(kind.skeleton(codec.path), codec.chunk, "meta")
+    clip = torch.empty(1, frames, 3, *size, device="meta")  # (1 f 3 H W)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        encoder.encode(clip)
+    return counter.get_total_flops()
 
 
 def table3(config: ModelConfig) -> Table3:

@@ -4,18 +4,20 @@
 Counting needs neither data nor weights. Only the number of epochs needs the data, if they exist.
 """
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from latte.autoencoder.codec import CODECS
 from latte.checks import check
 from latte.config.run import RunConfig
 from latte.data.datasets import build_dataset
 from latte.diffusion.config import build_process
 from latte.interop.lora import add_lora
-from latte.profile.flops import Table3, count, table3
+from latte.profile.flops import Table3, count, encoding_operations, table3
 from latte.profile.memory import Adapt, States, activations, fresh, states
 from latte.profile.sampling_memory import staging
 from latte.profile.step_time import step_seconds
@@ -58,6 +60,17 @@ class Memory:
 
 
 @dataclass(frozen=True)
+class Encoding:
+    """What the codec makes of a clip, and what that costs."""
+
+    frames: int  # of video
+    latent_frames: int
+    temporal_factor: int
+    operations: int  # of encoding one clip, exact
+    clip_bytes: int  # of one clip's latents in shards, float16
+
+
+@dataclass(frozen=True)
 class Disk:
     """Bytes of tensors in one checkpoint and in all that are kept; while one is saved, it comes on top."""
 
@@ -92,6 +105,7 @@ class Plan:
     disk: Disk
     time: Time | None  # None unless measured
     sampling: dict[str, Any]  # see latte.profile.sampling_memory
+    encoding: Encoding
 
 
 def plan(
@@ -128,6 +142,21 @@ def plan(
         disk=Disk(state.checkpoint, num_kept * state.checkpoint),
         time=measured_time(config, batch, planned_device) if measure else None,
         sampling=sampling,
+        encoding=encoding(config),
+    )
+
+
+def encoding(config: RunConfig) -> Encoding:
+    """Return what the codec of ``config`` makes of a clip."""
+    model = config.network
+    frames = config.data.frames
+    values = model.num_frames * model.latent_channels * math.prod(model.grid_size)
+    return Encoding(
+        frames=frames,
+        latent_frames=model.num_frames,
+        temporal_factor=CODECS[config.codec.name].compression_at(config.codec.path).temporal_factor,
+        operations=encoding_operations(config.codec, frames, config.data.size),
+        clip_bytes=values * torch.float16.itemsize,
     )
 
 
