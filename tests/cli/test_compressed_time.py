@@ -24,6 +24,10 @@ RUN = ["shapes", *WORDS, *TIME_WORDS, "train.steps=2"]
         (["data.frames=0"], ["frames must be at least 1"]),
         (["data.frames=9", "model.patch=compression"], ["3 latent frames", "model.tube = 2", "5 and 13"]),
         (["data.frames=1", "model.patch=compression"], ["1 latent frames", "numbers are 5"]),
+        (
+            ["codec.name=cogvideox", "data.frames=9", "model.patch=compression"],
+            ["3 latent frames", "no number is valid; give another model.tube"],
+        ),
         (["data.frames=9", "model.num_frames=9"], ["model.num_frames is 9", "encodes to 3 latent frames"]),
         (
             ["codec.name=time_blocks", "data.frames=8", "train.num_images=1"],

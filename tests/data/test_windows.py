@@ -288,6 +288,16 @@ def test_procedural_clips_are_one_window_each(tmp_path):
     assert LatentDataset(latents_of(config, tmp_path / "half")).describe()["content"] != described["content"]
 
 
+def test_the_manifest_holds_the_whole_compression(tmp_path):
+    codec = time_codec()
+    codec.compression = replace(codec.compression, latent_step=2)
+    encode_dataset(replace(SHAPES, frames=9), codec, tmp_path / "out")
+    latents = LatentDataset(latents_of(replace(SHAPES, frames=9), tmp_path / "out"))
+    assert latents.compression == codec.compression
+    with pytest.raises(InputError, match=r"data.frames is 5, .* nearest valid numbers are 1 and 9"):
+        LatentDataset(replace(latents_of(SHAPES, tmp_path / "out"), frames=5))
+
+
 def test_codecs_of_single_frames_leave_no_trace_of_windows(tmp_path):
     encode_dataset(SHAPES, pixels(), tmp_path / "out")
     manifest = json.loads((tmp_path / "out" / MANIFEST).read_text())

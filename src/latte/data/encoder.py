@@ -87,7 +87,8 @@ class Encoder:
             "posterior": posterior,
         }
         if self.windows:
-            codec |= {"temporal_factor": compression.temporal_factor, "causal": compression.causal}
+            for name in ("temporal_factor", "causal", "latent_step"):
+                codec[name] = getattr(compression, name)
             settings["windows"] = self.windows.settings()
         return settings
 

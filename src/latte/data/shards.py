@@ -136,6 +136,7 @@ def compression_of(settings: dict[str, Any]) -> Compression:
         spatial_factor=codec["downscale"],
         temporal_factor=codec.get("temporal_factor", 1),
         causal=codec.get("causal", True),
+        latent_step=codec.get("latent_step", 1),
     )
 
 
