@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from encoded import SHAPES, contents, folder_config, latents_of, make_videos, pixels
+from latte.autoencoder.codec import CodecConfig, build_codec
 from latte.checks import InputError
 from latte.data.clips import ClipRule, centre_crop_resize, flip_horizontal, to_float
 from latte.data.datasets import FolderDataset, LatentDataset, ProceduralDataset
@@ -22,6 +23,7 @@ from latte.data.shards import MANIFEST
 from latte.data.windows import Windows, has_exact_prefixes
 from latte.runtime import generator
 from temporal import BlockCodec, DrawnTimeCodec, TimeCodec, time_codec
+from tiny_external import save_external
 
 pytestmark = pytest.mark.usefixtures("time_codecs")
 
@@ -305,3 +307,21 @@ def test_codecs_of_single_frames_leave_no_trace_of_windows(tmp_path):
     assert "windows" not in manifest["settings"]
     assert "exact_prefix" not in manifest
     assert "starts" not in manifest["videos"][0]
+
+
+@pytest.mark.parametrize(
+    ("name", "exact"), [("ltx", True), ("wan", True), ("cogvideox", False), ("hunyuan", False)]
+)
+def test_codecs_of_diffusers_through_shards_and_which_have_prefixes(tmp_path, monkeypatch, name, exact):
+    """Causal convolutions alone have exact prefixes; the group norms of the other two mix time."""
+    save_external(name, tmp_path / name)
+    codec = build_codec(CodecConfig(name, str(tmp_path / name)))
+    monkeypatch.setattr(type(codec), "stochastic", False)
+    frames = 1 + codec.compression.step
+    config = replace(SHAPES, frames=frames, resolution=2 * codec.spatial_factor, num_clips=2)
+    encode_dataset(config, codec, tmp_path / "out", dtype="float32")
+    latents = LatentDataset(latents_of(config, tmp_path / "out"), codec.fingerprint)
+    for index in range(2):
+        expected = codec.encode(ProceduralDataset(config).clip(index).video[None])[0]
+        assert torch.equal(latents.clip(index, generator(0)).video, expected)
+    assert latents.manifest["exact_prefix"] is exact
