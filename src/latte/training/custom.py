@@ -178,7 +178,7 @@ def run_record(
     if codec is not None:
         factor = codec.spatial_factor
         frames = codec.frames(model.config.num_frames)
-        settings = {"name": codec.name, "path": codec.path, "chunk": codec.chunk}
+        settings = {"name": codec.name, "path": codec.path, "chunk": codec.chunk, "tile": codec.tile}
         record["codec"] = {key: value for key, value in settings.items() if value is not None}
     data = {"kind": KIND, "frames": frames, "resolution": [height * factor, width * factor]}
     return {
