@@ -31,7 +31,7 @@ from latte.data.latents import LatentDataset
 from latte.data.media import contact_sheet
 from latte.data.skipped import write_skipped
 from latte.diffusion.config import build_process
-from latte.diffusion.guidance import guided
+from latte.diffusion.guidance import guidance_window, guided
 from latte.diffusion.samplers import sample
 from latte.files import reported
 from latte.inference.generate import generate
@@ -132,9 +132,10 @@ def check_sampling(config: RunConfig) -> None:
 
     settings = config.sample
     try:
-        denoise = guided(predict, condition, condition, settings.guidance)
-        shape = (1, config.network.latent_channels, 1, 1)
         process = build_process(config.diffusion)
+        window = guidance_window(process, settings.guidance_interval)
+        denoise = guided(predict, condition, condition, settings.guidance, window)
+        shape = (1, config.network.latent_channels, 1, 1)
         noise = SampleNoise([0])
         sample(
             settings.sampler,

@@ -80,6 +80,46 @@ def test_options_reach_the_clips(latte, run_folder):
     assert Path(found.json["sheet"]) == Path("here/sheet.png")
 
 
+def test_solver_settings_reach_the_clips_and_their_record(latte, run_folder, tmp_path):
+    words = ["--sampler", "unipc", "--steps", 8, "--guidance", 2, "--count", 1, "--json"]
+    more = ["--order", 3, "--guidance-interval", "0.3,5", "--cache", 0.3]
+    plain, chosen = (
+        latte("sample", run_folder, *words, *extra, "--out", tmp_path / name)
+        for name, extra in (("plain", []), ("chosen", more))
+    )
+    assert (plain.code, chosen.code) == (0, 0)
+    assert "step cache: " in chosen.err
+    facts = [
+        json.loads((tmp_path / name / "clips.json").read_text())["facts"] for name in ("plain", "chosen")
+    ]
+    assert {key: facts[1][key] for key in facts[1].keys() - facts[0].keys()} == {
+        "order": 3,
+        "guidance_interval": [0.3, 5.0],
+        "cache": 0.3,
+    }
+    clips = [read_frames(probe(found.json["clips"][0]["path"]), range(3)) for found in (plain, chosen)]
+    assert not np.array_equal(*clips)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--guidance-interval", "5"], "--guidance-interval '5' must be two noise levels LOW,HIGH"),
+        (["--guidance-interval", "5,0.3", "--guidance", 2], "guidance_interval is [5.0, 0.3]"),
+        (["--guidance-interval", "0.3,5", "--guidance", 1], "but guidance is 1, which is no guidance"),
+        (["--guidance-interval", "900,901", "--guidance", 2], "so nothing would be guided; widen it"),
+        (["--cache", 7], "cache is 7.0, but must be above 0 and at most 1"),
+        (["--cache", 0.1, "--steps", 1], "cache needs at least 4 steps"),
+        (["--order", 4, "--sampler", "dpmpp"], "order is 4, but sampler dpmpp has the orders 1, 2, 3"),
+    ],
+)
+def test_wrong_solver_settings_are_one_line(latte, run_folder, tmp_path, words, message):
+    found = latte("sample", run_folder, "--count", 1, *words, "--out", tmp_path / "out")
+    assert found.code == 2
+    assert message in found.err.strip().splitlines()[-1]
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_same_command_keeps_what_is_there_and_other_settings_get_another_folder(latte, run_folder):
     first = latte("sample", run_folder, "--json").json
     stamps = {clip["path"]: Path(clip["path"]).stat().st_mtime_ns for clip in first["clips"]}

@@ -6,7 +6,8 @@ import torch
 from support import noise
 
 from latte.checks import InputError
-from latte.diffusion.guidance import conditional, guided
+from latte.diffusion.config import DiffusionConfig, build_process
+from latte.diffusion.guidance import check_interval, conditional, guidance_window, guided
 from latte.model.conditioning import NULL_LABEL
 
 LABEL = torch.tensor([2, 0, 5])
@@ -88,6 +89,36 @@ def test_a_window_guides_inside_and_costs_one_pass_outside():
     mixed = torch.tensor([299, 500, 701])
     rows = [plain(z, mixed)[0], full(z, mixed)[1], plain(z, mixed)[2]]
     assert torch.equal(denoise(z, mixed), torch.stack(rows))
+
+
+@pytest.mark.parametrize("objective", ["paper", "rectified_flow"])
+def test_an_interval_of_noise_levels_is_a_window_of_timesteps(objective):
+    process = build_process(DiffusionConfig(objective=objective))
+    first, last = guidance_window(process, (0.3, 5.0))
+    level = process.noise / process.signal
+    assert level[first - 1] < 0.3 <= level[first]
+    assert level[last] <= 5.0 < level[last + 1]
+    if objective == "rectified_flow":  # noise / signal = s / (1 - s) at s = (t + 1) / 1000
+        assert (first, last) == (230, 832)
+    assert guidance_window(process, None) is None
+    assert guidance_window(process, (0.0, 1e9))[0] == 0
+
+
+def test_an_interval_that_guides_nothing_is_refused():
+    process = build_process(DiffusionConfig())
+    with pytest.raises(InputError, match=r"\[200, 300\], but none of the 1000 noise levels from 0.01 to 157"):
+        guidance_window(process, (200, 300))
+    with pytest.raises(InputError, match=r"none of the 2 noise levels .* is inside.*widen it"):
+        guidance_window(process, (0.3, 5), [10, 999])
+    assert guidance_window(process, (0.3, 5), [10, 400, 999]) == guidance_window(process, (0.3, 5))
+
+
+@pytest.mark.parametrize(
+    "interval", [(5.0, 0.3), (1.0, 1.0), (-1.0, 2.0), (0.0, float("inf")), (float("nan"), 1.0), (1.0,)]
+)
+def test_a_reversed_or_impossible_interval_is_refused(interval):
+    with pytest.raises(InputError, match=r"guidance_interval is .* must be .low, high."):
+        check_interval(interval)
 
 
 def test_an_unconditional_model_is_its_own_denoiser_and_cannot_be_guided():

@@ -11,7 +11,7 @@ import latte.inference.generate
 from latte.checks import InputError
 from latte.diffusion.long_video import CHAIN_STRENGTH, LONG_VIDEO_METHODS
 from latte.diffusion.samplers import SAMPLERS
-from latte.inference.generate import SampleConfig
+from latte.inference.generate import SampleConfig, changed
 from tiny import tiny_trained
 
 
@@ -216,3 +216,95 @@ def test_conditioning_frames_that_do_not_fit_are_refused(trained, frames, messag
     pictures = {frame: np.zeros((*size, 3), np.uint8) for frame, size in frames.items()}
     with pytest.raises(InputError, match=message):
         draw(trained, [0], [1], conditioning_frames=pictures)
+
+
+@pytest.fixture
+def rows(trained):
+    """Number of clips in each call of the model."""
+    found = []
+    handle = trained.model.register_forward_pre_hook(lambda _, inputs: found.append(len(inputs[0])))
+    yield found
+    handle.remove()
+
+
+def test_outside_the_guidance_interval_the_null_half_is_not_computed(trained, rows):
+    config = SampleConfig(sampler="ddim", steps=10, guidance=3.0)
+    everywhere = draw(trained, [0], [1], config=config)[0]
+    assert rows == [2] * 10
+    rows.clear()
+    inside = draw(trained, [0], [1], config=replace(config, guidance_interval=(0.3, 5.0)))[0]
+    assert set(rows) == {1, 2}
+    assert len(rows) == 10
+    assert rows == sorted(rows[:5]) + sorted(rows[5:], reverse=True), "one stretch in the middle"
+    assert far(inside, everywhere) > 0
+    rows.clear()
+    whole = draw(trained, [0], [1], config=replace(config, guidance_interval=(0.0, 1e6)))[0]
+    assert far(whole, everywhere) == 0
+    assert rows == [2] * 10
+
+
+def test_the_step_cache_saves_evaluations_and_logs_them(trained, rows, caplog):
+    config = SampleConfig(sampler="dpmpp", steps=12, guidance=2.0, batch=2)
+    plain = draw(trained, [0, 1, 2], [1, 2, 3], config=config)
+    computed = sum(rows)
+    rows.clear()
+    with caplog.at_level("INFO", "latte"):
+        cached = draw(trained, [0, 1, 2], [1, 2, 3], config=replace(config, cache=0.3))
+    assert computed == 3 * 2 * 12
+    assert sum(rows) < 0.9 * computed
+    assert f"step cache: {sum(rows)} of {computed} evaluations" in caplog.text
+    assert max(far(cached[seed], plain[seed]) for seed in cached) > 0
+    alone = draw(trained, [1], [2], config=replace(config, cache=0.3))[1]
+    assert far(alone, cached[1]) <= 1
+
+
+def test_the_step_cache_is_refused_beside_frame_guidance(trained):
+    config = SampleConfig(sampler="ddim", steps=6, cache=0.1)
+    image = {0: np.zeros((16, 16, 3), np.uint8)}
+    for options in ({"conditioning_frames": image}, {"frames": 5, "window": 2, "longer": "chained"}):
+        with pytest.raises(InputError, match=r"cache is 0\.1, but conditioning frames guide the others"):
+            draw(trained, [0], [1], config=config, **options)
+        draw(trained, [0], [1], config=config, conditioning_strength=0.0, **options)
+    draw(trained, [0], [1], config=config, frames=5, window=2)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"order": 3, "sampler": "ddim"}, "sample.order is 3, but sampler ddim has no choice"),
+        ({"order": 5, "sampler": "dpmpp"}, "sample.order is 5, but sampler dpmpp has the orders 1, 2, 3"),
+        ({"guidance_interval": (5.0, 0.3)}, r"sample.guidance_interval is \[5.0, 0.3\]"),
+        ({"cache": 2.0}, "sample.cache is 2.0, but must be above 0 and at most 1"),
+    ],
+)
+def test_settings_of_the_solvers_are_checked_at_once(options, message):
+    with pytest.raises(InputError, match=message):
+        SampleConfig(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"cache": 0.1, "steps": 1}, "cache needs at least 4 steps"),
+        ({"guidance_interval": (900.0, 901.0), "guidance": 2.0}, "none of the 250 noise levels"),
+    ],
+)
+def test_settings_that_do_not_fit_the_steps_are_refused_before_the_first_clip(trained, options, message):
+    with pytest.raises(InputError, match=message):
+        trained.generate([0], [1], config=SampleConfig(**options))
+
+
+def test_an_interval_without_guidance_is_refused_and_another_sampler_has_its_own_order():
+    config = SampleConfig(sampler="dpmpp", order=3)
+    assert changed(config, sampler="ddim").order is None
+    assert changed(config, sampler="unipc", order=1).order == 1
+    with pytest.raises(InputError, match=r"guidance_interval is \[0.3, 5.0\], but guidance is 1"):
+        changed(config, guidance_interval=(0.3, 5.0))
+    assert changed(config, guidance_interval=(0.3, 5.0), guidance=2.0).guidance_interval == (0.3, 5.0)
+
+
+def test_a_record_holds_optional_settings_only_when_they_are_set():
+    keys = {"sampler", "steps", "guidance", "eta", "batch", "fps"}
+    assert set(SampleConfig().recorded()) == keys
+    chosen = SampleConfig(sampler="unipc", order=3, guidance_interval=(0.3, 5.0), cache=0.1, guidance=2.0)
+    assert set(chosen.recorded()) == keys | {"order", "guidance_interval", "cache"}

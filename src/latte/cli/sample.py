@@ -40,6 +40,18 @@ Steps = Annotated[
 SamplerName = Annotated[str | None, typer.Option(metavar="NAME", help="One of {samplers}.")]
 Guidance = Annotated[float | None, typer.Option(help="Classifier-free guidance scale; 1 turns guidance off.")]
 Order = Annotated[int | None, typer.Option(metavar="N", help="Order of dpmpp and unipc: 1 to 3, default 2.")]
+Interval = Annotated[
+    str | None,
+    typer.Option(
+        metavar="LOW,HIGH", help="Noise levels (noise / signal) that are guided, e.g. 0.3,5; all by default."
+    ),
+]
+Cache = Annotated[
+    float | None,
+    typer.Option(
+        metavar="CHANGE", help="Skip evaluations while the output changes by less than this, e.g. 0.05."
+    ),
+]
 Eta = Annotated[float | None, typer.Option(help="Noise of ddim, 0 to 1.")]
 Seed = Annotated[int, typer.Option(help="Seed of the first clip; each further clip adds 1.")]
 Frames = Annotated[
@@ -116,6 +128,8 @@ def sample(
     sampler: SamplerName = None,
     order: Order = None,
     guidance: Guidance = None,
+    guidance_interval: Interval = None,
+    cache: Cache = None,
     eta: Eta = None,
     seed: Seed = 0,
     frames: Frames = None,
@@ -153,7 +167,7 @@ def sample(
     requests = make_requests(pipe, texts, labels, count, seed, unread)
     frame_size = read_size(size)
     chosen = {"sampler": sampler, "guidance": guidance, "eta": eta, "batch": batch, "fps": fps}
-    chosen |= {"order": order}
+    chosen |= {"order": order, "guidance_interval": read_interval(guidance_interval), "cache": cache}
     options = {"config": changed(pipe.sample, steps=read_steps(steps), **chosen), "frames": frames}
     options |= {"size": frame_size, "dtype": pipe.dtype, "window": window, "overlap": overlap}
     options["longer"] = longer or "freenoise"
@@ -251,6 +265,19 @@ def read_steps(text: str | None) -> int | str | None:
     if text is not None and re.fullmatch(r"[0-9]{1,9}", text):
         return int(text)
     return text
+
+
+def read_interval(text: str | None) -> tuple[float, float] | None:
+    """Return '0.3,5' as (0.3, 5.0); InputError for anything but two numbers."""
+    if text is None:
+        return None
+    try:
+        low, high = map(float, text.split(","))
+    except ValueError:
+        raise InputError(
+            f"--guidance-interval {text!r} must be two noise levels LOW,HIGH, such as 0.3,5"
+        ) from None
+    return low, high
 
 
 def read_size(text: str | None) -> tuple[int, int] | None:

@@ -8,13 +8,13 @@ Axes: b batch, f frames, c channels, h height, w width.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from latte.checks import InputError, check
-from latte.diffusion.process import DenoiseFunction
+from latte.diffusion.process import DenoiseFunction, NoisePath
 
 Model = Callable[..., Tensor]
 """(z, original timesteps (b,), **condition) -> (b f c|2c h w), such as ``latte.model.denoiser.Denoiser``."""
@@ -75,6 +75,43 @@ def guided(
         return torch.where(inside.view(-1, *[1] * (z.ndim - 1)), both(z, t), plain(z, t))
 
     return inside_window
+
+
+def check_interval(interval: Sequence[float] | None, field: str = "guidance_interval") -> None:
+    """Raise InputError unless ``interval`` is None or (low, high) with 0 <= low < high, both finite."""
+    if interval is None:
+        return
+    finite = len(interval) == 2 and all(map(math.isfinite, interval))
+    check(
+        finite and 0 <= interval[0] < interval[1],
+        f"{field} is {list(interval)}, but must be [low, high], noise levels with 0 <= low < high, such as "
+        "[0.3, 5]",
+    )
+
+
+def guidance_window(
+    process: NoisePath, interval: Sequence[float] | None, visited: Sequence[int] | None = None
+) -> tuple[int, int] | None:
+    """Return the (first, last) timestep whose noise level is in ``interval``, None where that is None.
+
+    The noise level is sigma = noise / signal (Karras et al. 2022), the unit of Kynkaanniemi et al. 2024. The
+    pure noise of rectified flow is in no interval. InputError when no timestep is inside, or none
+    of those ``visited``.
+    """
+    check_interval(interval)
+    if interval is None:
+        return None
+    sigma = process.noise / process.signal
+    inside = (interval[0] <= sigma) & (sigma <= interval[1])
+    timesteps = torch.tensor(range(process.num_steps) if visited is None else sorted(visited))
+    levels = sigma[timesteps]
+    check(
+        bool(inside[timesteps].any()),
+        f"guidance_interval is {list(interval)}, but none of the {len(levels)} noise levels from "
+        f"{levels[0]:.3g} to {levels[-1]:.3g} is inside, so nothing would be guided; widen it",
+    )
+    guided_timesteps = inside.nonzero().flatten().tolist()
+    return guided_timesteps[0], guided_timesteps[-1]
 
 
 def check_guidance(scale: float, window: tuple[int, int] | None = None, field: str = "guidance") -> None:

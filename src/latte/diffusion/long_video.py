@@ -85,6 +85,7 @@ def chained(
 
 
 LONG_VIDEO_METHODS = {"freenoise": freenoise, "chained": chained}
+FRAME_GUIDED = ("chained",)  # those that guide later windows by the frames they share with earlier ones
 
 
 def window_starts(frames: int, length: int, overlap: int | None = None) -> list[int]:

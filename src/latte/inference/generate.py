@@ -5,6 +5,7 @@ Every clip has its own random stream, so the clip of a seed is the same, to roun
 Axes: b batch, f latent frames, t frames, c channels, h height, w width.
 """
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar
@@ -16,9 +17,16 @@ from torch import Tensor
 from latte.autoencoder.codec import Codec
 from latte.checks import InputError, RunError, check, choose
 from latte.data.clips import to_uint8
+from latte.diffusion.caching import StepCache, check_cache
 from latte.diffusion.frame_conditioning import DEFAULT_STRENGTH, condition_on_frames, restore_frames
-from latte.diffusion.guidance import check_guidance, guided
-from latte.diffusion.long_video import LONG_VIDEO_METHODS, SampleFunction, partial_progress, window_starts
+from latte.diffusion.guidance import Condition, Model, check_guidance, check_interval, guidance_window, guided
+from latte.diffusion.long_video import (
+    FRAME_GUIDED,
+    LONG_VIDEO_METHODS,
+    SampleFunction,
+    partial_progress,
+    window_starts,
+)
 from latte.diffusion.process import DenoiseFunction, Flow, Process
 from latte.diffusion.samplers import SAMPLERS, Noise, check_order, indices, sample
 from latte.inference.clip_shape import Shape, check_memory, clip_shape
@@ -28,6 +36,7 @@ from latte.model.conditioning import NULL_LABEL
 from latte.model.denoiser import Denoiser
 from latte.runtime import SampleNoise, borrowed
 
+LOG = logging.getLogger(__name__)
 Progress = Callable[[int, int], None]
 
 
@@ -46,6 +55,10 @@ class SampleConfig:
     batch: int = 4  # clips generated at once
     fps: float = 8.0  # frame rate of the files
     order: int | None = None  # of dpmpp and unipc, 1 to 3; null: the sampler's own, 2
+    guidance_interval: tuple[float, float] | None = (
+        None  # noise levels noise / signal that are guided; null: all
+    )
+    cache: float | None = None  # relative change of the output that the step cache skips; null: no cache
 
     def __post_init__(self) -> None:
         choose("sample.sampler", self.sampler, SAMPLERS)
@@ -58,6 +71,8 @@ class SampleConfig:
             f"sample.steps must be at least 1, got {self.steps}",
         )
         check_order(self.sampler, self.order, "sample.order")
+        check_interval(self.guidance_interval, "sample.guidance_interval")
+        check_cache(self.cache, field="sample.cache")
 
     def recorded(self) -> dict[str, Any]:
         """Return the settings as plain data, without those that are null: records stay what they were."""
@@ -103,11 +118,24 @@ def generate(
     join = choose("longer", longer, LONG_VIDEO_METHODS)
     shape = clip_shape(model, codec, frames, size, window)
     length = shape[0] if window is None else window
-    check_settings(process, codec, config, len(seeds), shape, length, overlap)
+    visited = check_settings(process, codec, config, len(seeds), shape, length, overlap)
     check_conditioning_frames(images, codec, shape)
     home = next(model.parameters()).device
     device = offload or home
-    denoiser_for = condition(model, labels, prompts, len(seeds), config.guidance, dtype, device)
+    framed = bool(images) or (longer in FRAME_GUIDED and shape[0] > length)
+    check_cache_use(config, len(visited), framed and conditioning_strength > 0)
+    interval = guidance_window(process, config.guidance_interval, visited)
+    caches: list[StepCache] = []
+
+    def with_cache(call: Model, num_clips: int) -> Model:
+        if config.cache is None:
+            return call
+        caches.append(StepCache(call, config.cache, visited, num_clips))
+        return caches[-1]
+
+    denoiser_for = condition(
+        model, labels, prompts, len(seeds), config.guidance, dtype, device, interval, with_cache
+    )
     walk = walker(config, process, device, conditioning_strength)
 
     def run() -> Iterator[tuple[int, np.ndarray]]:
@@ -121,6 +149,12 @@ def generate(
             with borrowed(model, device, home):
                 z = join(walk, denoiser_for(part), noise, known, mask, length, overlap, advance)
             yield from zip(seeds[part], decode(decoder or codec, z, seeds[part], offload), strict=True)
+        if caches:
+            evaluated = sum(cache.num_evaluated for cache in caches)
+            calls = sum(cache.num_calls for cache in caches)
+            LOG.info(
+                "step cache: %d of %d evaluations, %.2f times fewer", evaluated, calls, calls / evaluated
+            )
 
     return run()
 
@@ -139,7 +173,13 @@ def changed(config: SampleConfig, **changes: Any) -> SampleConfig:
     chosen = {key: value for key, value in changes.items() if value is not None}
     if chosen.get("sampler", config.sampler) != config.sampler:
         chosen.setdefault("order", None)
-    return replace(config, **chosen)
+    new = replace(config, **chosen)
+    check(
+        new.guidance != 1 or "guidance_interval" not in chosen,
+        f"guidance_interval is {list(new.guidance_interval or ())}, but guidance is 1, which is no guidance; "
+        "give a scale, such as 1.5, or leave the interval out",
+    )
+    return new
 
 
 def check_settings(
@@ -150,13 +190,23 @@ def check_settings(
     shape: Shape,
     window: int,
     overlap: int | None,
-) -> None:
-    """Raise InputError, in one line, for settings that this process and clips of latent ``shape`` cannot
-    have.
+) -> list[int]:
+    """Return the timesteps that the sampler visits; InputError, in one line, for settings that this process
+    and clips of latent ``shape`` cannot have.
     """
     check_memory(min(config.batch, num_clips), shape, codec)
     window_starts(shape[0], window, overlap)
-    indices(SAMPLERS[config.sampler], process.num_steps, config.steps)
+    return indices(SAMPLERS[config.sampler], process.num_steps, config.steps)
+
+
+def check_cache_use(config: SampleConfig, num_steps: int, guided_by_frames: bool) -> None:
+    """Raise InputError for a step cache with too few steps, or beside frame guidance: it needs gradients."""
+    check_cache(config.cache, num_steps)
+    check(
+        config.cache is None or not guided_by_frames,
+        f"cache is {config.cache}, but conditioning frames guide the others by the gradient of the model, "
+        "which a repeated output does not have; leave the cache out, or set the guidance strength to 0",
+    )
 
 
 def check_finite(values: Tensor, seeds: Sequence[int], what: str) -> None:
@@ -214,14 +264,21 @@ def condition(
     scale: float,
     dtype: torch.dtype,
     device: torch.device | None = None,
+    window: tuple[int, int] | None = None,
+    wrap: Callable[[Model, int], Model] = lambda call, num_clips: call,
 ) -> Callable[[slice], DenoiseFunction]:
     """Return a function from a slice of ``count`` clips to the guided denoiser with their labels or prompts.
 
-    ``device`` is where the model computes, None: where it is now. InputError for conditions that the model
-    does not have.
+    ``device`` is where the model computes, None: where it is now. ``window`` is that of ``guided``; ``wrap``
+    (model, number of clips) -> the model to call, such as a StepCache. InputError for conditions that the
+    model does not have.
     """
     device = device or next(model.parameters()).device
-    call = autocast(model, device, dtype)
+    plain = autocast(model, device, dtype)
+
+    def guide(part: slice, given: Condition, null: Condition) -> DenoiseFunction:
+        return guided(wrap(plain, len(range(count)[part])), given, null, scale, window)
+
     if not model.config.reads_text:
         check(
             prompts is None,
@@ -229,18 +286,16 @@ def condition(
         )
         numbers = check_labels(model, labels, count)
         if numbers is None:
-            return lambda part: guided(call, {}, {}, scale)
+            return lambda part: guide(part, {}, {})
         null = torch.full_like(numbers, NULL_LABEL)
-        return lambda part: guided(
-            call, {"label": numbers[part].to(device)}, {"label": null[part].to(device)}, scale
-        )
+        return lambda part: guide(part, {"label": numbers[part].to(device)}, {"label": null[part].to(device)})
     if prompts is None or labels is not None:
         raise InputError("this model reads text: pass one prompt per clip, and no labels")
     check(
         len(prompts.text) == count,
         f"there are {len(prompts.text)} prompts, but there are {count} seeds; pass as many",
     )
-    return lambda part: guided(call, *prompts.part(part, device), scale)
+    return lambda part: guide(part, *prompts.part(part, device))
 
 
 def check_labels(model: Denoiser, labels: Sequence[int] | None, count: int) -> Tensor | None:

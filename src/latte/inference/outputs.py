@@ -51,6 +51,8 @@ class CallOptions(TypedDict, total=False):
     sampler: str  # a name in SAMPLERS
     eta: float  # noise of ddim, 0 to 1
     order: int  # of dpmpp and unipc, 1 to 3
+    guidance_interval: tuple[float, float]  # noise levels noise / signal that are guided; all by default
+    cache: float  # threshold of the step cache; none by default
     batch_size: int  # videos generated at once; it does not change them
     window: int  # for longer videos than in training: latent frames that the model sees at a time
     longer: str  # how windows become one video, a name in LONG_VIDEO_METHODS

@@ -178,6 +178,7 @@ class VideoPipeline(Conditioned):
         self.check_conditions(prompts, labels)
         seeds = choose_seeds(seed, generator, len(prompts or labels or [None]) * count)
         names = {"sampler": "sampler", "eta": "eta", "batch_size": "batch", "order": "order"}
+        names |= {"guidance_interval": "guidance_interval", "cache": "cache"}
         changes = {name: options.pop(key, None) for key, name in names.items()}
         default = self.frame_size()
         size = height or default[0], width or default[1]
