@@ -8,6 +8,7 @@ steps, where k is not stable yet, and the last are always evaluated.
 Axes: b batch, r rows (b clips, or 2b with guidance), f frames, c channels, h height, w width.
 """
 
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from torch import Tensor
 from latte.checks import check
 from latte.diffusion.guidance import Model
 
+LOG = logging.getLogger(__name__)
 MAX_THRESHOLD = 1.0  # the outputs may be 100 % wrong: such a value is a mistake
 WARM_UP = 0.1  # share of the steps that are evaluated first: 5 of 50, as in the authors' code
 MIN_STEPS = 4  # two evaluations give the first k, and the last step is evaluated
@@ -137,6 +139,30 @@ class StepCache:
             memory.evaluated_z = memory.evaluated_z.index_copy(0, rows, z[rows])
         memory.z = z
         return output
+
+
+class StepCaches:
+    """(model, number of clips) -> the model with a StepCache of its own, itself without a threshold."""
+
+    def __init__(self, threshold: float | None, timesteps: Sequence[int]):
+        self.threshold = threshold
+        self.timesteps = timesteps
+        self.made: list[StepCache] = []
+
+    def __call__(self, model: Model, num_clips: int) -> Model:
+        if self.threshold is None:
+            return model
+        self.made.append(StepCache(model, self.threshold, self.timesteps, num_clips))
+        return self.made[-1]
+
+    def log(self) -> None:
+        """Log how many evaluations of the model, each of one clip, were made of those asked for."""
+        evaluated = sum(cache.num_evaluated for cache in self.made)
+        calls = sum(cache.num_calls for cache in self.made)
+        if evaluated:
+            LOG.info(
+                "step cache: %d of %d evaluations, %.2f times fewer", evaluated, calls, calls / evaluated
+            )
 
 
 def magnitude(values: Tensor) -> Tensor:

@@ -92,7 +92,7 @@ def check_interval(interval: Sequence[float] | None, field: str = "guidance_inte
 def guidance_window(
     process: NoisePath, interval: Sequence[float] | None, visited: Sequence[int] | None = None
 ) -> tuple[int, int] | None:
-    """Return the (first, last) timestep whose noise level is in ``interval``, None where that is None.
+    """Return the (first, last) timestep whose noise level is in ``interval``, None without one.
 
     The noise level is sigma = noise / signal (Karras et al. 2022), the unit of Kynkaanniemi et al. 2024. The
     pure noise of rectified flow is in no interval. InputError when no timestep is inside, or none

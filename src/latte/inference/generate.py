@@ -5,7 +5,6 @@ Every clip has its own random stream, so the clip of a seed is the same, to roun
 Axes: b batch, f latent frames, t frames, c channels, h height, w width.
 """
 
-import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar
@@ -17,7 +16,7 @@ from torch import Tensor
 from latte.autoencoder.codec import Codec
 from latte.checks import InputError, RunError, check, choose
 from latte.data.clips import to_uint8
-from latte.diffusion.caching import StepCache, check_cache
+from latte.diffusion.caching import StepCaches, check_cache
 from latte.diffusion.frame_conditioning import DEFAULT_STRENGTH, condition_on_frames, restore_frames
 from latte.diffusion.guidance import Condition, Model, check_guidance, check_interval, guidance_window, guided
 from latte.diffusion.long_video import (
@@ -36,7 +35,6 @@ from latte.model.conditioning import NULL_LABEL
 from latte.model.denoiser import Denoiser
 from latte.runtime import SampleNoise, borrowed
 
-LOG = logging.getLogger(__name__)
 Progress = Callable[[int, int], None]
 
 
@@ -110,51 +108,33 @@ def generate(
     of the clip's size}, with their guidance strength on the others. ``decoder`` decodes instead of ``codec``;
     ``offload``: the device that parts visit while they compute.
 
-    InputError at the call for conditions and settings that do not fit; RunError, while iterating, for
-    NaN/Inf.
+    InputError at the call for settings that do not fit; RunError, while iterating, for NaN/Inf.
     """
     config = config or SampleConfig()
     images = conditioning_frames or {}
     join = choose("longer", longer, LONG_VIDEO_METHODS)
     shape = clip_shape(model, codec, frames, size, window)
     length = shape[0] if window is None else window
-    visited = check_settings(process, codec, config, len(seeds), shape, length, overlap)
+    visited, inside = check_settings(process, codec, config, len(seeds), shape, length, overlap)
     check_conditioning_frames(images, codec, shape)
-    home = next(model.parameters()).device
-    device = offload or home
+    device = offload or next(model.parameters()).device
     framed = bool(images) or (longer in FRAME_GUIDED and shape[0] > length)
     check_cache_use(config, len(visited), framed and conditioning_strength > 0)
-    interval = guidance_window(process, config.guidance_interval, visited)
-    caches: list[StepCache] = []
-
-    def with_cache(call: Model, num_clips: int) -> Model:
-        if config.cache is None:
-            return call
-        caches.append(StepCache(call, config.cache, visited, num_clips))
-        return caches[-1]
-
-    denoiser_for = condition(
-        model, labels, prompts, len(seeds), config.guidance, dtype, device, interval, with_cache
-    )
+    caches = StepCaches(config.cache, visited)
+    denoiser = condition(model, labels, prompts, len(seeds), config.guidance, dtype, device, inside, caches)
     walk = walker(config, process, device, conditioning_strength)
 
     def run() -> Iterator[tuple[int, np.ndarray]]:
-        latents, mask = encode_frames(images, codec, shape, offload)
-        known = latents.to(device)
+        known, mask = encode_frames(images, codec, shape, offload)
         model.eval()
-        parts = [slice(start, start + config.batch) for start in range(0, len(seeds), config.batch)]
+        parts = [slice(first, first + config.batch) for first in range(0, len(seeds), config.batch)]
         for index, part in enumerate(parts):
             advance = progress and partial_progress(progress, index, len(parts))
             noise = SampleNoise(seeds[part])
-            with borrowed(model, device, home):
-                z = join(walk, denoiser_for(part), noise, known, mask, length, overlap, advance)
+            with borrowed(model, device, next(model.parameters()).device):
+                z = join(walk, denoiser(part), noise, known.to(device), mask, length, overlap, advance)
             yield from zip(seeds[part], decode(decoder or codec, z, seeds[part], offload), strict=True)
-        if caches:
-            evaluated = sum(cache.num_evaluated for cache in caches)
-            calls = sum(cache.num_calls for cache in caches)
-            LOG.info(
-                "step cache: %d of %d evaluations, %.2f times fewer", evaluated, calls, calls / evaluated
-            )
+        caches.log()
 
     return run()
 
@@ -190,13 +170,14 @@ def check_settings(
     shape: Shape,
     window: int,
     overlap: int | None,
-) -> list[int]:
-    """Return the timesteps that the sampler visits; InputError, in one line, for settings that this process
-    and clips of latent ``shape`` cannot have.
+) -> tuple[list[int], tuple[int, int] | None]:
+    """Return the timesteps that the sampler visits, and the window of those that are guided; InputError, in
+    one line, for settings that this process and clips of latent ``shape`` cannot have.
     """
     check_memory(min(config.batch, num_clips), shape, codec)
     window_starts(shape[0], window, overlap)
-    return indices(SAMPLERS[config.sampler], process.num_steps, config.steps)
+    visited = indices(SAMPLERS[config.sampler], process.num_steps, config.steps)
+    return visited, guidance_window(process, config.guidance_interval, visited)
 
 
 def check_cache_use(config: SampleConfig, num_steps: int, guided_by_frames: bool) -> None:

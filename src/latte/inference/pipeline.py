@@ -177,9 +177,8 @@ class VideoPipeline(Conditioned):
         labels = as_list("class_labels", class_labels)
         self.check_conditions(prompts, labels)
         seeds = choose_seeds(seed, generator, len(prompts or labels or [None]) * count)
-        names = {"sampler": "sampler", "eta": "eta", "batch_size": "batch", "order": "order"}
-        names |= {"guidance_interval": "guidance_interval", "cache": "cache"}
-        changes = {name: options.pop(key, None) for key, name in names.items()}
+        own = ("sampler", "eta", "order", "guidance_interval", "cache")
+        changes = {"batch": options.pop("batch_size", None)} | {key: options.pop(key, None) for key in own}
         default = self.frame_size()
         size = height or default[0], width or default[1]
         with self.step_callback(callback_on_step_end) as progress:
