@@ -106,7 +106,8 @@ def close(found: Tensor, expected: Tensor) -> None:
 def test_the_numbers_are_those_of_diffusers(saved, name, steps):
     one = saved(name)
     frames = 1 + steps * one.case.step
-    if name.startswith("hunyuan"):  # not in blended pieces
+    if name == "hunyuan":  # not in the blended pieces that diffusers makes of more than 16 frames
+        frames += 8 * (steps == 3)
         one.network.use_framewise_encoding = one.network.use_framewise_decoding = False
     clip, latent = one.clips(frames), one.latents(frames)
     close(one.codec.encode(clip), expected_latents(one, clip))
