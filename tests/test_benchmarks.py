@@ -322,3 +322,15 @@ def test_int8_is_measured_against_float32(benchmark):
     assert line["bits8"]["bytes"] < line["float32_bytes"]
     assert 0.001 < line["bits8"]["relative_error"] < 0.1
     assert 0.001 < line["bfloat16"]["relative_error"] < 0.1
+
+
+def test_the_step_cache_is_compared_with_as_many_plain_steps(benchmark, capsys):
+    words = ["builtin", "--count", "2", "--steps", "8", "--thresholds", "0.000001", "0.5"]
+    line = benchmark("step_cache").main(words)
+    assert json.loads(capsys.readouterr().out) == line
+    never, often = line["cached"]
+    assert (never["evaluations"], never["plain_steps"], never["psnr"]) == (8, 8, None)
+    assert often["evaluations"] < 8
+    assert often["plain_steps"] == round(often["evaluations"])
+    assert often["times_fewer"] == pytest.approx(8 / often["evaluations"])
+    assert 5 < often["psnr"] < 60
