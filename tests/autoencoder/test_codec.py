@@ -179,6 +179,7 @@ def test_the_table_holds_what_is_documented():
         "taef2": (32, 8, 1),
         "pixels": (3, 1, 1),
         "builtin": (4, 8, 1),
+        "builtin_temporal": (16, 8, 4),
         "ltx": (128, 32, 8),
         "wan": (16, 8, 4),
         "cogvideox": (16, 8, 4),

@@ -14,6 +14,7 @@ import torch
 from latte.autoencoder.any_diffusers import AnyDiffusersCodec
 from latte.autoencoder.base import Codec, PixelCodec
 from latte.autoencoder.builtin import BuiltinCodec
+from latte.autoencoder.builtin_temporal import BuiltinTemporalCodec
 from latte.autoencoder.diffusers_codec import layout_at
 from latte.autoencoder.external import CogVideoXCodec, DCCodec, HunyuanCodec, LTXCodec, WanCodec
 from latte.autoencoder.kl import KLCodec, TemporalCodec
@@ -30,6 +31,7 @@ CODECS: dict[str, type[Codec]] = {
     "taef2": Taef2Codec,
     "pixels": PixelCodec,
     "builtin": BuiltinCodec,
+    "builtin_temporal": BuiltinTemporalCodec,
     "ltx": LTXCodec,
     "wan": WanCodec,
     "cogvideox": CogVideoXCodec,
