@@ -9,7 +9,7 @@ biases stay with AdamW.
 from collections.abc import Iterable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 MOMENTUM = 0.95
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # coefficients of the quintic iteration
@@ -21,7 +21,7 @@ class Muon(torch.optim.Optimizer):
     matrix.
     """
 
-    def __init__(self, parameters: Iterable[nn.Parameter], lr: float = 0.02):
+    def __init__(self, parameters: Iterable[torch.Tensor], lr: float = 0.02):
         super().__init__(parameters, {"lr": lr})
 
     @torch.no_grad()

@@ -176,7 +176,8 @@ def optimizers_of(model: BuiltinTemporalAutoencoder, config: TemporalConfig) -> 
     ]
     known = set(inner)
     rest = [parameter for parameter in model.parameters() if parameter not in known]
-    return [torch.optim.AdamW(rest, lr=config.lr, weight_decay=1e-3), Muon(inner, lr=config.muon_lr)]
+    optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(rest, lr=config.lr, weight_decay=1e-3)]
+    return [*optimizers, Muon(inner, lr=config.muon_lr)]
 
 
 def some_clips(pools: Pools, config: TemporalConfig, num_clips: int) -> Iterator[Tensor]:
