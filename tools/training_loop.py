@@ -60,7 +60,7 @@ def train(
     warmup_steps: int,
     max_norm: float,
     keep: Path | None = None,
-    keep_every: int = KEEP_EVERY,
+    keep_every: int | None = None,
     decay_steps: int | None = None,
     optimizers: Sequence[Optimizer] | None = None,
 ) -> None:
@@ -96,7 +96,7 @@ def train(
             mean = sum(recent) / len(recent)
             seconds = time.process_time() - started
             print(f"step {step + 1} loss {mean:.4f} {seconds:.0f} CPU seconds", flush=True)
-        if keep and (step + 1) % keep_every == 0:
+        if keep and (step + 1) % (keep_every or KEEP_EVERY) == 0:
             write_state(keep, model, optimizers, config, step + 1)
         if keep and decay_steps is not None and step + 1 == config.steps - decay_steps:
             write_state(stable_state(keep), model, optimizers, config, step + 1)
