@@ -334,3 +334,10 @@ def test_the_step_cache_is_compared_with_as_many_plain_steps(benchmark, capsys):
     assert often["plain_steps"] == round(often["evaluations"])
     assert often["times_fewer"] == pytest.approx(8 / often["evaluations"])
     assert 5 < often["psnr"] < 60
+
+
+def test_more_steps_of_a_solver_are_nearer_to_the_limit(benchmark, capsys):
+    line = benchmark("solver_distance").main(["--count", "2", "--limit", "40", "--steps", "4", "16"])
+    assert json.loads(capsys.readouterr().out) == line
+    assert {"euler", "dpmpp", "unipc --order 3"} <= set(line["distances"])
+    assert all(few > many > 0 for few, many in line["distances"].values())

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The Muon optimizer: momentum whose matrices are made orthogonal before they are applied.
 
-Source: Jordan et al., "Muon: an optimizer for hidden layers in neural networks", 2024. It needs about half
-the steps of AdamW for the convolutions of the built-in temporal autoencoder; first and last layers and
-biases stay with AdamW.
+Source: Jordan et al., "Muon: an optimizer for hidden layers in neural networks", 2024. torch.optim.Muon takes
+matrices alone; here the axes of a convolution's weights after the first are flattened. First and last layers
+and biases stay with AdamW.
 """
 
 from collections.abc import Iterable

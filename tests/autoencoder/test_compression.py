@@ -51,6 +51,23 @@ def test_other_lengths_are_refused_with_the_nearest_ones(compression, frames, ne
         compression.latent_frames(frames, "clip length")
 
 
+@pytest.mark.parametrize(
+    ("compression", "frames", "tube", "nearest"),
+    [
+        (CAUSAL, 17, 2, [13, 21]),  # 5 latent frames; 4 and 6
+        (CAUSAL, 13, 2, [13]),
+        (CAUSAL, 14, 3, [9, 21]),
+        (CAUSAL, 1, 4, [13]),
+        (FRAMES, 7, 4, [4, 8]),
+        (Compression(16, 8, 4, latent_step=2), 17, 3, [9, 33]),  # 3 and 9 latent frames, odd ones alone
+        (Compression(16, 8, 4, latent_step=2), 17, 2, []),
+    ],
+)
+def test_lengths_that_codec_and_tube_divide(compression, frames, tube, nearest):
+    found = compression.nearest_fitting(frames, lambda count: count % tube == 0, 4 * tube)
+    assert found == nearest
+
+
 @pytest.mark.parametrize("compression", [CAUSAL, GROUPS, FRAMES])
 def test_every_frame_belongs_to_the_span_of_its_latent_frame(compression):
     total = compression.frames(5)

@@ -37,6 +37,7 @@ def test_the_measured_scene_is_the_drawn_one(frames, height, width):
 def test_the_shape_stays_inside_the_frame_and_keeps_its_area():
     for index in range(120):
         frames = render(draw_scene(1, index, 8), 8, 64, 64)
+        assert read_motion(frames).consistent
         ground = (frames == np.array(GROUND, np.uint8)).all(-1)
         assert ground[:, [0, -1]].all()
         assert ground[:, :, [0, -1]].all()

@@ -9,14 +9,13 @@ without any randomness (``law``).
 
 import pytest
 import torch
-from support import noise
+from support import DEVIATION, MEAN, gaussian, noise
 
 from latte.checks import InputError, RunError
 from latte.diffusion.config import DiffusionConfig, build_process
 from latte.diffusion.samplers import SAMPLERS, sample
 from latte.runtime import SampleNoise
 
-MEAN, DEVIATION = 0.7, 0.4
 SHAPE = (2, 3, 2, 2)
 PROCESSES = {
     name: build_process(DiffusionConfig(objective=name)) for name in ("paper", "v", "rectified_flow")
@@ -40,17 +39,6 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-def gaussian(process):
-    """The exact denoiser of elementwise N(MEAN, DEVIATION^2) data, in whatever the process predicts."""
-
-    def denoise(z, t):
-        a, s = (table[t].view(-1, 1, 1, 1, 1).to(z) for table in (process.signal, process.noise))
-        z0 = MEAN + a * DEVIATION**2 / (a**2 * DEVIATION**2 + s**2) * (z - a * MEAN)
-        return process.target(z0, t, (z - a * z0) / s)
-
-    return denoise
 
 
 def law(name, process, steps, eta=0.0):

@@ -9,6 +9,7 @@ from itertools import pairwise
 import diffusers
 import pytest
 import torch
+from support import DEVIATION, MEAN, gaussian
 
 from latte.checks import InputError
 from latte.diffusion.config import DiffusionConfig, build_process
@@ -20,7 +21,6 @@ from latte.diffusion.solvers import Estimate, Times, dpmpp_step, unipc_step
 from latte.runtime import SampleNoise
 
 SHAPE = (2, 3, 4, 4)
-MEAN, DEVIATION = 0.7, 0.4
 SCHEDULES = ("linear", "squared_cosine")
 TRAILING = {"final_sigmas_type": "zero", "timestep_spacing": "trailing"}
 LEADING = {"timestep_spacing": "leading"}
@@ -46,17 +46,6 @@ def network(z, t):
     """A nonlinear denoiser with variance channels."""
     own = torch.tanh(1.3 * z + t.view(-1, 1, 1, 1, 1) / 700 - 0.5)
     return torch.cat([own, torch.sin(3 * z)], 2)
-
-
-def gaussian(process):
-    """The exact denoiser of elementwise N(MEAN, DEVIATION^2) data."""
-
-    def denoise(z, t):
-        a, s = (table[t].view(-1, 1, 1, 1, 1).to(z) for table in (process.signal, process.noise))
-        z0 = MEAN + a * DEVIATION**2 / (a**2 * DEVIATION**2 + s**2) * (z - a * MEAN)
-        return process.target(z0, t, (z - a * z0) / s)
-
-    return denoise
 
 
 def doubles(seeds):

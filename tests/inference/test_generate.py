@@ -300,6 +300,10 @@ def test_an_interval_without_guidance_is_refused_and_another_sampler_has_its_own
     assert changed(config, sampler="unipc", order=1).order == 1
     with pytest.raises(InputError, match=r"guidance_interval is \[0.3, 5.0\], but guidance is 1"):
         changed(config, guidance_interval=(0.3, 5.0))
+    with pytest.raises(InputError, match="but guidance is 1"):
+        SampleConfig(guidance_interval=(0.3, 5.0))
+    stored = SampleConfig(guidance=2.0, guidance_interval=(0.3, 5.0))
+    assert changed(stored, guidance=1.0) == SampleConfig(), "without guidance there is no interval"
     assert changed(config, guidance_interval=(0.3, 5.0), guidance=2.0).guidance_interval == (0.3, 5.0)
 
 

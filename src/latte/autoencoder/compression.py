@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a codec does to the shape of a clip: channels, space and time, known before any weight is read."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
-from latte.checks import check
+from latte.checks import InputError, check
 
 
 @dataclass(frozen=True)
@@ -51,10 +52,9 @@ class Compression:
         if rest or frames < self.lead:
             nearest = " and ".join(map(str, self.nearest_frames(frames)))
             length = f"{self.lead} + {self.step} k" if self.causal else f"{self.step} k"
-            check(
-                False,
+            raise InputError(
                 f"{field} is {frames}, but this codec compresses time {self.temporal_factor} times and takes "
-                f"clips of {length} frames; the nearest valid numbers are {nearest}",
+                f"clips of {length} frames; the nearest valid numbers are {nearest}"
             )
         return 1 + whole * self.latent_step
 
@@ -79,6 +79,21 @@ class Compression:
         if below == frames and steps >= 0:
             return [frames]
         return [length for length in (below, below + self.step) if length >= self.lead]
+
+    def nearest_fitting(self, frames: int, fits: Callable[[int], bool], reach: int) -> list[int]:
+        """Return the valid numbers of frames around ``frames``, itself included, whose latent frames ``fits``
+        accepts: the next below and above within ``reach`` latent frames, one number if it is ``frames``.
+        """
+        whole = max(0, (frames - self.lead) // self.temporal_factor + 1)
+        least = whole + (self.frames(whole) < frames)
+
+        def valid(latent_frames: int) -> bool:
+            length = self.frames(latent_frames)
+            return fits(latent_frames) and self.nearest_frames(length) == [length]
+
+        below = next((number for number in range(whole, max(0, whole - reach), -1) if valid(number)), None)
+        above = next((number for number in range(max(1, least), least + reach) if valid(number)), None)
+        return sorted({self.frames(number) for number in (below, above) if number})
 
     def latent_size(self, height: int, width: int, codec: str) -> tuple[int, int]:
         """Return (h, w) of frames of height x width; InputError, naming ``codec``, unless the factor divides

@@ -313,11 +313,8 @@ def _tube_problems(data: DataConfig, codec: CodecConfig, model: Mapping[str, Any
     num_frames = compression.latent_frames(data.frames)
     if num_frames % tube == 0:
         return []
-    step = compression.latent_step
-    counts = [count for count in range(tube, num_frames + tube * step + 1, tube) if (count - 1) % step == 0]
-    below = [count for count in counts if count < num_frames][-1:]
-    above = [count for count in counts if count > num_frames][:1]
-    valid = " and ".join(str(compression.frames(count)) for count in below + above)
+    lengths = compression.nearest_fitting(data.frames, lambda count: count % tube == 0, 4 * tube)
+    valid = " and ".join(map(str, lengths))
     fix = f"the nearest valid numbers are {valid}" if valid else "no number is valid; give another model.tube"
     return [
         f"data.frames is {data.frames}, of which codec {codec.name!r} makes {num_frames} latent frames, but "

@@ -6,9 +6,8 @@ Axes: f latent frames, c channels, h height, w width.
 """
 
 import os
-from collections.abc import Callable
 
-from latte.autoencoder.base import Codec, Compression
+from latte.autoencoder.base import Codec
 from latte.checks import check
 from latte.model.denoiser import Denoiser
 
@@ -42,16 +41,14 @@ def count_latent_frames(model: Denoiser, codec: Codec, frames: int | None, windo
         return compression.latent_frames(frames)
 
     def fits(latent_frames: int) -> bool:
-        length = compression.frames(latent_frames)
-        seen = min(latent_frames, window or latent_frames)
-        return seen % tube == 0 and compression.nearest_frames(length) == [length]
+        return min(latent_frames, window or latent_frames) % tube == 0
 
     check(
         window is None or window < 1 or window % tube == 0,
         f"window is {window} latent frames, but compression patches take {tube} at once; "
         f"the nearest valid numbers are {nearest(window or 0, tube)}",
     )
-    valid = nearest_lengths(compression, frames, fits, 4 * tube)
+    valid = compression.nearest_fitting(frames, fits, 4 * tube)
     fault = (
         f"frames is {frames}, but codec {codec.name!r} compresses time {compression.temporal_factor} times "
         f"and compression patches take {tube} latent frames at once"
@@ -59,19 +56,6 @@ def count_latent_frames(model: Denoiser, codec: Codec, frames: int | None, windo
     check(bool(valid), f"{fault}, which no number nearby divides; use a model with another tube or codec")
     check(frames in valid, f"{fault}; the nearest valid numbers are {' and '.join(map(str, valid))}")
     return compression.latent_frames(frames)
-
-
-def nearest_lengths(
-    compression: Compression, frames: int, fits: Callable[[int], bool], reach: int
-) -> list[int]:
-    """Return the numbers of frames next to ``frames``, it included, whose latent frames ``fits`` accepts,
-    within ``reach`` latent frames.
-    """
-    whole = max(0, (frames - compression.lead) // compression.temporal_factor + 1)
-    least = whole + (compression.frames(whole) < frames)
-    below = next((number for number in range(whole, max(0, whole - reach), -1) if fits(number)), None)
-    above = next((number for number in range(max(1, least), least + reach) if fits(number)), None)
-    return sorted({compression.frames(number) for number in (below, above) if number})
 
 
 def nearest(value: int, step: int) -> str:

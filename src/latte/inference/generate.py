@@ -70,6 +70,11 @@ class SampleConfig:
         )
         check_order(self.sampler, self.order, "sample.order")
         check_interval(self.guidance_interval, "sample.guidance_interval")
+        check(
+            self.guidance != 1 or self.guidance_interval is None,
+            f"guidance_interval is {list(self.guidance_interval or ())}, but guidance is 1, which is no "
+            "guidance; give a scale, such as 1.5, or leave the interval out",
+        )
         check_cache(self.cache, field="sample.cache")
 
     def recorded(self) -> dict[str, Any]:
@@ -149,17 +154,16 @@ def decode(decoder: Codec, z: Tensor, seeds: Sequence[int], offload: torch.devic
 
 
 def changed(config: SampleConfig, **changes: Any) -> SampleConfig:
-    """Return ``config`` with those ``changes`` that are not None; another sampler has its own order."""
+    """Return ``config`` with those ``changes`` that are not None.
+
+    Another sampler has its own order, and guidance 1 no interval; both are dropped unless they are given.
+    """
     chosen = {key: value for key, value in changes.items() if value is not None}
     if chosen.get("sampler", config.sampler) != config.sampler:
         chosen.setdefault("order", None)
-    new = replace(config, **chosen)
-    check(
-        new.guidance != 1 or "guidance_interval" not in chosen,
-        f"guidance_interval is {list(new.guidance_interval or ())}, but guidance is 1, which is no guidance; "
-        "give a scale, such as 1.5, or leave the interval out",
-    )
-    return new
+    if chosen.get("guidance", config.guidance) == 1:
+        chosen.setdefault("guidance_interval", None)
+    return replace(config, **chosen)
 
 
 def check_settings(
