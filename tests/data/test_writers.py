@@ -173,7 +173,23 @@ def test_contact_sheet_has_a_row_per_clip_and_a_column_per_frame():
             expected = clips[row][column].repeat(3, 0).repeat(3, 1) if column < len(clips[row]) else 255
             assert (cell == expected).all()
     assert contact_sheet(np.zeros((1, 2, 128, 160, 3), np.uint8)).size == (2 * 162 + 2, 128 + 4)
-    with pytest.raises(InputError, match="one frame size"):
-        contact_sheet([numbered(2, 32, 32), numbered(2, 32, 48)])
+    with pytest.raises(InputError, match="at least one clip, got none"):
+        contact_sheet([])
     with pytest.raises(InputError, match="captions"):
         contact_sheet(clips, captions=["up"])
+
+
+def test_contact_sheet_of_clips_of_several_sizes_shows_each_whole_at_one_scale():
+    clips = [numbered(5, 32, 48), numbered(2, 64, 32), numbered(1, 32, 32)]
+    sheet = np.asarray(contact_sheet(clips, captions=["wide", "tall", "an image"]))
+    assert sheet.shape == ((96 + 192 + 96) + 3 * (2 + 18) + 2, 5 * (144 + 2) + 2, 3)
+    top = 2
+    for clip in clips:
+        height, width = (3 * side for side in clip.shape[1:3])
+        for column, frame in enumerate(clip):
+            left = 2 + column * (width + 2)
+            cell = sheet[top + 18 : top + 18 + height, left : left + width]
+            assert (cell == frame.repeat(3, 0).repeat(3, 1)).all()
+        blank = sheet[top + 18 : top + 18 + height, 2 + len(clip) * (width + 2) :]
+        assert (blank == 255).all()
+        top += height + 2 + 18

@@ -57,10 +57,26 @@ def test_a_weights_folder_keeps_everything_and_from_pretrained_reads_it(tmp_path
     assert again.model.config == trained.model.config
     (_, one), (_, other) = next(trained.generate([7], ["left"])), next(again.generate([7], ["left"]))
     assert (one == other).all()
+    assert again.buckets == ()
     plain = Latte.from_pretrained(str(tmp_path / "w"))
     assert all(
         torch.equal(tensor, trained.model.state_dict()[name]) for name, tensor in plain.state_dict().items()
     )
+
+
+def test_a_weights_folder_keeps_the_shapes_of_the_training(tmp_path):
+    trained = tiny_trained()
+    frames, height, width = trained.num_frames, *trained.frame_size()
+    trained.buckets = ((frames, height, width), (2 * frames, height, width), (1, height, 2 * width))
+    trained.save_pretrained(tmp_path / "w")
+    again = VideoPipeline.from_pretrained(tmp_path / "w", device="cpu")
+    assert again.buckets == trained.buckets
+    rows, columns = again.model.config.grid_size
+    assert again.model.trained_extent == (again.codec.latent_frames(2 * frames), rows, 2 * columns)
+    trained.buckets = ((frames, height, "wide"),)
+    trained.save_pretrained(tmp_path / "bad")
+    with pytest.raises(InputError, match=r"config.json: buckets: .*; correct it there"):
+        VideoPipeline.from_pretrained(tmp_path / "bad", device="cpu")
 
 
 @pytest.fixture(scope="module")

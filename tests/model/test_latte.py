@@ -15,7 +15,7 @@ from latte.checks import InputError
 from latte.model.conditioning import CONDITIONINGS, drop_labels
 from latte.model.latte import SIZES, Latte, ModelConfig
 from latte.model.patches import PATCHES
-from latte.model.positions import TEMPORAL_POSITIONS
+from latte.model.positions import TEMPORAL_POSITIONS, spatial_table, temporal_table
 from latte.model.variants import VARIANTS
 from latte.runtime import generator
 
@@ -234,6 +234,28 @@ def test_any_size_and_length_at_call_time():
     assert rotary(noise(1, 9, 3, 4, 6), t).shape == (1, 9, 6, 4, 6)
     with pytest.warns(UserWarning, match="8 x 6 are larger than the 4 x 6"):
         model(noise(1, 4, 3, 8, 6), t)
+
+
+@torch.no_grad()
+def test_shapes_of_training_extend_the_positions_without_a_warning_and_without_a_change():
+    model = tiny()
+    t = torch.tensor([3])
+    z = noise(1, 9, 3, 8, 4)
+    with pytest.warns(UserWarning, match="table is extended"):
+        expected = model(z, t)
+    model.trained_on([(9, 2, 4), (1, 8, 2)])
+    assert model.trained_extent == (9, 8, 6), "the most of each, the shape of the configuration among them"
+    assert torch.equal(model(z, t), expected), "warnings are errors here"
+    with pytest.warns(UserWarning, match="10 latent frames are more than the 9"):
+        model(noise(1, 10, 3, 4, 6), t)
+    with pytest.warns(UserWarning, match="4 x 8 are larger than the 8 x 6"):
+        model(noise(1, 4, 3, 4, 8), t)
+
+
+def test_a_position_is_the_same_in_clips_of_every_shape():
+    small = spatial_table(4, 6, 16).reshape(4, 6, 16)
+    assert torch.equal(spatial_table(9, 8, 16).reshape(9, 8, 16)[:4, :6], small)
+    assert torch.equal(temporal_table(9, 16)[:4], temporal_table(4, 16))
 
 
 @torch.no_grad()

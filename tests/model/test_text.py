@@ -314,6 +314,9 @@ def test_wrong_calls_state_the_rule_and_what_to_do(z, text, mask, images, messag
 def test_more_frames_than_trained_are_announced():
     with pytest.warns(UserWarning, match="6 latent frames are more than the 4"):
         tiny()(noise(2, 6, 4, 8, 8), T, noise(2, 7, 12))
+    model = tiny()
+    model.trained_on([(6, 8, 8)])
+    model(noise(2, 6, 4, 8, 8), T, noise(2, 7, 12))  # warnings are errors here
 
 
 @pytest.mark.gpu

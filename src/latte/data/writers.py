@@ -157,36 +157,33 @@ def contact_sheet(
     captions: Sequence[str] | None = None,
     gap: int = 2,
 ) -> Image.Image:
-    """Return an RGB image of uint8 (b t h w c), or of a list of (t h w c) of one frame size: a row per clip.
+    """Return an RGB image of uint8 (b t h w c), or of a list of (t h w c) of any sizes: a row per clip.
 
-    ``scale`` repeats pixels (default: until the short side has at least 96); ``captions`` are written above
-    the rows.
+    ``scale`` repeats pixels (default: until the short side of the smallest has at least 96); ``captions`` are
+    written above the rows.
     """
-    sizes = {clip.shape[1:] for clip in clips}
-    check(
-        len(sizes) == 1,
-        f"a contact sheet needs at least one clip, and all of one frame size, got {sorted(sizes)}; "
-        "resize them first",
-    )
+    check(len(clips) > 0, "a contact sheet needs at least one clip, got none")
     if captions is not None:
         check(
             len(captions) == len(clips),
             f"captions must be one per clip, got {len(captions)} captions for {len(clips)} clips",
         )
-    height, width, _ = sizes.pop()
-    scale = scale or max(1, -(-96 // min(height, width)))
+    for clip in clips:
+        check_frames(clip, 1)
+    scale = scale or max(1, -(-96 // min(min(clip.shape[1:3]) for clip in clips)))
     header = 18 if captions is not None else 0
-    columns = max(len(clip) for clip in clips)
-    row_height = height * scale + gap + header
-    column_width = width * scale + gap
-    sheet = Image.new("RGB", (columns * column_width + gap, len(clips) * row_height + gap), (255, 255, 255))
+    heights = [clip.shape[1] * scale + gap + header for clip in clips]
+    widths = [clip.shape[2] * scale + gap for clip in clips]
+    across = max(len(clip) * width for clip, width in zip(clips, widths, strict=True))
+    sheet = Image.new("RGB", (across + gap, sum(heights) + gap), (255, 255, 255))
     draw = ImageDraw.Draw(sheet)
     font = ImageFont.load_default(13) if header else None
+    top = gap
     for row, clip in enumerate(clips):
-        check_frames(clip, 1)
         if captions is not None:
-            draw.text((gap + 1, gap + row * row_height + 1), captions[row], fill=(0, 0, 0), font=font)
+            draw.text((gap + 1, top + 1), captions[row], fill=(0, 0, 0), font=font)
         for column, frame in enumerate(clip):
             image = Image.fromarray(frame.repeat(scale, 0).repeat(scale, 1))
-            sheet.paste(image, (gap + column * column_width, gap + row * row_height + header))
+            sheet.paste(image, (gap + column * widths[row], top + header))
+        top += heights[row]
     return sheet

@@ -6,6 +6,7 @@ Axes: f latent frames, c channels, h height, w width.
 """
 
 import os
+from collections.abc import Iterable
 
 from latte.autoencoder.base import Codec
 from latte.checks import check
@@ -56,6 +57,14 @@ def count_latent_frames(model: Denoiser, codec: Codec, frames: int | None, windo
     check(bool(valid), f"{fault}, which no number nearby divides; use a model with another tube or codec")
     check(frames in valid, f"{fault}; the nearest valid numbers are {' and '.join(map(str, valid))}")
     return compression.latent_frames(frames)
+
+
+def latent_shapes(codec: Codec, shapes: Iterable[tuple[int, int, int]]) -> list[tuple[int, int, int]]:
+    """Return (f, h, w) of the latents of clips of ``shapes`` (frames, height, width)."""
+    return [
+        (codec.latent_frames(frames), *codec.latent_shape(height, width)[1:])
+        for frames, height, width in shapes
+    ]
 
 
 def nearest(value: int, step: int) -> str:

@@ -20,6 +20,7 @@ import torch
 from latte.autoencoder.codec import Codec, CodecConfig, decoder_for
 from latte.checks import check, choose
 from latte.diffusion.config import DiffusionConfig, build_process
+from latte.inference.clip_shape import latent_shapes
 from latte.inference.generate import SampleConfig, changed, generate
 from latte.inference.outputs import (
     OUTPUT_TYPES,
@@ -40,7 +41,7 @@ from latte.inference.requests import (
     repeat,
 )
 from latte.inference.run_folder import open_source
-from latte.inference.stored import check_complete, offload_home, open_codec, open_reader
+from latte.inference.stored import Shapes, check_complete, offload_home, open_codec, open_reader
 from latte.interop.export import publish, save_ours
 from latte.interop.lora import CLIPS, load_lora, merged
 from latte.model.denoiser import Denoiser
@@ -62,9 +63,10 @@ class VideoPipeline(Conditioned):
 
     ``name`` is the source, ``weights`` the hash of the weights, ``classes`` the class names in label order,
     ``sample`` the default settings, ``reader`` the prompt reader of a text model, ``about`` the training
-    metadata of the model card. ``decoder`` replaces the codec's decoder. ``offload`` is the device that model
-    and codec visit while they compute, None: they stay where they are. ``dtype`` is the precision of matrix
-    products; weights stay float32.
+    metadata of the model card, ``buckets`` the shapes (frames, height, width) of a training on several.
+    ``decoder`` replaces the codec's decoder. ``offload`` is the device that model and codec visit while they
+    compute, None: they stay where they are. ``dtype`` is the precision of matrix products; weights stay
+    float32.
     """
 
     name: str
@@ -80,6 +82,7 @@ class VideoPipeline(Conditioned):
     decoder: Codec | None = None
     offload: torch.device | None = None
     dtype: torch.dtype = torch.float32
+    buckets: Shapes = ()
 
     @classmethod
     def from_pretrained(
@@ -128,6 +131,8 @@ class VideoPipeline(Conditioned):
         )
         pipe.reader = reader
         pipe.about = stored.about
+        pipe.buckets = stored.buckets
+        network.trained_on(latent_shapes(codec, stored.buckets))
         pipe.dtype = resolve_dtype(dtype, work)
         if offload:
             pipe.offload = work
@@ -370,6 +375,8 @@ class VideoPipeline(Conditioned):
         facts |= {"sample": self.sample.recorded(), "about": dict(self.about)}
         if self.reader:
             facts["text"] = {**asdict(self.reader.config), "fingerprint": self.reader.fingerprint}
+        if self.buckets:
+            facts["buckets"] = [list(shape) for shape in self.buckets]
         return facts
 
     @property

@@ -105,6 +105,7 @@ def stored_run(
         text=text if text.name else None,
         text_fingerprint=(facts.get("text") or {}).get("encoder"),
         about=about_run(sections, checkpoint),
+        buckets=tuple(map(tuple, facts.get("data", {}).get("buckets", ()))),
     )
 
 
@@ -243,6 +244,8 @@ def run_facts(path: Path) -> tuple[Denoiser, Coverage, dict[str, Any]]:
     }
     if stored.text:
         facts["text"] = {**asdict(stored.text), "fingerprint": stored.text_fingerprint}
+    if stored.buckets:
+        facts["buckets"] = [list(shape) for shape in stored.buckets]
     report = Coverage(str(path), f"run, step {checkpoint.step}", list(checkpoint.tensors["ema"]), [], [])
     return load_run_network(folder, sections, checkpoint), report, facts
 

@@ -39,6 +39,8 @@ WEIGHTS = "model.safetensors"
 CARD = "config.json"
 RELEASED_T2V = SampleConfig(sampler="ddim", steps="ddim50", guidance=7.5, batch=1)
 T = TypeVar("T")
+Shapes = tuple[tuple[int, int, int], ...]
+"""Shapes of clips in frames of video, height and width in pixels."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ class StoredModel:
     ``diffusion`` and ``codec`` are None where the source does not record them. The fingerprints are those of
     the codec and the text encoder that the model was trained with, None where unknown. ``lacks_text``: the
     model reads text, but where its T5 is stored is unknown. ``about`` is the training metadata for a model
-    card.
+    card, ``buckets`` are the shapes (frames, height, width) that it was trained on, () without buckets.
     """
 
     name: str
@@ -63,6 +65,7 @@ class StoredModel:
     text_fingerprint: str | None = None
     lacks_text: bool = False
     about: Mapping[str, Any] = field(default_factory=dict)
+    buckets: Shapes = ()
 
 
 def open_weights_folder(folder: Path, name: str, own_codec: bool = False) -> StoredModel:
@@ -81,6 +84,7 @@ def open_weights_folder(folder: Path, name: str, own_codec: bool = False) -> Sto
         diffusion = card.get("diffusion")
         sample = card.get("sample") or {}
         about = dict(card.get("about") or {})
+        buckets = card.get("buckets") or ()
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(
             f"{folder / CARD} does not describe a Latte model ({type(error).__name__}: {error}); "
@@ -116,6 +120,7 @@ def open_weights_folder(folder: Path, name: str, own_codec: bool = False) -> Sto
         text=optional(TextEncoderConfig, text_keys, f"{where}: text"),
         text_fingerprint=read_fingerprint(text),
         about=about,
+        buckets=typed(Shapes, buckets, f"{where}: buckets"),
     )
 
 
@@ -144,7 +149,10 @@ def open_external(
     }
     if text:
         facts["text"] = {**asdict(TextEncoderConfig(name="t5", path=place)), "fingerprint": None}
-    return loaded, {**facts, **{key: loaded.card[key] for key in (*facts, "about") if key in loaded.card}}
+    return loaded, {
+        **facts,
+        **{key: loaded.card[key] for key in (*facts, "about", "buckets") if key in loaded.card},
+    }
 
 
 def open_external_model(source: Source, codec_path: str | None, text_encoder_path: str | None) -> StoredModel:

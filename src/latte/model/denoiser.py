@@ -8,7 +8,7 @@ Axes: b batch, f clip frames, i images, c channels, h w latent size.
 """
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -181,6 +181,14 @@ class Denoiser(nn.Module, SavedModel):
         super().__init__()
         self.config = config
         self.gradient_checkpointing = False
+        self.trained_extent: tuple[int, int, int] = (config.num_frames, *config.grid_size)
+
+    def trained_on(self, shapes: Iterable[Sequence[int]]) -> None:
+        """Count latents of ``shapes`` (f, h, w) among those of training: up to the most frames, rows and
+        columns of any, positions are extended without a warning.
+        """
+        frames, rows, columns = zip(*(self.trained_extent, *shapes), strict=True)
+        self.trained_extent = max(frames), max(rows), max(columns)
 
     def example_condition(self, clips: int, num_images: int = 0, tokens: int = 1) -> dict[str, Tensor]:
         """Return a condition of the right shapes on torch's default device, for measuring cost.
@@ -251,9 +259,10 @@ class Denoiser(nn.Module, SavedModel):
 
     def warn_about_frames(self, frames: int) -> None:
         """Warn when a clip has more frames than the model was trained on."""
-        if frames > self.config.num_frames:
+        most = self.trained_extent[0]
+        if frames > most:
             warnings.warn(
-                f"{frames} latent frames are more than the {self.config.num_frames} the model was trained "
-                "on; the temporal table is extended",
+                f"{frames} latent frames are more than the {most} the model was trained on; the temporal "
+                "table is extended",
                 stacklevel=4,
             )

@@ -181,7 +181,7 @@ class Latte(Denoiser):
         if not self.position.free_length:
             self.warn_about_frames(z.shape[1] - num_images)
         h, w = z.shape[-2:]
-        rows, columns = self.config.grid_size
+        _, rows, columns = self.trained_extent
         if h > rows or w > columns:
             warnings.warn(
                 f"latents of {h} x {w} are larger than the {rows} x {columns} the model was trained on; the "

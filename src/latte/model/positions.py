@@ -2,8 +2,10 @@
 """Position tables, and the two temporal encodings (Latte, Sec. 3.3.3).
 
 Tables are functions of the requested size, computed in float64 and never stored, so any frame count and any
-latent size work at call time. As in the released layout, the spatial table has columns first, and every half
-is [sin, cos].
+latent size work at call time. They are extended, never interpolated: frame, row and column i have the same
+position in clips of every shape, so a model that is trained on several shapes learns one table. (LatteText
+scales rows and columns instead, as PixArt does.)
+As in the released layout, the spatial table has columns first, and every half is [sin, cos].
 Axes: b batch, f frames, n tokens of a frame, d width, h heads, k head width.
 """
 
