@@ -119,16 +119,8 @@ class VideoPipeline(Conditioned):
         reader = open_reader(stored, work, text_encoder_path, text_bits, prompts)
         network, weights = stored.load()
         codec = open_codec(stored, codec, codec_path, home)
-        pipe = cls(
-            stored.name,
-            network.to(home),
-            diffusion,
-            stored.codec,
-            codec,
-            stored.classes,
-            stored.sample,
-            weights,
-        )
+        parts = (diffusion, stored.codec, codec, stored.classes, stored.sample, weights)
+        pipe = cls(stored.name, network.to(home), *parts)
         pipe.reader = reader
         pipe.about = stored.about
         pipe.buckets = stored.buckets
