@@ -93,6 +93,12 @@ def condition_of(trained: VideoPipeline, scene: Scene | None, label: bool = True
     return {"labels": [scene.direction]} if scene and label and trained.classes else {}
 
 
+def alone(trained: VideoPipeline, picture: ndarray) -> ndarray:
+    """Return one frame, uint8 (h w c), after the codec encoded and decoded it as an image."""
+    with torch.no_grad():
+        return to_uint8(trained.codec.decode(trained.codec.encode(to_float(picture[None])[None])))[0, 0]
+
+
 def steps(clip: ndarray) -> ndarray:
     """Return the mean absolute difference of adjacent frames of uint8 (t h w c) in grey levels, (t-1,)."""
     return np.abs(np.diff(clip.astype(np.float64), axis=0)).mean((1, 2, 3))
@@ -111,7 +117,7 @@ def grade(clip: ndarray, scene: Scene, given: Sequence[int]) -> dict[str, float]
 
 def compare(clip: ndarray, true: ndarray, decoded: ndarray, given: Sequence[int]) -> dict[str, float]:
     """Compare a clip with the true one, each (t h w c); ``decoded``: true conditioning frames through the
-    codec.
+    codec, each as an image.
 
     ``worst`` and ``error`` are the largest and the mean squared difference of a conditioning frame from
     ``decoded`` in grey levels. ``step`` is the mean step between a conditioning frame and its neighbours,
@@ -151,8 +157,7 @@ def measure(
             "frames": len(true),
         }
         ((_, clip),) = trained.generate([seed + index], **options)
-        with torch.no_grad():
-            decoded = to_uint8(trained.codec.decode(trained.codec.encode(to_float(true[given])[None])))[0]
+        decoded = np.stack([alone(trained, true[frame]) for frame in given])
         rows.append(compare(clip, true, decoded, given) | (grade(clip, scene, given) if scene else {}))
     means = {key: float(mean(float(row[key]) for row in rows)) for key in rows[0]}
     error = means.pop("error")
@@ -188,7 +193,7 @@ def main(words: Sequence[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--strengths", nargs="+", type=float, default=[0.0, DEFAULT_STRENGTH])
     options = parser.parse_args(words)
     trained, count, seed = load(options), options.count, options.seed
-    frames = trained.model.config.num_frames
+    frames = trained.codec.frames(trained.model.config.num_frames)
     clips = (
         videos(trained, options.videos, frames, count)
         if options.videos

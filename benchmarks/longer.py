@@ -119,11 +119,13 @@ def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__)
     add_arguments(parser, 400_000)
     parser.add_argument(
-        "--times", nargs="+", type=int, default=[2], help="lengths, as multiples of the model's frames"
+        "--times", nargs="+", type=int, default=[2], help="lengths, as multiples of the model's latent frames"
     )
     parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=METHODS)
     parser.add_argument(
-        "--overlap", type=int, help="frames that neighbouring windows share; each method's own by default"
+        "--overlap",
+        type=int,
+        help="latent frames that neighbouring windows share; each method's own by default",
     )
     parser.add_argument("--strength", type=float, help="guidance strength of conditioning frames in chains")
     parser.add_argument("--sheets", type=Path, help="folder for a contact sheet per line")
@@ -134,7 +136,7 @@ def main(words: Sequence[str] | None = None) -> list[dict[str, Any]]:
     """Print one JSON line per length and method."""
     options = arguments().parse_args(words)
     trained, lines = load(options), []
-    length = trained.model.config.num_frames
+    length = trained.codec.frames(trained.model.config.num_frames)
     settings = {
         "overlap": options.overlap,
         "strength": options.strength,
@@ -146,7 +148,8 @@ def main(words: Sequence[str] | None = None) -> list[dict[str, Any]]:
         "steps": trained.sample.steps,
         "guidance": trained.sample.guidance,
     }
-    for frames in [length * times for times in options.times]:
+    for times in options.times:
+        frames = trained.codec.frames(trained.model.config.num_frames * times)
         variants: dict[str, Callable[[], list[ndarray]]] = {
             "real": lambda frames=frames: real(trained, frames, options)
         }

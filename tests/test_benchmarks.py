@@ -19,6 +19,7 @@ from latte.checks import InputError
 from latte.data.media import write_mp4
 from latte.data.procedural import DIRECTIONS, draw_scene, render
 from latte.inference.generate import SampleConfig
+from temporal import time_codec
 from tiny import tiny_trained
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
@@ -270,6 +271,20 @@ def test_the_benchmarks_of_conditioning_frames_and_longer_clips_run_a_model(
     assert {path.name for path in (tmp_path / "sheets").iterdir()} == {
         f"{line['method']}-6.png" for line in lines
     }
+
+
+@pytest.mark.usefixtures("time_codecs")
+def test_these_benchmarks_count_frames_of_video_where_the_codec_compresses_time(benchmark, monkeypatch):
+    """Three latent frames are 9 frames of video, six are 21."""
+    given, longer = benchmark("given"), benchmark("longer")
+    codec = time_codec()  # 2 x 2 pixels per latent pixel
+    channels, size = codec.channels, 16
+    small = tiny_trained(latent_channels=channels, latent_size=size, num_frames=3)
+    monkeypatch.setattr(given.VideoPipeline, "from_pretrained", lambda *_, **__: replace(small, codec=codec))
+    (line,) = given.main(["--count", "1", "--given", "first", "--strengths", "0"])
+    assert line["psnr"] is None or line["psnr"] > 40, "a first image is a latent frame of its own"
+    lines = longer.main(["--count", "1", "--methods", "plain", "freenoise"])
+    assert {(line["frames"], line["window"]) for line in lines} == {(21, 9)}
 
 
 def test_captions_of_a_run_that_held_nothing_out_are_refused(benchmark, monkeypatch):

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from latte.autoencoder.base import Compression
+from latte.autoencoder.codec import CODECS
 from temporal import TIME_WORDS
 from tiny import WORDS
 from videos import encode, numbered
@@ -153,6 +155,18 @@ def test_latents_that_do_not_fit_the_run_are_one_line(latte, words, expected):
     found = latte("train", *RUN, *SHARDS, *words, "train.sample_every=0")
     assert (found.code, len(found.errors)) == (2, 1)
     assert expected in found.errors[0]
+
+
+@pytest.mark.usefixtures("clips")
+def test_latents_of_the_same_codec_with_another_compression_are_one_line(latte, monkeypatch):
+    """Weights of one class come with several compressions; ``codec.path`` says which."""
+    assert latte("data", "encode", *RUN, *CLIPS, "--out", "shards").code == 0
+    other = Compression(channels=12, spatial_factor=4, temporal_factor=4)
+    monkeypatch.setattr(CODECS["time"], "compression", other)
+    found = latte("train", *RUN, *SHARDS, "train.sample_every=0")
+    assert (found.code, len(found.errors)) == (2, 1)
+    assert "are of another codec 'time'" in found.errors[0]
+    assert "give codec.path, the weights that they were made with" in found.errors[0]
 
 
 def test_the_plan_counts_latent_frames_for_the_model_and_frames_for_the_codec(latte):
