@@ -6,6 +6,7 @@ states.
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -250,7 +251,9 @@ def test_every_optimizer_resumes_bit_for_bit(tmp_path, optimizer):
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_every_optimizer_minimises_a_quadratic(optimizer):
-    model = layer()
+    model: Any = nn.Module()
+    model.blocks = nn.ModuleList([layer()])
+    model.head = layer()
     built = build_optimizer(model, 5e-2, 0.0, optimizer)
     losses = []
     for _ in range(200):
@@ -279,7 +282,9 @@ def test_the_default_optimizer_leaves_no_trace_in_a_checkpoint(tmp_path):
 def test_an_optimizer_of_a_users_own_needs_one_entry_of_the_table(tmp_path, monkeypatch):
     from latte.profile.memory import states
 
-    kind = OptimizerKind(lambda parameters, lr, decay: torch.optim.SGD(parameters, lr), lambda shape: 0)
+    kind = OptimizerKind(
+        lambda parameters, lr, decay: torch.optim.SGD(parameters.values(), lr), lambda name, shape: 0
+    )
     monkeypatch.setitem(OPTIMIZERS, "sgd", kind)
     assert run(tmp_path, replace(SHORT, optimizer="sgd", steps=2))["step"] == 2
     assert states(TINY, optimizer="sgd").optimizer == 0

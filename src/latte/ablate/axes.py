@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The axes of an ablation: each turns a base recipe into settings, read from the package's own tables.
 
-An entry added to VARIANTS, PATCHES, CONDITIONINGS, TEMPORAL_POSITIONS, OBJECTIVES, SIZES or MAPPINGS is a
-setting by itself. The setting that changes nothing is the baseline, which all axes share.
+An entry added to VARIANTS, PATCHES, CONDITIONINGS, TEMPORAL_POSITIONS, OBJECTIVES, OPTIMIZERS, SIZES or
+MAPPINGS is a setting by itself. The setting that changes nothing is the baseline, which all axes share.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -21,6 +21,7 @@ from latte.model.patches import PATCHES
 from latte.model.positions import TEMPORAL_POSITIONS
 from latte.model.variants import VARIANTS
 from latte.profile.flops import Cost, count
+from latte.training.optim import OPTIMIZERS
 
 Overrides = dict[str, object]
 """Dotted key of a run's config -> value."""
@@ -122,6 +123,7 @@ AXES: dict[str, Callable[[RunConfig], dict[str, Overrides]]] = {
     "conditioning": partial(one_each, "model.conditioning", CONDITIONINGS),
     "temporal_position": partial(one_each, "model.temporal_position", TEMPORAL_POSITIONS),
     "objective": objectives,
+    "optimizer": partial(one_each, "train.optimizer", OPTIMIZERS),
     "joint": image_counts,
     "interval": intervals,
     "size": sizes,

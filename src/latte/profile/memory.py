@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from latte.model.denoiser import Denoiser, DenoiserConfig
-from latte.training.optim import OPTIMIZERS
+from latte.training.optim import OPTIMIZERS, trainable_parameters
 
 FLOAT32 = 4  # bytes
 # functions that autocast runs in reduced precision: matrix products
@@ -79,12 +79,13 @@ def fresh(config: DenoiserConfig, adapt: Adapt | None) -> Denoiser:
 def states(config: DenoiserConfig, adapt: Adapt | None = None, optimizer: str = "adamw") -> States:
     """Return what training with ``optimizer``, a name in OPTIMIZERS, and an EMA holds beside activations."""
     with torch.device("meta"):
-        parameters = list(fresh(config, adapt).parameters())
-    weights = sum(parameter.numel() * FLOAT32 for parameter in parameters)
-    trained = [parameter for parameter in parameters if parameter.requires_grad]
-    size = sum(parameter.numel() * FLOAT32 for parameter in trained)
+        model = fresh(config, adapt)
+    weights = sum(parameter.numel() * FLOAT32 for parameter in model.parameters())
+    trained = trainable_parameters(model)
+    size = sum(parameter.numel() * FLOAT32 for parameter in trained.values())
     state_bytes = OPTIMIZERS[optimizer].state_bytes
-    return States(weights, size, sum(state_bytes(parameter.shape) for parameter in trained), size)
+    kept = sum(state_bytes(name, parameter.shape) for name, parameter in trained.items())
+    return States(weights, size, kept, size)
 
 
 def activations(

@@ -16,6 +16,10 @@ from torch.optim import Optimizer
 
 from latte.checks import InputError, RunError, choose
 from latte.training.distributed import Group
+from latte.training.muon import MuonWithAdamW, is_block_matrix
+
+Parameters = Mapping[str, nn.Parameter]
+"""Trainable parameters by name, in the model's order."""
 
 FUSED_DEVICES = ("cpu", "cuda", "mps")
 FLOAT32 = 4  # bytes
@@ -28,33 +32,38 @@ TENSOR_GROUPS = {
 
 
 class OptimizerKind(NamedTuple):
-    """An entry of ``OPTIMIZERS``: how to build it, and the bytes of state that it keeps for a parameter of
-    a shape.
+    """An entry of ``OPTIMIZERS``: how to build it over named parameters, and the bytes of state that it
+    keeps for a parameter of a name and shape.
     """
 
-    build: Callable[[list[nn.Parameter], float, float], Optimizer]  # (parameters, lr, weight_decay)
-    state_bytes: Callable[[torch.Size], int]
+    build: Callable[[Parameters, float, float], Optimizer]  # (parameters, lr, weight_decay)
+    state_bytes: Callable[[str, torch.Size], int]
 
 
-def build_adamw(parameters: list[nn.Parameter], lr: float, weight_decay: float) -> Optimizer:
+def build_adamw(parameters: Parameters, lr: float, weight_decay: float) -> Optimizer:
     """AdamW (Loshchilov and Hutter 2019), as one fused kernel where the device has one."""
-    fused = parameters[0].device.type in FUSED_DEVICES
-    return torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay, fused=fused)
+    fused = has_fused(parameters)
+    return torch.optim.AdamW(list(parameters.values()), lr=lr, weight_decay=weight_decay, fused=fused)
 
 
-def adamw_bytes(shape: torch.Size) -> int:
+def has_fused(parameters: Parameters) -> bool:
+    """Return whether AdamW is one kernel on the device of ``parameters``."""
+    return next(iter(parameters.values())).device.type in FUSED_DEVICES
+
+
+def adamw_bytes(name: str, shape: torch.Size) -> int:
     """Two float32 moments per weight."""
     return 2 * FLOAT32 * shape.numel() + STEP_BYTES
 
 
-def build_adafactor(parameters: list[nn.Parameter], lr: float, weight_decay: float) -> Optimizer:
+def build_adafactor(parameters: Parameters, lr: float, weight_decay: float) -> Optimizer:
     """Adafactor (Shazeer and Stern 2018): steps relative to the size of the weights, factored second
     moment, no first.
     """
-    return torch.optim.Adafactor(parameters, lr=lr, weight_decay=weight_decay)
+    return torch.optim.Adafactor(list(parameters.values()), lr=lr, weight_decay=weight_decay)
 
 
-def adafactor_bytes(shape: torch.Size) -> int:
+def adafactor_bytes(name: str, shape: torch.Size) -> int:
     """A row and a column of float32 per matrix; vectors keep a full second moment."""
     if len(shape) < 2:
         return FLOAT32 * shape.numel() + STEP_BYTES
@@ -62,9 +71,22 @@ def adafactor_bytes(shape: torch.Size) -> int:
     return FLOAT32 * rows_and_columns + STEP_BYTES
 
 
+def build_muon(parameters: Parameters, lr: float, weight_decay: float) -> Optimizer:
+    """Muon (Jordan et al. 2024) for the matrices of the blocks, AdamW for the rest."""
+    return MuonWithAdamW(parameters, lr, weight_decay, has_fused(parameters))
+
+
+def muon_bytes(name: str, shape: torch.Size) -> int:
+    """One float32 momentum per weight of a block's matrix; AdamW's state for the rest."""
+    if is_block_matrix(name, shape):
+        return FLOAT32 * shape.numel()
+    return adamw_bytes(name, shape)
+
+
 OPTIMIZERS: dict[str, OptimizerKind] = {
     "adamw": OptimizerKind(build_adamw, adamw_bytes),
     "adafactor": OptimizerKind(build_adafactor, adafactor_bytes),
+    "muon": OptimizerKind(build_muon, muon_bytes),
 }
 
 
@@ -72,8 +94,13 @@ def build_optimizer(model: nn.Module, lr: float, weight_decay: float, name: str 
     """Build optimizer ``name`` over the trainable parameters of ``model``; InputError for a name not in
     ``OPTIMIZERS``.
     """
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    parameters = trainable_parameters(model)
     return choose("train.optimizer", name, OPTIMIZERS).build(parameters, lr, weight_decay)
+
+
+def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters of ``model`` that are trained, by name, in the model's order."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float | None) -> Tensor:
@@ -104,14 +131,16 @@ def load_optimizer_tensors(model: nn.Module, optimizer: Optimizer, tensors: Mapp
     InputError for the state of another model or optimizer.
     """
     buffers = {name for name, _ in model.named_buffers()}
-    trainable = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    index_of = {name: index for index, (name, _) in enumerate(trainable)}
+    trainable = trainable_parameters(model)
+    ordered = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    place = {id(parameter): index for index, parameter in enumerate(ordered)}
+    index_of = {name: place[id(parameter)] for name, parameter in trainable.items()}
     state: dict[int, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         name, state_name = key.rsplit(":", 1)
         if name in buffers:
             continue
-        if name not in index_of or not could_belong(tensor, trainable[index_of[name]][1]):
+        if name not in index_of or not could_belong(tensor, trainable[name]):
             raise InputError(
                 f"the optimizer state has {key} {tuple(tensor.shape)}, which does not fit this model; "
                 "use the configuration that the run was started with"
@@ -176,7 +205,7 @@ class TrainState:
         self.ema = EMA(model, ema_decay, ema_warmup)
         self.optimizer_name = optimizer
         self.optimizer = build_optimizer(model, lr, weight_decay, optimizer)
-        self.parameters = self.optimizer.param_groups[0]["params"]
+        self.parameters = list(trainable_parameters(model).values())
         self.frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
         if self.frozen:  # with LoRA adapters, buffers do not change either
             self.frozen |= {name for name, _ in model.named_buffers()}

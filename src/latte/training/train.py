@@ -47,7 +47,7 @@ from latte.training.condition import CaptionReader
 from latte.training.config import CHANGEABLE, TrainConfig, check_schedule, gate_opening, learning_rate
 from latte.training.custom import CustomDataset, as_dataset, check_first_clip, run_record
 from latte.training.distributed import Group, process_group
-from latte.training.optim import OPTIMIZERS, TrainState
+from latte.training.optim import OPTIMIZERS, TrainState, trainable_parameters
 from latte.training.resume import restore, run_facts
 from latte.training.signals import StopRequest
 from latte.training.step import Task, backward
@@ -312,7 +312,7 @@ def check_disk(run_dir: Path, state: TrainState, keep_last: int) -> None:
     size_of = OPTIMIZERS[state.optimizer_name].state_bytes
     tensors = state.tensors()
     size = sum(tensor.nbytes for group in ("model", "ema") for tensor in tensors[group].values())
-    size += sum(size_of(parameter.shape) for parameter in state.parameters)
+    size += sum(size_of(name, part.shape) for name, part in trainable_parameters(state.model).items())
     try:
         free = shutil.disk_usage(run_dir).free
     except OSError:  # a file system that does not say
