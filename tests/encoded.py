@@ -50,9 +50,9 @@ def make_videos(root: Path) -> Path:
 
 
 def folder_config(root: Path, **changes) -> DataConfig:
-    return DataConfig(
-        **{"root": str(root), "resolution": (24, 32), "frames": 3, "interval": 2, "flip": True} | changes
-    )
+    """Frames as they are: the rates of ``make_videos`` differ, so an open rule would choose by time."""
+    given = {"resolution": (24, 32), "frames": 3, "interval": 2, "rule": "strict", "flip": True} | changes
+    return DataConfig(root=str(root), **given)
 
 
 def latents_of(config: DataConfig, out: Path) -> DataConfig:

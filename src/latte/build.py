@@ -29,7 +29,8 @@ from latte.data.captions import (
 from latte.data.datasets import Dataset, FolderDataset, build_dataset
 from latte.data.latents import LatentDataset
 from latte.data.media import contact_sheet
-from latte.data.skipped import write_skipped
+from latte.data.selection import report
+from latte.data.skipped import reasons, write_skipped
 from latte.diffusion.config import build_process
 from latte.diffusion.guidance import guidance_window, guided
 from latte.diffusion.samplers import sample
@@ -75,7 +76,15 @@ class Job:
         folder = Path(config.run.dir or DEFAULT_DIR)
         if self.dataset.skipped and rank() == 0:
             write_skipped(folder / "skipped.jsonl", self.dataset.skipped)
-            LOG.info("%d files cannot be used, see %s", len(self.dataset.skipped), folder / "skipped.jsonl")
+            LOG.info(
+                "%d files cannot be used (%s), see %s",
+                len(self.dataset.skipped),
+                reasons(self.dataset.skipped),
+                folder / "skipped.jsonl",
+            )
+        if rank() == 0:
+            for line in data_lines(self.dataset, config.train.global_batch):
+                LOG.info("%s", line)
         return train(
             model=self.model,
             dataset=self.dataset,
@@ -94,6 +103,15 @@ class Job:
             allow_data_change=config.run.allow_data_change,
             workers=config.data.workers,
         )
+
+
+def data_lines(dataset: Dataset, global_batch: int) -> list[str]:
+    """Return what was decided about the clips, for people: how frames are chosen, and the buckets."""
+    if isinstance(dataset, FolderDataset):
+        return report(dataset.selection, global_batch)
+    if isinstance(dataset, LatentDataset) and dataset.rules.notice:
+        return [dataset.rules.notice]
+    return []
 
 
 def build(config: RunConfig, device: str = "auto") -> Job:
@@ -160,7 +178,9 @@ def open_data(config: RunConfig, device: torch.device) -> tuple[Dataset, Codec |
     """
     needed = config.data.kind != "latents" or config.train.sample_every > 0 or config.codec.path is not None
     codec = build_codec(config.codec, device) if needed else None
-    dataset = build_dataset(config.data, codec_fingerprint=codec and codec.fingerprint)
+    dataset = build_dataset(
+        config.data, codec_fingerprint=codec and codec.fingerprint, buckets=config.buckets
+    )
     if isinstance(dataset, LatentDataset):
         name = dataset.settings["codec"]["name"]
         check(

@@ -25,7 +25,8 @@ from latte.data.datasets import (
     build_dataset,
 )
 from latte.data.layouts import LAYOUTS
-from latte.data.loader import items_of_step, load_batch
+from latte.data.loader import load_batch
+from latte.data.order import items_of_step
 from latte.data.skipped import scan, write_skipped
 from latte.runtime import generator
 from videos import encode, number_of, numbered

@@ -26,8 +26,9 @@ from latte.data.datasets import Clip, DataConfig, FolderDataset
 from latte.data.encode import encode_dataset
 from latte.data.joint import JointDataset
 from latte.data.latents import LatentDataset
-from latte.data.loader import Loader, items_of_step, load_batch, permuted
+from latte.data.loader import Loader, load_batch
 from latte.data.media import Unreadable
+from latte.data.order import items_of_step, permuted
 from tiny_runs import FORKS
 from videos import encode, numbered
 

@@ -24,7 +24,7 @@ from latte.data.base import SceneSet
 from latte.data.clips import to_uint8
 from latte.data.datasets import Clip, DataConfig, Dataset, FolderDataset, ProceduralDataset, build_dataset
 from latte.data.latents import LatentDataset
-from latte.data.loader import permuted
+from latte.data.order import permuted
 from latte.diffusion.config import build_process
 from latte.diffusion.guidance import conditional
 from latte.diffusion.loss import OBJECTIVES
@@ -158,7 +158,7 @@ def subset(dataset: Dataset, keys: set[str]) -> Subset:
 
 def other_clips(data: DataConfig) -> Dataset:
     """Return procedural clips of another seed, without limit."""
-    return build_dataset(replace(data, seed=data.seed + HELD_OUT_SEED, num_clips=None))
+    return build_dataset(replace(data.without_buckets(), seed=data.seed + HELD_OUT_SEED, num_clips=None))
 
 
 @torch.no_grad()

@@ -26,6 +26,7 @@ from latte.cli.options import (
 
 if TYPE_CHECKING:
     from latte.config.run import RunConfig
+    from latte.data.selection import Selection
     from latte.data.skipped import ScanResult
 
 SHOWN = 5  # skipped videos in the summary of ``encode``; all are in the manifest
@@ -78,31 +79,45 @@ def scan_folder(
 ) -> None:
     """List the usable clips, and write the others with the reasons to skipped.jsonl.
 
-    Clips too short for a run are skipped when SOURCE is one, or when data.frames or data.interval are given.
+    Clips too short for a run are skipped when SOURCE is one, or when data.frames, data.interval or
+    data.buckets are given; with buckets it also shows how many clips each has and what is cropped.
     """
     from latte.config.run import DEFAULT
+    from latte.data.selection import report, select, settle
     from latte.data.skipped import check_folder, describe_clips, require_clips, scan, write_skipped
     from latte.files import reported
 
     configure_logging()
     config, origins = load_source(source, overrides)
     data = config.data
-    ruled = any(origins[f"data.{key}"] != DEFAULT for key in ("frames", "interval", "rule", "fps"))
-    rule = data.clip_rule if ruled else None
     latents = None
+    keys = ("frames", "interval", "rule", "fps", "buckets")
+    ruled = any(origins[f"data.{key}"] != DEFAULT for key in keys)
+    lines = []
+    selection = None
     if data.kind == "latents":
         from latte.data.latents import count_latents, scan_latents
 
-        found = scan_latents(check_folder(data.root or ""), rule)
+        found = scan_latents(check_folder(data.root or ""), data.clip_rule if ruled else None)
         latents = count_latents(data.root or "")
     else:
-        found = scan(check_folder(data.root or ""), rule, data.labels, progress=progress_line("scan", 0, 1))
+        buckets = config.buckets
+        images = buckets is not None and buckets.has_images
+        root = check_folder(data.root or "")
+        found = scan(root, None, data.labels, progress=progress_line("scan", 0, 1), images=images)
+        if ruled:
+            selection = select(data, found, buckets)
+            found = selection.found
+            lines = report(selection, config.train.global_batch)
+        else:
+            notice = settle(data, [clip.info for clip in found.clips]).notice
+            lines = [notice] if notice else []
     if found.skipped:
         with reported("the list of skipped videos", out):
             write_skipped(out, found.skipped)
     require_clips(found)
-    result = scan_result(found)
-    lines = describe_clips(found)
+    result = {**scan_result(found), **bucket_result(selection, config.train.global_batch)}
+    lines = [*describe_clips(found), *lines]
     if latents:
         result["latents"] = latents
         lines.append(latents_line(latents))
@@ -120,6 +135,22 @@ def latents_line(latents: dict[str, Any]) -> str:
         windows = f" in {latents['windows']} windows of {latents['window']['frames']} frames"
     counts = f"{latents['frames']} frames of video{windows}, {latents['latent_frames']} latent frames"
     return f"latents of codec {latents['codec']}: {counts}"
+
+
+def bucket_result(selection: "Selection | None", global_batch: int) -> dict:
+    """Return the rule, the buckets and what they crop as plain data; {} when no run was given."""
+    from latte.data.selection import bucket_table, total_lost
+
+    if selection is None:
+        return {}
+    single, now = total_lost(selection)
+    return {
+        "rule": selection.config.rule,
+        "fps": selection.config.fps,
+        "cropped": now,
+        "cropped_with_one_size": single,
+        "buckets": bucket_table(selection, global_batch),
+    }
 
 
 def scan_result(found: "ScanResult") -> dict:
@@ -170,8 +201,8 @@ def inspect(
     from latte.autoencoder.codec import build_codec
     from latte.data.clips import to_uint8
     from latte.data.datasets import build_dataset
-    from latte.data.loader import items_of_step
     from latte.data.media import contact_sheet
+    from latte.data.order import items_of_step
     from latte.files import commit_file, reported
     from latte.runtime import generator, resolve_device
 
@@ -183,7 +214,7 @@ def inspect(
     if config.data.kind == "latents":
         codec = build_codec(config.codec, resolve_device(device))
         fingerprint = codec.fingerprint
-    dataset = build_dataset(config.data, codec_fingerprint=fingerprint)
+    dataset = build_dataset(config.data, codec_fingerprint=fingerprint, buckets=config.buckets)
     items = items_of_step(seed, 0, min(count, len(dataset)), len(dataset))
     clips = [dataset.clip(item, generator(seed, "inspect", item)) for item in items]
     videos = [codec.decode(clip.video[None])[0] if codec else clip.video for clip in clips]  # (f 3 H W)

@@ -36,10 +36,14 @@ def plan(
     disk, time.
     """
     from latte.config.run import load_run
+    from latte.data.selection import table_lines
     from latte.profile.plan import plan as plan_of
 
     planned = plan_of(load_run(run, overrides or [])[0], device, processes, measure)
-    print_result(asdict(planned), as_json, table(rows(planned)))
+    lines = table(rows(planned))
+    if planned.buckets:
+        lines += table_lines(planned.buckets)
+    print_result(asdict(planned), as_json, lines)
 
 
 def rows(planned: "Plan") -> list[tuple[str, str]]:

@@ -10,7 +10,7 @@ contradict.
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from importlib import resources
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,6 +31,7 @@ from latte.config.layers import (
     short,
     type_name,
 )
+from latte.data.buckets import Buckets, Grid, buckets_of
 from latte.data.datasets import DataConfig
 from latte.data.joint import check_images
 from latte.diffusion.config import DiffusionConfig
@@ -95,6 +96,10 @@ class RunConfig:
                 )
         if self.text.name is not None:
             problems += class_keys(self.model)
+        try:
+            check_buckets(self)
+        except InputError as error:
+            problems.append(str(error))
         if self.lora.rank is not None and self.train.init is None:
             problems.append(
                 f"lora.rank is {self.lora.rank}, but adapters need trained weights; give train.init"
@@ -115,6 +120,17 @@ class RunConfig:
             **shared, caption_channels=text.channels, gated_time=text.gated_time, table_size=text.table_size
         )
 
+    @property
+    def grid(self) -> Grid:
+        """What decides which shapes of clips fit: codec and patches."""
+        compression = CODECS[self.codec.name].compression_at(self.codec.path)
+        return Grid(self.codec.name, compression, self.model.patch_size, self.network.frames_per_token)
+
+    @property
+    def buckets(self) -> Buckets | None:
+        """The buckets of ``data.buckets``; None without."""
+        return buckets_of(self.data, self.grid)
+
 
 TEXT_KEYS = {item.name for item in fields(ModelConfig)} & {item.name for item in fields(TextConfig)}
 
@@ -131,6 +147,20 @@ def class_keys(model: ModelConfig) -> list[str]:
         f"leave model.{item.name} out, or set text.name=null"
         for item in changed
     ]
+
+
+def check_buckets(config: RunConfig) -> None:
+    """InputError for a bucket that does not fit the codec and the model, with the nearest one."""
+    buckets = config.buckets
+    if buckets is None:
+        return
+    grid = config.grid
+    for bucket in buckets.shapes:
+        size = grid.compression.latent_size(*bucket.size, grid.codec)
+        try:
+            replace(config.model, num_frames=grid.compression.latent_frames(bucket.frames), latent_size=size)
+        except InputError as error:
+            raise InputError(f"data.buckets: {bucket} does not fit the model: {error}") from None
 
 
 def derived(data: DataConfig, codec: CodecConfig) -> dict[str, tuple[Any, str]]:

@@ -5,7 +5,7 @@ Axes: f frames, c channels, H height, W width.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from latte.checks import InputError, RunError, check, choose, printable
+from latte.data.buckets import AUTO_KEYS, check_settings
 from latte.data.clips import ClipRule
 from latte.data.layouts import LAYOUTS
 from latte.data.procedural import ShapeScenes
@@ -145,8 +146,14 @@ class DataConfig:
     resolution: int | tuple[int, int] = 256  # side, or (height, width), of the frames in pixels
     frames: int = 16  # frames per clip
     interval: int = 1  # distance of two frames of a clip, in source frames
-    rule: str = "strict"  # how frames are chosen, see clips.ClipRule
+    rule: str | None = None  # how frames are chosen, see clips.ClipRule; null: by time if rates differ
     fps: float | None = None  # frame rate of a clip, for rule "time"
+    buckets: tuple[str, ...] | None = None  # frames x height x width of a batch's clips, a list or auto
+    bucket_pixels: int | None = None  # height x width of auto buckets; null: that of data.resolution
+    bucket_aspects: tuple[float, float, int] | None = (
+        None  # smallest and largest width / height, and how many
+    )
+    bucket_lengths: tuple[int, ...] | None = None  # frames of auto buckets; null: data.frames, 1/2 and 1/4
     flip: bool = False  # mirror half of the clips at random
     labels: bool = True  # classes from <root>/<class>/<clip>
     seed: int = 0  # of procedural clips
@@ -162,9 +169,13 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         unread = choose("data.kind", self.kind, UNREAD)
+        for name in ("buckets", "bucket_aspects", "bucket_lengths"):
+            value = getattr(self, name)
+            if value is not None:  # JSON and YAML have lists; in Python one text is one bucket
+                object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value))
         for field in fields(self):
             value = getattr(self, field.name)
-            if field.name in unread and value != field.default:
+            if field.name in unread and value not in (field.default, OLD_DEFAULTS.get(field.name)):
                 raise InputError(
                     f"data.{field.name} is {value!r}, but data.kind={self.kind} does not read it; "
                     f"leave it out ({unread[field.name]})"
@@ -183,6 +194,7 @@ class DataConfig:
         )
         _ = self.scene_set  # refuses what does not fit the scenes
         _ = self.clip_rule  # refuses impossible frames, interval, rule, fps
+        check_settings(self)
 
     @property
     def size(self) -> tuple[int, int]:
@@ -199,8 +211,19 @@ class DataConfig:
 
     @property
     def clip_rule(self) -> ClipRule:
-        """How the frames of a clip are chosen."""
-        return ClipRule(self.frames, self.interval, self.rule, self.fps)
+        """How the frames of a clip are chosen. A dataset of files settles an open ``rule`` by their rates."""
+        return self.clip_rule_of(self.frames)
+
+    def clip_rule_of(self, frames: int) -> ClipRule:
+        """Return how the frames of a clip of ``frames`` are chosen; one frame needs no times."""
+        rule = self.rule or ("strict" if self.fps is None else "time")
+        if frames == 1 and frames != self.frames:
+            return ClipRule(1)
+        return ClipRule(frames, self.interval, rule, self.fps)
+
+    def without_buckets(self) -> "DataConfig":
+        """Return the same clips, all of ``frames`` frames at ``resolution``."""
+        return replace(self, **dict.fromkeys(BUCKET_KEYS))
 
     def describe_clips(self) -> dict[str, Any]:
         """Return what decides how clips are cut from videos, as plain data."""
@@ -213,6 +236,9 @@ class DataConfig:
             "flip": self.flip,
         }
 
+
+BUCKET_KEYS = ("buckets", *AUTO_KEYS)
+OLD_DEFAULTS = {"rule": "strict"}  # of 0.1.0, whose runs have every key in their config.yaml
 
 # Kind of dataset -> keys of DataConfig that it does not read, with the reason.
 _VIDEOS = dict.fromkeys(
@@ -227,10 +253,14 @@ _PROCEDURAL = {
     "captions": "they are generated too",
 }
 _CUSTOM = dict.fromkeys(
-    ("root", "interval", "rule", "fps", "flip", "labels", *_VIDEOS, "captions"),
+    ("root", "interval", "rule", "fps", "flip", "labels", *_VIDEOS, "captions", *BUCKET_KEYS),
     "the clips come from a dataset in Python",
 )
-_LATENTS = {**_VIDEOS, "captions": "they are in the manifest of the latents, if the encoded videos had any"}
+_LATENTS = {
+    **_VIDEOS,
+    **dict.fromkeys(BUCKET_KEYS, "one set of latents has one size; train on the videos themselves"),
+    "captions": "they are in the manifest of the latents, if the encoded videos had any",
+}
 UNREAD = {
     "folder": _VIDEOS,
     **dict.fromkeys(LAYOUTS, _VIDEOS),

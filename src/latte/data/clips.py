@@ -156,6 +156,13 @@ def choose_frames(
     return rule.frames_at(start, times)
 
 
+def crop_box(h: int, w: int, height: int, width: int) -> tuple[int, int]:
+    """Return (rows, columns) of the largest box of the aspect height x width in h x w, in whole pixels."""
+    if h * width < w * height:
+        return h, max(1, round(h * width / height))
+    return max(1, round(w * height / width)), w
+
+
 def centre_crop_resize(frames: np.ndarray, height: int, width: int) -> np.ndarray:
     """Return uint8 (t height width c) of uint8 (t h w c): the largest centred box of the target's aspect,
     then one resize.
@@ -167,12 +174,7 @@ def centre_crop_resize(frames: np.ndarray, height: int, width: int) -> np.ndarra
     h, w = frames.shape[1:3]
     if (h, w) == (height, width):
         return frames
-    box_h = h
-    box_w = w
-    if h * width < w * height:
-        box_w = max(1, round(h * width / height))
-    else:
-        box_h = max(1, round(w * height / width))
+    box_h, box_w = crop_box(h, w, height, width)
     top = (h - box_h) // 2
     left = (w - box_w) // 2
     box = np.ascontiguousarray(frames[:, top : top + box_h, left : left + box_w])

@@ -8,21 +8,24 @@ Axes: f frames, c channels, H height, W width.
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
 import torch
 
-from latte.checks import InputError, choose
-from latte.data.base import UNREAD, Clip, ClipReadError, DataConfig, Dataset
+from latte.checks import InputError, check, choose
+from latte.data.base import UNREAD, Clip, ClipReadError, DataConfig, Dataset, SceneSet
+from latte.data.buckets import Bucket, Buckets
 from latte.data.caption_files import read_captions
 from latte.data.clips import centre_crop_resize, choose_frames, flip_horizontal, to_float
 from latte.data.fingerprint import combined, fingerprints
 from latte.data.latents import LatentDataset
 from latte.data.layouts import LAYOUTS, check_layout
 from latte.data.media import Unreadable, read_frames
-from latte.data.skipped import FoundClip, require_clips, scan
+from latte.data.selection import select
+from latte.data.skipped import require_clips, scan
 
 __all__ = [
     "DATASETS",
@@ -50,18 +53,25 @@ class FolderDataset:
 
     latent = False
 
-    def __init__(self, config: DataConfig, cache_dir: str | os.PathLike | None = None):
+    def __init__(
+        self, config: DataConfig, cache_dir: str | os.PathLike | None = None, buckets: Buckets | None = None
+    ):
         if config.root is None:
             raise InputError(
                 "data.root is missing; give the folder of the videos, e.g. data.root=/path/to/videos"
             )
         layout = LAYOUTS.get(config.kind)
         labelled = config.labels and (layout is None or layout.num_classes is not None)
-        found = scan(config.root, config.clip_rule, labelled, cache_dir)
+        images = buckets is not None and buckets.has_images
+        found = scan(config.root, None, labelled, cache_dir, images=images)
         if layout:
             check_layout(config.kind, found)
+        self.selection = select(config, found, buckets)
+        self.buckets = self.selection.buckets
+        self.members = self.selection.members
+        found = self.selection.found
         require_clips(found)
-        self.config = config
+        self.config = self.selection.config
         self.clips = found.clips
         self.skipped = found.skipped
         self.classes = list(found.classes)
@@ -70,6 +80,10 @@ class FolderDataset:
 
     def __len__(self) -> int:
         return len(self.clips)
+
+    def bucket(self, index: int) -> Bucket:
+        """Return the shape that clip ``index`` is cut to."""
+        return self.selection.bucket(index)
 
     @property
     def empty_classes(self) -> list[str]:
@@ -84,24 +98,24 @@ class FolderDataset:
 
     def clip(self, index: int, generator: torch.Generator) -> Clip:
         """Return clip ``index`` with its start frame, then its flip, drawn from ``generator``."""
-        found = self.clips[index]
-        frames = choose_frames(found.info.frames, self.config.clip_rule, generator, found.info.times)
-        return self._read(found, frames, generator)
+        info = self.clips[index].info
+        rule = self.config.clip_rule_of(self.bucket(index).frames)
+        return self._read(index, choose_frames(info.frames, rule, generator, info.times), generator)
 
     def image(self, index: int, generator: torch.Generator) -> Clip:
         """Return one frame of video ``index``, then its flip, drawn from ``generator``."""
-        found = self.clips[index]
-        frame = int(torch.randint(found.info.frames, (), generator=generator))
-        return self._read(found, [frame], generator)
+        frame = int(torch.randint(self.clips[index].info.frames, (), generator=generator))
+        return self._read(index, [frame], generator)
 
-    def _read(self, found: FoundClip, frames: list[int], generator: torch.Generator) -> Clip:
-        """Return the ``frames`` of a clip, cropped and resized, and flipped at random."""
+    def _read(self, index: int, frames: list[int], generator: torch.Generator) -> Clip:
+        """Return the ``frames`` of a clip, cropped and resized to its bucket, and flipped at random."""
+        found = self.clips[index]
         flipped = bool(torch.rand((), generator=generator) < 0.5)
         try:
             pixels = read_frames(found.info, frames)
         except Unreadable as error:
             raise ClipReadError(found.info.path, error.reason) from error
-        video = to_float(centre_crop_resize(pixels, *self.config.size))  # (f 3 H W)
+        video = to_float(centre_crop_resize(pixels, *self.bucket(index).size))  # (f 3 H W)
         if flipped and self.config.flip:
             video = flip_horizontal(video)
         return Clip(video, found.label, self.caption_of.get(found.key), found.key)
@@ -123,35 +137,66 @@ class FolderDataset:
             "content": hashlib.sha256(json.dumps(described).encode()).hexdigest(),
             "files": combined(self.files),
             **self.config.describe_clips(),
+            **described_buckets(self.buckets),
         }
 
 
+def described_buckets(buckets: Buckets | None) -> dict[str, Any]:
+    """Return what a dataset's description says about its buckets; {} without."""
+    if buckets is None:
+        return {}
+    return {"buckets": buckets.describe()}
+
+
 class ProceduralDataset:
-    """The clips of ``config.scenes``, each a function of (seed, index)."""
+    """The clips of ``config.scenes``, each a function of (seed, index); with buckets, rendered for each in
+    turn.
+    """
 
     latent = False
 
-    def __init__(self, config: DataConfig):
+    def __init__(self, config: DataConfig, buckets: Buckets | None = None):
         self.config = config
         self.scenes = config.scene_set
         self.classes = list(self.scenes.classes) if config.labels else []
         self.captions = self.scenes.captions
         self.num_clips = config.num_clips or UNLIMITED
         self.skipped: tuple[dict[str, str], ...] = ()
+        self.buckets = buckets
+        shapes = buckets.shapes if buckets else ()
+        self.scenes_of = [rendered_at(config, bucket) for bucket in shapes]
+        self.members = tuple(range(i, self.num_clips, len(shapes)) for i in range(len(shapes)))
+        if config.buckets is not None and len(self) < len(shapes):
+            raise InputError(
+                f"data.num_clips is {len(self)}, but there are {len(shapes)} buckets, which procedural clips "
+                "fill in turn; give at least as many clips, or fewer buckets"
+            )
 
     def __len__(self) -> int:
         return self.num_clips
 
+    def bucket(self, index: int) -> Bucket:
+        """Return the shape of clip ``index``."""
+        if self.buckets is None:
+            return Bucket(self.config.frames, *self.config.size)
+        return self.buckets.shapes[index % len(self.buckets.shapes)]
+
+    def shown(self, index: int) -> SceneSet:
+        """Return the scenes at the shape of clip ``index``."""
+        if not self.scenes_of:
+            return self.scenes
+        return self.scenes_of[index % len(self.scenes_of)]
+
     def clip(self, index: int, generator: torch.Generator | None = None) -> Clip:
         """Return clip ``index``; nothing is drawn from ``generator``."""
-        video = to_float(self.scenes.render_clip(index))  # (f 3 H W)
+        video = to_float(self.shown(index).render_clip(index))  # (f 3 H W)
         label = self.scenes.label(index) if self.config.labels else None
         return Clip(video, label, self.scenes.caption(index), f"{self.config.seed}/{index}")
 
     def image(self, index: int, generator: torch.Generator) -> Clip:
         """Return one frame of clip ``index``, drawn from ``generator``."""
         clip = self.clip(index)
-        frame = int(torch.randint(self.config.frames, (), generator=generator))
+        frame = int(torch.randint(len(clip.video), (), generator=generator))
         return replace(clip, video=clip.video[frame : frame + 1])
 
     def describe(self) -> dict[str, Any]:
@@ -168,39 +213,65 @@ class ProceduralDataset:
         }
         if config.hold_out:
             described["hold_out"] = config.hold_out
-        return described
+        return {**described, **described_buckets(self.buckets)}
+
+
+def rendered_at(config: DataConfig, bucket: Bucket) -> SceneSet:
+    """Return the procedural scenes of ``config`` at the shape of a bucket."""
+    return replace(config.without_buckets(), frames=bucket.frames, resolution=bucket.size).scene_set
 
 
 def _folder(
-    config: DataConfig, cache_dir: str | os.PathLike | None, codec_fingerprint: str | None
+    config: DataConfig,
+    cache_dir: str | os.PathLike | None,
+    codec_fingerprint: str | None,
+    buckets: Buckets | None,
 ) -> Dataset:
-    return FolderDataset(config, cache_dir)
+    return FolderDataset(config, cache_dir, buckets)
 
 
-def _custom(
-    config: DataConfig, cache_dir: str | os.PathLike | None, codec_fingerprint: str | None
+def _procedural(
+    config: DataConfig, cache_dir: Any, codec_fingerprint: Any, buckets: Buckets | None
 ) -> Dataset:
+    return ProceduralDataset(config, buckets)
+
+
+def _latents(config: DataConfig, cache_dir: Any, codec_fingerprint: str | None, buckets: Any) -> Dataset:
+    return LatentDataset(config, codec_fingerprint)
+
+
+def _custom(config: DataConfig, cache_dir: Any, codec_fingerprint: Any, buckets: Any) -> Dataset:
     raise InputError(
         "data.kind is 'custom': the run was trained from Python on a dataset that only Python can make; "
         "to resume it, call latte.train again with that dataset"
     )
 
 
-DATASETS = {
+# Kind -> a function of (config, cache_dir, codec_fingerprint, buckets).
+DATASETS: dict[str, Callable[..., Dataset]] = {
     "folder": _folder,
     **dict.fromkeys(LAYOUTS, _folder),
-    "procedural": lambda config, cache_dir, codec_fingerprint: ProceduralDataset(config),
-    "latents": lambda config, cache_dir, codec_fingerprint: LatentDataset(config, codec_fingerprint),
+    "procedural": _procedural,
+    "latents": _latents,
     "custom": _custom,
 }
 
 
 def build_dataset(
-    config: DataConfig, cache_dir: str | os.PathLike | None = None, codec_fingerprint: str | None = None
+    config: DataConfig,
+    cache_dir: str | os.PathLike | None = None,
+    codec_fingerprint: str | None = None,
+    buckets: Buckets | None = None,
 ) -> Dataset:
     """Return the dataset of ``config``.
 
     ``cache_dir`` keeps what a scan found out about videos (default: the user's cache folder). Latents must
-    have been encoded by the codec with ``codec_fingerprint``, if it is given.
+    have been encoded by the codec with ``codec_fingerprint``, if it is given. ``buckets`` are those of
+    ``config.buckets``, see ``RunConfig.buckets``.
     """
-    return choose("data.kind", config.kind, DATASETS)(config, cache_dir, codec_fingerprint)
+    check(
+        config.buckets is None or buckets is not None,
+        "data.buckets needs the codec and the model, which decide what fits; take the dataset from "
+        "latte.build.build, or pass RunConfig.buckets here",
+    )
+    return choose("data.kind", config.kind, DATASETS)(config, cache_dir, codec_fingerprint, buckets)

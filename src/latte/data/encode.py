@@ -22,6 +22,7 @@ from latte.data.base import DataConfig
 from latte.data.captions import PART, check_lengths, list_parts, store_captions, warn_of_sides
 from latte.data.encode_sources import SOURCES, Progress, Source, Video
 from latte.data.encoder import Encoder, EncodingCodec
+from latte.data.selection import FrameRules, settle
 from latte.data.shards import Record, check_destination, finished, remove_leftovers, write_manifest
 from latte.data.windows import has_exact_prefixes
 from latte.text.encoders import TextEncoder
@@ -75,10 +76,11 @@ def encode_dataset(
     cannot be written.
     """
     out = Path(out)
-    source = choose("data.kind", config.kind, SOURCES)(config, cache_dir, scan_progress)
+    source, rules = open_source(config, cache_dir, scan_progress)
     captions = captions_of(config, source, text)
+    config = rules.settled(config)
     encoder = Encoder(config, built(codec), dtype, seed, stride)
-    source = encoder.cut(source)
+    source = encoder.cut(source, rules)
     kept = {video.record.caption for video in source.videos}
     captions = [caption for caption in captions if caption in kept]
     settings = {**encoder.settings(), "source": source.fingerprint, "labels": config.labels}
@@ -103,6 +105,19 @@ def encode_dataset(
     remove_leftovers(out, {shard.path for shard in shards})
     counted = {"captions": len(captions), "new_captions": new_captions}
     return {"out": str(out), **counted, **counts(manifest, encoder, shards), "classes": source.classes}
+
+
+def open_source(
+    config: DataConfig, cache_dir: str | os.PathLike | None, progress: Progress
+) -> tuple[Source, FrameRules]:
+    """Return the videos to encode and how frames of clips are chosen; InputError for buckets."""
+    check(
+        config.buckets is None,
+        "data.buckets is given, but one set of latents has one size; leave it out, or train on the videos "
+        "themselves",
+    )
+    source = choose("data.kind", config.kind, SOURCES)(config, cache_dir, progress)
+    return source, settle(config, [video.record for video in source.videos])
 
 
 def counts(manifest: dict[str, Any], encoder: Encoder, shards: Sequence[Shard]) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from latte.data.base import DataConfig
 from latte.data.clips import centre_crop_resize, flip_horizontal, to_float
 from latte.data.encode_sources import Source, Video
 from latte.data.media import Unreadable
+from latte.data.selection import FrameRules
 from latte.data.shards import MIRROR, SOURCE, Record, tensor_name, write_shard
 from latte.data.windows import Windows, describe
 from latte.runtime import generator
@@ -92,8 +93,9 @@ class Encoder:
             settings["windows"] = self.windows.settings()
         return settings
 
-    def cut(self, source: Source) -> Source:
-        """Return ``source`` with the windows of every video, and those too short for one among the skipped.
+    def cut(self, source: Source, rules: FrameRules) -> Source:
+        """Return ``source`` with the windows of every video, and those too short or slow for one among the
+        skipped.
 
         InputError when none is long enough. Without windows it is ``source`` itself.
         """
@@ -103,7 +105,7 @@ class Encoder:
         skipped = list(source.skipped)
         for video in source.videos:
             record = video.record
-            reason = self.windows.rule.needs(record.frames, record.times)
+            reason = rules.too_slow(record) or self.windows.rule.needs(record.frames, record.times)
             if reason:
                 skipped.append({"path": record.key, "reason": reason})
                 continue

@@ -92,6 +92,38 @@ def image_names(folder: str | os.PathLike) -> list[str]:
     return [name for name in names if name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")]
 
 
+def is_sequence(folder: str | os.PathLike) -> bool:
+    """Return whether the images of a folder look like the frames of one clip, not images of their own.
+
+    Every name ends in a number of its own, at least half of the numbers from the first to the last are there,
+    and the first and the last image have one size.
+    """
+    try:
+        files = frame_files(folder)
+        if len(files) < 2 or len(files) < len(image_names(folder)):
+            return False
+        if 2 * len(files) < files[-1][0] - files[0][0] + 1:
+            return False
+        sizes = []
+        for _, file in (files[0], files[-1]):
+            with opened(file) as image:
+                sizes.append(upright_size(image))
+    except IMAGE_ERRORS:
+        return False
+    return sizes[0] == sizes[1]
+
+
+def measure_image(file: str) -> tuple[int, int, tuple[str, ...]]:
+    """Decode one image: (height, width, notes). Unreadable when it cannot be used."""
+    sizes, notes = _decodable_sizes([file])
+    if not sizes:
+        raise Unreadable(file, "damaged", f"the image cannot be used: {notes[0].rpartition(': ')[2]}")
+    if has_transparency(file):
+        notes.append("alpha: transparency is dropped")
+    width, height = sizes[0]
+    return height, width, tuple(notes)
+
+
 def measure_folder(folder: str) -> tuple[int, int, int, tuple[str, ...]]:
     """Decode the images of a folder once: (num_frames, height, width, notes), each note 'code: sentence'.
 

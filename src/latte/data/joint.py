@@ -17,6 +17,7 @@ from torch import Tensor
 from latte.autoencoder.compression import Compression
 from latte.checks import check
 from latte.data.base import Clip, Dataset
+from latte.data.buckets import Buckets
 
 
 def check_images(num_images: int, compression: Compression, codec: str) -> None:
@@ -74,14 +75,27 @@ class JointDataset:
         """The content fingerprints of the dataset's files, {} when it has none."""
         return getattr(self.dataset, "files", {})
 
+    @property
+    def buckets(self) -> Buckets | None:
+        """Those of the dataset."""
+        return getattr(self.dataset, "buckets", None)
+
+    @property
+    def members(self) -> tuple[Sequence[int], ...]:
+        """The clips of each bucket."""
+        return getattr(self.dataset, "members", ())
+
     def __len__(self) -> int:
         return len(self.dataset)
 
     def clip(self, index: int, generator: torch.Generator) -> Clip:
-        """Return clip ``index`` of the dataset and, behind it, images of random clips."""
+        """Return clip ``index`` of the dataset and, behind it, images of random clips.
+
+        With buckets they come from the clips of its frame size.
+        """
         clip = self.dataset.clip(index, generator)
-        picks = torch.randint(len(self.dataset), (self.num_images,), generator=generator).tolist()
-        images = [self.dataset.image(pick, generator) for pick in picks]
+        picks = torch.randint(self.pool_size(index), (self.num_images,), generator=generator).tolist()
+        images = [self.dataset.image(self.pooled(index, pick), generator) for pick in picks]
         video = append_images(clip.video, torch.cat([image.video for image in images]))
         changes: dict[str, Any] = {"video": video}
         if clip.label is not None:
@@ -89,6 +103,26 @@ class JointDataset:
         if clip.caption is not None:
             changes["caption"] = [clip.caption, *(image.caption for image in images)]
         return replace(clip, **changes)
+
+    def pool(self, index: int) -> list[Sequence[int]]:
+        """Return the clips whose frames have the size of clip ``index``, in parts."""
+        if self.buckets is None:
+            return [range(len(self.dataset))]
+        size = self.dataset.bucket(index).size  # type: ignore[attr-defined]
+        pairs = zip(self.buckets.shapes, self.members, strict=True)
+        return [members for bucket, members in pairs if bucket.size == size]
+
+    def pool_size(self, index: int) -> int:
+        """Return the number of clips in ``pool``."""
+        return sum(map(len, self.pool(index)))
+
+    def pooled(self, index: int, pick: int) -> int:
+        """Return clip number ``pick`` of ``pool``."""
+        for part in self.pool(index):
+            if pick < len(part):
+                return part[pick]
+            pick -= len(part)
+        raise IndexError(pick)
 
     def describe(self) -> dict[str, Any]:
         """Return the dataset's description and the number of images."""

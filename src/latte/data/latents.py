@@ -10,6 +10,7 @@ frames of a video, f' latent frames of a clip, c channels, h height, w width.
 import hashlib
 import json
 import os
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from latte.data.clips import ClipRule, choose_frames
 from latte.data.fingerprint import combined, fingerprints
 from latte.data.joint import check_images
 from latte.data.media import MediaInfo
+from latte.data.selection import FrameRules, settle
 from latte.data.shards import (
     AGAIN,
     MIRROR,
@@ -53,10 +55,12 @@ class LatentDataset:
 
     def __init__(self, config: DataConfig, codec_fingerprint: str | None = None):
         self.root = Path(check_folder(config.root or ""))
-        self.config = config
         self.manifest = read_manifest(self.root)
+        check_complete(self.root, self.manifest)
         self.settings = self.manifest["settings"]
         self.compression = compression_of(self.settings)
+        self.rules = latent_rules(config, self.manifest)
+        self.config = self.rules.settled(config)
         self._check(codec_fingerprint)
         self.num_latents = self.compression.latent_frames(config.frames, "data.frames")
         self.classes: list[str] = self.manifest["classes"] if config.labels else []
@@ -70,7 +74,6 @@ class LatentDataset:
     def _check(self, codec_fingerprint: str | None) -> None:
         """InputError unless all shards are there and fit the configuration."""
         root = printable(self.root)
-        check_complete(self.root, self.manifest)
         codec = self.settings["codec"]
         made_with = read_fingerprint(codec)
         check(
@@ -99,7 +102,7 @@ class LatentDataset:
             record = Record.of(entry)
             reason = None
             if not record.starts:
-                reason = self.config.clip_rule.needs(record.frames, record.times)
+                reason = self.rules.refusals(record)[self.config.frames]
             if reason:
                 self.skipped.append({"path": record.key, "reason": reason})
             else:
@@ -212,6 +215,14 @@ class LatentDataset:
             "codec": read_fingerprint(self.settings["codec"]),
             **self.config.describe_clips(),
         }
+
+
+def latent_rules(config: DataConfig, manifest: dict[str, Any]) -> FrameRules:
+    """Return how frames are chosen: an open ``data.rule`` is that of the windows, or settled by the rates."""
+    windows = manifest["settings"].get("windows")
+    if windows and config.rule is None and config.fps is None:
+        config = replace(config, rule=windows["rule"], fps=windows["fps"])
+    return settle(config, map(Record.of, manifest["videos"] if not windows else ()))
 
 
 def check_complete(root: Path, manifest: dict[str, Any]) -> None:

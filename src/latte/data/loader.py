@@ -1,17 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Batches for training: the global batch of step k is a pure function of (seed, k).
 
-It does not depend on the number of processes or workers, nor on where a run was resumed. The clips of all
-steps form one sequence: epoch after epoch, each a permutation of the dataset, cut into batches that may span
-two epochs. The permutation is a small Feistel network keyed by (seed, epoch). It needs no memory and no
-state, so resuming at step k means asking for step k. The random choices within a clip (its start frame, its
-flip) come from a generator keyed by (seed, step, position). Axes: b batch, f frames, c channels, h height, w
-width.
+It does not depend on the number of processes or workers, nor on where a run was resumed. Which clips it holds
+is in ``latte.data.order``; the random choices within a clip (its start frame, its flip) come from a generator
+keyed by (seed, step, position). Axes: b batch, f frames, c channels, h height, w width.
 """
 
 import atexit
-import hashlib
-import math
 import multiprocessing
 import os
 import signal
@@ -22,7 +17,6 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import lru_cache
 from multiprocessing import reduction
 from typing import Any
 
@@ -32,10 +26,9 @@ from torch.utils.data import DataLoader, get_worker_info
 from torch.utils.data import Dataset as MapDataset
 
 from latte.checks import InputError, RunError, check
+from latte.data.order import Order, order_of
 from latte.runtime import generator
 
-ROUNDS = 6
-MASK = (1 << 64) - 1
 BATCH_TIMEOUT = 600.0  # seconds that one batch may take in a worker process
 ACCELERATOR_WORKERS = 4  # worker processes when training on a GPU, if data.workers is not set
 START_METHOD = "spawn"  # forking a process that runs threads or holds a CUDA context can deadlock
@@ -44,53 +37,13 @@ START_METHOD = "spawn"  # forking a process that runs threads or holds a CUDA co
 STOP_SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
 
 
-@lru_cache(maxsize=64)
-def _round_keys(seed: int, epoch: int) -> tuple[int, ...]:
-    digest = hashlib.sha512(f"{seed}/epoch/{epoch}".encode()).digest()
-    return tuple(int.from_bytes(digest[8 * i : 8 * i + 8], "little") for i in range(ROUNDS))
-
-
-def _mix(value: int) -> int:
-    """Return a 64-bit hash of ``value`` (the finalizer of SplitMix64)."""
-    value = (value ^ (value >> 30)) * 0xBF58476D1CE4E5B9 & MASK
-    value = (value ^ (value >> 27)) * 0x94D049BB133111EB & MASK
-    return value ^ (value >> 31)
-
-
-def permuted(position: int, num_items: int, seed: int, epoch: int) -> int:
-    """Return the dataset index at ``position`` of an epoch; over all positions it is a permutation of
-    range(num_items).
-
-    A Feistel network on a grid of about sqrt(n) x sqrt(n) cells. A result beyond n is permuted again until it
-    is below n (cycle walking), which keeps the mapping one to one.
-    """
-    rows = math.isqrt(num_items - 1) + 1
-    columns = -(-num_items // rows)
-    keys = _round_keys(seed, epoch)
-    while True:
-        left, right = divmod(position, columns)
-        for i in range(0, ROUNDS, 2):
-            left = (left + _mix(right + keys[i])) % rows
-            right = (right + _mix(left + keys[i + 1])) % columns
-        position = left * columns + right
-        if position < num_items:
-            return position
-
-
-def items_of_step(seed: int, step: int, global_batch: int, num_items: int) -> list[int]:
-    """Return the dataset indices of the global batch of ``step`` (0, 1, ...), in order of position."""
-    check(num_items > 0, "the dataset is empty; data.root must hold at least one usable clip")
-    check(global_batch > 0, f"the batch size must be at least 1, got {global_batch}")
-    places = (divmod(step * global_batch + position, num_items) for position in range(global_batch))
-    return [permuted(offset, num_items, seed, epoch) for epoch, offset in places]
-
-
 @dataclass(frozen=True)
 class Batch:
     """The clips of one step.
 
     ``video`` is (b f c H W) in [-1, 1], or latents (b f c h w). ``label`` is (b,) int64, or None if a clip
-    has no label. ``keys`` name the source of each clip.
+    has no label. ``keys`` name the source of each clip. ``global_batch`` is the number of clips of the step
+    in all processes, which differs between buckets.
     """
 
     video: Tensor
@@ -98,18 +51,26 @@ class Batch:
     captions: list[str | None]
     keys: list[str]
     step: int
+    global_batch: int
 
 
-def load_batch(dataset: Any, seed: int, step: int, global_batch: int, rank: int = 0, world: int = 1) -> Batch:
+def load_batch(
+    dataset: Any,
+    seed: int,
+    step: int,
+    global_batch: int,
+    rank: int = 0,
+    world: int = 1,
+    order: Order | None = None,
+) -> Batch:
     """Load the part of the global batch of ``step`` that belongs to process ``rank`` of ``world``.
 
-    ``dataset`` needs only ``len()`` and ``clip(index, generator)``. The parts of all ranks, concatenated, are
-    bit for bit the batch of a single process.
+    ``dataset`` needs only ``len()`` and ``clip(index, generator)``; ``order`` is its ``order_of``
+    unless given.
+    The parts of all ranks, concatenated, are bit for bit the batch of a single process.
     """
-    check_world(global_batch, world)
-    share = global_batch // world
-    items = items_of_step(seed, step, global_batch, len(dataset))
-    positions = range(rank * share, (rank + 1) * share)
+    items = (order or order_of(dataset, seed, global_batch, world)).items(step)
+    positions = share_of(len(items), rank, world)
     clips = [dataset.clip(items[position], generator(seed, "clip", step, position)) for position in positions]
     labels = [clip.label for clip in clips]
     label = None
@@ -121,16 +82,14 @@ def load_batch(dataset: Any, seed: int, step: int, global_batch: int, rank: int 
         captions=[clip.caption for clip in clips],
         keys=[clip.key for clip in clips],
         step=step,
+        global_batch=len(items),
     )
 
 
-def check_world(global_batch: int, world: int) -> None:
-    """Raise InputError unless ``world`` processes can share the global batch evenly."""
-    check(
-        global_batch % world == 0,
-        f"train.global_batch is {global_batch}, which {world} processes cannot share evenly; "
-        f"give a multiple of {world}",
-    )
+def share_of(global_batch: int, rank: int, world: int) -> range:
+    """Return the positions in the global batch that belong to process ``rank`` of ``world``."""
+    share = global_batch // world
+    return range(rank * share, (rank + 1) * share)
 
 
 def default_workers(device: torch.device, world: int = 1) -> int:
@@ -159,10 +118,13 @@ class StepDataset(MapDataset):
         self.global_batch = global_batch
         self.rank = rank
         self.world = world
+        self.order = order_of(dataset, seed, global_batch, world)
 
     def __getitem__(self, step: int) -> Batch | Exception:
         try:
-            return load_batch(self.dataset, self.seed, step, self.global_batch, self.rank, self.world)
+            return load_batch(
+                self.dataset, self.seed, step, self.global_batch, self.rank, self.world, self.order
+            )
         except Exception as error:
             if get_worker_info() is None:
                 return error
@@ -208,7 +170,6 @@ class Loader:
     ):
         check(workers >= 0, f"data.workers must be at least 0, got {workers}")
         check(ahead >= 1, f"a worker must prepare at least 1 batch in advance, got {ahead}")
-        check_world(global_batch, world)
         self.waited = 0.0
         if stop is None:
             stop = sys.maxsize

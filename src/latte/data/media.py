@@ -17,7 +17,15 @@ from typing import Any
 import numpy as np
 
 from latte.checks import InputError, printable
-from latte.data.frame_folder import MAX_FRAMES, Unreadable, frame_files, measure_folder, read_image
+from latte.data.frame_folder import (
+    IMAGE_SUFFIXES,
+    MAX_FRAMES,
+    Unreadable,
+    frame_files,
+    measure_folder,
+    measure_image,
+    read_image,
+)
 from latte.data.video_stream import (
     VIDEO_SUFFIXES,
     decode_stream,
@@ -103,7 +111,7 @@ class MediaInfo:
 
 
 def probe(path: str | os.PathLike) -> MediaInfo:
-    """Decode a video file, or a folder of numbered frames, once and return what is really there.
+    """Decode a video file, a folder of numbered frames or an image once and return what is really there.
 
     Unreadable when no frame can be used.
     """
@@ -111,7 +119,15 @@ def probe(path: str | os.PathLike) -> MediaInfo:
     if os.path.isdir(path):
         frames, height, width, notes = measure_folder(path)
         return MediaInfo(path, frames, 0.0, height, width, "images", notes=notes)
+    if is_image(path):
+        height, width, notes = measure_image(path)
+        return MediaInfo(path, 1, 0.0, height, width, "image", notes=notes)
     return _probe_video(path)
+
+
+def is_image(path: str) -> bool:
+    """Return whether ``path`` is an image file, by its suffix."""
+    return path.lower().endswith(IMAGE_SUFFIXES)
 
 
 @dataclass
@@ -276,6 +292,9 @@ def decode_frames(source: str | os.PathLike | MediaInfo, indices: Sequence[int])
         files = [file for _, file in frame_files(path)]
         found = {i: read_image(files[i]) for i in needed if i < len(files)}
         num_decoded = len(needed)
+    elif is_image(path):
+        found = {0: read_image(path)}
+        num_decoded = 1
     else:
         found, num_decoded = _seek_and_decode(path, needed, info)
     missing = [i for i in needed if i not in found]

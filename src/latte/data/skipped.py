@@ -16,7 +16,7 @@ from pathlib import Path
 
 from latte.checks import InputError, nearest, printable
 from latte.data.clips import ClipRule
-from latte.data.frame_folder import IMAGE_SUFFIXES
+from latte.data.frame_folder import IMAGE_SUFFIXES, is_sequence
 from latte.data.media import VIDEO_SUFFIXES, MediaInfo
 from latte.data.probe_cache import ProbeCache
 from latte.data.video_stream import is_video_name
@@ -80,9 +80,12 @@ def scan(
     labels: bool = True,
     cache_dir: str | os.PathLike | None = None,
     progress: Callable[[int, int], None] | None = None,
+    images: bool = False,
 ) -> ScanResult:
     """Probe every video and every folder of numbered images below ``root``; with a ``rule``, skip those too
     short for it.
+
+    With ``images`` an image that is no frame of such a folder is a clip of one frame.
 
     ``cache_dir`` defaults to latte/ in the user's cache folder. ``progress(done, of)`` is called after each
     candidate. InputError when there is no such folder or, with ``labels``, when clips are at different
@@ -90,7 +93,7 @@ def scan(
     """
     base = os.path.abspath(check_folder(root))
     ignored: Counter[str] = Counter()
-    paths = sorted(_candidates(base, ignored))
+    paths = sorted(_candidates(base, ignored, images))
     keys = [Path(path).relative_to(base).as_posix() for path in paths]
     classes = []
     if labels:
@@ -195,6 +198,12 @@ def require_clips(result: ScanResult) -> None:
     )
 
 
+def reasons(records: Iterable[dict[str, str]]) -> str:
+    """Return the number of skipped files by the code of their reason: '3 too-short, 1 damaged'."""
+    codes = Counter(record["reason"].partition(":")[0] for record in records)
+    return ", ".join(f"{count} {code}" for code, count in codes.most_common())
+
+
 def write_skipped(path: str | os.PathLike, records: Iterable[dict[str, str]]) -> int:
     """Append {"path", "reason"} records to a skipped.jsonl and return how many were new.
 
@@ -214,11 +223,14 @@ def write_skipped(path: str | os.PathLike, records: Iterable[dict[str, str]]) ->
     return len(new)
 
 
-def _candidates(folder: str, ignored: Counter[str], ancestors: frozenset[str] = frozenset()) -> Iterator[str]:
+def _candidates(
+    folder: str, ignored: Counter[str], singles: bool = False, ancestors: frozenset[str] = frozenset()
+) -> Iterator[str]:
     """Yield video files, and folders that hold images and no clip otherwise; count in ``ignored`` what no
     reader exists for.
 
-    Hidden names are left out. Links are followed, but never in a circle.
+    With ``singles``, images that are no sequence of frames are yielded one by one. Hidden names are left
+    out. Links are followed, but never in a circle.
     """
     here = os.path.realpath(folder)
     if here in ancestors:
@@ -232,13 +244,16 @@ def _candidates(folder: str, ignored: Counter[str], ancestors: frozenset[str] = 
     folders = [path for path in paths if os.path.isdir(path)]
     files = [path for path in paths if path not in set(folders)]
     videos = [path for path in files if is_video_name(path)]
-    below = [found for path in folders for found in _candidates(path, ignored, ancestors | {here})]
+    below = [found for path in folders for found in _candidates(path, ignored, singles, ancestors | {here})]
     yield from videos + below
     images = [path for path in files if path.lower().endswith(IMAGE_SUFFIXES)]
     used = set(videos)
-    if images and not videos and not below:
+    if images and not videos and not below and not (singles and not is_sequence(folder)):
         yield folder
         used = set(images)
+    elif singles:
+        yield from images
+        used |= set(images)
     suffixes = [os.path.splitext(path)[1].lower() for path in files if path not in used]
     ignored.update(suffix for suffix in suffixes if suffix not in NOT_MEDIA)
 

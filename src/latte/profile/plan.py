@@ -14,7 +14,10 @@ import torch
 from latte.autoencoder.codec import CODECS
 from latte.checks import check
 from latte.config.run import RunConfig
-from latte.data.datasets import build_dataset
+from latte.data.buckets import check_world
+from latte.data.datasets import Dataset, FolderDataset, build_dataset
+from latte.data.order import order_of
+from latte.data.selection import bucket_table
 from latte.diffusion.config import build_process
 from latte.interop.lora import add_lora
 from latte.profile.flops import Table3, count, encoding_operations, table3
@@ -106,6 +109,7 @@ class Plan:
     time: Time | None  # None unless measured
     sampling: dict[str, Any]  # see latte.profile.sampling_memory
     encoding: Encoding
+    buckets: list[dict[str, Any]]  # see latte.data.selection.bucket_table; [] without buckets
 
 
 def plan(
@@ -123,11 +127,13 @@ def plan(
     if processes is None:
         processes = world_size()
     check_processes(train.global_batch, processes)
+    check_world(train.global_batch, processes, config.buckets)
     dtype = dtype_of("auto", planned_device)
     sampling = staging(model, config.codec, config.text, config.sample, planned_device, dtype).facts()
     cost = count(model, config.text.tokens)
     state = states(model, adapters(config), train.optimizer)
-    batch = batches(config, processes)
+    dataset = existing_data(config)
+    batch = batches(config, processes, dataset)
     num_kept = min(train.keep_last, -(-train.steps // train.checkpoint_every))
     return Plan(
         parameters=cost.parameters,
@@ -143,6 +149,7 @@ def plan(
         time=measured_time(config, batch, planned_device) if measure else None,
         sampling=sampling,
         encoding=encoding(config),
+        buckets=bucket_rows(config, dataset),
     )
 
 
@@ -177,15 +184,36 @@ def check_processes(global_batch: int, processes: int) -> None:
     )
 
 
-def batches(config: RunConfig, processes: int) -> Batch:
+def existing_data(config: RunConfig) -> Dataset | None:
+    """Return the dataset of the run if its files are there, None otherwise and for procedural clips."""
+    if config.data.root is None or not Path(config.data.root).exists():
+        return None
+    return build_dataset(config.data, buckets=config.buckets)
+
+
+def bucket_rows(config: RunConfig, dataset: Dataset | None) -> list[dict[str, Any]]:
+    """Return a row per bucket, with its clips if the data are there; [] without buckets."""
+    if config.buckets is None:
+        return []
+    if isinstance(dataset, FolderDataset):
+        return bucket_table(dataset.selection, config.train.global_batch)
+    unknown = dict.fromkeys(("clips", "lost", "upscaled"))
+    pairs = zip(config.buckets.shapes, config.buckets.batch_sizes(config.train.global_batch), strict=True)
+    return [
+        {"bucket": str(bucket), **unknown, "batch": size, "tokens": bucket.tokens} for bucket, size in pairs
+    ]
+
+
+def batches(config: RunConfig, processes: int, dataset: Dataset | None) -> Batch:
     """Return how the global batch is divided, and how often training sees the data."""
     train = config.train
     share = train.global_batch // processes
     clips_seen = train.steps * train.global_batch
     micro_batch = min(train.micro_batch or share, share)
     clips = config.data.num_clips
-    if config.data.root is not None and Path(config.data.root).exists():
-        clips = len(build_dataset(config.data))
+    if dataset is not None:
+        clips = len(dataset)
+        clips_seen = order_of(dataset, config.run.seed, train.global_batch).clips_before(train.steps)
     return Batch(
         global_batch=train.global_batch,
         processes=processes,

@@ -33,31 +33,48 @@ class Task:
     objective: Callable[..., Loss]
     codec: Codec | None  # None: the data are latents
     seed: int
-    global_batch: int
-    micro_batch: int | None  # None: all clips of this process at once
+    global_batch: int  # of the reference bucket, if there are buckets
+    micro_batch: int | None  # for that batch; None: all clips of this process at once
     device: torch.device
     dtype: torch.dtype  # of matrix products; everything outside the model is float32
     num_images: int = 0  # behind every clip
 
 
 def backward(
-    task: Task, step: int, positions: Sequence[int], video: Tensor, given: Tensor | Captions | None
+    task: Task,
+    step: int,
+    positions: Sequence[int],
+    video: Tensor,
+    given: Tensor | Captions | None,
+    global_batch: int | None = None,
 ) -> Tensor:
     """Add the gradient of some clips of step ``step`` to the model's; return their share of (loss, mse,
     vlb), (3,) on the device.
 
     video (b f+i c H W), the condition ``given`` (label (b,) or (b 1+i) int64, None, or captions) and
-    ``positions`` in the global batch belong together. InputError for labels that the model does not have.
+    ``positions`` in the global batch belong together. ``global_batch`` is that of the step, None for
+    ``task.global_batch``; a micro batch changes in proportion. InputError for labels that the
+    model does not have.
     """
-    size = task.micro_batch or len(positions)
+    clips = global_batch or task.global_batch
+    size = micro_batch_of(task, clips) or len(positions)
     condition = condition_for(task.model, given)
     total = torch.zeros(3, device=task.device)
     for start in range(0, len(positions), size):
         part = slice(start, start + size)
         loss = micro_batch_loss(task, step, positions[part], video[part], condition.part(part))
-        (loss.total.sum() / task.global_batch).backward()
-        total += torch.stack([term.detach().float().sum() for term in loss]) / task.global_batch  # (3)
+        (loss.total.sum() / clips).backward()
+        total += torch.stack([term.detach().float().sum() for term in loss]) / clips  # (3)
     return total
+
+
+def micro_batch_of(task: Task, global_batch: int) -> int | None:
+    """Return the clips of a forward pass in a step of ``global_batch`` clips: the memory of a pass stays the
+    same.
+    """
+    if task.micro_batch is None:
+        return None
+    return max(1, task.micro_batch * global_batch // task.global_batch)
 
 
 def micro_batch_loss(

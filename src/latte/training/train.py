@@ -23,10 +23,12 @@ from latte.checkpoint.lock import run_lock
 from latte.checkpoint.record import describe_run
 from latte.checkpoint.run import list_checkpoints, save_checkpoint
 from latte.checks import InputError, RunError, check
+from latte.data.buckets import check_world
 from latte.data.datasets import Dataset
 from latte.data.fingerprint import write_listing
 from latte.data.joint import JointDataset, check_images
-from latte.data.loader import Batch, Loader, default_workers
+from latte.data.loader import Batch, Loader, default_workers, share_of
+from latte.data.order import order_of
 from latte.diffusion.config import DiffusionConfig, build_process
 from latte.diffusion.loss import OBJECTIVES, Loss
 from latte.files import reported
@@ -186,8 +188,8 @@ def train(
             dtype=resolve_dtype(config.dtype, device),
             num_images=config.num_images,
         )
-        share = config.global_batch // group.size
-        positions = range(group.rank * share, (group.rank + 1) * share)
+        order = order_of(clips, seed, config.global_batch, group.size)
+        seen = order.clips_before(step)
         accumulator = MetricsAccumulator(device, saved_metrics(saved))
         event = TrainEvent(run_dir, step, config.steps, model, state.ema.model, accumulator)
         metrics_file = MetricsFile(run_dir / "metrics.jsonl")
@@ -248,7 +250,8 @@ def train(
                 # One optimizer step.
                 step += 1
                 condition = captions(batch.captions) if captions else batch.label
-                losses = backward(task, step, positions, batch.video, condition)
+                positions = share_of(batch.global_batch, group.rank, group.size)
+                losses = backward(task, step, positions, batch.video, condition, batch.global_batch)
                 lr = learning_rate(step, config.lr, config.warmup_steps, config.decay_steps, config.steps)
                 max_norm = config.clip_norm if step > config.clip_start else None
                 metrics = state.update(step, losses, lr, max_norm, group)
@@ -256,12 +259,12 @@ def train(
                     network.open_gate(gate_opening(step, initial_opening, config.gate_steps))
 
                 # Report.
-                accumulator.add(metrics, config.global_batch, loader.waited - waited)
+                accumulator.add(metrics, batch.global_batch, loader.waited - waited)
+                seen += batch.global_batch
                 event.step = step
                 event.metrics = None
                 if step == 1 or step % config.log_every == 0:
                     state.guard.check()
-                    seen = step * config.global_batch
                     event.metrics = {"step": step, "lr": lr, "clips": seen, **accumulator.line()}
                 for callback in watching:
                     callback.on_step(event)
@@ -289,11 +292,8 @@ def check_parts(
     )
     if codec is not None:
         check_images(config.num_images, codec.compression, codec.name)
-    check(
-        config.global_batch % group.size == 0,
-        f"train.global_batch is {config.global_batch}, but {group.size} processes must share it evenly; "
-        f"give a multiple of {group.size}",
-    )
+    buckets = getattr(dataset, "buckets", None)
+    check_world(config.global_batch, group.size, buckets)
     num_classes = model.config.num_classes
     found = len(dataset.classes)
     check(
@@ -301,7 +301,8 @@ def check_parts(
         f"model.num_classes is {num_classes}, but the data have {found} classes; give {found or 'null'}, or "
         "other data",
     )
-    if isinstance(dataset, CustomDataset) or (codec is not None and codec.temporal_factor > 1):
+    compressed = codec is not None and codec.temporal_factor > 1
+    if isinstance(dataset, CustomDataset) or (compressed and buckets is None):
         check_first_clip(dataset, model, codec)
 
 
