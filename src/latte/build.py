@@ -45,6 +45,7 @@ from latte.text.encoders import TEXT_ENCODERS, build_text_encoder
 from latte.training.callbacks import Callback
 from latte.training.condition import CaptionReader
 from latte.training.config import check_decay
+from latte.training.trackers import check_trackers
 from latte.training.train import train
 
 LOG = logging.getLogger(__name__)
@@ -121,6 +122,7 @@ def build(config: RunConfig, device: str = "auto") -> Job:
     which can take hours.
     """
     resolved = resolve_device(device)
+    check_trackers(config.train.trackers)
     fresh = not list_checkpoints(Path(config.run.dir or DEFAULT_DIR))
     if fresh:
         check_decay(config.train)

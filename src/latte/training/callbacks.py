@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
@@ -124,7 +124,8 @@ class TrainEvent:
     model: nn.Module
     ema_model: nn.Module
     accumulator: MetricsAccumulator
-    metrics: Mapping[str, object] | None = None
+    metrics: Mapping[str, Any] | None = None
+    record: Mapping[str, Any] = field(default_factory=dict)  # the content of config.yaml
 
 
 class Callback(Protocol):
@@ -143,7 +144,7 @@ class Callback(Protocol):
         """After each step."""
 
     def on_validation(self, event: TrainEvent, metrics: Mapping[str, float]) -> None:
-        """After a validation; reserved, since ``train`` does not validate yet."""
+        """After the held-out loss (validation/loss, ...) or a score (score/fvd, ...) was measured."""
 
     def on_samples(self, event: TrainEvent, paths: Sequence[Path]) -> None:
         """After samples of the EMA model were written to ``paths``."""

@@ -10,6 +10,7 @@ from latte.interop.init import Start
 from latte.runtime import DTYPES
 from latte.training.distributed import DEFAULT_TIMEOUT
 from latte.training.optim import OPTIMIZERS
+from latte.training.trackers import TRACKERS
 
 # fp16 gradients underflow without loss scaling, so fp16 is not among them.
 TRAINING_DTYPES = {name: DTYPES.get(name) for name in ("auto", "fp32", "bf16")}
@@ -65,6 +66,7 @@ class TrainConfig:
     keep_last: int = 3  # checkpoints kept, the newest ones
     sample_every: int = 0  # 0: no samples during training
     log_every: int = 50  # steps between lines of metrics.jsonl and of the log
+    trackers: tuple[str, ...] = ()  # names in latte.training.trackers.TRACKERS that get metrics and samples
     timeout: float = DEFAULT_TIMEOUT  # seconds to wait for another process, checkpoints and samples excluded
 
     def __post_init__(self) -> None:
@@ -110,7 +112,10 @@ class TrainConfig:
         choose("train.optimizer", self.optimizer, OPTIMIZERS)
         choose("train.dtype", self.dtype, TRAINING_DTYPES)
         choose("train.init_mapping", self.init_mapping, MAPPINGS)
-        object.__setattr__(self, "init_gaps", tuple(self.init_gaps))  # JSON and YAML have lists
+        for name in self.trackers:
+            choose("train.trackers", name, TRACKERS)
+        for name in ("init_gaps", "trackers"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))  # JSON and YAML have lists
 
     @property
     def start(self) -> Start | None:

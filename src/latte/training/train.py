@@ -53,6 +53,7 @@ from latte.training.optim import OPTIMIZERS, TrainState, trainable_parameters
 from latte.training.resume import restore, run_facts
 from latte.training.signals import StopRequest
 from latte.training.step import Task, backward
+from latte.training.trackers import Tracker, check_trackers
 
 DATA_FAILED = 1  # in the place of a signal's exit code: a process could not load its clips
 Sample = Callable[[nn.Module, int], Sequence[Path] | None]
@@ -191,9 +192,12 @@ def train(
         order = order_of(clips, seed, config.global_batch, group.size)
         seen = order.clips_before(step)
         accumulator = MetricsAccumulator(device, saved_metrics(saved))
-        event = TrainEvent(run_dir, step, config.steps, model, state.ema.model, accumulator)
+        event = TrainEvent(
+            run_dir, step, config.steps, model, state.ema.model, accumulator, record=record or {}
+        )
         metrics_file = MetricsFile(run_dir / "metrics.jsonl")
-        watching = [metrics_file, ProgressBar(), *callbacks] if group.rank == 0 else []
+        trackers = [Tracker(name) for name in config.trackers]
+        watching = [metrics_file, ProgressBar(), *trackers, *callbacks] if group.rank == 0 else []
 
         with (
             StopRequest() as stop,
@@ -285,6 +289,7 @@ def check_parts(
     model: Denoiser, codec: Codec | None, dataset: Dataset, config: TrainConfig, group: Group
 ) -> None:
     """InputError for parts that cannot be trained together."""
+    check_trackers(config.trackers)
     check(len(dataset) > 0, "the dataset is empty; give data.root a folder with readable videos")
     check(
         codec is not None or dataset.latent,
