@@ -356,3 +356,18 @@ def test_more_steps_of_a_solver_are_nearer_to_the_limit(benchmark, capsys):
     assert json.loads(capsys.readouterr().out) == line
     assert {"euler", "dpmpp", "unipc --order 3"} <= set(line["distances"])
     assert all(few > many > 0 for few, many in line["distances"].values())
+
+
+def test_ways_of_sampling_are_compared_and_their_clips_kept(benchmark, capsys, tmp_path):
+    words = ["--ways", "dpmpp:4", "unipc:2:1", "--count", "4", "--real", "8", "--seeds", "0", "1"]
+    line = benchmark("sample_quality").main([*words, "--keep", str(tmp_path)])
+    assert json.loads(capsys.readouterr().out) == line
+    few = line["ways"]["unipc:2:1"]
+    assert (line["ways"]["dpmpp:4"]["evaluations"], few["evaluations"], few["times_fewer"]) == (8, 2, 4)
+    assert few["distance_range"][0] <= few["distance"] <= few["distance_range"][1]
+    assert few["distance_ratio"] == pytest.approx(few["distance"] / line["ways"]["dpmpp:4"]["distance"])
+    kept = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    assert len(kept) == 4, "two ways, two seeds"
+    again = benchmark("sample_quality").main([*words, "--keep", str(tmp_path)])
+    assert again == line
+    assert kept == {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}

@@ -110,6 +110,15 @@ def test_solver_settings_reach_the_clips_and_their_record(latte, run_folder, tmp
         (["--guidance-interval", "900,901", "--guidance", 2], "so nothing would be guided; widen it"),
         (["--cache", 7], "cache is 7.0, but must be above 0 and at most 1"),
         (["--cache", 0.1, "--steps", 1], "cache needs at least 4 steps"),
+        (
+            ["--quality", "fast", "--steps", 9],
+            "--quality fast (quality=) is unipc with 8 steps, but --steps 9",
+        ),
+        (
+            ["--quality", "paper", "--sampler", "ddim"],
+            "but --sampler ddim was given too; leave one of the two",
+        ),
+        (["--quality", "good"], "fast, high, paper"),
         (["--order", 4, "--sampler", "dpmpp"], "order is 4, but sampler dpmpp has the orders 1, 2, 3"),
     ],
 )

@@ -28,6 +28,12 @@ def _samplers() -> Iterable[str]:
     return SAMPLERS
 
 
+def _qualities() -> Iterable[str]:
+    from latte.inference.quality import QUALITIES
+
+    return QUALITIES
+
+
 def _long_video() -> Iterable[str]:
     from latte.diffusion.long_video import LONG_VIDEO_METHODS
 
@@ -90,6 +96,7 @@ def _scenes() -> Iterable[str]:
 
 TABLES: dict[str, Callable[[], Iterable[str]]] = {
     "samplers": _samplers,
+    "qualities": _qualities,
     "long_video": _long_video,
     "protocols": _protocols,
     "confounders": _confounders,

@@ -38,6 +38,10 @@ Steps = Annotated[
     str | None, typer.Option(metavar="N", help="Denoising steps: a number, or a respacing like ddim50.")
 ]
 SamplerName = Annotated[str | None, typer.Option(metavar="NAME", help="One of {samplers}.")]
+QualityName = Annotated[
+    str | None,
+    typer.Option("--quality", metavar="NAME", help="Sampler and steps by one word: {qualities} (250 steps)."),
+]
 Guidance = Annotated[float | None, typer.Option(help="Classifier-free guidance scale; 1 turns guidance off.")]
 Order = Annotated[int | None, typer.Option(metavar="N", help="Order of dpmpp and unipc: 1 to 3, default 2.")]
 Interval = Annotated[
@@ -124,6 +128,7 @@ def sample(
     prompts: PromptFile = None,
     negative: Negative = "",
     count: Count = None,
+    quality: QualityName = None,
     steps: Steps = None,
     sampler: SamplerName = None,
     order: Order = None,
@@ -155,7 +160,6 @@ def sample(
 ) -> None:
     """Generate clips: an mp4 each, one gif, and a contact sheet (rows: clips, columns: frames)."""
     from latte.inference import requests as read
-    from latte.inference.generate import changed
     from latte.inference.outputs import clip_facts
 
     configure_logging()
@@ -168,7 +172,7 @@ def sample(
     frame_size = read_size(size)
     chosen = {"sampler": sampler, "guidance": guidance, "eta": eta, "batch": batch, "fps": fps}
     chosen |= {"order": order, "guidance_interval": read_interval(guidance_interval), "cache": cache}
-    options = {"config": changed(pipe.sample, steps=read_steps(steps), **chosen), "frames": frames}
+    options = {"config": pipe.settings(quality, steps=read_steps(steps), **chosen), "frames": frames}
     options |= {"size": frame_size, "dtype": pipe.dtype, "window": window, "overlap": overlap}
     options["longer"] = longer or "freenoise"
     options["conditioning_frames"] = read.read_conditioning_frames(first, last, pipe.frame_size(frame_size))

@@ -48,6 +48,7 @@ OUTPUT_TYPES: dict[str, Callable[[np.ndarray], Frames]] = {  # from uint8 (b t h
 class CallOptions(TypedDict, total=False):
     """Further options of a call, which diffusers' pipelines do not have."""
 
+    quality: str  # a name in QUALITIES, in the place of sampler and steps
     sampler: str  # a name in SAMPLERS
     eta: float  # noise of ddim, 0 to 1
     order: int  # of dpmpp and unipc, 1 to 3

@@ -9,7 +9,6 @@ import logging
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self, TypeVar, Unpack
@@ -20,8 +19,9 @@ import torch
 from latte.autoencoder.codec import Codec, CodecConfig, decoder_for
 from latte.checks import check, choose
 from latte.diffusion.config import DiffusionConfig, build_process
+from latte.inference.callback import Callback, step_progress
 from latte.inference.clip_shape import latent_shapes
-from latte.inference.generate import SampleConfig, changed, generate
+from latte.inference.generate import SampleConfig, generate
 from latte.inference.outputs import (
     OUTPUT_TYPES,
     CallOptions,
@@ -31,6 +31,7 @@ from latte.inference.outputs import (
     write_clips,
 )
 from latte.inference.prompts import PromptReader
+from latte.inference.quality import choose_settings
 from latte.inference.requests import (
     Conditioned,
     Image,
@@ -54,7 +55,6 @@ LOG = logging.getLogger(__name__)
 LONG_JOB = 600.0  # seconds from which on the log estimates the time left
 BatchProgress = Callable[[int, int], Callable[[int, int], None]]
 T = TypeVar("T")
-Callback = Callable[["VideoPipeline", int, int, dict[str, Any]], Any]
 
 
 @dataclass(eq=False)
@@ -176,15 +176,17 @@ class VideoPipeline(Conditioned):
         seeds = choose_seeds(seed, generator, len(prompts or labels or [None]) * count)
         own = ("sampler", "eta", "order", "guidance_interval", "cache")
         changes = {"batch": options.pop("batch_size", None)} | {key: options.pop(key, None) for key in own}
+        changes |= {"steps": num_inference_steps, "guidance": guidance_scale}
+        config = self.settings(options.pop("quality", None), **changes)
         default = self.frame_size()
         size = height or default[0], width or default[1]
-        with self.step_callback(callback_on_step_end) as progress:
+        with step_progress(self, callback_on_step_end) as progress:
             clips = self.generate(
                 seeds,
                 repeat(labels, count),
                 repeat(prompts, count),
                 negative_prompt or "",
-                config=changed(self.sample, steps=num_inference_steps, guidance=guidance_scale, **changes),
+                config=config,
                 frames=num_frames,
                 size=size,
                 conditioning_frames=read_conditioning_frames(image, last_image, size),
@@ -262,27 +264,13 @@ class VideoPipeline(Conditioned):
 
         return write_clips(Path(folder), requests, run, facts, config.batch, config.fps)
 
-    @contextmanager
-    def step_callback(self, callback: Callback | None) -> Iterator[Callable[[int, int], None] | None]:
-        """Provide a progress function that calls ``callback`` with the timestep the model last computed,
-        or None without one.
+    def settings(self, quality: str | None = None, **changes: Any) -> SampleConfig:
+        """Return ``self.sample`` with ``quality``, a key of QUALITIES, and ``changes``, None for no change.
+
+        InputError for settings that exclude each other.
         """
-        if callback is None:
-            yield None
-            return
-        latest: list[int] = []
-        handle = self.model.register_forward_pre_hook(
-            lambda _, inputs: latest.append(int(inputs[1].flatten()[0]))
-        )
-
-        def progress(done: int, of: int) -> None:
-            callback(self, done - 1, latest[-1], {})
-            latest.clear()
-
-        try:
-            yield progress
-        finally:
-            handle.remove()
+        prediction = build_process(self.diffusion).prediction
+        return choose_settings(self.sample, prediction, quality, changes)
 
     @property
     def device(self) -> torch.device:
