@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from latte.autoencoder.codec import CODECS, Codec, build_codec
+from latte.autoencoder.codec import Codec, build_codec
+from latte.autoencoder.config import compression_at
 from latte.checkpoint.run import list_checkpoints
 from latte.checks import InputError, check, printable
 from latte.config.run import RunConfig
@@ -192,7 +193,7 @@ def open_data(config: RunConfig, device: torch.device) -> tuple[Dataset, Codec |
             f"give codec.name={name}, or encode again",
         )
         made = dataset.compression
-        given = CODECS[name].compression_at(config.codec.path)
+        given = compression_at(name, config.codec.path)
         check(
             (made.channels, made.spatial_factor, made.temporal_factor)
             == (given.channels, given.spatial_factor, given.temporal_factor),

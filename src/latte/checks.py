@@ -9,7 +9,7 @@ Each line of a message is an error of its own.
 import os
 import shlex
 import unicodedata
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from difflib import get_close_matches
 from typing import Any, TypeVar
 
@@ -67,10 +67,15 @@ def nearest(name: object, names: Iterable[object]) -> str:
 
 def choose(field: str, name: Any, table: Mapping[Any, T]) -> T:
     """Return ``table[name]``; InputError with every name and the nearest one if there is no such entry."""
-    if name in table:
-        return table[name]
-    names = ", ".join(map(str, table))
-    raise InputError(f"{field} is {name!r}, which is not one of {names}{nearest(name, table)}")
+    check_name(field, name, table)
+    return table[name]
+
+
+def check_name(field: str, name: Any, names: Collection[Any]) -> None:
+    """Raise InputError with every name and the nearest one unless ``name`` is one of ``names``."""
+    if name not in names:
+        known = ", ".join(map(str, names))
+        raise InputError(f"{field} is {name!r}, which is not one of {known}{nearest(name, names)}")
 
 
 def check(condition: bool, message: str) -> None:

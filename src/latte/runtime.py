@@ -10,14 +10,18 @@ import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from latte.checks import InputError, choose
+from latte.tables import Later, Table
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+if TYPE_CHECKING:  # settings are read with this module, before torch is needed
+    import torch
+    from torch import Tensor
+
+DTYPES: Table[str, "torch.dtype"] = Table(
+    {"fp32": Later("torch:float32"), "bf16": Later("torch:bfloat16"), "fp16": Later("torch:float16")}
+)
 
 
 def rank() -> int:
@@ -35,12 +39,14 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
-def resolve_device(device: str | torch.device = "auto") -> torch.device:
+def resolve_device(device: "str | torch.device" = "auto") -> "torch.device":
     """Return the device of this process for 'auto', 'cpu', 'cuda', 'mps', 'cuda:1' or a ``torch.device``.
 
     'cuda' without a number is the process's own GPU (LOCAL_RANK). InputError when this machine has no such
     device.
     """
+    import torch
+
     available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     kind, _, number = str(device).partition(":")
     if kind == "auto":
@@ -56,12 +62,14 @@ def resolve_device(device: str | torch.device = "auto") -> torch.device:
     return torch.device(kind, int(number) if number else local_rank())
 
 
-def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
+def resolve_dtype(dtype: "str | torch.dtype", device: "torch.device") -> "torch.dtype":
     """Return the dtype of matrix products for 'auto', 'fp32', 'bf16', 'fp16' or the ``torch.dtype`` of one of
     them.
 
     'auto' is bf16 on a CUDA device that supports it and fp32 elsewhere (bf16 is slower on most CPUs).
     """
+    import torch
+
     if dtype == "auto":
         return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
     if isinstance(dtype, torch.dtype):
@@ -70,8 +78,10 @@ def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype
 
 
 @contextmanager
-def borrowed(part: Any, device: torch.device, home: torch.device) -> Iterator[None]:
+def borrowed(part: Any, device: "torch.device", home: "torch.device") -> Iterator[None]:
     """Keep ``part`` (anything with ``to``) on ``device`` inside, and at ``home`` afterwards."""
+    import torch
+
     part.to(device)
     try:
         yield
@@ -81,8 +91,10 @@ def borrowed(part: Any, device: torch.device, home: torch.device) -> Iterator[No
             torch.cuda.empty_cache()
 
 
-def generator(*key: int | str) -> torch.Generator:
+def generator(*key: int | str) -> "torch.Generator":
     """Return a CPU generator, a pure function of ``key`` such as (seed, 'noise', step), on every machine."""
+    import torch
+
     digest = hashlib.sha256("/".join(str(part) for part in key).encode("utf-8", "surrogatepass")).digest()
     return torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
@@ -97,5 +109,7 @@ class SampleNoise:
     def __init__(self, seeds: Sequence[int]):
         self.generators = [generator(seed, "sample") for seed in seeds]
 
-    def __call__(self, shape: Sequence[int]) -> Tensor:
+    def __call__(self, shape: Sequence[int]) -> "Tensor":
+        import torch
+
         return torch.stack([torch.randn(tuple(shape), generator=g) for g in self.generators])

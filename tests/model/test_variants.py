@@ -13,9 +13,9 @@ from latte.ablate.axes import make_settings
 from latte.config.run import load_run
 from latte.diffusion.config import DiffusionConfig, build_process
 from latte.diffusion.loss import OBJECTIVES
-from latte.model.blocks import Branch
+from latte.model.blocks import Block, Branch
 from latte.model.latte import Latte, ModelConfig
-from latte.model.variants import VARIANTS, Block, Parts, Variant
+from latte.model.variants import VARIANTS, Parts, Variant
 from latte.profile.flops import count, table3
 from latte.profile.memory import activations
 from latte.profile.plan import plan

@@ -105,3 +105,13 @@ class Compression:
                 f"{field} is {size}, but codec {codec!r} needs a multiple of {self.spatial_factor}",
             )
         return height // self.spatial_factor, width // self.spatial_factor
+
+
+def check_images(num_images: int, compression: Compression, codec: str) -> None:
+    """InputError when images are wanted of a codec, named ``codec``, that encodes none."""
+    check(
+        num_images == 0 or compression.encodes_images,
+        f"train.num_images is {num_images}, but codec {codec!r} encodes no images: it takes blocks of "
+        f"{compression.temporal_factor} frames, and an image is one frame; set train.num_images=0, or use a "
+        "causal codec",
+    )

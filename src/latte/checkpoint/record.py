@@ -16,13 +16,15 @@ from datetime import UTC, datetime
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 import yaml
 
 from latte.files import commit_file, reported
 from latte.runtime import world_size
+
+if TYPE_CHECKING:
+    import torch
 
 RENAMED_KEYS: dict[str, str] = {}  # config keys renamed since 0.1.0: old dotted key -> new dotted key
 
@@ -41,7 +43,7 @@ PACKAGES = (
 
 
 def describe_run(
-    run_dir: Path, config: Mapping[str, object], device: torch.device, command: str | None = None
+    run_dir: Path, config: Mapping[str, object], device: "torch.device", command: str | None = None
 ) -> None:
     """Write the three files; ``config`` is plain data, ``command`` defaults to this process's own command
     line.
@@ -62,8 +64,10 @@ def describe_run(
             file.write(f"{now} {command}\n")
 
 
-def environment(device: torch.device) -> dict[str, object]:
+def environment(device: "torch.device") -> dict[str, object]:
     """Versions of what computes, the device, the threads and the source's commit."""
+    import torch
+
     return {
         "commit": source_commit(),
         "python": platform.python_version(),

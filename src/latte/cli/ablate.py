@@ -65,10 +65,6 @@ def ablate(
     All settings see the same data in the same order, with the same seeds. An example that takes a quarter of
     an hour on two CPU cores: latte ablate shapes-tiny --axes variant
     """
-    from latte.ablate.axes import make_settings
-    from latte.ablate.plan import Plan, base_config, summary
-    from latte.ablate.report import show
-    from latte.ablate.sweep import sweep
     from latte.config.run import load_run
     from latte.files import commit_file, reported
     from latte.runtime import resolve_device
@@ -77,6 +73,11 @@ def ablate(
     given = {"train.steps": steps, "train.dtype": dtype}
     words = (*(overrides or []), *(f"{key}={value}" for key, value in given.items() if value is not None))
     config, _ = load_run(run, words)
+    from latte.ablate.axes import make_settings  # torch, after the settings were found good
+    from latte.ablate.plan import Plan, base_config, summary
+    from latte.ablate.report import show
+    from latte.ablate.sweep import sweep
+
     names = tuple(read_list(axes))
     base = base_config(config)
     folder = out or Path(f"{config.run.dir or 'runs/unnamed'}-ablation")

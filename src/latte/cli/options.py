@@ -23,7 +23,7 @@ OVERRIDABLE = {"ignore_unknown_options": True}  # so that --model.size S reaches
 
 
 def _samplers() -> Iterable[str]:
-    from latte.diffusion.samplers import SAMPLERS
+    from latte.diffusion.config import SAMPLERS
 
     return SAMPLERS
 
@@ -35,7 +35,7 @@ def _qualities() -> Iterable[str]:
 
 
 def _long_video() -> Iterable[str]:
-    from latte.diffusion.long_video import LONG_VIDEO_METHODS
+    from latte.diffusion.config import LONG_VIDEO_METHODS
 
     return LONG_VIDEO_METHODS
 
@@ -89,7 +89,7 @@ def _latent_dtypes() -> Iterable[str]:
 
 
 def _scenes() -> Iterable[str]:
-    from latte.data.base import PROCEDURAL
+    from latte.data.config import PROCEDURAL
 
     return PROCEDURAL
 

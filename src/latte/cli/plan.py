@@ -36,10 +36,12 @@ def plan(
     disk, time.
     """
     from latte.config.run import load_run
-    from latte.data.selection import table_lines
+
+    config, _ = load_run(run, overrides or [])
+    from latte.data.selection import table_lines  # torch, after the settings were found good
     from latte.profile.plan import plan as plan_of
 
-    planned = plan_of(load_run(run, overrides or [])[0], device, processes, measure)
+    planned = plan_of(config, device, processes, measure)
     lines = table(rows(planned))
     if planned.buckets:
         lines += table_lines(planned.buckets)

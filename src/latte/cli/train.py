@@ -39,7 +39,6 @@ def train(
 
     Ctrl-C, SIGTERM, SIGUSR1 and a closed terminal save a checkpoint first.
     """
-    from latte.build import build
     from latte.config.run import load_run
     from latte.runtime import rank
 
@@ -47,6 +46,8 @@ def train(
     options = {"run.dir": out, "train.dtype": dtype, "run.seed": seed}
     given = [f"{key}={value}" for key, value in options.items() if value is not None]
     config, _ = load_run(run, [*(overrides or []), *given])
+    from latte.build import build  # torch, after the settings were found good
+
     job = build(config, device)
     result = job.train()
     code = result.pop("interrupted")

@@ -19,7 +19,8 @@ from typing import Any, ClassVar, get_type_hints
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from latte.autoencoder.codec import CODECS, CodecConfig
+from latte.autoencoder.compression import check_images
+from latte.autoencoder.config import CodecConfig, compression_at
 from latte.checks import InputError, check, nearest, printable
 from latte.config.layers import (
     Entry,
@@ -32,15 +33,12 @@ from latte.config.layers import (
     type_name,
 )
 from latte.data.buckets import Buckets, Grid, buckets_of
-from latte.data.datasets import DataConfig
-from latte.data.joint import check_images
+from latte.data.config import DataConfig
 from latte.diffusion.config import DiffusionConfig
-from latte.inference.generate import SampleConfig
-from latte.interop.lora import LoraConfig
-from latte.model.latte import ModelConfig
-from latte.model.patches import PATCHES
-from latte.model.text import TextConfig
-from latte.text.encoders import TextEncoderConfig
+from latte.inference.config import SampleConfig
+from latte.interop.config import LoraConfig
+from latte.model.config import PATCHES, ModelConfig, TextConfig
+from latte.text.config import TextEncoderConfig
 from latte.training.config import TrainConfig
 
 VERSION = 1
@@ -106,7 +104,7 @@ class RunConfig:
             )
         if problems:
             raise InputError("\n".join(problems))
-        compression = CODECS[self.codec.name].compression_at(self.codec.path)
+        compression = compression_at(self.codec.name, self.codec.path)
         check_images(self.train.num_images, compression, self.codec.name)
 
     @property
@@ -123,7 +121,7 @@ class RunConfig:
     @property
     def grid(self) -> Grid:
         """What decides which shapes of clips fit: codec and patches."""
-        compression = CODECS[self.codec.name].compression_at(self.codec.path)
+        compression = compression_at(self.codec.name, self.codec.path)
         return Grid(self.codec.name, compression, self.model.patch_size, self.network.frames_per_token)
 
     @property
@@ -168,7 +166,7 @@ def derived(data: DataConfig, codec: CodecConfig) -> dict[str, tuple[Any, str]]:
 
     InputError for a frame size that the codec does not divide.
     """
-    compression = CODECS[codec.name].compression_at(codec.path)
+    compression = compression_at(codec.name, codec.path)
     factor = compression.spatial_factor
     height, width = data.size
     for side in data.size:
@@ -335,11 +333,14 @@ def _derive(nested: dict[str, Any], entries: dict[str, Entry]) -> list[str]:
 
 def _tube_problems(data: DataConfig, codec: CodecConfig, model: Mapping[str, Any]) -> list[str]:
     """Return why the patches with the values ``model`` cannot divide the latent frames of ``data``, if so."""
-    patch = PATCHES.get(model.get("patch", ModelConfig.patch))
-    tube = patch.frames_per_token(SimpleNamespace(tube=model.get("tube", ModelConfig.tube))) if patch else 0
+    patch = model.get("patch", ModelConfig.patch)
+    if patch not in PATCHES:
+        return []
+    frames_per_token = PATCHES.fact(patch, "frames_per_token")
+    tube = frames_per_token(SimpleNamespace(tube=model.get("tube", ModelConfig.tube)))
     if tube < 1:
         return []
-    compression = CODECS[codec.name].compression_at(codec.path)
+    compression = compression_at(codec.name, codec.path)
     num_frames = compression.latent_frames(data.frames)
     if num_frames % tube == 0:
         return []

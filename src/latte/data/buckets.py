@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING
 
 from latte.autoencoder.compression import Compression
 from latte.checks import InputError, check
-from latte.data.clips import crop_box
+from latte.data.clip_rule import crop_box
 
 if TYPE_CHECKING:
-    from latte.data.base import DataConfig
+    from latte.data.config import DataConfig
 
 AUTO = "auto"
 AUTO_KEYS = ("bucket_pixels", "bucket_aspects", "bucket_lengths")

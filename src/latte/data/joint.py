@@ -14,20 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from latte.autoencoder.compression import Compression
+from latte.autoencoder.compression import check_images as check_images
 from latte.checks import check
 from latte.data.base import Clip, Dataset
 from latte.data.buckets import Buckets
-
-
-def check_images(num_images: int, compression: Compression, codec: str) -> None:
-    """InputError when images are wanted of a codec, named ``codec``, that encodes none."""
-    check(
-        num_images == 0 or compression.encodes_images,
-        f"train.num_images is {num_images}, but codec {codec!r} encodes no images: it takes blocks of "
-        f"{compression.temporal_factor} frames, and an image is one frame; set train.num_images=0, or use a "
-        "causal codec",
-    )
 
 
 def append_images(clip: Tensor, images: Tensor) -> Tensor:

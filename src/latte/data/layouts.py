@@ -8,9 +8,12 @@ The trees are those that the released code reads. Any other folder of videos is 
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from latte.checks import InputError
-from latte.data.skipped import ScanResult
+
+if TYPE_CHECKING:
+    from latte.data.skipped import ScanResult
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,7 @@ LAYOUTS = {
 }
 
 
-def check_layout(name: str, found: ScanResult) -> None:
+def check_layout(name: str, found: "ScanResult") -> None:
     """InputError that names the first clip which does not fit layout ``name``, and shows the expected
     tree.
     """

@@ -14,7 +14,6 @@ from itertools import product
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
-import torch
 
 from latte.checks import check
 from latte.data.shape_grading import COLOURS, DIRECTIONS, GROUND, SHAPES, read_motion
@@ -90,6 +89,8 @@ def draw_scene(seed: int, index: int, frames: int, hold_out: int = 0) -> Scene:
 
     Held-out combinations never occur.
     """
+    import torch
+
     u = torch.rand(8, generator=generator(seed, "scene", index), dtype=torch.float64).tolist()
     direction = list(DIRECTIONS)[index % len(DIRECTIONS)]
     size = 0.13 + 0.05 * u[2]

@@ -17,28 +17,11 @@ import torch
 from torch import Tensor
 
 from latte.checks import check
+from latte.diffusion.config import check_cache
 from latte.diffusion.guidance import Model
 
 LOG = logging.getLogger(__name__)
-MAX_THRESHOLD = 1.0  # the outputs may be 100 % wrong: such a value is a mistake
 WARM_UP = 0.1  # share of the steps that are evaluated first: 5 of 50, as in the authors' code
-MIN_STEPS = 4  # two evaluations give the first k, and the last step is evaluated
-
-
-def check_cache(threshold: float | None, num_steps: int = MIN_STEPS, field: str = "cache") -> None:
-    """Raise InputError for a threshold outside (0, MAX_THRESHOLD] and for fewer than MIN_STEPS steps; None is
-    no cache.
-    """
-    check(
-        threshold is None or (math.isfinite(threshold) and 0 < threshold <= MAX_THRESHOLD),
-        f"{field} is {threshold}, but must be above 0 and at most {MAX_THRESHOLD:g}, the relative change of "
-        "the model's output that is skipped; 0.05 is usual, null evaluates every step",
-    )
-    check(
-        threshold is None or num_steps >= MIN_STEPS,
-        f"{field} needs at least {MIN_STEPS} steps, because the first two and the last are always evaluated, "
-        f"but there are {num_steps}; leave it out, or take more steps",
-    )
 
 
 @dataclass

@@ -7,22 +7,19 @@ passes through here without being looked at (Ho & Salimans 2022, eq. 6; Latte, S
 Axes: b batch, f frames, c channels, h height, w width.
 """
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from latte.checks import InputError, check
+from latte.diffusion.config import check_guidance, check_interval
 from latte.diffusion.process import DenoiseFunction, NoisePath
 
 Model = Callable[..., Tensor]
 """(z, original timesteps (b,), **condition) -> (b f c|2c h w), such as ``latte.model.denoiser.Denoiser``."""
 Condition = Mapping[str, Tensor]
 """Keyword of the model -> tensor (b ...). Empty for an unconditional model."""
-
-MAX_GUIDANCE = 100.0
-"""Above this scale a sample saturates at once: such a value is a mistake."""
 
 
 def conditional(model: Model, condition: Condition) -> DenoiseFunction:
@@ -77,18 +74,6 @@ def guided(
     return inside_window
 
 
-def check_interval(interval: Sequence[float] | None, field: str = "guidance_interval") -> None:
-    """Raise InputError unless ``interval`` is None or (low, high) with 0 <= low < high, both finite."""
-    if interval is None:
-        return
-    finite = len(interval) == 2 and all(map(math.isfinite, interval))
-    check(
-        finite and 0 <= interval[0] < interval[1],
-        f"{field} is {list(interval)}, but must be [low, high], noise levels with 0 <= low < high, such as "
-        "[0.3, 5]",
-    )
-
-
 def guidance_window(
     process: NoisePath, interval: Sequence[float] | None, visited: Sequence[int] | None = None
 ) -> tuple[int, int] | None:
@@ -112,21 +97,6 @@ def guidance_window(
     )
     guided_timesteps = inside.nonzero().flatten().tolist()
     return guided_timesteps[0], guided_timesteps[-1]
-
-
-def check_guidance(scale: float, window: tuple[int, int] | None = None, field: str = "guidance") -> None:
-    """Raise InputError for a scale outside 0..MAX_GUIDANCE and for a reversed window."""
-    check(
-        math.isfinite(scale) and 0 <= scale <= MAX_GUIDANCE,
-        f"{field} must be between 0 and {MAX_GUIDANCE:g}, got {scale}; 1 samples without guidance, 4 is "
-        "strong",
-    )
-    if window is not None:
-        check(
-            window[0] <= window[1],
-            f"guidance window is {window}, but must be (first, last) guided timestep with first <= last; "
-            "swap them",
-        )
 
 
 def check_same_shapes(condition: Condition, null: Condition) -> None:

@@ -5,7 +5,7 @@ clip of them.
 A method is a function (sample, denoise, noise, frames, mask, window, overlap, progress) -> z_0 (b f c h w),
 where ``frames`` (1|b f c h w) holds the conditioning frames and ``mask``, bool (f,), their positions. A clip
 that fits into one window is the ordinary sample, whatever the method. To add a method: one function and one
-entry in LONG_VIDEO_METHODS.
+entry in ``config.LONG_VIDEO_METHODS``.
 
 Clip, window, overlap and chain count latent frames. Where a causal codec compresses time, the first latent
 frame of a clip stands for one frame of video, all others for several, and the model learned that the first
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from latte.checks import check
+from latte.diffusion.config import LONG_VIDEO_METHODS as LONG_VIDEO_METHODS
 from latte.diffusion.process import DenoiseFunction
 from latte.diffusion.samplers import Noise, Progress
 
@@ -84,7 +85,6 @@ def chained(
     return z
 
 
-LONG_VIDEO_METHODS = {"freenoise": freenoise, "chained": chained}
 FRAME_GUIDED = ("chained",)  # those that guide later windows by the frames they share with earlier ones
 
 

@@ -5,7 +5,7 @@ channels.
 An objective is two choices: what the output means, and how much each timestep counts. The bound (L_hybrid of
 Nichol & Dhariwal 2021, as in the released code of Latte) gets a detached mean, so that it trains the variance
 channels alone. Everything runs in the precision of z_0: float32 in training, float64 when a test asks for it.
-To add an objective: one entry in OBJECTIVES.
+To add an objective: an Objective here and one entry in ``config.OBJECTIVES``.
 Axes: b batch, f frames, c channels, h height, w width.
 """
 
@@ -17,6 +17,7 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor
 
+from latte.diffusion.config import OBJECTIVES as OBJECTIVES
 from latte.diffusion.process import PREDICTIONS, DenoiseFunction, NoisePath, Process
 
 
@@ -124,9 +125,7 @@ class Objective:
         return Loss(self.weight(process, t, z0) * mse + vlb, mse, vlb)
 
 
-OBJECTIVES = {
-    "paper": Objective("epsilon"),  # L_simple + L_vlb (Latte, Sec. 3.1)
-    "v": Objective("v"),
-    "rectified_flow": Objective("flow"),
-    "min_snr": Objective("epsilon", min_snr),
-}
+PAPER = Objective("epsilon")  # L_simple + L_vlb (Latte, Sec. 3.1)
+V = Objective("v")
+RECTIFIED_FLOW = Objective("flow")
+MIN_SNR = Objective("epsilon", min_snr)

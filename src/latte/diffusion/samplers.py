@@ -4,7 +4,8 @@ respaced for it.
 
 DDPM, DDIM and the Euler steps of rectified flow are here; DDPM and DDIM have the released code's respacing.
 The solvers are in ``solvers.py``. Start noise and later noise come from one generator per sample, and no step
-mixes samples: a sample does not depend on its batch. To add a sampler: a function and one entry in SAMPLERS.
+mixes samples: a sample does not depend on its batch. To add a sampler: a function, a Sampler, and one entry
+in ``config.SAMPLERS``.
 Axes: b batch, f frames, c channels, h height, w width.
 """
 
@@ -17,6 +18,8 @@ import torch
 from torch import Tensor
 
 from latte.checks import RunError, check, choose
+from latte.diffusion.config import SAMPLERS as SAMPLERS
+from latte.diffusion.config import check_order
 from latte.diffusion.process import DenoiseFunction, Flow, Process
 from latte.diffusion.schedules import spaced_timesteps, trailing_timesteps
 from latte.diffusion.solvers import NextNoise, Progress, dpmpp, heun, unipc, with_progress
@@ -105,15 +108,13 @@ class Sampler(NamedTuple):
 # Solvers step from the last index straight to the data, so indices that include 0 waste a step: on Gaussian
 # data of standard deviation 1, dpmpp at 10 steps gives 0.95 on trailing timesteps and 1.33 on the released
 # ones. Heun needs 50 steps on squared_cosine.
-SAMPLERS = {
-    "ddpm": Sampler(ddpm),
-    "ddim": Sampler(ddim, has_eta=True),
-    "flow": Sampler(flow, trailing_timesteps, predictions=("flow",)),
-    "dpmpp": Sampler(dpmpp, trailing_timesteps, ("epsilon", "v", "flow"), orders=(2, 1, 3)),
-    "unipc": Sampler(unipc, trailing_timesteps, ("epsilon", "v", "flow"), orders=(2, 1, 3)),
-    "euler": Sampler(partial(dpmpp, order=1), trailing_timesteps),
-    "heun": Sampler(heun, trailing_timesteps),
-}
+DDPM = Sampler(ddpm)
+DDIM = Sampler(ddim, has_eta=True)
+FLOW = Sampler(flow, trailing_timesteps, predictions=("flow",))
+DPMPP = Sampler(dpmpp, trailing_timesteps, ("epsilon", "v", "flow"), orders=(2, 1, 3))
+UNIPC = Sampler(unipc, trailing_timesteps, ("epsilon", "v", "flow"), orders=(2, 1, 3))
+EULER = Sampler(partial(dpmpp, order=1), trailing_timesteps)
+HEUN = Sampler(heun, trailing_timesteps)
 
 
 def indices(sampler: Sampler, num_steps: int, steps: int | str) -> list[int]:
@@ -130,20 +131,6 @@ def indices(sampler: Sampler, num_steps: int, steps: int | str) -> list[int]:
     if steps in (1, "1"):
         return [num_steps - 1]
     return sampler.timesteps(num_steps, str(steps))
-
-
-def check_order(name: str, order: int | None, field: str = "order") -> None:
-    """Raise InputError for an ``order`` that the sampler ``name`` does not have."""
-    orders = SAMPLERS[name].orders
-    others = ", ".join(other for other, entry in SAMPLERS.items() if entry.orders)
-    check(
-        order is None or bool(orders),
-        f"{field} is {order}, but sampler {name} has no choice of orders; leave it out, or use {others}",
-    )
-    check(
-        order is None or order in orders,
-        f"{field} is {order}, but sampler {name} has the orders {', '.join(map(str, sorted(orders)))}",
-    )
 
 
 def check_finite(denoise: DenoiseFunction) -> DenoiseFunction:

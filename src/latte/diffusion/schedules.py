@@ -6,35 +6,64 @@ To add a schedule: a function num_steps -> betas, and one entry in SCHEDULES.
 
 import math
 from collections.abc import Callable
-
-import torch
-from torch import Tensor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from latte.checks import InputError, check
 
+if TYPE_CHECKING:  # the configuration reads this module
+    from torch import Tensor
 
-def linear(num_steps: int) -> Tensor:
-    """Return betas (num_steps,) float64 from 1e-4 to 0.02, both ends scaled by 1000 / num_steps.
 
-    DDPM's schedule, and Latte's (Sec. 4.1).
-    """
+def any_number(num_steps: int) -> None:
+    """Accept every number of timesteps."""
+
+
+def check_linear(num_steps: int) -> None:
+    """Raise InputError for a number of timesteps whose last beta of ``linear`` would reach 1."""
     check(
         num_steps > 20,
         f"diffusion.num_steps is {num_steps}, but the linear schedule ends at beta = 20 / num_steps, which "
         "must stay below 1; use 21 or more, or diffusion.schedule=squared_cosine",
     )
+
+
+def linear(num_steps: int) -> "Tensor":
+    """Return betas (num_steps,) float64 from 1e-4 to 0.02, both ends scaled by 1000 / num_steps.
+
+    DDPM's schedule, and Latte's (Sec. 4.1).
+    """
+    import torch
+
     scale = 1000 / num_steps
     return torch.linspace(scale * 1e-4, scale * 0.02, num_steps, dtype=torch.float64)
 
 
-def squared_cosine(num_steps: int) -> Tensor:
+def squared_cosine(num_steps: int) -> "Tensor":
     """Return betas (num_steps,) float64, at most 0.999, of a squared cosine (Nichol & Dhariwal, eq. 17)."""
+    import torch
+
     u = torch.linspace(0, 1, num_steps + 1, dtype=torch.float64)
     alphas_cumprod = torch.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
     return (1 - alphas_cumprod[1:] / alphas_cumprod[:-1]).clamp(max=0.999)
 
 
-SCHEDULES: dict[str, Callable[[int], Tensor]] = {"linear": linear, "squared_cosine": squared_cosine}
+@dataclass(frozen=True)
+class Schedule:
+    """A schedule, called as ``schedule(num_steps)``."""
+
+    betas: Callable[[int], "Tensor"]
+    """num_steps -> betas (num_steps,) float64."""
+    check: Callable[[int], None] = any_number
+    """Raises InputError for a number of timesteps that it does not have."""
+
+    def __call__(self, num_steps: int) -> "Tensor":
+        """Return betas (num_steps,) float64; InputError for an impossible number."""
+        self.check(num_steps)
+        return self.betas(num_steps)
+
+
+SCHEDULES = {"linear": Schedule(linear, check_linear), "squared_cosine": Schedule(squared_cosine)}
 
 
 def spaced_timesteps(num_steps: int, sections: str) -> list[int]:

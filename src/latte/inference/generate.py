@@ -6,8 +6,8 @@ Axes: b batch, f latent frames, t frames, c channels, h height, w width.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any, ClassVar
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,9 +16,10 @@ from torch import Tensor
 from latte.autoencoder.codec import Codec
 from latte.checks import InputError, RunError, check, choose
 from latte.data.clips import to_uint8
-from latte.diffusion.caching import StepCaches, check_cache
+from latte.diffusion.caching import StepCaches
+from latte.diffusion.config import check_cache
 from latte.diffusion.frame_conditioning import DEFAULT_STRENGTH, condition_on_frames, restore_frames
-from latte.diffusion.guidance import Condition, Model, check_guidance, check_interval, guidance_window, guided
+from latte.diffusion.guidance import Condition, Model, guidance_window, guided
 from latte.diffusion.long_video import (
     FRAME_GUIDED,
     LONG_VIDEO_METHODS,
@@ -27,59 +28,16 @@ from latte.diffusion.long_video import (
     window_starts,
 )
 from latte.diffusion.process import DenoiseFunction, Flow, Process
-from latte.diffusion.samplers import SAMPLERS, Noise, check_order, indices, sample
+from latte.diffusion.samplers import SAMPLERS, Noise, indices, sample
 from latte.inference.clip_shape import Shape, check_memory, clip_shape
 from latte.inference.conditioning_frames import check_conditioning_frames, encode_frames
+from latte.inference.config import SampleConfig as SampleConfig
 from latte.inference.prompts import Prompts
 from latte.model.conditioning import NULL_LABEL
 from latte.model.denoiser import Denoiser
 from latte.runtime import SampleNoise, borrowed
 
 Progress = Callable[[int, int], None]
-
-
-@dataclass(frozen=True)
-class SampleConfig:
-    """Settings of sampling. ``batch`` and ``fps`` do not change a clip. InputError on construction for a
-    value out of range.
-    """
-
-    __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
-
-    sampler: str = "ddpm"  # a name in SAMPLERS
-    steps: int | str = 250  # a count, or a respacing such as "ddim50"
-    guidance: float = 1.0  # classifier-free guidance scale; 1: without guidance
-    eta: float = 0.0  # noise of ddim, from 0 (deterministic) to 1 (as ddpm)
-    batch: int = 4  # clips generated at once
-    fps: float = 8.0  # frame rate of the files
-    order: int | None = None  # of dpmpp and unipc, 1 to 3; null: the sampler's own, 2
-    guidance_interval: tuple[float, float] | None = (
-        None  # noise levels noise / signal that are guided; null: all
-    )
-    cache: float | None = None  # relative change of the output that the step cache skips; null: no cache
-
-    def __post_init__(self) -> None:
-        choose("sample.sampler", self.sampler, SAMPLERS)
-        check_guidance(self.guidance, field="sample.guidance")
-        check(0 <= self.eta <= 1, f"sample.eta must be in [0, 1], got {self.eta}")
-        check(self.batch >= 1, f"sample.batch must be at least 1 clip, got {self.batch}")
-        check(0 < self.fps <= 240, f"sample.fps must be in (0, 240], got {self.fps}")
-        check(
-            not isinstance(self.steps, int) or self.steps >= 1,
-            f"sample.steps must be at least 1, got {self.steps}",
-        )
-        check_order(self.sampler, self.order, "sample.order")
-        check_interval(self.guidance_interval, "sample.guidance_interval")
-        check(
-            self.guidance != 1 or self.guidance_interval is None,
-            f"guidance_interval is {list(self.guidance_interval or ())}, but guidance is 1, which is no "
-            "guidance; give a scale, such as 1.5, or leave the interval out",
-        )
-        check_cache(self.cache, field="sample.cache")
-
-    def recorded(self) -> dict[str, Any]:
-        """Return the settings as plain data, without those that are null: records stay what they were."""
-        return {key: value for key, value in asdict(self).items() if value is not None}
 
 
 def generate(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from latte.checks import InputError, check, printable
-from latte.model.denoiser import SIZES, DenoiserConfig
+from latte.model.config import SIZES, DenoiserConfig
 from latte.runtime import generator
 
 LABELS = "label_embedding.table.weight"

@@ -16,7 +16,7 @@ blocks: its spatial half has half of the heads.
 """
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from latte.checks import InputError, check, choose
+from latte.interop.config import MAPPINGS as MAPPINGS
 from latte.interop.coverage import Coverage, Understanding, compare, compare_table, count_blocks, some
 from latte.interop.key_maps import BRANCHES, Table, translate, unwrap
 from latte.interop.official import TABLE, read_config
@@ -33,12 +34,6 @@ from latte.model.positions import spatial_table
 
 LOG = logging.getLogger(__name__)
 LABELS = "y_embedder.embedding_table.weight"
-# (j-th of the n blocks that are filled, DiT's depth) -> DiT's block
-MAPPINGS: dict[str, Callable[[int, int, int], int]] = {
-    "all": lambda j, n, depth: j,
-    "spatial": lambda j, n, depth: j * max(depth, n) // n,
-    "spatial-first": lambda j, n, depth: j,
-}
 
 
 def recognise(names: Mapping[str, Any]) -> bool:

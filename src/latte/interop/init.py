@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from latte.checkpoint.run import Checkpoint, list_checkpoints, load_checkpoint, 
 from latte.checks import InputError, check, command_line
 from latte.diffusion.config import DiffusionConfig, build_process
 from latte.files import commit_file, reported
+from latte.interop.config import Start as Start
 from latte.interop.coverage import LABELS, Coverage, Understanding, build, compare, relabelled, some
 from latte.interop.dit import init_from_dit
 from latte.interop.load import load_external
@@ -47,14 +48,6 @@ FREE = {
     "class_dropout",
     "num_classes",
 }
-
-
-class Start(NamedTuple):
-    """The pretrained weights of a fresh run."""
-
-    source: str  # file, folder, hub id, run or one of its checkpoints, or builtin
-    mapping: str = "all"  # for a DiT: which of our blocks its blocks initialise
-    gaps: tuple[str, ...] = ()  # patterns of our names that the source may lack
 
 
 def start_from(

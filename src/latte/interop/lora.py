@@ -9,19 +9,20 @@ saved alone, in peft's layout, with the hash of the weights that they belong to,
 """
 
 import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from math import sqrt
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from latte.checkpoint.record import read_fingerprint
-from latte.checks import InputError, RunError, check, choose, printable
+from latte.checks import InputError, RunError, check, printable
 from latte.files import check_replaceable, commit_folder, reported
+from latte.interop.config import TARGETS as TARGETS
+from latte.interop.config import LoraConfig as LoraConfig
 from latte.interop.coverage import LABELS, build, relabelled
 from latte.interop.readers import read_json, read_tensors
 from latte.model.denoiser import Denoiser
@@ -54,43 +55,6 @@ PLAIN_SETTINGS: dict[str, tuple[Any, ...] | None] = {
     "megatron_core": ("megatron.core",),  # without megatron_config it has no effect
     "qalora_group_size": (16,),  # without use_qalora it has no effect
 }
-
-# name of a linear layer, split at the dots -> does the target include it?
-TARGETS: dict[str, Callable[[list[str]], bool]] = {
-    "qkv": lambda name: name[-1] in ("qkv", "q", "k", "v") and "cross" not in name,
-    "proj": lambda name: name[-1] == "proj" and "cross" not in name,
-    "cross": lambda name: "cross" in name,
-    "mlp": lambda name: "mlp" in name,
-}
-"""Projections of a block: in and out of self-attention, all of cross-attention, both layers of the MLP."""
-
-
-@dataclass(frozen=True)
-class LoraConfig:
-    """Settings of adapters; InputError on construction for a bad value."""
-
-    __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
-
-    rank: int | None = None  # None: no adapters, the whole model is trained
-    alpha: float = 8.0  # alpha / rank scales what an adapter adds
-    targets: tuple[str, ...] = ("qkv", "proj")  # entries of TARGETS
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "targets", tuple(self.targets))  # JSON and YAML have lists
-        if self.rank is None:
-            for name in ("alpha", "targets"):
-                value = getattr(self, name)
-                check(
-                    value == type(self).__dataclass_fields__[name].default,
-                    f"lora.{name} is {value!r}, but without lora.rank there are no adapters; "
-                    f"set lora.rank, e.g. 8, or remove lora.{name}",
-                )
-            return
-        check(self.rank >= 1, f"lora.rank must be at least 1, or null for no adapters, got {self.rank}")
-        check(self.alpha > 0, f"lora.alpha must be positive, got {self.alpha}; the rank is a good start")
-        check(bool(self.targets), f"lora.targets is empty; give some of {', '.join(TARGETS)}")
-        for target in self.targets:
-            choose("lora.targets", target, TARGETS)
 
 
 def load_peft() -> Any:

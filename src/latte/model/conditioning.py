@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from latte.checks import InputError
+from latte.model.config import CONDITIONINGS as CONDITIONINGS
 
 NULL_LABEL = -1
 """The label of the null (unconditional) class."""
@@ -182,6 +183,3 @@ class AllTokens:
     def leave(x: Tensor) -> Tensor:
         """Return tokens (b f n d) without the condition's."""
         return x[:, :, :-1]
-
-
-CONDITIONINGS: dict[str, type[Conditioning]] = {"s_adaln": SAdaLN, "all_tokens": AllTokens}

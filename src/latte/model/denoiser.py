@@ -9,153 +9,16 @@ Axes: b batch, f clip frames, i images, c channels, h w latent size.
 
 import warnings
 from collections.abc import Iterable, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from latte.checks import check, choose
+from latte.checks import check
 from latte.model.conditioning import Modulation
+from latte.model.config import DenoiserConfig as DenoiserConfig
 from latte.model.pretrained import SavedModel
-
-SIZES = {  # Table 4:  depth  width  heads
-    "S": (12, 384, 6),
-    "B": (12, 768, 12),
-    "L": (24, 1024, 16),
-    "XL": (28, 1152, 16),
-}
-
-# Far above any model ever trained. A larger value is a mistake, and is refused before anything is built.
-LIMITS = {
-    "depth": 1_000,
-    "width": 65_536,
-    "heads": 1_024,
-    "patch_size": 256,
-    "tube": 256,
-    "num_frames": 10_000,
-    "latent_channels": 4_096,
-    "num_classes": 1_000_000,
-    "caption_channels": 65_536,
-    "table_size": 8_192,
-}
-MAX_SIDE = 8_192  # latent rows or columns
-MAX_PARAMETERS = 100_000_000_000
-MAX_TABLE = 2**29  # numbers in a position table
-
-
-class DenoiserConfig:
-    """What the configurations of all denoisers share. Abstract.
-
-    Each subclass is a frozen dataclass that lists all its fields.
-    """
-
-    reads_text: ClassVar[bool] = False
-    """Whether the condition is a caption, {"text", "mask"}, rather than a class, {"label"}, or nothing."""
-
-    size: str
-    depth: int | None
-    width: int | None
-    heads: int | None
-    patch_size: int
-    num_frames: int
-    latent_size: int | tuple[int, int]
-    latent_channels: int
-    num_classes: int | None
-    gated_time: bool
-
-    def build(self) -> "Denoiser":
-        """Return a freshly initialised model."""
-        raise NotImplementedError
-
-    @property
-    def dimensions(self) -> tuple[int, int, int]:
-        """(depth, width, heads): those of ``size`` unless overridden."""
-        overrides = (self.depth, self.width, self.heads)
-        depth, width, heads = (
-            default if override is None else override
-            for default, override in zip(SIZES[self.size], overrides, strict=True)
-        )
-        return depth, width, heads
-
-    @property
-    def grid_size(self) -> tuple[int, int]:
-        """(h, w) of the latent."""
-        if isinstance(self.latent_size, tuple):
-            return self.latent_size
-        return self.latent_size, self.latent_size
-
-    @property
-    def frames_per_token(self) -> int:
-        """Latent frames that one token covers: 1 unless patches span several frames."""
-        return 1
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens of one clip."""
-        h, w = self.grid_size
-        return (self.num_frames // self.frames_per_token) * (h // self.patch_size) * (w // self.patch_size)
-
-    def check_dimensions(self, block_matrices: int) -> None:
-        """Raise InputError for values that are out of range or do not divide each other.
-
-        ``block_matrices`` is the size of one block (or pair of blocks) in units of width^2.
-        """
-        if isinstance(self.latent_size, list):  # JSON and YAML have no tuples
-            object.__setattr__(self, "latent_size", tuple(self.latent_size))
-        choose("model.size", self.size, SIZES)
-        for name, limit in LIMITS.items():
-            value = getattr(self, name, None)
-            check(
-                value is None or (type(value) is int and 1 <= value <= limit),
-                f"model.{name} must be an integer from 1 to {limit}, got {value!r}",
-            )
-        depth, width, heads = self.dimensions
-        check(
-            width % 4 == 0,
-            f"model.width is {width}, but must be a multiple of 4 (sine and cosine of row and column); the "
-            f"nearest is {nearest_multiple(width, 4)}",
-        )
-        check(
-            width % heads == 0,
-            f"model.heads is {heads}, but must divide model.width = {width}; the next smaller divisor is "
-            f"{next(divisor for divisor in range(heads, 0, -1) if width % divisor == 0)}",
-        )
-        parameters = depth * block_matrices * width**2
-        check(
-            parameters <= MAX_PARAMETERS,
-            f"model.depth = {depth} and model.width = {width} give {parameters / 1e9:.0f} billion "
-            f"parameters; the limit is {MAX_PARAMETERS / 1e9:.0f} billion",
-        )
-        check(
-            len(self.grid_size) == 2,
-            f"model.latent_size must be one integer or (rows, columns), got {self.latent_size!r}",
-        )
-        for side in self.grid_size:
-            self.check_side("model.latent_size", side)
-        rows, columns = (side // self.patch_size for side in self.grid_size)
-        check(
-            max(rows * columns, self.num_frames) * width <= MAX_TABLE,
-            f"model.latent_size {self.grid_size} gives {rows * columns} tokens per frame, and "
-            f"model.num_frames is {self.num_frames}: too many for position tables of width {width}",
-        )
-
-    def check_side(self, field: str, side: int) -> None:
-        """Raise InputError unless ``side``, rows or columns of a latent, is a whole number of patches."""
-        check(
-            type(side) is int and 1 <= side <= MAX_SIDE,
-            f"{field} must be an integer from 1 to {MAX_SIDE}, got {side!r}",
-        )
-        check(
-            side % self.patch_size == 0,
-            f"{field} is {side}, but must be a multiple of model.patch_size = {self.patch_size}; the nearest "
-            f"is {nearest_multiple(side, self.patch_size)}",
-        )
-
-
-def nearest_multiple(value: int, factor: int) -> int:
-    """Return the positive multiple of ``factor`` that is nearest to ``value``."""
-    return max(round(value / factor), 1) * factor
 
 
 def condition_shape(clips: int, num_images: int) -> tuple[int, ...]:

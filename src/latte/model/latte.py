@@ -11,84 +11,19 @@ channels.
 
 import warnings
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from latte.checks import InputError, check, choose
+from latte.checks import InputError, check
 from latte.model.blocks import modulate
-from latte.model.conditioning import CONDITIONINGS, NULL_LABEL, LabelEmbedding, TimestepEmbedding
-from latte.model.denoiser import SIZES, Denoiser, DenoiserConfig, condition_shape, nearest_multiple
-from latte.model.patches import PATCHES
-from latte.model.positions import TEMPORAL_POSITIONS, spatial_table
-from latte.model.variants import VARIANTS, Parts, Variant
+from latte.model.conditioning import NULL_LABEL, LabelEmbedding, TimestepEmbedding
+from latte.model.config import CONDITIONINGS, PATCHES, SIZES, TEMPORAL_POSITIONS, ModelConfig
+from latte.model.denoiser import Denoiser, condition_shape
+from latte.model.positions import spatial_table
+from latte.model.variants import Parts
 
 __all__ = ["SIZES", "Latte", "ModelConfig"]
-
-
-@dataclass(frozen=True)
-class ModelConfig(DenoiserConfig):
-    """The class-conditional or unconditional model; everything that decides the shapes of its weights."""
-
-    __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
-
-    size: str = "XL"  # key of SIZES (Table 4): depth, width and heads unless given below
-    depth: int | None = None  # blocks; null: as many as fit the parameters of the size (28 -> 23)
-    width: int | None = None  # channels of a token, a multiple of 4
-    heads: int | None = None  # attention heads, a divisor of width
-    variant: int | str = 1  # key of VARIANTS: 1 to 4 (Fig. 2), or joint
-    patch: str = "uniform"  # key of PATCHES: uniform or compression (Sec. 3.3.1)
-    patch_size: int = 2  # latent rows and columns of one patch
-    tube: int = 2  # latent frames of one patch, with compression patches only
-    conditioning: str = "s_adaln"  # key of CONDITIONINGS: s_adaln or all_tokens (Sec. 3.3.2)
-    temporal_position: str = "absolute"  # key of TEMPORAL_POSITIONS: absolute or rotary (Sec. 3.3.3)
-    num_frames: int = 16  # latent frames of a training clip
-    latent_size: int | tuple[int, int] = 32  # (rows, columns) of the latent; one number for a square
-    latent_channels: int = 4  # channels of the latent, those of the autoencoder
-    num_classes: int | None = None  # classes of the data; null: unconditional
-    class_dropout: float = 0.1  # probability that a training clip gets the null class, for guidance
-    learn_sigma: bool = True  # whether the output has variance channels beside the noise
-
-    gated_time: ClassVar[bool] = False
-
-    def __post_init__(self) -> None:
-        if isinstance(self.variant, str) and self.variant.isdigit():
-            object.__setattr__(self, "variant", int(self.variant))
-        choose("model.patch", self.patch, PATCHES)
-        choose("model.conditioning", self.conditioning, CONDITIONINGS)
-        choose("model.temporal_position", self.temporal_position, TEMPORAL_POSITIONS)
-        self.check_dimensions(self.variant_spec.weight)
-        depth, _, heads = self.dimensions
-        self.variant_spec.check(depth, heads)
-        check(0 <= self.class_dropout < 1, f"model.class_dropout must be in [0, 1), got {self.class_dropout}")
-        tube = self.frames_per_token
-        check(
-            self.num_frames % tube == 0,
-            f"model.num_frames is {self.num_frames}, but compression patches need a multiple of model.tube = "
-            f"{tube}; the nearest is {nearest_multiple(self.num_frames, tube)}",
-        )
-
-    def build(self) -> "Latte":
-        """Return a freshly initialised model."""
-        return Latte(self)
-
-    @property
-    def variant_spec(self) -> Variant:
-        """The entry of VARIANTS."""
-        return choose("model.variant", self.variant, VARIANTS)
-
-    @property
-    def dimensions(self) -> tuple[int, int, int]:
-        """(depth, width, heads) after size, overrides and the variant's parameter budget (Table 3)."""
-        depth, width, heads = super().dimensions
-        return self.variant_spec.depth(depth) if self.depth is None else depth, width, heads
-
-    @property
-    def frames_per_token(self) -> int:
-        """Latent frames that one token covers."""
-        return PATCHES[self.patch].frames_per_token(self)
 
 
 class Latte(Denoiser):

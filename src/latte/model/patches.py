@@ -3,7 +3,7 @@
 
 Uniform patches cut every frame by itself; compression patches cut tubes of s frames, and a 3-D transposed
 convolution brings the frames back. To add a patch embedding: one class with the members of ``Patch``, and one
-entry in PATCHES.
+entry in ``config.PATCHES``.
 Axes: b batch, f frames (or images), i images, c channels, h w latent size, n tokens of a frame, d width, p
 patch side, s tube, o output channels.
 """
@@ -13,6 +13,8 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from latte.checks import check
+from latte.model.config import PATCHES as PATCHES
+from latte.model.config import one_frame, tube_frames
 
 
 class Patch(Protocol):
@@ -54,10 +56,7 @@ class UniformPatch(nn.Module):
         self.out_features = self.p * self.p * self.out_channels
         self.proj = nn.Conv2d(config.latent_channels, width, self.p, stride=self.p)
 
-    @staticmethod
-    def frames_per_token(config: Any) -> int:
-        """Return 1."""
-        return 1
+    frames_per_token = staticmethod(one_frame)
 
     def initialise(self) -> None:
         """Initialise the convolution as the linear layer on flattened patches that it is."""
@@ -94,10 +93,7 @@ class CompressionPatch(nn.Module):
         kernel = (self.tube, 1, 1)
         self.expand = nn.ConvTranspose3d(self.out_channels, self.out_channels, kernel, stride=kernel)
 
-    @staticmethod
-    def frames_per_token(config: Any) -> int:
-        """Return the tube."""
-        return config.tube
+    frames_per_token = staticmethod(tube_frames)
 
     def initialise(self) -> None:
         """Initialise the convolution as a linear layer on flattened tubes.
@@ -140,9 +136,3 @@ def unpatchify(x: Tensor, grid: tuple[int, int], p: int) -> Tensor:
     x = x.reshape(b, f, rows, columns, p, p, -1)  # (b f h/p w/p p p o)
     x = x.permute(0, 1, 6, 2, 4, 3, 5)  # (b f o h/p p w/p p)
     return x.reshape(b, f, -1, rows * p, columns * p)  # (b f o h w)
-
-
-PATCHES: dict[str, type[UniformPatch] | type[CompressionPatch]] = {
-    "uniform": UniformPatch,
-    "compression": CompressionPatch,
-}

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from latte.checks import check
+from latte.model.config import TEMPORAL_POSITIONS as TEMPORAL_POSITIONS
 
 BASE = 10000.0
 
@@ -108,6 +109,3 @@ def rotate_pairs(x: Tensor, sin: Tensor, cos: Tensor) -> Tensor:
     """Rotate the pairs (j, j + k/2) of x (... f k) by the angles whose sine and cosine (f, k/2) are given."""
     first, second = x.chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
-
-
-TEMPORAL_POSITIONS = {"absolute": AbsoluteTime, "rotary": RotaryTime}

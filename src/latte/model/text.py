@@ -10,9 +10,8 @@ a caption, k its channels, g captions of a clip (1, or one for it and each image
 """
 
 from collections.abc import Container, Iterable
-from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,63 +19,11 @@ from torch import Tensor, nn
 from latte.checks import InputError, check
 from latte.model.blocks import modulate
 from latte.model.conditioning import Modulation, TimestepEmbedding
-from latte.model.denoiser import Denoiser, DenoiserConfig, condition_shape
-from latte.model.latte import ModelConfig
+from latte.model.config import ModelConfig, TextConfig
+from latte.model.denoiser import Denoiser, condition_shape
 from latte.model.patches import UniformPatch
 from latte.model.positions import sincos, temporal_table
 from latte.model.text_blocks import CaptionProjection, SpaceBlock, TimeBlock
-
-COARSE = 64  # latents of 2 x 64 and more count positions in steps of a half, of 3 x 64 in thirds, ...
-PAIR_OF_BLOCKS = 28  # width^2 parameters: 3 attentions (4 each) and 2 MLPs (8 each)
-
-
-@dataclass(frozen=True)
-class TextConfig(DenoiserConfig):
-    """The text-to-video model; everything that decides the shapes of its weights."""
-
-    __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
-    reads_text: ClassVar[bool] = True
-    num_classes: ClassVar[None] = None
-
-    size: str = "XL"  # key of SIZES (Table 4): depth, width and heads unless given below
-    depth: int | None = None  # pairs of a spatial and a temporal block
-    width: int | None = None  # channels of a token, a multiple of 4
-    heads: int | None = None  # attention heads, a divisor of width
-    patch_size: int = 2  # latent rows and columns of one patch
-    num_frames: int = 16  # latent frames of a training clip
-    latent_size: int | tuple[int, int] = 64  # (rows, columns) of the latent; one number for a square
-    table_size: int | None = None  # side of the square grid that positions are scaled to; null: latent_size
-    latent_channels: int = 4  # channels of the latent, those of the autoencoder
-    caption_channels: int = 4096  # channels of the text encoder's features (4096 for T5 v1.1 XXL)
-    learn_sigma: bool = True  # whether the output has variance channels beside the noise
-    gated_time: bool = False  # whether the temporal table has a gate that opens from 0 to 1 in training
-
-    def __post_init__(self) -> None:
-        self.check_dimensions(PAIR_OF_BLOCKS)
-        self.check_side("model.table_size", self.table_grid[0])
-
-    def build(self) -> "LatteText":
-        """Return a freshly initialised model."""
-        return LatteText(self)
-
-    @property
-    def table_grid(self) -> tuple[int, int]:
-        """(h, w) of the latent that positions are scaled to.
-
-        A model keeps that of the weights it started from.
-        """
-        if self.table_size is None:
-            return self.grid_size
-        return self.table_size, self.table_size
-
-    @property
-    def spans(self) -> tuple[float, float]:
-        """Range of row and column positions, the same at any latent size.
-
-        They are the tokens of the table's grid, in smaller steps from 128 latents on.
-        """
-        down, across = (side // self.patch_size / max(side // COARSE, 1) for side in self.table_grid)
-        return down, across
 
 
 @lru_cache(maxsize=32)

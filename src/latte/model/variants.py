@@ -10,19 +10,15 @@ Axes: b batch, f clip frames, n tokens of a frame, d width.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from latte.checks import check
-from latte.model.blocks import (
-    MLP,
-    Block,
-    Branch,
-    JointAttention,
-    SpaceAndTimeAttention,
-    SpaceAttention,
-    TimeAttention,
-)
-from latte.model.conditioning import Conditioning
-from latte.model.positions import TemporalPosition
+
+# The configuration reads this table, so the blocks, and with them torch, are imported when they are built.
+if TYPE_CHECKING:
+    from latte.model.blocks import Block, Branch, SpaceAttention, TimeAttention
+    from latte.model.conditioning import Conditioning
+    from latte.model.positions import TemporalPosition
 
 STANDARD_BLOCK = 18  # width^2 parameters of attention (4), MLP (8) and modulation (6)
 
@@ -33,20 +29,26 @@ class Parts:
 
     width: int
     heads: int
-    conditioning: type[Conditioning]
-    position: TemporalPosition
+    conditioning: type["Conditioning"]
+    position: "TemporalPosition"
 
-    def block(self, video_only: bool = False, **attentions: Branch) -> Block:
+    def block(self, video_only: bool = False, **attentions: "Branch") -> "Block":
         """Return a block of the given attentions and an MLP."""
+        from latte.model.blocks import MLP, Block
+
         branches = {**attentions, "mlp": MLP(self.width)}
         return Block(branches, self.width, self.conditioning, video_only)
 
-    def space(self) -> SpaceAttention:
+    def space(self) -> "SpaceAttention":
         """Return attention among the tokens of a frame."""
+        from latte.model.blocks import SpaceAttention
+
         return SpaceAttention(self.width, self.heads)
 
-    def time(self) -> TimeAttention:
+    def time(self) -> "TimeAttention":
         """Return attention among the frames of a clip."""
+        from latte.model.blocks import TimeAttention
+
         return TimeAttention(self.width, self.heads, self.position)
 
 
@@ -55,7 +57,7 @@ class Variant:
     """One variant of the backbone."""
 
     name: str
-    blocks: Callable[[Parts, int], list[Block]]  # (parts, depth) -> the blocks in order
+    blocks: Callable[[Parts, int], list["Block"]]  # (parts, depth) -> the blocks in order
     time_enters: Callable[[int], int]  # depth -> index of the block before which absolute time is added
     weight: int = STANDARD_BLOCK  # parameters of one block in units of width^2
     depth_multiple: int = 1  # depth must be divisible by it
@@ -84,7 +86,7 @@ class Variant:
         )
 
 
-def interleaved(parts: Parts, depth: int) -> list[Block]:
+def interleaved(parts: Parts, depth: int) -> list["Block"]:
     """Return variant 1: a spatial block, then a temporal block, and again."""
     blocks = []
     for _ in range(depth // 2):
@@ -93,27 +95,31 @@ def interleaved(parts: Parts, depth: int) -> list[Block]:
     return blocks
 
 
-def late_fusion(parts: Parts, depth: int) -> list[Block]:
+def late_fusion(parts: Parts, depth: int) -> list["Block"]:
     """Return variant 2: all spatial blocks first, then as many temporal ones."""
     spatial = [parts.block(space=parts.space()) for _ in range(depth // 2)]
     return spatial + [parts.block(time=parts.time(), video_only=True) for _ in range(depth // 2)]
 
 
-def sequential_attention(parts: Parts, depth: int) -> list[Block]:
+def sequential_attention(parts: Parts, depth: int) -> list["Block"]:
     """Return variant 3: space, then time, then the MLP inside every block."""
     return [parts.block(space=parts.space(), time=parts.time()) for _ in range(depth)]
 
 
-def parallel_attention(parts: Parts, depth: int) -> list[Block]:
+def parallel_attention(parts: Parts, depth: int) -> list["Block"]:
     """Return variant 4: half of the heads over space and half over time, side by side, added."""
+    from latte.model.blocks import SpaceAndTimeAttention
+
     return [
         parts.block(both=SpaceAndTimeAttention(parts.width, parts.heads, parts.position))
         for _ in range(depth)
     ]
 
 
-def joint_attention(parts: Parts, depth: int) -> list[Block]:
+def joint_attention(parts: Parts, depth: int) -> list["Block"]:
     """Return blocks without factorisation: every token of the clip attends to every other."""
+    from latte.model.blocks import JointAttention
+
     return [parts.block(joint=JointAttention(parts.width, parts.heads, parts.position)) for _ in range(depth)]
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from latte.autoencoder.codec import CODECS
+from latte.autoencoder.config import compression_at
 from latte.checks import check
 from latte.config.run import RunConfig
 from latte.data.buckets import check_world
@@ -161,7 +161,7 @@ def encoding(config: RunConfig) -> Encoding:
     return Encoding(
         frames=frames,
         latent_frames=model.num_frames,
-        temporal_factor=CODECS[config.codec.name].compression_at(config.codec.path).temporal_factor,
+        temporal_factor=compression_at(config.codec.name, config.codec.path).temporal_factor,
         operations=encoding_operations(config.codec, frames, config.data.size),
         clip_bytes=values * torch.float16.itemsize,
     )

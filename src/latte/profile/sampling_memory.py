@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from latte.autoencoder.codec import CODECS, CodecConfig
+from latte.autoencoder.config import compression_at
 from latte.checks import check
 from latte.diffusion.guidance import guided
 from latte.inference.generate import SampleConfig
@@ -132,7 +133,7 @@ def decoding(config: DenoiserConfig, codec: CodecConfig, clips: int) -> Stage:
     decoder = kind(kind.skeleton(codec.path), codec.chunk, "meta")
     if codec.tile is not None:
         decoder.enable_tiles(codec.tile)
-    channels = kind.compression_at(codec.path).channels
+    channels = compression_at(codec.name, codec.path).channels
     check(
         config.latent_channels == channels,
         f"model.latent_channels is {config.latent_channels}, but the latents of codec {codec.name!r} have "

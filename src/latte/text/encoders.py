@@ -7,15 +7,14 @@ channels.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol, Self
+from typing import ClassVar, Protocol, Self
 
 import torch
 from torch import Tensor
 
-from latte.checks import InputError, check, choose
-from latte.text.builtin import BuiltinEncoder
-from latte.text.t5 import T5Encoder
+from latte.checks import check
+from latte.text.config import TEXT_ENCODERS as TEXT_ENCODERS
+from latte.text.config import TextEncoderConfig as TextEncoderConfig
 
 
 class TextEncoder(Protocol):
@@ -82,71 +81,9 @@ class TextEncoder(Protocol):
         ...
 
 
-TEXT_ENCODERS: dict[str, type[TextEncoder]] = {"builtin": BuiltinEncoder, "t5": T5Encoder}
-
-
 def same_weights(fingerprint: str, other: str) -> bool:
     """Return whether two fingerprints are of the same weights, possibly held in different bits."""
     return fingerprint.partition("-")[0] == other.partition("-")[0]
-
-
-@dataclass(frozen=True)
-class TextEncoderConfig:
-    """Which encoder reads the captions. Raises InputError on construction for a value out of range."""
-
-    __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
-
-    name: str | None = None  # an entry of TEXT_ENCODERS; None: the model reads no captions
-    path: str | None = None  # folder or hub id of the weights, for an encoder that has any
-    length: int | None = None  # maximum number of tokens of a prompt; None: the encoder's default
-    bits: int | None = None  # 8: int8 weights; None: the precision that the encoder computes in
-    dropout: float = 0.1  # fraction of training clips that get the empty caption, in [0, 1)
-    # The next two are for a model that starts from an image model, see latte.model.text.TextConfig. One that
-    # starts from PixArt needs the gate; training has opened it at step train.gate_steps.
-    gated_time: bool = False
-    table_size: int | None = None  # side of the grid that positions are scaled to; null: latent_size
-
-    def __post_init__(self) -> None:
-        if self.name is None:
-            self._refuse(("path", "length", "bits", "gated_time", "table_size"), "there is no text encoder")
-        else:
-            encoder = choose("text.name", self.name, TEXT_ENCODERS)
-            reads = {"path": encoder.has_weights, "bits": encoder.bits_allowed}
-            unread = [field for field, is_read in reads.items() if not is_read]
-            self._refuse(unread, f"the text encoder {self.name!r} does not read it")
-            allowed = " or ".join(str(bits) for bits in encoder.bits_allowed)
-            check(
-                self.bits is None or self.bits in encoder.bits_allowed,
-                f"text.bits must be {allowed} for the text encoder {self.name!r}, or null, got {self.bits}",
-            )
-        check(self.length is None or self.length >= 1, f"text.length must be at least 1, got {self.length}")
-        check(0 <= self.dropout < 1, f"text.dropout must be in [0, 1), got {self.dropout}")
-
-    def _refuse(self, keys: Sequence[str], reason: str) -> None:
-        for key in keys:
-            value = getattr(self, key)
-            check(not value, f"text.{key} is {value!r}, but {reason}; leave it out, or set another text.name")
-
-    @property
-    def encoder(self) -> type[TextEncoder]:
-        """The entry of the table; InputError without a ``name``."""
-        if self.name is None:
-            raise InputError(
-                "text.name is not set, but this model reads captions; set text.name=builtin or another one"
-            )
-        return choose("text.name", self.name, TEXT_ENCODERS)
-
-    @property
-    def channels(self) -> int:
-        """Channels of the features, known without the weights."""
-        return self.encoder.channels_of(self.path)
-
-    @property
-    def tokens(self) -> int:
-        """Maximum number of tokens of a prompt."""
-        if self.length is not None:
-            return self.length
-        return TEXT_ENCODERS[self.name or "builtin"].default_length
 
 
 def build_text_encoder(config: TextEncoderConfig, device: str | torch.device = "cpu") -> TextEncoder:

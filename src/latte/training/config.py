@@ -2,18 +2,33 @@
 """How a model is trained: the settings, and the learning rate and time gate that follow from them."""
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from latte.checks import InputError, check, choose
-from latte.interop.dit import MAPPINGS
-from latte.interop.init import Start
-from latte.runtime import DTYPES
-from latte.training.distributed import DEFAULT_TIMEOUT
-from latte.training.optim import OPTIMIZERS
-from latte.training.trackers import TRACKERS
+from latte.checks import InputError, check, check_name
+from latte.interop.config import MAPPINGS, Start
+from latte.tables import Later, Table
 
+if TYPE_CHECKING:
+    from latte.training.optim import OptimizerKind
+    from latte.training.trackers import Writer
+
+DEFAULT_TIMEOUT = 300.0  # seconds
 # fp16 gradients underflow without loss scaling, so fp16 is not among them.
-TRAINING_DTYPES = {name: DTYPES.get(name) for name in ("auto", "fp32", "bf16")}
+TRAINING_DTYPES = ("auto", "fp32", "bf16")
+OPTIMIZERS: Table[str, "OptimizerKind"] = Table(
+    {
+        "adamw": Later("latte.training.optim:ADAMW"),
+        "adafactor": Later("latte.training.optim:ADAFACTOR"),
+        "muon": Later("latte.training.optim:MUON"),
+    }
+)
+TRACKERS: Table[str, type["Writer"]] = Table(
+    {
+        "tensorboard": Later("latte.training.trackers:TensorBoard"),
+        "wandb": Later("latte.training.trackers:WeightsAndBiases"),
+        "trackio": Later("latte.training.trackers:Trackio"),
+    }
+)
 
 # Settings that may change when a run is resumed, with a notice.
 CHANGEABLE = (
@@ -43,7 +58,7 @@ class TrainConfig:
     micro_batch: int | None = (
         None  # clips per forward pass in one process; null: its whole share of the batch
     )
-    optimizer: str = "adamw"  # a name in latte.training.optim.OPTIMIZERS
+    optimizer: str = "adamw"  # a name in OPTIMIZERS
     lr: float = 1e-4  # peak learning rate, constant between warm-up and decay
     weight_decay: float = 0.0  # decoupled, as in AdamW
     warmup_steps: int = 0  # first steps, over which the learning rate rises from 0
@@ -66,7 +81,7 @@ class TrainConfig:
     keep_last: int = 3  # checkpoints kept, the newest ones
     sample_every: int = 0  # 0: no samples during training
     log_every: int = 50  # steps between lines of metrics.jsonl and of the log
-    trackers: tuple[str, ...] = ()  # names in latte.training.trackers.TRACKERS that get metrics and samples
+    trackers: tuple[str, ...] = ()  # names in TRACKERS that get metrics and samples
     timeout: float = DEFAULT_TIMEOUT  # seconds to wait for another process, checkpoints and samples excluded
 
     def __post_init__(self) -> None:
@@ -109,11 +124,11 @@ class TrainConfig:
             self.init != "",
             "train.init is '', but it must name weights: a file, a folder or a hub id, or null",
         )
-        choose("train.optimizer", self.optimizer, OPTIMIZERS)
-        choose("train.dtype", self.dtype, TRAINING_DTYPES)
-        choose("train.init_mapping", self.init_mapping, MAPPINGS)
+        check_name("train.optimizer", self.optimizer, OPTIMIZERS)
+        check_name("train.dtype", self.dtype, TRAINING_DTYPES)
+        check_name("train.init_mapping", self.init_mapping, MAPPINGS)
         for name in self.trackers:
-            choose("train.trackers", name, TRACKERS)
+            check_name("train.trackers", name, TRACKERS)
         for name in ("init_gaps", "trackers"):
             object.__setattr__(self, name, tuple(getattr(self, name)))  # JSON and YAML have lists
 

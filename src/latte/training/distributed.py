@@ -22,9 +22,9 @@ from torch.distributed.rendezvous import rendezvous
 
 from latte.checks import InputError, RunError
 from latte.runtime import rank, world_size
+from latte.training.config import DEFAULT_TIMEOUT as DEFAULT_TIMEOUT
 
 T = TypeVar("T")
-DEFAULT_TIMEOUT = 300.0  # seconds
 STARTUP_TIMEOUT = timedelta(minutes=30)  # until all processes have read their data and meet
 RANK0_TIMEOUT = timedelta(
     hours=2

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from latte.checks import InputError, RunError, choose
+from latte.training.config import OPTIMIZERS as OPTIMIZERS
 from latte.training.distributed import Group
 from latte.training.muon import MuonWithAdamW, is_block_matrix
 
@@ -83,11 +84,9 @@ def muon_bytes(name: str, shape: torch.Size) -> int:
     return adamw_bytes(name, shape)
 
 
-OPTIMIZERS: dict[str, OptimizerKind] = {
-    "adamw": OptimizerKind(build_adamw, adamw_bytes),
-    "adafactor": OptimizerKind(build_adafactor, adafactor_bytes),
-    "muon": OptimizerKind(build_muon, muon_bytes),
-}
+ADAMW = OptimizerKind(build_adamw, adamw_bytes)
+ADAFACTOR = OptimizerKind(build_adafactor, adafactor_bytes)
+MUON = OptimizerKind(build_muon, muon_bytes)
 
 
 def build_optimizer(model: nn.Module, lr: float, weight_decay: float, name: str = "adamw") -> Optimizer:

@@ -3,7 +3,7 @@
 
 A tracker gets every line of metrics, the held-out loss, scores and samples. One that is not installed or
 cannot be opened is refused before the first step; one that fails later says so once, and training continues
-without it. To add one: a class with the methods of ``Writer`` and an entry in TRACKERS.
+without it. To add one: a class with the methods of ``Writer`` and an entry in ``config.TRACKERS``.
 """
 
 import os
@@ -19,6 +19,7 @@ import torch
 from latte.checks import InputError, choose
 from latte.files import commit_file
 from latte.training.callbacks import Callback, TrainEvent
+from latte.training.config import TRACKERS as TRACKERS
 
 PROJECT = "latte"  # of Weights & Biases and trackio, unless WANDB_PROJECT or TRACKIO_PROJECT says otherwise
 ID_FILE = "tracker_id.txt"  # in the run folder
@@ -168,13 +169,6 @@ class Trackio:
     def close(self) -> None:
         """See Writer."""
         self.trackio.finish()
-
-
-TRACKERS: dict[str, type[Writer]] = {
-    "tensorboard": TensorBoard,
-    "wandb": WeightsAndBiases,
-    "trackio": Trackio,
-}
 
 
 class Tracker(Callback):

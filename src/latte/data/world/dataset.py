@@ -11,9 +11,9 @@ import numpy as np
 
 from latte.checks import check
 from latte.data.world.captions import LANGUAGES, MIXED, caption, paraphrases
-from latte.data.world.grading import MIN_FRAMES, grade
 from latte.data.world.kinds import KINDS
 from latte.data.world.scenes import (
+    MIN_FRAMES,
     Combination,
     Scene,
     backgrounds_of,
@@ -87,11 +87,15 @@ class WorldScenes:
 
     def read_label(self, clip: np.ndarray) -> int | None:
         """Return the index of the kind that the grader reads in a clip (t h w c), None for none of them."""
+        from latte.data.world.grading import grade
+
         kind = grade(clip[None])[0].kind
         return self.classes.index(kind) if kind in self.classes else None
 
     def is_consistent(self, clip: np.ndarray) -> bool:
         """Return whether the grader finds one scene throughout a clip (t h w c), see ``grading.grade``."""
+        from latte.data.world.grading import grade
+
         return grade(clip[None])[0].consistent
 
     def describe(self) -> dict[str, Any]:

@@ -21,13 +21,13 @@ from torch.nn import functional
 
 from latte.checks import InputError
 from latte.data.world.kinds import BACKGROUNDS, COLOURS, KINDS
+from latte.data.world.scenes import MIN_FRAMES
 
 WEIGHTS = Path(__file__).with_name("grader.safetensors")
 KIND_NAMES = (*KINDS, "other")  # other: no subject, two of them, or something that no scene shows
 COLOUR_NAMES = tuple(COLOURS)
 BACKGROUND_NAMES = tuple(BACKGROUNDS)
 DIRECTION_NAMES = ("none", "left", "right", "up", "down")
-MIN_FRAMES = 4  # of a clip
 SIDE = 64  # pixels that the network sees
 LIGHT = (0.299, 0.587, 0.114)  # luma weights of ITU-R BT.601
 

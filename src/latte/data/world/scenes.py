@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
-import torch
 
 from latte.checks import check
 from latte.data.world.canvas import Canvas
@@ -19,6 +18,7 @@ from latte.data.world.kinds import BACKGROUNDS, COLOURS, KINDS
 from latte.runtime import generator
 
 FPS = 8.0
+MIN_FRAMES = 4  # of a clip that the grader reads
 Combination = tuple[str, str, str]
 """Kind, colour, direction."""
 
@@ -102,6 +102,8 @@ def sample_scene(seed: int, index: int, hold_out: int = 0, held_out: bool = Fals
     """Sample the scene of clip ``index``: kinds in turn, colour and direction uniform among the trained (or
     held-out) combinations.
     """
+    import torch
+
     draws = torch.rand(16, generator=generator(seed, "world", index), dtype=torch.float64).tolist()
     name = list(KINDS)[index % len(KINDS)]
     pool = _combinations_of(name, hold_out, held_out)

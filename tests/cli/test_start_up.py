@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a command imports before it needs it: torch not for settings and help, diffusers not without a codec of
+it.
+
+Each case is a process of its own; the modules that it has imported at its end are read from it.
+"""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+RUN = """
+import json, sys
+sys.argv = ["latte", *sys.argv[1:]]
+code = 0
+try:
+    from latte.cli.main import main
+    main()
+except SystemExit as leaving:
+    code = leaving.code
+print(json.dumps([code, sorted(sys.modules)]))
+"""
+
+
+def imported(*words: str) -> tuple[int, set[str]]:
+    """Return the exit code of ``latte words...`` and the modules that it imported."""
+    done = subprocess.run([sys.executable, "-c", RUN, *words], capture_output=True, text=True, check=True)
+    code, modules = json.loads(done.stdout.splitlines()[-1])
+    return code, set(modules)
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["config", "show", "ffs-joint"], 0),
+        (["config", "show", "shapes-text", "codec.name=builtin_temporal", "data.frames=17"], 0),
+        (["config", "list"], 0),
+        (["plan", "--help"], 0),
+        (["train", "--help"], 0),
+        (["sample", "--help"], 0),
+        (["train", "shapes", "model.sise=S"], 2),
+        (["train", "shapes", "train.lr=-1"], 2),
+        (["plan", "ffs", "data.frames=three"], 2),
+        (["ablate", "no-such-recipe"], 2),
+    ],
+)
+def test_settings_help_and_bad_keys_import_no_torch(words, expected):
+    code, modules = imported(*words)
+    assert code == expected
+    assert "latte.cli.main" in modules
+    assert not {"torch", "diffusers"} & modules
