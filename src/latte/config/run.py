@@ -122,7 +122,10 @@ class RunConfig:
     def grid(self) -> Grid:
         """What decides which shapes of clips fit: codec and patches."""
         compression = compression_at(self.codec.name, self.codec.path)
-        return Grid(self.codec.name, compression, self.model.patch_size, self.network.frames_per_token)
+        frames_per_token = 1
+        if self.text.name is None:
+            frames_per_token = self.model.frames_per_token
+        return Grid(self.codec.name, compression, self.model.patch_size, frames_per_token)
 
     @property
     def buckets(self) -> Buckets | None:

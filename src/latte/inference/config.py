@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The settings of sampling, section ``sample`` of a run's configuration. No torch here."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar
 
 from latte.checks import check, check_name
@@ -50,3 +50,16 @@ class SampleConfig:
     def recorded(self) -> dict[str, Any]:
         """Return the settings as plain data, without those that are null: records stay what they were."""
         return {key: value for key, value in asdict(self).items() if value is not None}
+
+
+def changed(config: SampleConfig, **changes: Any) -> SampleConfig:
+    """Return ``config`` with those ``changes`` that are not None.
+
+    Another sampler has its own order, and guidance 1 no interval; both are dropped unless they are given.
+    """
+    chosen = {key: value for key, value in changes.items() if value is not None}
+    if chosen.get("sampler", config.sampler) != config.sampler:
+        chosen.setdefault("order", None)
+    if chosen.get("guidance", config.guidance) == 1:
+        chosen.setdefault("guidance_interval", None)
+    return replace(config, **chosen)

@@ -6,8 +6,6 @@ Axes: b batch, f latent frames, t frames, c channels, h height, w width.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -32,6 +30,7 @@ from latte.diffusion.samplers import SAMPLERS, Noise, indices, sample
 from latte.inference.clip_shape import Shape, check_memory, clip_shape
 from latte.inference.conditioning_frames import check_conditioning_frames, encode_frames
 from latte.inference.config import SampleConfig as SampleConfig
+from latte.inference.config import changed as changed
 from latte.inference.prompts import Prompts
 from latte.model.conditioning import NULL_LABEL
 from latte.model.denoiser import Denoiser
@@ -109,19 +108,6 @@ def decode(decoder: Codec, z: Tensor, seeds: Sequence[int], offload: torch.devic
         video = decoder.decode(z)
     check_finite(video, seeds, "decoded video")
     return np.asarray(to_uint8(video))
-
-
-def changed(config: SampleConfig, **changes: Any) -> SampleConfig:
-    """Return ``config`` with those ``changes`` that are not None.
-
-    Another sampler has its own order, and guidance 1 no interval; both are dropped unless they are given.
-    """
-    chosen = {key: value for key, value in changes.items() if value is not None}
-    if chosen.get("sampler", config.sampler) != config.sampler:
-        chosen.setdefault("order", None)
-    if chosen.get("guidance", config.guidance) == 1:
-        chosen.setdefault("guidance_interval", None)
-    return replace(config, **chosen)
 
 
 def check_settings(

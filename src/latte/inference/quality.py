@@ -10,8 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from latte.checks import InputError, choose
-from latte.diffusion.process import PREDICTIONS
-from latte.inference.generate import SampleConfig, changed
+from latte.inference.config import SampleConfig, changed
 
 # Settings that a quality decides, by their name here -> the option of latte sample.
 DECIDED = {
@@ -53,6 +52,8 @@ def choose_settings(
         return changed(own, **changes)
     entry = choose("quality", quality, QUALITIES)
     sampler = entry.sampler
+    from latte.diffusion.process import PREDICTIONS  # torch, for the help not needed
+
     if PREDICTIONS[prediction].straight_path and entry.straight_sampler:
         sampler = entry.straight_sampler
     for key, option in DECIDED.items():
