@@ -38,6 +38,7 @@ from latte.diffusion.samplers import sample
 from latte.files import reported
 from latte.inference.generate import generate
 from latte.inference.prompts import Prompts
+from latte.inference.sheets import evenly_spaced, row_captions, sheet_parts
 from latte.interop.coverage import build as build_network
 from latte.interop.init import check_source
 from latte.model.denoiser import Denoiser, DenoiserConfig
@@ -330,15 +331,9 @@ def sheet_prompts(config: RunConfig, dataset: Dataset) -> list[str]:
     return [*evenly_spaced(dataset.captions, room), *evenly_spaced(held_out, room)]
 
 
-def evenly_spaced(items: Sequence[str], count: int) -> list[str]:
-    """Return at most ``count`` of the items, evenly spaced."""
-    count = min(count, len(items))
-    return [items[index * len(items) // count] for index in range(count)]
-
-
 def sample_sheets(job: Job, codec: Codec, folder: Path) -> Callable[[nn.Module, int], list[Path]]:
     """Return what training calls now and then: the same few clips, generated into ``folder``/step-N.png,
-    one row per clip.
+    one row per clip. With buckets the rows take their shapes in turn.
 
     RunError when a sheet cannot be written.
     """
@@ -355,16 +350,29 @@ def sample_sheets(job: Job, codec: Codec, folder: Path) -> Callable[[nn.Module, 
         num_clips = max(SHEET_CLIPS, min(num_classes, 2 * SHEET_CLIPS))
         labels = [index % num_classes for index in range(num_clips)]
         names = [job.dataset.classes[label] for label in labels]
+    parts = sheet_parts(getattr(job.dataset, "buckets", None), num_clips, config.sample)
+    captions = row_captions(names, parts, num_clips)
 
     def write_sheet(model: Any, step: int) -> list[Path]:
-        pairs = generate(
-            model, process, codec, range(num_clips), labels, config.sample, dtype=dtype, prompts=prompts
-        )
-        clips = [clip for _, clip in pairs]
+        found: dict[int, Any] = {}
+        for part in parts:
+            found |= generate(
+                model,
+                process,
+                codec,
+                range(num_clips)[part.clips],
+                labels and labels[part.clips],
+                part.config,
+                frames=part.frames,
+                size=part.size,
+                dtype=dtype,
+                prompts=prompts and prompts.select(part.clips),
+            )
+        clips = [found[seed] for seed in range(num_clips)]
         path = folder / f"step-{step:07d}.png"
         with reported("samples", folder):
             folder.mkdir(parents=True, exist_ok=True)
-            contact_sheet(clips, captions=names).save(path)
+            contact_sheet(clips, captions=captions).save(path)
         return [path]
 
     return write_sheet

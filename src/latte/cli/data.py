@@ -189,6 +189,9 @@ def inspect(
     overrides: Overrides = None,
     count: Annotated[int, typer.Option(min=1, max=64, help="Number of clips.")] = 8,
     out: Annotated[Path, typer.Option(help="Image file of the contact sheet.")] = Path("clips.png"),
+    decoded: Annotated[
+        bool, typer.Option("--decoded", help="Encode and decode the clips first, with the run's codec.")
+    ] = False,
     seed: Seed = 0,
     device: Device = "auto",
     as_json: Json = False,
@@ -196,14 +199,15 @@ def inspect(
 ) -> None:
     """Write a contact sheet of random clips as training sees them: cropped, resized, maybe flipped.
 
-    Latents are decoded.
+    Latents are decoded. With buckets the clips are from each in turn.
     """
     from latte.autoencoder.codec import build_codec
     from latte.data.clips import to_uint8
     from latte.data.datasets import build_dataset
     from latte.data.media import contact_sheet
-    from latte.data.order import items_of_step
+    from latte.data.order import random_items
     from latte.files import commit_file, reported
+    from latte.inference.sheets import data_caption, shown
     from latte.runtime import generator, resolve_device
 
     configure_logging()
@@ -211,28 +215,23 @@ def inspect(
     check_image(out)
     codec = None
     fingerprint = None
-    if config.data.kind == "latents":
+    latents = config.data.kind == "latents"
+    if latents or decoded:
         codec = build_codec(config.codec, resolve_device(device))
+    if codec and latents:
         fingerprint = codec.fingerprint
     dataset = build_dataset(config.data, codec_fingerprint=fingerprint, buckets=config.buckets)
-    items = items_of_step(seed, 0, min(count, len(dataset)), len(dataset))
+    items = random_items(dataset, seed, count)
     clips = [dataset.clip(item, generator(seed, "inspect", item)) for item in items]
-    videos = [codec.decode(clip.video[None])[0] if codec else clip.video for clip in clips]  # (f 3 H W)
-    captions = []
-    for clip in clips:
-        line = clip.key
-        if clip.label is not None:
-            line += f" ({dataset.classes[clip.label]})"
-        if clip.caption:
-            line += f": {clip.caption}"
-        captions.append(line)
+    videos = [shown(clip.video, codec, latents) for clip in clips]  # (f 3 H W)
+    captions = [data_caption(clip, dataset) for clip in clips]
     sheet = contact_sheet([to_uint8(video) for video in videos], captions=captions)
     with reported("the contact sheet", out):
         out.parent.mkdir(parents=True, exist_ok=True)
         commit_file(out, lambda temporary: sheet.save(temporary, format=image_format(out)))
     result: dict[str, Any] = {"sheet": str(out), "clips": [clip.key for clip in clips]}
     lines = [str(out)]
-    if codec:
+    if latents:
         result |= {"frames": len(videos[0]), "latent_frames": len(clips[0].video)}
         lines.append(f"{len(videos[0])} frames of video per clip, {len(clips[0].video)} latent frames")
     print_result(result, as_json, lines)

@@ -309,20 +309,22 @@ def size_near(aspect: float, pixels: int, unit: int) -> tuple[int, int]:
     """Return (height, width) in multiples of ``unit`` with at most ``pixels`` pixels and width / height near
     ``aspect``.
 
-    Of the heights around the exact one, each with the largest width, it is the one with the nearest aspect,
-    then with the most pixels. Portrait sizes are landscape ones on their side.
+    It is the size with the least distance of the aspects, of their logarithms, plus half the share of
+    ``pixels`` that it leaves unused. Portrait sizes are landscape ones on their side.
     """
     if aspect < 1:
         width, height = size_near(1 / aspect, pixels, unit)
         return height, width
-    exact = int(math.sqrt(pixels / aspect)) // unit * unit
-    heights = [exact + i * unit for i in (-1, 0, 1, 2) if 0 < exact + i * unit <= pixels // unit]
-    sizes = [(height, pixels // height // unit * unit) for height in heights]
 
-    def distance(size: tuple[int, int]) -> tuple[float, int]:
-        return abs(math.log(size[1] / size[0] / aspect)), -size[0] * size[1]
+    def cost(size: tuple[int, int]) -> float:
+        height, width = size
+        return abs(math.log(width / height / aspect)) + (1 - height * width / pixels) / 2
 
-    return min(sizes, key=distance)
+    sizes = []
+    for height in range(unit, math.isqrt(pixels) + 1, unit):
+        below = max(int(height * aspect) // unit * unit, height)  # beyond the next, the cost only grows
+        sizes += [(height, width) for width in (below, below + unit, pixels // height // unit * unit)]
+    return min((size for size in sizes if math.prod(size) <= pixels), key=cost)
 
 
 def check_world(global_batch: int, world: int, buckets: Buckets | None = None) -> None:

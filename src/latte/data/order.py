@@ -168,3 +168,16 @@ def order_of(dataset: Any, seed: int, global_batch: int, world: int = 1) -> Orde
         return PlainOrder(seed, global_batch, len(dataset))
     names = tuple(map(str, buckets.shapes))
     return BucketOrder(seed, tuple(dataset.members), buckets.batch_sizes(global_batch), names)
+
+
+def random_items(dataset: Any, seed: int, count: int) -> list[int]:
+    """Return at most ``count`` different clips at random; with buckets they are from each in turn."""
+    buckets = getattr(dataset, "buckets", None)
+    if buckets is None:
+        return items_of_step(seed, 0, min(count, len(dataset)), len(dataset))
+    parts = []
+    for bucket, members in zip(buckets.shapes, dataset.members, strict=True):
+        size = min(count, len(members))
+        parts.append([members[i] for i in items_of_step(seed, 0, size, len(members), f"bucket {bucket}")])
+    turns = (part[turn : turn + 1] for turn in range(count) for part in parts)
+    return [item for found in turns for item in found][:count]

@@ -29,6 +29,10 @@ class Prompts:
     null_text: Tensor
     null_mask: Tensor
 
+    def select(self, clips: slice) -> "Prompts":
+        """Return the prompts of some of the clips."""
+        return Prompts(self.text[clips], self.mask[clips], self.null_text[clips], self.null_mask[clips])
+
     def part(self, clips: slice, device: torch.device) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Return the condition and the null condition of some of the clips, on ``device``."""
         condition = {"text": self.text[clips].to(device), "mask": self.mask[clips].to(device)}

@@ -143,6 +143,8 @@ def train(
         # Model: pretrained weights, the same values in every process, adapters.
         if config.start:
             group.run_on_rank0(start_from, model, config.start, run_dir, run, adapters is not None)
+        if buckets := getattr(dataset, "buckets", None):
+            model.trained_on(bucket.latent for bucket in buckets.shapes)
         model.to(device).train()
         model.gradient_checkpointing = config.gradient_checkpointing
         group.broadcast([*model.parameters(), *model.buffers()])
