@@ -82,6 +82,7 @@ def convert(
         facts["classes"] = load_lora(model, lora, facts.get("classes") or ())["classes"]
     if to != "lora" and lora_layers(model):
         model = merged(model)
+    check_distilled(facts, to)
     if codec is not None:
         facts["codec"] = {**facts["codec"], "name": codec_name(codec, facts["codec"]["name"]), "path": codec}
     if text_encoder is not None:
@@ -110,6 +111,17 @@ def check_options(destination: str, to: str, lora: Path | None, text_encoder: st
     check(
         text_encoder is None or to == "pipeline",
         f"--text-encoder {text_encoder} is for --to pipeline; remove it or use --to pipeline",
+    )
+
+
+def check_distilled(facts: dict[str, Any], to: str) -> None:
+    """Raise InputError for a student in a layout that cannot record how it must be sampled."""
+    from latte.checks import check
+
+    steps = facts.get("distilled", {}).get("steps")
+    check(
+        steps is None or to in ("latte", "hub"),
+        f"--to {to} cannot record that the model was distilled to {steps} steps; use --to latte or hub",
     )
 
 

@@ -20,7 +20,7 @@ import typer
 
 from latte import __version__
 from latte.checks import InputError, RunError
-from latte.cli import ablate, config, convert, data, demo, doctor, evaluate, plan, sample, train
+from latte.cli import ablate, config, convert, data, demo, distill, doctor, evaluate, plan, sample, train
 from latte.cli.options import DEBUG, OVERRIDABLE, Command, Group, print_note
 
 ADVICE = {
@@ -203,6 +203,7 @@ def _start(
 app.command("demo", cls=Command)(demo.demo)
 app.command("train", cls=Command, context_settings=OVERRIDABLE)(train.train)
 app.command("sample", cls=Command)(sample.sample)
+app.command("distill", cls=Command)(distill.distill)
 app.command("evaluate", cls=Command)(evaluate.evaluate)
 app.command("plan", cls=Command, context_settings=OVERRIDABLE)(plan.plan)
 app.command("convert", cls=Command)(convert.convert)

@@ -19,6 +19,7 @@ import torch
 from latte.autoencoder.codec import Codec, CodecConfig, decoder_for
 from latte.checks import check, choose
 from latte.diffusion.config import DiffusionConfig, build_process
+from latte.diffusion.distilled import Distilled
 from latte.inference.callback import Callback, step_progress
 from latte.inference.clip_shape import latent_shapes
 from latte.inference.generate import SampleConfig, generate
@@ -83,6 +84,7 @@ class VideoPipeline(Conditioned):
     offload: torch.device | None = None
     dtype: torch.dtype = torch.float32
     buckets: Shapes = ()
+    distilled: Distilled | None = None
 
     @classmethod
     def from_pretrained(
@@ -124,6 +126,7 @@ class VideoPipeline(Conditioned):
         pipe.reader = reader
         pipe.about = stored.about
         pipe.buckets = stored.buckets
+        pipe.distilled = stored.distilled
         network.trained_on(latent_shapes(codec, stored.buckets))
         pipe.dtype = resolve_dtype(dtype, work)
         if offload:
@@ -220,6 +223,8 @@ class VideoPipeline(Conditioned):
             "dtype": self.dtype,
         }
         options = {**defaults, **options}
+        if self.distilled:
+            self.distilled.check_settings(self.prediction, options["config"])
         if labels is not None:
             labels = [self.label(label) for label in labels]
         self.check_prompts(prompts is not None)
@@ -269,8 +274,12 @@ class VideoPipeline(Conditioned):
 
         InputError for settings that exclude each other.
         """
-        prediction = build_process(self.diffusion).prediction
-        return choose_settings(self.sample, prediction, quality, changes)
+        return choose_settings(self.sample, self.prediction, quality, changes)
+
+    @property
+    def prediction(self) -> str:
+        """Return what the model's output means, a key of PREDICTIONS."""
+        return build_process(self.diffusion).prediction
 
     @property
     def device(self) -> torch.device:
@@ -353,6 +362,8 @@ class VideoPipeline(Conditioned):
         codec = {"name": self.codec.name, "path": path, "fingerprint": self.codec.fingerprint}
         facts = {"diffusion": asdict(self.diffusion), "codec": codec, "classes": self.classes}
         facts |= {"sample": self.sample.recorded(), "about": dict(self.about)}
+        if self.distilled:
+            facts["distilled"] = asdict(self.distilled)
         if self.reader:
             facts["text"] = {**asdict(self.reader.config), "fingerprint": self.reader.fingerprint}
         if self.buckets:

@@ -19,6 +19,7 @@ from latte.checkpoint.record import RENAMED_KEYS
 from latte.checkpoint.run import Checkpoint, load_checkpoint, load_latest
 from latte.checks import InputError, check, command_line
 from latte.diffusion.config import DiffusionConfig
+from latte.diffusion.distilled import Distilled
 from latte.inference.generate import SampleConfig
 from latte.inference.stored import (
     StoredModel,
@@ -106,6 +107,7 @@ def stored_run(
         text_fingerprint=(facts.get("text") or {}).get("encoder"),
         about=about_run(sections, checkpoint),
         buckets=tuple(map(tuple, facts.get("data", {}).get("buckets", ()))),
+        distilled=optional(Distilled, facts.get("distilled"), f"{checkpoint.path}: distilled"),
     )
 
 
@@ -242,6 +244,8 @@ def run_facts(path: Path) -> tuple[Denoiser, Coverage, dict[str, Any]]:
         },
         "about": dict(stored.about),
     }
+    if stored.distilled:
+        facts["distilled"] = asdict(stored.distilled)
     if stored.text:
         facts["text"] = {**asdict(stored.text), "fingerprint": stored.text_fingerprint}
     if stored.buckets:

@@ -23,6 +23,7 @@ from latte.autoencoder.codec import Codec, CodecConfig, build_codec, kind_at
 from latte.checkpoint.record import read_fingerprint
 from latte.checks import InputError, check
 from latte.diffusion.config import DiffusionConfig
+from latte.diffusion.distilled import Distilled
 from latte.inference.generate import SampleConfig
 from latte.inference.prompts import PromptReader
 from latte.interop.coverage import Coverage, build
@@ -37,6 +38,7 @@ from latte.text.encoders import TextEncoderConfig
 LOG = logging.getLogger(__name__)
 WEIGHTS = "model.safetensors"
 CARD = "config.json"
+OURS = ("about", "buckets", "distilled")  # further keys of config.json in our own folders
 RELEASED_T2V = SampleConfig(sampler="ddim", steps="ddim50", guidance=7.5, batch=1)
 T = TypeVar("T")
 Shapes = tuple[tuple[int, int, int], ...]
@@ -51,7 +53,8 @@ class StoredModel:
     ``diffusion`` and ``codec`` are None where the source does not record them. The fingerprints are those of
     the codec and the text encoder that the model was trained with, None where unknown. ``lacks_text``: the
     model reads text, but where its T5 is stored is unknown. ``about`` is the training metadata for a model
-    card, ``buckets`` are the shapes (frames, height, width) that it was trained on, () without buckets.
+    card, ``buckets`` are the shapes (frames, height, width) that it was trained on, () without buckets,
+    ``distilled`` what a student of few steps records.
     """
 
     name: str
@@ -66,6 +69,7 @@ class StoredModel:
     lacks_text: bool = False
     about: Mapping[str, Any] = field(default_factory=dict)
     buckets: Shapes = ()
+    distilled: Distilled | None = None
 
 
 def open_weights_folder(folder: Path, name: str, own_codec: bool = False) -> StoredModel:
@@ -84,6 +88,7 @@ def open_weights_folder(folder: Path, name: str, own_codec: bool = False) -> Sto
         diffusion = card.get("diffusion")
         sample = card.get("sample") or {}
         about = dict(card.get("about") or {})
+        distilled = card.get("distilled")
         buckets = card.get("buckets") or ()
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(
@@ -121,6 +126,7 @@ def open_weights_folder(folder: Path, name: str, own_codec: bool = False) -> Sto
         text_fingerprint=read_fingerprint(text),
         about=about,
         buckets=typed(Shapes, buckets, f"{where}: buckets"),
+        distilled=optional(Distilled, distilled, f"{where}: distilled"),
     )
 
 
@@ -149,10 +155,7 @@ def open_external(
     }
     if text:
         facts["text"] = {**asdict(TextEncoderConfig(name="t5", path=place)), "fingerprint": None}
-    return loaded, {
-        **facts,
-        **{key: loaded.card[key] for key in (*facts, "about", "buckets") if key in loaded.card},
-    }
+    return loaded, {**facts, **{key: loaded.card[key] for key in (*facts, *OURS) if key in loaded.card}}
 
 
 def open_external_model(source: Source, codec_path: str | None, text_encoder_path: str | None) -> StoredModel:
