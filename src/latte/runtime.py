@@ -77,6 +77,18 @@ def resolve_dtype(dtype: "str | torch.dtype", device: "torch.device") -> "torch.
     return choose("dtype", dtype, DTYPES)
 
 
+def check_compile(device: torch.device) -> None:
+    """InputError unless ``torch.compile`` works on ``device``, tried on a tiny function."""
+    try:
+        torch.compile(lambda x: 2 * x + 1)(torch.ones(8, device=device))
+    except (RuntimeError, ImportError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(
+            f"torch.compile does not work on {device} here ({reason}); install a C++ compiler (on a GPU also "
+            "Triton), or leave compile out"
+        ) from error
+
+
 @contextmanager
 def borrowed(part: Any, device: "torch.device", home: "torch.device") -> Iterator[None]:
     """Keep ``part`` (anything with ``to``) on ``device`` inside, and at ``home`` afterwards."""

@@ -50,9 +50,13 @@ class LabelEmbedding(nn.Module):
     def forward(self, label: Tensor) -> Tensor:
         """Return (..., d) for labels (b,) or (b 1+i) int64 in -1...num_classes.
 
-        InputError outside that range, on the CPU only: on a GPU the check would wait for the device.
+        InputError outside that range, on the CPU only: on a GPU the check would wait for the device. Inside
+        a compiled graph it is an assertion of the graph, RuntimeError, since reading a value would end it.
         """
-        if label.device.type == "cpu":
+        if torch.compiler.is_compiling():
+            inside = ((label >= NULL_LABEL) & (label <= self.num_classes)).all()
+            torch._assert_async(inside, f"a label is not in {NULL_LABEL} to {self.num_classes}")
+        elif label.device.type == "cpu":
             wrong = label[(label < NULL_LABEL) | (label > self.num_classes)]
             if wrong.numel():
                 raise InputError(

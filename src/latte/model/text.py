@@ -203,7 +203,9 @@ class LatteText(Denoiser):
             "channels",
         )
         mask = mask.bool()
-        if mask.device.type == "cpu" and not bool(mask.any(-1).all()):
+        if torch.compiler.is_compiling():  # reading a value would end the graph
+            torch._assert_async(mask.any(-1).all(), "mask is False for a whole caption")
+        elif mask.device.type == "cpu" and not bool(mask.any(-1).all()):
             raise InputError("mask is False for a whole caption; keep at least an empty prompt's end token")
         return text, mask
 

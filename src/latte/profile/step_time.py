@@ -14,7 +14,7 @@ import torch
 from latte.diffusion.loss import OBJECTIVES
 from latte.diffusion.process import NoisePath
 from latte.model.denoiser import Denoiser, condition_shape
-from latte.runtime import generator, resolve_dtype
+from latte.runtime import check_compile, generator, resolve_dtype
 from latte.training.condition import Captions
 from latte.training.config import TrainConfig
 from latte.training.distributed import Group
@@ -47,10 +47,13 @@ def step_seconds(
         ema_decay=config.ema_decay,
         optimizer=config.optimizer,
     )
+    if config.compile:
+        check_compile(device)
+        model.compile_blocks()
     micro_batch = min(config.micro_batch or share, share)
     task = Task(
         model=model,
-        forward=torch.compile(model) if config.compile else model,
+        forward=model,
         process=process,
         objective=OBJECTIVES[objective],
         codec=None,

@@ -28,7 +28,7 @@ class Task:
     """What stays the same from step to step."""
 
     model: Denoiser
-    forward: Callable[..., Tensor]  # the model, or its compiled form
+    forward: Callable[..., Tensor]  # the model, or what stands for it
     process: NoisePath
     objective: Callable[..., Loss]
     codec: Codec | None  # None: the data are latents

@@ -35,7 +35,7 @@ from latte.files import reported
 from latte.interop.init import adapt, start_from
 from latte.interop.lora import LoraConfig
 from latte.model.denoiser import Denoiser
-from latte.runtime import resolve_device, resolve_dtype
+from latte.runtime import check_compile, resolve_device, resolve_dtype
 from latte.tensors import tensors_sha256
 from latte.training.callbacks import (
     Callback,
@@ -128,6 +128,8 @@ def train(
     ):
         # Check the parts before anything is written.
         check_parts(model, codec, dataset, config, group)
+        if config.compile:
+            check_compile(device)
         adapters = lora if lora and lora.rank else None
         gated = model.config.gated_time and not adapters
         fresh = not list_checkpoints(run_dir)
@@ -159,6 +161,8 @@ def train(
             optimizer=config.optimizer,
         )
         group.run_on_rank0(check_disk, run_dir, state, config.keep_last)
+        if config.compile:  # after the EMA weights were copied: samples are not compiled
+            model.compile_blocks()
 
         # Resume.
         settings = {name: getattr(config, name) for name in CHANGEABLE}
@@ -180,7 +184,7 @@ def train(
         # Loop state.
         task = Task(
             model=model,
-            forward=torch.compile(model) if config.compile else model,
+            forward=model,
             process=build_process(diffusion),
             objective=objective or OBJECTIVES[diffusion.objective],
             codec=None if dataset.latent else codec,
