@@ -42,6 +42,9 @@ def main(argv: Sequence[str] | None = None) -> dict:
     measure.add_model_arguments(parser)
     parser.add_argument("--micro-batch", type=int, help="clips at once; all of them without it")
     parser.add_argument(
+        "--recompute", action="store_true", help="recompute norms, modulation, GELU and gates in backward"
+    )
+    parser.add_argument(
         "--checkpointing", action="store_true", help="recompute each block in the backward pass"
     )
     options = parser.parse_args(argv)
@@ -49,11 +52,13 @@ def main(argv: Sequence[str] | None = None) -> dict:
     config = measure.model_config(options)
     model = measure.busy_model(config, device, options.compile)
     model.gradient_checkpointing = options.checkpointing
+    model.recompute(options.recompute)
     step, yard = train_step(model, options, device, dtype), measure.matmul(device, dtype)
     times = measure.interleave([step, yard], device, options.rounds, options.seconds, options.max_other_load)
     settings = measure.settings_of(config, options) | {
         "micro_batch": options.micro_batch,
         "checkpointing": options.checkpointing,
+        "recompute": options.recompute,
     }
     rate = options.batch / measure.median(times.seconds["train_step"]) if times.seconds["train_step"] else 0.0
     return measure.report("train_step", step, yard, times, device, settings, clips_per_second=round(rate, 4))

@@ -103,6 +103,14 @@ def test_memory_adds_up_and_checkpointing_lowers_it():
     assert plain.dtype == "float32"
 
 
+def test_recomputing_what_is_cheap_halves_the_activations():
+    words = [*WORDS, "model.depth=6"]
+    plain, lean = (
+        plan(config(*words, f"train.recompute={on}"), "cpu").memory.activations for on in (False, True)
+    )
+    assert 0.4 < lean / plain < 0.65
+
+
 def test_the_micro_batch_and_the_precision_decide_the_activations():
     words = [*WORDS, "model.width=64", "train.global_batch=8"]
     full, half, lowered = (

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from latte.model.conditioning import Conditioning
+from latte.model.fused import Modulated, activated, gated_linear, is_plain, modulated_linear
 from latte.model.positions import TemporalPosition
 
 ATTENTION_SLOT = 0  # all attentions of a block share one (shift, scale, gate), Latte, Sec. 3.2
@@ -59,12 +60,31 @@ class Branch(nn.Module):
         """
         return 0
 
+    @property
+    def ends(self) -> tuple[nn.Module, nn.Module] | None:
+        """The first and the last linear layer of a branch that has ``inner``; None for any other."""
+        return None
+
+    @property
+    def gelu(self) -> bool:
+        """Whether a GELU stands between ``inner`` and the last linear layer."""
+        return False
+
+    def inner(self, x: Tensor | Modulated, images: bool = False) -> Tensor:
+        """Return what the last linear layer takes, before a GELU: (b f n k) from modulated tokens."""
+        raise NotImplementedError
+
     def forward(self, x: Tensor, images: bool = False) -> Tensor:
         """Return (b f n d) from modulated tokens (b f n d).
 
         With ``images`` every frame must be treated by itself.
         """
         raise NotImplementedError
+
+
+def project(layer: nn.Module, x: Tensor | Modulated) -> Tensor:
+    """Return layer(x) of modulated tokens, or of what they will be computed from."""
+    return modulated_linear(layer, x) if isinstance(x, Modulated) else layer(x)
 
 
 class Attention(Branch):
@@ -76,9 +96,18 @@ class Attention(Branch):
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
-    def split(self, x: Tensor) -> Tensor:
+    @property
+    def ends(self) -> tuple[nn.Module, nn.Module]:
+        """qkv and the output projection."""
+        return self.qkv, self.proj
+
+    def split(self, x: Tensor | Modulated) -> Tensor:
         """Return queries, keys and values (b f n 3 h k) of tokens (b f n d)."""
-        return self.qkv(x).unflatten(-1, (3, self.heads, -1))  # (b f n 3 h k)
+        return project(self.qkv, x).unflatten(-1, (3, self.heads, -1))  # (b f n 3 h k)
+
+    def forward(self, x: Tensor, images: bool = False) -> Tensor:
+        """Return (b f n d) from tokens (b f n d)."""
+        return self.proj(self.inner(x, images))
 
 
 class SpaceAttention(Attention):
@@ -88,11 +117,10 @@ class SpaceAttention(Attention):
         """Return one row per frame."""
         return frames
 
-    def forward(self, x: Tensor, images: bool = False) -> Tensor:
+    def inner(self, x: Tensor | Modulated, images: bool = False) -> Tensor:
         """Return (b f n d) from tokens (b f n d)."""
         q, k, v = self.split(x).flatten(0, 1).permute(2, 0, 3, 1, 4)  # each (bf h n k)
-        y = attend(q, k, v).transpose(1, 2).flatten(2)  # (bf n d)
-        return self.proj(y).view(x.shape)  # (b f n d)
+        return attend(q, k, v).transpose(1, 2).reshape(x.shape)  # (b f n d)
 
 
 class TimeAttention(Attention):
@@ -108,13 +136,13 @@ class TimeAttention(Attention):
         """Return one row per position."""
         return positions
 
-    def forward(self, x: Tensor, images: bool = False) -> Tensor:
+    def inner(self, x: Tensor | Modulated, images: bool = False) -> Tensor:
         """Return (b f n d) from tokens (b f n d)."""
         b, f, n, d = x.shape
         q, k, v = self.split(x).permute(3, 0, 2, 4, 1, 5).flatten(1, 2)  # each (bn h f k)
         y = attend(*self.position.rotate(q, k), v)  # (bn h f k)
         y = y.unflatten(0, (b, n)).permute(0, 3, 1, 2, 4)  # (b f n h k)
-        return self.proj(y.reshape(b, f, n, d))  # (b f n d)
+        return y.reshape(b, f, n, d)  # (b f n d)
 
 
 class SpaceAndTimeAttention(Branch):
@@ -167,17 +195,17 @@ class JointAttention(Attention):
         """Return a single row: one sequence per clip."""
         return 1
 
-    def forward(self, x: Tensor, images: bool = False) -> Tensor:
+    def inner(self, x: Tensor | Modulated, images: bool = False) -> Tensor:
         """Return (b f n d) from tokens (b f n d)."""
         f, n = x.shape[1:3]
         q, k, v = self.split(x).permute(3, 0, 1, 4, 2, 5)  # each (b f h n k)
         if images:
-            return self.proj(attend(q, k, v).transpose(2, 3).flatten(3))  # (b f n d)
+            return attend(q, k, v).transpose(2, 3).flatten(3)  # (b f n d)
         q, k, v = (y.permute(0, 2, 3, 1, 4) for y in (q, k, v))  # each (b h n f k)
         q, k = self.position.rotate(q, k)
         y = attend(q.flatten(2, 3), k.flatten(2, 3), v.flatten(2, 3))  # (b h nf k)
         y = y.unflatten(2, (n, f)).permute(0, 3, 2, 1, 4)  # (b f n h k)
-        return self.proj(y.flatten(3))  # (b f n d)
+        return y.flatten(3)  # (b f n d)
 
 
 class MLP(Branch):
@@ -190,9 +218,23 @@ class MLP(Branch):
         self.fc1 = nn.Linear(width, ratio * width)
         self.fc2 = nn.Linear(ratio * width, width)
 
+    @property
+    def ends(self) -> tuple[nn.Module, nn.Module]:
+        """Both linear layers."""
+        return self.fc1, self.fc2
+
+    @property
+    def gelu(self) -> bool:
+        """True."""
+        return True
+
+    def inner(self, x: Tensor | Modulated, images: bool = False) -> Tensor:
+        """Return (b f n 4d) from tokens (b f n d), before the GELU."""
+        return project(self.fc1, x)
+
     def forward(self, x: Tensor, images: bool = False) -> Tensor:
         """Return (b f n d) from tokens (b f n d)."""
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+        return self.fc2(activated(self.inner(x), gelu=True))
 
 
 class Block(nn.Module):
@@ -203,6 +245,8 @@ class Block(nn.Module):
     """
 
     branches: Any  # nn.ModuleDict of Branch
+    recompute: bool = False
+    """Whether the backward pass recomputes what is cheap, see ``latte.model.fused``."""
 
     def __init__(
         self,
@@ -240,9 +284,21 @@ class Block(nn.Module):
                 continue
             slot = 3 * branch.modulation_slot
             shift, scale, gate = chunks[slot : slot + 3]
+            if self.recompute and saves_less(branch, gate):
+                tokens = Modulated(x, shift, scale, self.norms[name].eps)
+                inner = branch.inner(tokens, images)
+                x = gated_linear(x, gate, branch.ends[1], inner, branch.gelu)
+                continue
             y = branch(modulate(self.norms[name](x), shift, scale), images)
             x = x + y if gate is None else torch.addcmul(x, gate, y)
         return x
+
+
+def saves_less(branch: Branch, gate: Tensor | None) -> bool:
+    """Return whether the memory-saving form of ``branch`` exists and has an effect here."""
+    if gate is None or branch.ends is None or not torch.is_grad_enabled():
+        return False
+    return all(is_plain(layer) for layer in branch.ends)
 
 
 def modulate(x: Tensor, shift: Tensor | None, scale: Tensor | None) -> Tensor:

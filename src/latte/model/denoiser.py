@@ -23,7 +23,6 @@ from latte.model.pretrained import SavedModel
 MAX_GRAPHS = 64  # of all kinds of blocks together; beyond it torch runs a block uncompiled
 
 
-
 def condition_shape(clips: int, num_images: int) -> tuple[int, ...]:
     """Return the shape of a batch's labels: (b,), with images (b, 1+i)."""
     if num_images:
@@ -105,6 +104,13 @@ class Denoiser(nn.Module, SavedModel):
         """
         for block in self.blocks:
             block.compile(recompile_limit=MAX_GRAPHS)
+
+    def recompute(self, enabled: bool) -> None:
+        """Make the backward pass recompute norms, modulation, GELU and gates, or save them: same output, less
+        memory.
+        """
+        for block in self.blocks:
+            block.recompute = enabled
 
     def run_block(self, block: nn.Module, *inputs: Any) -> Tensor:
         """Return ``block(*inputs)``, recomputed in the backward pass with ``gradient_checkpointing``."""

@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from latte.model.blocks import MLP, attend, modulate
+from latte.model.blocks import MLP, attend, modulate, saves_less
+from latte.model.fused import Modulated, gated_linear
 
 
 class SplitAttention(nn.Module):
@@ -55,6 +56,9 @@ class ModulatedBlock(nn.Module):
     Attention, MLP, a norm without weights, and a table (6 d) added to the shared modulation. Abstract.
     """
 
+    recompute: bool = False
+    """Whether the backward pass recomputes what is cheap of the MLP, see ``latte.model.fused``."""
+
     def __init__(self, width: int, heads: int):
         super().__init__()
         self.norm = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
@@ -68,6 +72,9 @@ class ModulatedBlock(nn.Module):
 
     def add_mlp(self, x: Tensor, shift: Tensor, scale: Tensor, gate: Tensor) -> Tensor:
         """Return tokens (b f n d) plus the gated MLP."""
+        if self.recompute and saves_less(self.mlp, gate):
+            inner = self.mlp.inner(Modulated(x, shift, scale, self.norm.eps))
+            return gated_linear(x, gate, self.mlp.fc2, inner, gelu=True)
         return torch.addcmul(x, gate, self.mlp(modulate(self.norm(x), shift, scale)))
 
 

@@ -20,6 +20,7 @@ from latte.data.order import order_of
 from latte.data.selection import bucket_table
 from latte.diffusion.config import build_process
 from latte.interop.lora import add_lora
+from latte.model.denoiser import Denoiser
 from latte.profile.flops import Table3, count, encoding_operations, table3
 from latte.profile.memory import Adapt, States, activations, fresh, states
 from latte.profile.sampling_memory import staging
@@ -243,9 +244,14 @@ def memory(config: RunConfig, batch: Batch, state: States, device: torch.device)
     """Return the memory of one training step with the precision that it has on ``device``."""
     train = config.train
     dtype = dtype_of(train.dtype, device)
-    found = activations(
-        config.network, batch.micro_batch, train.num_images, dtype, config.text.tokens, adapters(config)
-    )
+    add_adapters = adapters(config)
+
+    def adapt(model: Denoiser) -> None:
+        if add_adapters:
+            add_adapters(model)
+        model.recompute(train.recompute)
+
+    found = activations(config.network, batch.micro_batch, train.num_images, dtype, config.text.tokens, adapt)
     held = found.plain
     if train.gradient_checkpointing:
         held = found.checkpointed

@@ -14,12 +14,12 @@ import torch
 from latte.diffusion.loss import OBJECTIVES
 from latte.diffusion.process import NoisePath
 from latte.model.denoiser import Denoiser, condition_shape
-from latte.runtime import check_compile, generator, resolve_dtype
+from latte.runtime import generator, resolve_dtype
 from latte.training.condition import Captions
 from latte.training.config import TrainConfig
 from latte.training.distributed import Group
 from latte.training.optim import TrainState
-from latte.training.step import Task, backward
+from latte.training.step import Task, backward, set_up_blocks
 
 MEASURED = 3  # steps, after one to warm up
 
@@ -39,7 +39,7 @@ def step_seconds(
     the EMA weights are updated once a step. ``tokens`` is the length of captions of a text model.
     """
     model.to(device).train()
-    model.gradient_checkpointing = config.gradient_checkpointing
+    set_up_blocks(model, config, device)
     state = TrainState(
         model,
         lr=config.lr,
@@ -47,9 +47,6 @@ def step_seconds(
         ema_decay=config.ema_decay,
         optimizer=config.optimizer,
     )
-    if config.compile:
-        check_compile(device)
-        model.compile_blocks()
     micro_batch = min(config.micro_batch or share, share)
     task = Task(
         model=model,

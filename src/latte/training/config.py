@@ -73,6 +73,7 @@ class TrainConfig:
     num_images: int = 0  # images behind every clip (joint training, Sec. 3.3.4)
     dtype: str = "auto"  # precision of matrix products; auto: bf16 on a GPU that has it, else fp32
     compile: bool = False  # torch.compile every block
+    recompute: bool = False  # recompute norms, modulation, GELU and gates in backward: half the activations
     gradient_checkpointing: bool = False  # keep only the inputs of blocks, recompute the rest in backward
     init: str | None = None  # pretrained weights (file, folder, hub id, run or builtin) of a fresh run
     init_mapping: str = "all"  # for a DiT: which of our blocks its blocks initialise

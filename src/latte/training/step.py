@@ -19,8 +19,9 @@ from latte.diffusion.loss import Loss, draw_timesteps
 from latte.diffusion.process import NoisePath
 from latte.model.denoiser import Denoiser
 from latte.model.latte import ModelConfig
-from latte.runtime import generator
+from latte.runtime import check_compile, generator
 from latte.training.condition import Captions, Condition, Labels
+from latte.training.config import TrainConfig
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,18 @@ class Task:
     device: torch.device
     dtype: torch.dtype  # of matrix products; everything outside the model is float32
     num_images: int = 0  # behind every clip
+
+
+def set_up_blocks(model: Denoiser, config: TrainConfig, device: torch.device) -> None:
+    """Apply the settings of ``config`` that decide the speed and memory of blocks, and not their values.
+
+    EMA weights copied afterwards are not compiled. InputError when torch.compile does not work on ``device``.
+    """
+    model.gradient_checkpointing = config.gradient_checkpointing
+    model.recompute(config.recompute)
+    if config.compile:
+        check_compile(device)
+        model.compile_blocks()
 
 
 def backward(

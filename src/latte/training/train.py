@@ -35,7 +35,7 @@ from latte.files import reported
 from latte.interop.init import adapt, start_from
 from latte.interop.lora import LoraConfig
 from latte.model.denoiser import Denoiser
-from latte.runtime import check_compile, resolve_device, resolve_dtype
+from latte.runtime import resolve_device, resolve_dtype
 from latte.tensors import tensors_sha256
 from latte.training.callbacks import (
     Callback,
@@ -52,7 +52,7 @@ from latte.training.distributed import Group, process_group
 from latte.training.optim import OPTIMIZERS, TrainState, trainable_parameters
 from latte.training.resume import restore, run_facts
 from latte.training.signals import StopRequest
-from latte.training.step import Task, backward
+from latte.training.step import Task, backward, set_up_blocks
 from latte.training.trackers import Tracker, check_trackers
 
 DATA_FAILED = 1  # in the place of a signal's exit code: a process could not load its clips
@@ -128,8 +128,6 @@ def train(
     ):
         # Check the parts before anything is written.
         check_parts(model, codec, dataset, config, group)
-        if config.compile:
-            check_compile(device)
         adapters = lora if lora and lora.rank else None
         gated = model.config.gated_time and not adapters
         fresh = not list_checkpoints(run_dir)
@@ -148,7 +146,7 @@ def train(
         if buckets := getattr(dataset, "buckets", None):
             model.trained_on(bucket.latent for bucket in buckets.shapes)
         model.to(device).train()
-        model.gradient_checkpointing = config.gradient_checkpointing
+        set_up_blocks(model, config, device)
         group.broadcast([*model.parameters(), *model.buffers()])
         if adapters:
             run["lora"] = adapt(model, adapters, seed)
@@ -161,8 +159,6 @@ def train(
             optimizer=config.optimizer,
         )
         group.run_on_rank0(check_disk, run_dir, state, config.keep_last)
-        if config.compile:  # after the EMA weights were copied: samples are not compiled
-            model.compile_blocks()
 
         # Resume.
         settings = {name: getattr(config, name) for name in CHANGEABLE}
