@@ -100,6 +100,7 @@ REVIEWED: dict[tuple[str, str], str] = {  # (file, matched text in lower case): 
     ("benchmarks/int8.py", "eight bits"): "the key of a seed, which published numbers depend on",
     ("src/latte/interop/archive.py", "tell"): "the method of a Python file",
     ("src/latte/profile/memory.py", "save for"): "autograd's ctx.save_for_backward",
+    ("src/latte/model/fused.py", "save for"): "autograd's ctx.save_for_backward",
     ("src/latte/evaluation/evaluate.py", "banks"): "a --json key of 0.1.0, kept beside the new one",
     ("src/latte/evaluation/external.py", "banks"): "a key of 0.1.0 that its hash covers",
     ("src/latte/evaluation/manifest.py", "banks"): "a value of 0.1.0 that the manifest hash covers",

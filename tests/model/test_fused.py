@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Branches that recompute what is cheap: the bits of the model that saves all, its gradients, half its memory."""
+"""Branches that recompute what is cheap: the same bits, the same gradients, half the memory."""
 
 import copy
 from typing import Any

@@ -55,7 +55,7 @@ class LabelEmbedding(nn.Module):
         """
         if torch.compiler.is_compiling():
             inside = ((label >= NULL_LABEL) & (label <= self.num_classes)).all()
-            torch._assert_async(inside, f"a label is not in {NULL_LABEL} to {self.num_classes}")
+            torch.ops.aten._assert_async.msg(inside, f"a label is not in {NULL_LABEL} to {self.num_classes}")
         elif label.device.type == "cpu":
             wrong = label[(label < NULL_LABEL) | (label > self.num_classes)]
             if wrong.numel():

@@ -204,7 +204,7 @@ class LatteText(Denoiser):
         )
         mask = mask.bool()
         if torch.compiler.is_compiling():  # reading a value would end the graph
-            torch._assert_async(mask.any(-1).all(), "mask is False for a whole caption")
+            torch.ops.aten._assert_async.msg(mask.any(-1).all(), "mask is False for a whole caption")
         elif mask.device.type == "cpu" and not bool(mask.any(-1).all()):
             raise InputError("mask is False for a whole caption; keep at least an empty prompt's end token")
         return text, mask
