@@ -77,8 +77,10 @@ def resolve_dtype(dtype: "str | torch.dtype", device: "torch.device") -> "torch.
     return choose("dtype", dtype, DTYPES)
 
 
-def check_compile(device: torch.device) -> None:
+def check_compile(device: "torch.device") -> None:
     """InputError unless ``torch.compile`` works on ``device``, tried on a tiny function."""
+    import torch
+
     try:
         torch.compile(lambda x: 2 * x + 1)(torch.ones(8, device=device))
     except (RuntimeError, ImportError, OSError) as error:
