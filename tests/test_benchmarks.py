@@ -371,3 +371,10 @@ def test_ways_of_sampling_are_compared_and_their_clips_kept(benchmark, capsys, t
     again = benchmark("sample_quality").main([*words, "--keep", str(tmp_path)])
     assert again == line
     assert kept == {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+
+
+def test_start_up_is_compared_with_the_import_of_torch(benchmark, capsys):
+    line = benchmark("start_up").main(["--rounds", "1", "--commands", "config show"])
+    assert json.loads(capsys.readouterr().out) == line
+    assert line["import_torch_seconds"] > 0
+    assert 0 < line["processor"]["config show"] < 1, "settings must not import torch"

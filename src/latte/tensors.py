@@ -2,10 +2,14 @@
 """Named tensors: their hash, and the check for NaN/Inf that every reader and writer of weights makes."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import init
+from torch.overrides import TorchFunctionMode
 
 from latte.checks import InputError, RunError
 
@@ -69,3 +73,29 @@ def check_finite(
     found = find_nonfinite(tensors)
     if found:
         raise error(f"weights {source}: tensor {found} (NaN or Inf); use earlier or unaltered weights")
+
+
+RANDOM = (Tensor.normal_, Tensor.uniform_, init.normal_, init.uniform_, init.kaiming_uniform_)
+
+
+class _Unfilled(TorchFunctionMode):
+    """Skips random numbers for tensors without memory: torch computes them through its compiler, whose import
+    takes longer than torch's own.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        settings = kwargs or {}
+        if func in RANDOM:
+            tensor = args[0] if args else settings["tensor"]
+            if tensor.is_meta:
+                return tensor
+        return func(*args, **settings)
+
+
+@contextmanager
+def without_memory() -> Iterator[None]:
+    """Build networks inside without memory, on the meta device, for their names, shapes or weights of a
+    file.
+    """
+    with torch.device("meta"), _Unfilled():
+        yield

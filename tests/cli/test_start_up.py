@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a command imports before it needs it: torch not for settings and help, diffusers not without a codec of
-it.
+"""What a command imports before it needs it: torch not for settings and help, diffusers only for codecs of
+its own.
 
 Each case is a process of its own; the modules that it has imported at its end are read from it.
 """
@@ -51,3 +51,13 @@ def test_settings_help_and_bad_keys_import_no_torch(words, expected):
     assert code == expected
     assert "latte.cli.main" in modules
     assert not {"torch", "diffusers"} & modules
+
+
+def test_sampling_with_the_built_in_model_imports_no_diffusers_and_no_compiler(tmp_path):
+    code, modules = imported(
+        "sample", "builtin", "--count", "1", "--steps", "2", "--out", str(tmp_path / "clips")
+    )
+    assert code in (0, None)
+    assert len(list((tmp_path / "clips").glob("*.mp4"))) == 1
+    assert "torch" in modules
+    assert not {"diffusers", "transformers", "torch._dynamo", "sympy"} & modules

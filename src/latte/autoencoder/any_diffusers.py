@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from latte.autoencoder.base import Compression
 from latte.autoencoder.diffusers_codec import CODEC_OF, DiffusersVideoCodec, Folder, find_folder, undescribed
 from latte.checks import InputError, check
+from latte.tensors import without_memory
 
 KIND = "autoencoder of diffusers"
 SIZE = (128, 192)  # not square, so that a network that resizes its input is found out
@@ -142,7 +143,7 @@ class AnyDiffusersCodec(DiffusersVideoCodec):
     def skeleton(cls, path: str | None) -> nn.Module:
         """Return the network at ``path`` on the meta device."""
         folder, config = cls.find(path)
-        with torch.device("meta"):
+        with without_memory():
             return nn.Module.to(cls.build(folder.config_file, config), "meta")
 
     @classmethod
@@ -154,7 +155,7 @@ class AnyDiffusersCodec(DiffusersVideoCodec):
     @classmethod
     def compression_in(cls, file: Path, config: dict[str, Any]) -> Compression:
         """Return the compression of the network that ``config``, the content of ``file``, describes."""
-        with torch.device("meta"):
+        with without_memory():
             network = cls.build(file, config)
         try:
             compression = probed(network).compression
@@ -211,7 +212,7 @@ def probed(network: Any) -> Found:
     key = (type(network), json.dumps(dict(network.config), default=str, sort_keys=True))
     if key not in PROBED:
         arguments = {name: value for name, value in network.config.items() if name[0] != "_"}
-        with torch.device("meta"):
+        with without_memory():
             empty = type(network).from_config(arguments)
         PROBED[key] = probe(nn.Module.to(empty.eval(), "meta"))  # some make buffers elsewhere
     return PROBED[key]
@@ -283,7 +284,7 @@ def passed(network: Any, shape: tuple[int, ...]) -> tuple[torch.Size, bool]:
     InputError when ``network`` does not encode it, or decodes it to another shape.
     """
     try:
-        with torch.device("meta"):
+        with without_memory():
             latent, deviation = latent_of(network.encode(torch.empty(shape)))
             decoded = network.decode(torch.empty_like(latent))
     except InputError:

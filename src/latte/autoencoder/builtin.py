@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from latte.autoencoder.base import Compression, FrameCodec
 from latte.autoencoder.files import load_network
+from latte.tensors import without_memory
 
 WEIGHTS = Path(__file__).with_name("builtin.safetensors")
 
@@ -113,7 +114,7 @@ class BuiltinCodec(FrameCodec):
 
     @classmethod
     def skeleton(cls, path: str | None) -> nn.Module:
-        with torch.device("meta"):
+        with without_memory():
             return BuiltinAutoencoder()
 
     def encode_frames(self, frames: Tensor, noise: Tensor | None) -> Tensor:

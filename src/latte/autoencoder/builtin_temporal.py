@@ -22,6 +22,7 @@ from torch.nn import functional
 
 from latte.autoencoder.base import Compression, VideoCodec
 from latte.autoencoder.files import load_network
+from latte.tensors import without_memory
 
 WEIGHTS = Path(__file__).with_name("builtin_temporal.safetensors")
 SPAN = 4  # frames of a latent frame
@@ -199,7 +200,7 @@ class BuiltinTemporalCodec(VideoCodec):
 
     @classmethod
     def skeleton(cls, path: str | None) -> nn.Module:
-        with torch.device("meta"):
+        with without_memory():
             return BuiltinTemporalAutoencoder()
 
     def encode_clip(self, frames: Tensor, noise: Tensor | None) -> Tensor:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from latte.autoencoder.base import Codec, Compression, VideoCodec
 from latte.autoencoder.files import fill_network, located, read_tensors
 from latte.checks import InputError, check
+from latte.tensors import without_memory
 
 WEIGHTS = "diffusion_pytorch_model"
 WEIGHT_FILES = (
@@ -187,7 +188,7 @@ class DiffusersCodec(Codec):
     @classmethod
     def skeleton(cls, path: str | None) -> nn.Module:
         """Return the network at ``path``, the published one without a path, on the meta device."""
-        with torch.device("meta"):
+        with without_memory():
             if path is None:
                 return cls.network_class()(**cls.published)
             folder, config = cls.find(path)

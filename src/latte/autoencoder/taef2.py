@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from latte.autoencoder.base import Compression, FrameCodec
 from latte.autoencoder.files import load_network, located
 from latte.checks import InputError
+from latte.tensors import without_memory
 
 WIDTH = 64
 
@@ -104,7 +105,7 @@ class Taef2Codec(FrameCodec):
 
     @classmethod
     def skeleton(cls, path: str | None) -> nn.Module:
-        with torch.device("meta"):
+        with without_memory():
             return nn.ModuleDict({"encoder": build_encoder(), "decoder": build_decoder()})
 
     def encode_frames(self, frames: Tensor, noise: Tensor | None) -> Tensor:

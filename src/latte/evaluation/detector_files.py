@@ -18,14 +18,13 @@ from pathlib import Path
 
 import safetensors
 import safetensors.torch
-import torch
 from torch import Tensor, nn
 
 from latte.checks import InputError, RunError, printable
 from latte.evaluation.networks.layers import Network, channels_last, fold_norms
 from latte.files import commit_file, reported
 from latte.interop.archive import BROKEN, read_tensors
-from latte.tensors import check_finite, tensors_sha256
+from latte.tensors import check_finite, tensors_sha256, without_memory
 
 MAX_DOWNLOAD = 512 * 2**20
 
@@ -167,7 +166,7 @@ def known_file(detector: str, path: Path, sha256: str | None) -> str:
 
 def check_shapes(tensors: Mapping[str, Tensor], network: Network, path: Path) -> None:
     """InputError naming tensors whose shape differs from the network's after the norms are merged."""
-    with torch.device("meta"):
+    with without_memory():
         expected = {name: tuple(tensor.shape) for name, tensor in network.build().state_dict().items()}
     merged = {name: tuple(tensor.shape) for name, tensor in fold_norms(tensors, network.eps).items()}
     wrong = [name for name, shape in expected.items() if merged.get(name) != shape]
@@ -302,7 +301,7 @@ def load_converted(path: Path, network: Network) -> Weights:
     if metadata.get("tensors_sha256") != tensors_sha256(tensors):
         raise InputError(f"{path} was changed after it was written; delete it and import the weights again")
     check_finite(tensors, path)
-    with torch.device("meta"):
+    with without_memory():
         module = network.build()
     module.load_state_dict(fold_norms(tensors, network.eps), assign=True)
     return Weights(

@@ -32,7 +32,7 @@ from latte.interop.readers import read_tensors
 from latte.interop.resolve import Source, resolve
 from latte.model.denoiser import Denoiser, DenoiserConfig
 from latte.model.text import config_class
-from latte.tensors import check_finite, tensors_sha256
+from latte.tensors import check_finite, tensors_sha256, without_memory
 from latte.text.encoders import TextEncoderConfig
 
 LOG = logging.getLogger(__name__)
@@ -194,7 +194,7 @@ def load_network(config: DenoiserConfig, tensors: Mapping[str, Tensor], where: s
 
     InputError names the first tensor that is missing, unexpected or of another shape.
     """
-    with torch.device("meta"):
+    with without_memory():
         network = build(config)
     expected = network.state_dict()
     faults = [f"lacks {key}" for key in expected if key not in tensors]

@@ -13,6 +13,7 @@ from torch import Tensor
 from latte.checks import InputError, check, printable
 from latte.model.config import SIZES, DenoiserConfig
 from latte.runtime import generator
+from latte.tensors import without_memory
 
 LABELS = "label_embedding.table.weight"
 SHOWN = 4  # names in a one-line message
@@ -140,7 +141,7 @@ def build(config: Config, seed: int = 0) -> Any:
 
 def expected_tensors(config: Config) -> dict[str, Tensor]:
     """Return the state dict of a model of ``config`` on the meta device: names and shapes."""
-    with torch.device("meta"):
+    with without_memory():
         return build(config).state_dict()
 
 

@@ -24,7 +24,7 @@ from latte.interop.readers import read_card, read_tensors
 from latte.interop.resolve import KINDS, resolve
 from latte.model.denoiser import Denoiser
 from latte.model.pretrained import check_depth
-from latte.tensors import tensors_sha256
+from latte.tensors import tensors_sha256, without_memory
 
 LOG = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ class Loaded:
         """Return the model for inference (eval mode, no gradients) in ``dtype``; allowed gaps hold fresh
         weights.
         """
-        with torch.device("cpu" if self.report.missing else "meta"):
+        with torch.device("cpu") if self.report.missing else without_memory():
             model = build(self.config)
         model.load_state_dict(self.state_dict, strict=False, assign=True)
         if self.report.missing:

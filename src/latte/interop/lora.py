@@ -27,7 +27,7 @@ from latte.interop.coverage import LABELS, build, relabelled
 from latte.interop.readers import read_json, read_tensors
 from latte.model.denoiser import Denoiser
 from latte.runtime import generator
-from latte.tensors import check_finite, tensors_sha256
+from latte.tensors import check_finite, tensors_sha256, without_memory
 
 WEIGHTS = "adapter_model.safetensors"
 CARD = "adapter_config.json"
@@ -155,7 +155,7 @@ def merged_state(model: nn.Module) -> dict[str, Tensor]:
 
 def merged(model: Denoiser) -> Denoiser:
     """Return a model for inference with the adapters merged into its weights, as every exporter needs it."""
-    with torch.device("meta"):
+    with without_memory():
         result = build(model.config)
     result.load_state_dict(merged_state(model), assign=True)
     return result.requires_grad_(False).eval()

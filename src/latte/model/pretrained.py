@@ -12,7 +12,6 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar
 
-import torch
 from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -20,7 +19,7 @@ from torch import Tensor
 
 from latte.checks import InputError, RunError
 from latte.files import check_replaceable, commit_folder, reported
-from latte.tensors import check_finite, check_weights, tensors_sha256
+from latte.tensors import check_finite, check_weights, tensors_sha256, without_memory
 
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
 Config = TypeVar("Config")
@@ -67,7 +66,7 @@ class SavedModel:
         config = parse_config(cls.config_class, values, path / CONFIG)
         tensors = read_weights(path / WEIGHTS)
         check_depth(config, tensors)
-        with torch.device("meta"):
+        with without_memory():
             model: Any = cls(config)  # type: ignore[call-arg]
         check_names_and_shapes(tensors, model.state_dict(), path / WEIGHTS)
         expected = values.get("weights_sha256")

@@ -20,6 +20,7 @@ from latte.autoencoder.codec import CODECS, CodecConfig
 from latte.model.conditioning import Modulation
 from latte.model.denoiser import Denoiser, DenoiserConfig
 from latte.model.latte import ModelConfig
+from latte.tensors import without_memory
 
 TABLE3_CLIPS = 3
 
@@ -46,7 +47,7 @@ def count(config: DenoiserConfig, tokens: int = 1) -> Cost:
     ``tokens`` are those of a text model's caption, with its padding.
     """
     model, z, t = on_meta(config, clips=1)
-    with torch.device("meta"):
+    with without_memory():
         condition = model.example_condition(1, tokens=tokens)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(z, t, **condition)
@@ -130,6 +131,6 @@ def modulation_operations(model: Any) -> int:
 def on_meta(config: DenoiserConfig, clips: int) -> tuple[Denoiser, Tensor, Tensor]:
     """Return the model and an input (z, t) of ``clips`` clips, without storage."""
     values: Any = config
-    with torch.device("meta"):
+    with without_memory():
         z = torch.empty(clips, values.num_frames, values.latent_channels, *values.grid_size)
         return config.build(), z, torch.zeros(clips, dtype=torch.long)

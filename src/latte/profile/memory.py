@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from latte.model.denoiser import Denoiser, DenoiserConfig
+from latte.tensors import without_memory
 from latte.training.optim import OPTIMIZERS, trainable_parameters
 
 FLOAT32 = 4  # bytes
@@ -78,7 +79,7 @@ def fresh(config: DenoiserConfig, adapt: Adapt | None) -> Denoiser:
 
 def states(config: DenoiserConfig, adapt: Adapt | None = None, optimizer: str = "adamw") -> States:
     """Return what training with ``optimizer``, a name in OPTIMIZERS, and an EMA holds beside activations."""
-    with torch.device("meta"):
+    with without_memory():
         model = fresh(config, adapt)
     weights = sum(parameter.numel() * FLOAT32 for parameter in model.parameters())
     trained = trainable_parameters(model)
@@ -102,7 +103,7 @@ def activations(
     tensors, of the latents' size, do not. ``tokens`` are those of a text model's caption, with its padding.
     """
     values: Any = config
-    with torch.device("meta"):
+    with without_memory():
         model = fresh(config, adapt)
         z = torch.empty(clips, values.num_frames + num_images, values.latent_channels, *values.grid_size)
         t = torch.zeros(clips, dtype=torch.long)

@@ -22,6 +22,7 @@ from latte.diffusion.guidance import guided
 from latte.inference.generate import SampleConfig
 from latte.model.denoiser import DenoiserConfig
 from latte.profile.memory import LiveBytes, OnDevice
+from latte.tensors import without_memory
 from latte.text.encoders import TextEncoderConfig, weights_bytes
 
 
@@ -115,7 +116,7 @@ def reading(text: TextEncoderConfig, device: torch.device) -> Stage:
 @torch.no_grad()
 def denoising(config: DenoiserConfig, tokens: int, sample: SampleConfig, dtype: torch.dtype) -> Stage:
     """Return the memory of one guided call of the denoiser."""
-    with torch.device("meta"):
+    with without_memory():
         model = config.build().requires_grad_(False)
         z = torch.empty(sample.batch, config.num_frames, config.latent_channels, *config.grid_size)
         t = torch.zeros(sample.batch, dtype=torch.long)

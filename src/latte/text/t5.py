@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from latte.checks import InputError, check
+from latte.tensors import without_memory
 from latte.text.padding import check_num_tokens, pad_features
 
 CONFIG = "config.json"
@@ -336,7 +337,7 @@ def skeleton(path: str | None) -> Any:
     library = import_transformers()
     config = read_config(path)
     try:
-        with torch.device("meta"):
+        with without_memory():
             return library.T5EncoderModel(library.T5Config.from_dict(config)).eval().requires_grad_(False)
     except Exception as error:  # a broken config makes transformers raise almost anything
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
