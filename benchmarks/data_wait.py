@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Share of a training step spent waiting for data, from a folder of videos and from latent shards.
+"""Share of a training step spent waiting for data, from a folder of videos, from latent shards, and in
+buckets.
 
-python benchmarks/data_wait.py. The numbers come from metrics.jsonl of two trainings; the first steps, which
-fill caches, do not count. Without --root the videos are procedural, written as mp4 first. Add data.workers=N
-to compare numbers of workers.
+python benchmarks/data_wait.py. The numbers come from metrics.jsonl of the trainings; the first steps, which
+fill caches, do not count. Without --root the videos are procedural, of three aspect ratios, written as mp4
+first. Add data.workers=N to compare numbers of workers.
 """
 
 import argparse
@@ -12,6 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from statistics import median, quantiles
 
@@ -29,9 +31,11 @@ WARM_UP = 5
 
 
 def write_videos(root: Path, count: int, frames: int, side: int) -> None:
-    """``count`` procedural clips of ``frames`` frames as mp4 files."""
+    """``count`` procedural clips of ``frames`` frames as mp4 files: square, 16:9 and 9:16 in turn."""
+    long = round(side * 8 / 9) * 2
     for index in range(count):
-        write_mp4(root / f"{index:04d}.mp4", render(draw_scene(0, index, frames), frames, side, side))
+        height, width = ((side, side), (side, long), (long, side))[index % 3]
+        write_mp4(root / f"{index:04d}.mp4", render(draw_scene(0, index, frames), frames, height, width))
 
 
 def shares(
@@ -42,24 +46,27 @@ def shares(
     before, start = measure.processor_seconds(), time.perf_counter()
     build(config, options.device).train()
     other = measure.other_load(before, measure.processor_seconds(), time.perf_counter() - start)
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()][
-        WARM_UP:
-    ]
+    text = (run / "metrics.jsonl").read_text(encoding="utf-8")
+    lines = [json.loads(line) for line in text.splitlines()][WARM_UP - 1 :]
+    clips = [line["clips"] for line in lines]
+    counts = [after - before for before, after in pairwise(clips)]  # a bucket has its own batch
+    lines = lines[1:]
     return (
         [line["data_wait_share"] for line in lines],
-        [options.batch / line["clips_per_second"] for line in lines],
+        [count / line["clips_per_second"] for count, line in zip(counts, lines, strict=True)],
         other,
     )
 
 
 def main(argv: Sequence[str] | None = None) -> list[dict]:
-    """Measure both sources, print a JSON line each, return them."""
+    """Measure each source, print a JSON line for it, return them."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     measure.add_arguments(parser)
     parser.add_argument("--root", type=Path, help="folder of videos")
     parser.add_argument("--videos", type=int, default=32, help="how many to write without --root")
     parser.add_argument("--resolution", type=int, default=128)
     parser.add_argument("--frames", type=int, default=16)
+    parser.add_argument("--buckets", default="auto", help="data.buckets of the third training")
     parser.add_argument("--codec", default="builtin")
     parser.add_argument("--codec-path")
     parser.add_argument("--batch", type=int, default=8)
@@ -91,6 +98,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict]:
         for name, words in (
             ("videos", [f"data.root={root}"]),
             ("latents", ["data.kind=latents", f"data.root={folder}/latents"]),
+            ("buckets", [f"data.root={root}", f"data.buckets={options.buckets}"]),
         ):
             waits, seconds, other = shares([*shared, *words], options, Path(folder, f"run-{name}"))
             if len(waits) < measure.FEWEST_ROUNDS or other > options.max_other_load:

@@ -69,10 +69,10 @@ def test_a_training_step_counts_three_forward_passes_per_clip(benchmark, capsys)
     assert benchmark("train_step").main([*TINY, *MODEL, "--batch", "2"])["operations"] == 6 * forward
 
 
-def test_data_wait_measures_videos_and_latents(benchmark, capsys):
+def test_data_wait_measures_videos_latents_and_buckets(benchmark, capsys):
     small = [
         "--videos",
-        "2",
+        "3",
         "--resolution",
         "16",
         "--frames",
@@ -85,7 +85,9 @@ def test_data_wait_measures_videos_and_latents(benchmark, capsys):
         "fp32",
     ]
     lines = benchmark("data_wait").main([*TINY, *small, "model.depth=2", "model.width=16", "model.heads=2"])
-    assert [line["what"] for line in lines] == ["data_wait videos", "data_wait latents"]
+    sources = ["videos", "latents", "buckets"]
+    assert [line["what"] for line in lines] == [f"data_wait {source}" for source in sources]
+    assert [line["repeats"] for line in lines] == [5, 5, 5]
     assert all(line.keys() >= KEYS and 0 <= line["wait_share"] <= 1 for line in lines)
 
 
