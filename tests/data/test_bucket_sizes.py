@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from latte.data.buckets import size_near
+from latte.data.bucket_settings import size_near
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,6 @@ from latte.cli.options import (
 
 if TYPE_CHECKING:
     from latte.config.run import RunConfig
-    from latte.data.selection import Selection
     from latte.data.skipped import ScanResult
 
 SHOWN = 5  # skipped videos in the summary of ``encode``; all are in the manifest
@@ -83,8 +82,7 @@ def scan_folder(
     data.buckets are given; with buckets it also shows how many clips each has and what is cropped.
     """
     from latte.config.run import DEFAULT
-    from latte.data.selection import report, select, settle
-    from latte.data.skipped import check_folder, describe_clips, require_clips, scan, write_skipped
+    from latte.data.skipped import check_folder, describe_clips, require_clips, write_skipped
     from latte.files import reported
 
     configure_logging()
@@ -93,30 +91,20 @@ def scan_folder(
     latents = None
     keys = ("frames", "interval", "rule", "fps", "buckets")
     ruled = any(origins[f"data.{key}"] != DEFAULT for key in keys)
-    lines = []
-    selection = None
+    extra: dict[str, Any] = {}
+    lines: list[str] = []
     if data.kind == "latents":
         from latte.data.latents import count_latents, scan_latents
 
         found = scan_latents(check_folder(data.root or ""), data.clip_rule if ruled else None)
         latents = count_latents(data.root or "")
     else:
-        buckets = config.buckets
-        images = buckets is not None and buckets.has_images
-        root = check_folder(data.root or "")
-        found = scan(root, None, data.labels, progress=progress_line("scan", 0, 1), images=images)
-        if ruled:
-            selection = select(data, found, buckets)
-            found = selection.found
-            lines = report(selection, config.train.global_batch)
-        else:
-            notice = settle(data, [clip.info for clip in found.clips]).notice
-            lines = [notice] if notice else []
+        found, extra, lines = scan_videos(config, ruled)
     if found.skipped:
         with reported("the list of skipped videos", out):
             write_skipped(out, found.skipped)
     require_clips(found)
-    result = {**scan_result(found), **bucket_result(selection, config.train.global_batch)}
+    result = {**scan_result(found), **extra}
     lines = [*describe_clips(found), *lines]
     if latents:
         result["latents"] = latents
@@ -137,20 +125,29 @@ def latents_line(latents: dict[str, Any]) -> str:
     return f"latents of codec {latents['codec']}: {counts}"
 
 
-def bucket_result(selection: "Selection | None", global_batch: int) -> dict:
-    """Return the rule, the buckets and what they crop as plain data; {} when no run was given."""
-    from latte.data.selection import bucket_table, total_lost
+def scan_videos(config: "RunConfig", ruled: bool) -> tuple["ScanResult", dict[str, Any], list[str]]:
+    """Return the clips of a folder, how a run chooses frames and buckets as plain data, and that for people.
 
-    if selection is None:
-        return {}
-    single, now = total_lost(selection)
-    return {
-        "rule": selection.config.rule,
-        "fps": selection.config.fps,
-        "cropped": now,
-        "cropped_with_one_size": single,
-        "buckets": bucket_table(selection, global_batch),
-    }
+    With ``ruled``, clips that do not fit are among the skipped, and the buckets are counted.
+    """
+    from latte.data.selection import facts, report, select, settle
+    from latte.data.skipped import check_folder, scan
+
+    data = config.data
+    buckets = config.buckets
+    found = scan(
+        check_folder(data.root or ""),
+        labels=data.labels,
+        progress=progress_line("scan", 0, 1),
+        images=buckets is not None and buckets.has_images,
+    )
+    if not ruled:
+        rules = settle(data, [clip.info for clip in found.clips])
+        data = rules.settled(data)
+        return found, {"rule": data.rule, "fps": data.fps}, [rules.notice] if rules.notice else []
+    selection = select(data, found, buckets)
+    global_batch = config.train.global_batch
+    return selection.found, facts(selection, global_batch), report(selection, global_batch)
 
 
 def scan_result(found: "ScanResult") -> dict:

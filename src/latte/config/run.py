@@ -32,7 +32,8 @@ from latte.config.layers import (
     short,
     type_name,
 )
-from latte.data.buckets import Buckets, Grid, buckets_of
+from latte.data.bucket_settings import Grid, buckets_of
+from latte.data.buckets import Buckets, check_world
 from latte.data.config import DataConfig
 from latte.diffusion.config import DiffusionConfig
 from latte.inference.config import SampleConfig
@@ -151,10 +152,11 @@ def class_keys(model: ModelConfig) -> list[str]:
 
 
 def check_buckets(config: RunConfig) -> None:
-    """InputError for a bucket that does not fit the codec and the model, with the nearest one."""
+    """InputError for a bucket that does not fit the codec, the model or the tokens of a step."""
     buckets = config.buckets
     if buckets is None:
         return
+    check_world(config.train.global_batch, 1, buckets)
     grid = config.grid
     for bucket in buckets.shapes:
         size = grid.compression.latent_size(*bucket.size, grid.codec)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from latte.checks import InputError, check, check_name, choose
-from latte.data.buckets import AUTO_KEYS, check_settings
+from latte.data.bucket_settings import AUTO_KEYS, check_settings
 from latte.data.clip_rule import ClipRule
 from latte.data.layouts import LAYOUTS
 from latte.tables import Later, Table

@@ -228,6 +228,18 @@ def total_lost(selection: Selection) -> tuple[float, float]:
     return sum(single) / count, sum(now) / count
 
 
+def facts(selection: Selection, global_batch: int) -> dict[str, Any]:
+    """Return how frames are chosen, the buckets and what is cropped, as plain data."""
+    single, now = total_lost(selection)
+    return {
+        "rule": selection.config.rule,
+        "fps": selection.config.fps,
+        "cropped": now,
+        "cropped_with_one_size": single,
+        "buckets": bucket_table(selection, global_batch),
+    }
+
+
 def report(selection: Selection, global_batch: int) -> list[str]:
     """Return lines for people: how frames are chosen if that was settled, and the buckets with totals."""
     lines = [selection.rules.notice] if selection.rules.notice else []
