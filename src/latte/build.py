@@ -28,6 +28,7 @@ from latte.data.captions import (
     warn_of_sides,
 )
 from latte.data.datasets import Dataset, FolderDataset, build_dataset
+from latte.data.hold_out import Subset, split
 from latte.data.latents import LatentDataset
 from latte.data.media import contact_sheet
 from latte.data.selection import report
@@ -49,6 +50,7 @@ from latte.training.condition import CaptionReader
 from latte.training.config import check_decay
 from latte.training.trackers import check_trackers
 from latte.training.train import train
+from latte.training.validation import check_watching
 
 LOG = logging.getLogger(__name__)
 SHEET_CLIPS = 4
@@ -69,6 +71,7 @@ class Job:
     codec: Codec | None  # None when nothing needs one: latents, and no samples
     device: torch.device
     captions: CaptionFeatures | None = None  # of the data and of the sample sheets; None for a class model
+    held_out: Dataset | None = None  # clips that are not trained on
 
     def train(self, until: int | None = None, callbacks: Sequence[Callback] = ()) -> dict[str, Any]:
         """Train or resume in ``run.dir``, to step ``until`` at most; return what ``latte.train`` returns.
@@ -100,6 +103,7 @@ class Job:
             callbacks=callbacks,
             captions=self.captions and CaptionReader(self.captions, config.text.dropout),
             lora=config.lora,
+            held_out=self.held_out,
             sample=self.codec and sample_sheets(self, self.codec, folder / "samples"),
             record=asdict(replace(config, run=replace(config.run, allow_data_change=False))),
             until=until,
@@ -110,6 +114,12 @@ class Job:
 
 def data_lines(dataset: Dataset, global_batch: int) -> list[str]:
     """Return what was decided about the clips, for people: how frames are chosen, and the buckets."""
+    if isinstance(dataset, Subset):
+        held = len(dataset.dataset) - len(dataset)
+        return [
+            *data_lines(dataset.dataset, global_batch),
+            f"held out: {held:,} of {len(dataset.dataset):,} videos",
+        ]
     if isinstance(dataset, FolderDataset):
         return report(dataset.selection, global_batch)
     if isinstance(dataset, LatentDataset) and dataset.rules.notice:
@@ -136,8 +146,11 @@ def build(config: RunConfig, device: str = "auto") -> Job:
         check_empty_classes(dataset)
     if config.train.start and fresh:
         check_source(config.train.start)
+    training, held_out = split(dataset, config.data.hold_out)
+    check_watching(config.train, held_out, None)
     captions = read_captions(config, dataset, resolved)
-    return Job(config, build_model(config.network, config.run.seed), dataset, codec, resolved, captions)
+    model = build_model(config.network, config.run.seed)
+    return Job(config, model, training, codec, resolved, captions, held_out)
 
 
 def check_sampling(config: RunConfig) -> None:

@@ -32,7 +32,6 @@ from latte.ablate.metrics import (
     METRICS,
     HeldOut,
     Metric,
-    Subset,
     consistency,
     generate_clips,
     held_out_keys,
@@ -51,6 +50,7 @@ from latte.checks import InputError, RunError
 from latte.cli.ablate import columns
 from latte.config.run import load_run
 from latte.data.datasets import ProceduralDataset, build_dataset
+from latte.data.hold_out import Subset
 from latte.data.procedural import DIRECTIONS, draw_scene, render
 from latte.data.writers import write_mp4
 from latte.diffusion.config import build_process

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Two processes train as one does."""
 
+import json
 import os
 import signal
 import socket
@@ -18,11 +19,16 @@ from latte.checkpoint.run import latest_checkpoint, load_checkpoint
 from latte.checks import RunError
 from latte.training import distributed
 from latte.training.distributed import Group
-from tiny_runs import FORKS, SHORT, curve, run
+from tiny_runs import FORKS, SHORT, Latents, curve, run
 
-TWO = replace(
-    SHORT, steps=6, lr=1e-4
-)  # Adam turns rounding of the smallest gradients into a share of the rate
+# Adam turns rounding of the smallest gradients into a share of the rate.
+TWO = replace(SHORT, steps=6, lr=1e-4, validate_every=2, validate_clips=5)
+ENDLESS = replace(TWO, steps=100_000, validate_every=0)
+
+
+def validation(run_dir: Path) -> list[dict]:
+    """validation.jsonl."""
+    return [json.loads(line) for line in (run_dir / "validation.jsonl").read_text().splitlines()]
 
 
 def one_of_two(rank: int, ports: list[int], folder: str, stops: tuple[int, ...], pipe) -> None:
@@ -44,11 +50,11 @@ def one_of_two(rank: int, ports: list[int], folder: str, stops: tuple[int, ...],
     try:
         for attempt, steps in enumerate(stops):
             os.environ |= {"TORCHELASTIC_RESTART_COUNT": str(attempt), "MASTER_PORT": str(ports.pop())}
-            result = run(Path(folder), replace(TWO, steps=steps))
+            result = run(Path(folder), replace(TWO, steps=steps), held_out=Latents())
         if rank == 1:
             threading.Thread(target=stop_when_handled, daemon=True).start()
         os.environ["MASTER_PORT"] = str(ports.pop())
-        stopped = run(Path(folder) / "endless", replace(TWO, steps=100_000, checkpoint_every=100_000))
+        stopped = run(Path(folder) / "endless", replace(ENDLESS, checkpoint_every=100_000))
         os.environ["MASTER_PORT"] = str(ports.pop())
         pipe.send((result, stopped, failure_of_the_first(rank)))
     except BaseException as error:
@@ -108,7 +114,7 @@ def pair(tmp_path_factory) -> tuple[Path, list]:
 
 def test_the_result_is_that_of_one_process(pair, tmp_path):
     folder, results = pair
-    run(tmp_path, TWO)
+    run(tmp_path, TWO, held_out=Latents())
     two, one = (load_checkpoint(latest_checkpoint(path)) for path in (folder, tmp_path))
     assert two.step == one.step == 6
     for group in ("model", "ema"):
@@ -116,6 +122,10 @@ def test_the_result_is_that_of_one_process(pair, tmp_path):
             torch.testing.assert_close(two.tensors[group][name], tensor, rtol=0, atol=1e-6)
     for line, expected in zip(curve(folder), curve(tmp_path), strict=True):
         assert line == pytest.approx(expected, rel=1e-5)
+    measured, expected = (validation(path) for path in (folder, tmp_path))
+    assert [line["step"] for line in measured] == [2, 4, 6]
+    for line, other in zip(measured, expected, strict=True):
+        assert line == pytest.approx(other, rel=1e-5)
     assert results[0][0] == results[1][0]
 
 
@@ -148,7 +158,7 @@ def one_stops(rank: int, port: int, folder: str, pipe) -> None:
     if rank == 1:
         threading.Thread(target=stop_process_when_training, daemon=True).start()
     try:
-        run(Path(folder), replace(TWO, steps=100_000, checkpoint_every=100_000, timeout=3.0))
+        run(Path(folder), replace(ENDLESS, checkpoint_every=100_000, timeout=3.0))
     except RunError as error:
         pipe.send(str(error))
 

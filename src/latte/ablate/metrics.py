@@ -6,10 +6,8 @@ seeds and labels of the generated clips. Procedural clips are held out by anothe
 is held out by the hash of their keys. Axes: n held-out clips, f frames, c channels, h height, w width.
 """
 
-import hashlib
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -22,8 +20,8 @@ from latte.checks import check
 from latte.config.run import RunConfig
 from latte.data.base import SceneSet
 from latte.data.clips import to_uint8
-from latte.data.datasets import Clip, DataConfig, Dataset, FolderDataset, ProceduralDataset, build_dataset
-from latte.data.latents import LatentDataset
+from latte.data.datasets import DataConfig, Dataset, ProceduralDataset, build_dataset
+from latte.data.hold_out import in_hash_order, keys_of, subset
 from latte.data.order import permuted
 from latte.diffusion.config import build_process
 from latte.diffusion.guidance import conditional
@@ -38,51 +36,6 @@ HELD_OUT_FRACTION = 0.1
 HELD_OUT_SEED = 9_000_000  # added to data.seed; no recipe uses seeds from there
 
 
-class Subset:
-    """The clips ``indices`` of ``dataset``, in that order, as a dataset of their own."""
-
-    def __init__(self, dataset: Dataset, indices: Sequence[int], keys: Sequence[str]):
-        self.dataset = dataset
-        self.indices = indices
-        self.classes = dataset.classes
-        self.latent = dataset.latent
-        self.digest = hashlib.sha256("\n".join(keys).encode()).hexdigest()
-
-    @property
-    def skipped(self) -> Sequence[dict[str, str]]:
-        """What the whole dataset left out."""
-        return self.dataset.skipped
-
-    @property
-    def captions(self) -> Sequence[str]:
-        """The captions of the whole dataset."""
-        return self.dataset.captions
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def clip(self, index: int, generator: torch.Generator) -> Clip:
-        """Return clip ``index`` of the subset."""
-        return self.dataset.clip(self.indices[index], generator)
-
-    def image(self, index: int, generator: torch.Generator) -> Clip:
-        """Return one frame of clip ``index`` of the subset."""
-        return self.dataset.image(self.indices[index], generator)
-
-    def describe(self) -> dict[str, Any]:
-        """Return the whole dataset's description, and which clips of it these are."""
-        return {**self.dataset.describe(), "clips": len(self), "part": self.digest}
-
-
-def keys_of(dataset: Dataset) -> list[str]:
-    """Return the key of every clip of a dataset of files; none for procedural clips."""
-    if isinstance(dataset, FolderDataset):
-        return [clip.key for clip in dataset.clips]
-    if isinstance(dataset, LatentDataset):
-        return [record.key for record in dataset.videos]
-    return []
-
-
 def held_out_keys(keys: Sequence[str]) -> set[str]:
     """Return HELD_OUT_FRACTION of ``keys``, at least one: those of the smallest hash.
 
@@ -94,9 +47,7 @@ def held_out_keys(keys: Sequence[str]) -> set[str]:
         "train; give a folder with two clips or more",
     )
     count = max(1, round(HELD_OUT_FRACTION * len(keys)))
-    return set(
-        sorted(keys, key=lambda key: hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest())[:count]
-    )
+    return set(in_hash_order(keys)[:count])
 
 
 @dataclass(frozen=True)
@@ -148,12 +99,6 @@ def open_ablation_data(
         real = real_clips(training, codec, num_real) if codec is not None else ()
         found[data] = AblationData(training, codec, held_out, real)
     return found
-
-
-def subset(dataset: Dataset, keys: set[str]) -> Subset:
-    """Return the clips of ``dataset`` with one of these ``keys``, in its order."""
-    found = [(index, key) for index, key in enumerate(keys_of(dataset)) if key in keys]
-    return Subset(dataset, [index for index, _ in found], [key for _, key in found])
 
 
 def other_clips(data: DataConfig) -> Dataset:

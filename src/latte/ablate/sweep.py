@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from latte.ablate.axes import Setting
-from latte.ablate.metrics import METRICS, AblationData, Subset, measure, open_ablation_data
+from latte.ablate.metrics import METRICS, AblationData, measure, open_ablation_data
 from latte.ablate.plan import (
     COMMON,
     RESULTS,
@@ -34,6 +34,7 @@ from latte.checkpoint.lock import run_lock
 from latte.checkpoint.run import load_checkpoint
 from latte.checks import InputError, RunError, check
 from latte.data.datasets import DataConfig
+from latte.data.hold_out import Subset
 from latte.files import commit_file, reported
 from latte.interop.dit import init_from_dit
 from latte.training.callbacks import saved_metrics

@@ -57,11 +57,13 @@ def save_checkpoint(
     tensors: Mapping[str, Mapping[str, Tensor]],
     state: Mapping[str, object],
     keep: int | None = None,
+    protected: Collection[int] = (),
 ) -> Path:
     """Commit ``tensors`` (group -> name -> tensor) and ``state`` (plain data) as
     ``run_dir``/checkpoints/step-``step``.
 
-    With ``keep``, older checkpoints beyond the newest ``keep`` are removed afterwards. Raises RunError when
+    With ``keep``, older checkpoints beyond the newest ``keep`` are removed afterwards, but not those of the
+    steps ``protected``. Raises RunError when
     a tensor holds NaN/Inf (it is named), or when the disk refuses (with the path and the number of bytes
     needed); every earlier checkpoint is then unchanged.
     """
@@ -90,7 +92,7 @@ def save_checkpoint(
     with reported(f"the checkpoint of step {step}", path, needed, kept):
         commit_folder(path, write)
         if keep is not None:
-            prune(run_dir, step, keep)
+            prune(run_dir, step, keep, protected)
     return path
 
 
@@ -269,9 +271,9 @@ def settled_listing(run_dir: Path) -> list[Path]:
     return paths
 
 
-def prune(run_dir: Path, step: int, keep: int) -> None:
+def prune(run_dir: Path, step: int, keep: int, protected: Collection[int] = ()) -> None:
     """Remove checkpoints older than that of ``step``, which was just committed and is therefore good,
-    beyond ``keep``.
+    beyond ``keep``; not those of the steps ``protected``.
 
     Those whose files do not have the sizes in their manifest do not count and are removed first. Later
     steps stay: they can only be checkpoints that a resume skipped as damaged, and training will replace
@@ -281,6 +283,8 @@ def prune(run_dir: Path, step: int, keep: int) -> None:
     earlier = [path for path in steps if steps[path] < step]
     earlier.sort(key=lambda path: (has_listed_sizes(path), steps[path]), reverse=True)
     for path in earlier[max(keep - 1, 0) :]:
+        if steps[path] in protected:
+            continue
         removed = unique_name(path, f"{TEMPORARY}pruned-")  # renamed first: no reader sees half a checkpoint
         os.rename(path, removed)
         shutil.rmtree(removed, ignore_errors=True)

@@ -47,7 +47,7 @@ class DataConfig:
     labels: bool = True  # classes from <root>/<class>/<clip>
     seed: int = 0  # of procedural clips
     num_clips: int | None = None  # number of procedural clips; null: unlimited
-    hold_out: int = 0  # of procedural captions, one in so many never appears; 0: all appear
+    hold_out: int | float | str = 0  # a share or a file list of videos; N: of procedural captions, 1 in N
     scenes: str = "shapes"  # of procedural clips: shapes (moving shapes) or world (nine kinds of scenes)
     language: str | None = None  # of the captions of data.scenes=world: en, zh or mixed; null: en
     captions: str | None = None  # where the captions of a folder are, see caption_files.py
@@ -83,9 +83,32 @@ class DataConfig:
         )
         check_name("data.scenes", self.scenes, PROCEDURAL)
         if self.kind == "procedural":
-            _ = self.scene_set  # refuses what does not fit the scenes
+            self._check_hold_out()
+        _ = self.scene_set  # refuses what does not fit the scenes
         _ = self.clip_rule  # refuses impossible frames, interval, rule, fps
         check_settings(self)
+
+    def _check_hold_out(self) -> None:
+        """InputError for a share out of range, or a number of captions where clips have files."""
+        given = self.hold_out
+        if isinstance(given, float):
+            check(
+                0 <= given < 1,
+                f"data.hold_out is {given}, but a share of the videos must be in [0, 1); give e.g. 0.1",
+            )
+        if isinstance(given, int) and given != 0 and self.kind != "procedural":
+            raise InputError(
+                f"data.hold_out is {given}, which holds out captions of procedural clips; "
+                "give a share of the videos such as 0.1, or a text file that lists them"
+            )
+        check(given != "", "data.hold_out is empty; give a share such as 0.1, or a text file of videos")
+
+    @property
+    def held_out_captions(self) -> int:
+        """Of procedural captions one in so many never appears; 0: all appear."""
+        if isinstance(self.hold_out, int):
+            return self.hold_out
+        return 0
 
     @property
     def size(self) -> tuple[int, int]:
@@ -132,9 +155,7 @@ BUCKET_KEYS = ("buckets", *AUTO_KEYS)
 OLD_DEFAULTS = {"rule": "strict"}  # of 0.1.0, whose runs have every key in their config.yaml
 
 # Kind of dataset -> keys of DataConfig that it does not read, with the reason.
-_VIDEOS = dict.fromkeys(
-    ("seed", "num_clips", "hold_out", "scenes", "language"), "it belongs to procedural clips"
-)
+_VIDEOS = dict.fromkeys(("seed", "num_clips", "scenes", "language"), "it belongs to procedural clips")
 _PROCEDURAL = {
     "root": "procedural clips need no files",
     "interval": "their speed does not depend on it",
@@ -144,7 +165,7 @@ _PROCEDURAL = {
     "captions": "they are generated too",
 }
 _CUSTOM = dict.fromkeys(
-    ("root", "interval", "rule", "fps", "flip", "labels", *_VIDEOS, "captions", *BUCKET_KEYS),
+    ("root", "interval", "rule", "fps", "flip", "labels", *_VIDEOS, "hold_out", "captions", *BUCKET_KEYS),
     "the clips come from a dataset in Python",
 )
 _LATENTS = {

@@ -211,8 +211,8 @@ class ProceduralDataset:
             "frames": config.frames,
             **self.scenes.describe(),
         }
-        if config.hold_out:
-            described["hold_out"] = config.hold_out
+        if config.held_out_captions:
+            described["hold_out"] = config.held_out_captions
         return {**described, **described_buckets(self.buckets)}
 
 

@@ -97,8 +97,8 @@ def _procedural(config: DataConfig, cache_dir: str | os.PathLike | None, progres
     videos = [_procedural_video(config, scenes, index) for index in range(config.num_clips or 0)]
     fingerprint: dict[str, Any] = {"kind": "procedural", "seed": config.seed, "frames": config.frames}
     fingerprint |= scenes.describe()
-    if config.hold_out:
-        fingerprint["hold_out"] = config.hold_out
+    if config.held_out_captions:
+        fingerprint["hold_out"] = config.held_out_captions
     return Source(fingerprint, videos, list(scenes.classes) if config.labels else [], [])
 
 

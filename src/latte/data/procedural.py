@@ -158,18 +158,22 @@ class ShapeScenes:
             f"data.language is {config.language!r}, but the captions of moving shapes are in English only; "
             "leave it out, or set data.scenes=world",
         )
-        check_hold_out(config.hold_out)
+        check_hold_out(config.held_out_captions)
         self.config = config
 
     @property
     def captions(self) -> list[str]:
         """Every caption that a clip can have, sorted."""
-        return sorted(caption_of(*combination) for combination in split_combinations(self.config.hold_out)[0])
+        return sorted(
+            caption_of(*combination) for combination in split_combinations(self.config.held_out_captions)[0]
+        )
 
     @property
     def held_out_captions(self) -> list[str]:
         """Every caption of the held-out combinations, sorted."""
-        return sorted(caption_of(*combination) for combination in split_combinations(self.config.hold_out)[1])
+        return sorted(
+            caption_of(*combination) for combination in split_combinations(self.config.held_out_captions)[1]
+        )
 
     def label(self, index: int) -> int:
         """Return the index of the clip's direction among ``classes``."""
@@ -198,4 +202,4 @@ class ShapeScenes:
 
     def _scene(self, index: int) -> Scene:
         config = self.config
-        return draw_scene(config.seed, index, config.frames, config.hold_out)
+        return draw_scene(config.seed, index, config.frames, config.held_out_captions)

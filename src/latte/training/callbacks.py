@@ -180,9 +180,14 @@ class MetricsFile(Callback):
 
     def on_step(self, event: TrainEvent) -> None:
         """Append the step's metrics, if it has any; a process killed right afterwards does not lose them."""
-        if self.file and event.metrics is not None:
+        if event.metrics is not None:
+            self.append(event.metrics)
+
+    def append(self, values: Mapping[str, Any]) -> None:
+        """Append a line."""
+        if self.file:
             with reported("the metrics", self.path):
-                self.file.write(json.dumps(event.metrics) + "\n")
+                self.file.write(json.dumps(values) + "\n")
                 self.file.flush()
 
     def sync(self) -> None:
@@ -198,6 +203,17 @@ class MetricsFile(Callback):
                 OSError
             ):  # the only data left to write is a line whose failure was already reported
                 self.file.close()
+
+
+class ValidationFile(MetricsFile):
+    """Writes validation.jsonl: a line for each held-out loss and each score, with its step."""
+
+    def on_step(self, event: TrainEvent) -> None:
+        """Write nothing."""
+
+    def on_validation(self, event: TrainEvent, metrics: Mapping[str, float]) -> None:
+        """Append the values."""
+        self.append({"step": event.step, **metrics})
 
 
 def step_of(line: str) -> float:

@@ -42,6 +42,8 @@ CHANGEABLE = (
     "clip_start",
 )
 
+BEST_BY = {"loss": "validate_every", "score": "score_every"}  # value of keep_best -> what measures it
+
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -81,12 +83,26 @@ class TrainConfig:
     checkpoint_every: int = 10_000  # steps between checkpoints; the last step always has one
     keep_last: int = 3  # checkpoints kept, the newest ones
     sample_every: int = 0  # 0: no samples during training
+    validate_every: int = 0  # steps between measurements of the loss on clips of data.hold_out; 0: none
+    validate_clips: int = 64  # held-out clips that it is measured on, at most
+    score_every: int = 0  # steps between scores of generated clips; 0: none
+    score_protocol: str = "builtin"  # what they are, see latte evaluate
+    score_clips: int | None = None  # clips per side; null: as many as the protocol takes
+    keep_best: str | None = None  # loss or score: by which the best checkpoint is kept beside the newest
     log_every: int = 50  # steps between lines of metrics.jsonl and of the log
     trackers: tuple[str, ...] = ()  # names in TRACKERS that get metrics and samples
     timeout: float = DEFAULT_TIMEOUT  # seconds to wait for another process, checkpoints and samples excluded
 
     def __post_init__(self) -> None:
-        for name in ("steps", "global_batch", "gate_steps", "checkpoint_every", "keep_last", "log_every"):
+        for name in (
+            "steps",
+            "global_batch",
+            "gate_steps",
+            "checkpoint_every",
+            "keep_last",
+            "validate_clips",
+            "log_every",
+        ):
             value = getattr(self, name)
             check(value >= 1, f"train.{name} is {value}, but it must be at least 1")
         for name in (
@@ -96,6 +112,8 @@ class TrainConfig:
             "clip_start",
             "num_images",
             "sample_every",
+            "validate_every",
+            "score_every",
         ):
             value = getattr(self, name)
             check(value >= 0, f"train.{name} is {value}, but it must be at least 0")
@@ -125,6 +143,7 @@ class TrainConfig:
             self.init != "",
             "train.init is '', but it must name weights: a file, a folder or a hub id, or null",
         )
+        self._check_best()
         check_name("train.optimizer", self.optimizer, OPTIMIZERS)
         check_name("train.dtype", self.dtype, TRAINING_DTYPES)
         check_name("train.init_mapping", self.init_mapping, MAPPINGS)
@@ -132,6 +151,18 @@ class TrainConfig:
             check_name("train.trackers", name, TRACKERS)
         for name in ("init_gaps", "trackers"):
             object.__setattr__(self, name, tuple(getattr(self, name)))  # JSON and YAML have lists
+
+    def _check_best(self) -> None:
+        """InputError for a best checkpoint by something that is not measured."""
+        if self.keep_best is None:
+            return
+        check_name("train.keep_best", self.keep_best, BEST_BY)
+        every = BEST_BY[self.keep_best]
+        check(
+            getattr(self, every) > 0,
+            f"train.keep_best is {self.keep_best}, which is never measured; set "
+            f"train.{every}, or leave it out",
+        )
 
     @property
     def start(self) -> Start | None:

@@ -24,7 +24,7 @@ from latte.training.optim import TrainState
 
 LATER_FACTS = ("diffusion", "classes")  # runs made from Python by 0.1.0 do not record them
 # What changes when files are added, removed or replaced.
-DATA_CONTENT = ("data.clips", "data.content", "data.files")
+DATA_CONTENT = ("data.clips", "data.content", "data.files", "data.part")
 MAX_NAMES = 20  # of changed files in a message
 ABSENT = "nothing"
 # Facts that are only recorded when they are not the default.

@@ -7,7 +7,6 @@ and the running sums of the metrics, and nothing else is needed: on the CPU a re
 run that was never stopped (same machine, versions and number of threads).
 """
 
-import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -22,11 +21,10 @@ from latte.autoencoder.codec import Codec
 from latte.checkpoint.lock import run_lock
 from latte.checkpoint.record import describe_run
 from latte.checkpoint.run import list_checkpoints, save_checkpoint
-from latte.checks import InputError, RunError, check
-from latte.data.buckets import check_world
+from latte.checks import InputError, RunError
 from latte.data.datasets import Dataset
 from latte.data.fingerprint import write_listing
-from latte.data.joint import JointDataset, check_images
+from latte.data.joint import JointDataset
 from latte.data.loader import Batch, Loader, default_workers, share_of
 from latte.data.order import order_of
 from latte.diffusion.config import DiffusionConfig, build_process
@@ -43,17 +41,20 @@ from latte.training.callbacks import (
     MetricsFile,
     ProgressBar,
     TrainEvent,
+    ValidationFile,
     saved_metrics,
 )
 from latte.training.condition import CaptionReader
 from latte.training.config import CHANGEABLE, TrainConfig, check_schedule, gate_opening, learning_rate
-from latte.training.custom import CustomDataset, as_dataset, check_first_clip, run_record
-from latte.training.distributed import Group, process_group
-from latte.training.optim import OPTIMIZERS, TrainState, trainable_parameters
+from latte.training.custom import as_dataset, run_record
+from latte.training.distributed import process_group
+from latte.training.optim import TrainState
+from latte.training.parts import check_disk, check_parts
 from latte.training.resume import restore, run_facts
 from latte.training.signals import StopRequest
 from latte.training.step import Task, backward, set_up_blocks
-from latte.training.trackers import Tracker, check_trackers
+from latte.training.trackers import Tracker
+from latte.training.validation import Score, Validation, Watch, check_watching
 
 DATA_FAILED = 1  # in the place of a signal's exit code: a process could not load its clips
 Sample = Callable[[nn.Module, int], Sequence[Path] | None]
@@ -75,6 +76,8 @@ def train(
     captions: CaptionReader | None = None,
     lora: LoraConfig | None = None,
     sample: Sample | None = None,
+    held_out: Dataset | torch.utils.data.Dataset | None = None,
+    score: Score | None = None,
     objective: Callable[..., Loss] | None = None,
     facts: Mapping[str, Any] | None = None,
     record: Mapping[str, Any] | None = None,
@@ -98,6 +101,10 @@ def train(
             only.
         sample: called as sample(ema_model, step) in rank 0 every ``config.sample_every`` steps and after
             the last one.
+        held_out: clips that are not trained on, for ``config.validate_every``.
+        score: called as score(ema_model, step) in rank 0 every ``config.score_every`` steps and after the
+            last one; returns values by names such as score/fvd, the first of which decides
+            ``config.keep_best`` (lower is better, unless the function has ``higher_is_better``).
         objective: a loss in the place of the one that ``diffusion.objective`` names.
         facts: plain data that a resumed run must have in common with its start, beside model, data,
             diffusion and seed.
@@ -110,7 +117,7 @@ def train(
     SIGINT, SIGTERM, SIGHUP and SIGUSR1 save at the end of the step and stop. A clip that cannot be read
     saves, too.
     Returns run, step, loss, checkpoint, weights_sha256 (of the EMA weights) and interrupted: 0, or 128 +
-    the signal's number.
+    the signal's number; with ``config.keep_best`` also best, the path of that checkpoint.
     Raises InputError for parts that do not fit each other or the run, RunError for NaN/Inf, a full disk, a
     broken clip, or a process that does not answer.
     """
@@ -119,6 +126,8 @@ def train(
     run_dir = Path(run_dir)
     device = resolve_device("auto") if device == "auto" else torch.device(device)
     dataset = as_dataset(dataset, model, codec)
+    others = held_out and as_dataset(held_out, model, codec)
+    check_watching(config, others, score)
     clips = JointDataset(dataset, config.num_images) if config.num_images else dataset
     end = config.steps if until is None else min(until, config.steps)
 
@@ -197,9 +206,16 @@ def train(
         event = TrainEvent(
             run_dir, step, config.steps, model, state.ema.model, accumulator, record=record or {}
         )
+        validation = None
+        if others is not None and config.validate_every:
+            validation = Validation(task, state.ema.model, others, captions, config.validate_clips, group)
+        watch = Watch(config, validation, score, state.ema.model, group, saved.get("best") or {})
         metrics_file = MetricsFile(run_dir / "metrics.jsonl")
+        files_written = [metrics_file]
+        if config.validate_every or config.score_every:
+            files_written.append(ValidationFile(run_dir / "validation.jsonl"))
         trackers = [Tracker(name) for name in config.trackers]
-        watching = [metrics_file, ProgressBar(), *trackers, *callbacks] if group.rank == 0 else []
+        watching = [*files_written, ProgressBar(), *trackers, *callbacks] if group.rank == 0 else []
 
         with (
             StopRequest() as stop,
@@ -228,14 +244,27 @@ def train(
                     stop_code = group.max(DATA_FAILED if data_error else stop.code)
                 done = step >= end or stop_code != 0
 
-                # Save a checkpoint: of finite tensors only, with all earlier lines of metrics on the disk.
-                if step > saved_step and (done or step % config.checkpoint_every == 0):
+                # Measure the EMA model, before the checkpoint that the result belongs to.
+                is_best = False
+                if step > first_step and watch.anything_due(step):
                     state.guard.check()
                     with accumulator.pause():
-                        metrics_file.sync()
+                        measured, is_best = watch.measure(step)
+                        for values in measured:
+                            for callback in watching:
+                                callback.on_validation(event, values)
+
+                # Save a checkpoint: of finite tensors only, with all earlier lines of metrics on the disk.
+                if step > saved_step and (done or is_best or step % config.checkpoint_every == 0):
+                    state.guard.check()
+                    with accumulator.pause():
+                        for file in files_written:
+                            file.sync()
                         about = {"facts": run, "settings": settings, "metrics": accumulator.state()}
+                        about |= watch.state()
+                        keep = (config.keep_last, watch.protected)
                         checkpoint = group.run_on_rank0(
-                            save_checkpoint, run_dir, step, state.tensors(), about, config.keep_last
+                            save_checkpoint, run_dir, step, state.tensors(), about, *keep
                         )
                         saved_step = step
                         for callback in watching:
@@ -277,6 +306,7 @@ def train(
 
         if stop_code == DATA_FAILED:
             raise data_failure(data_error, step, checkpoint) from data_error
+        best = watch.best and str(run_dir / "checkpoints" / f"step-{watch.best['step']}")
         return {
             "run": str(run_dir),
             "step": step,
@@ -284,62 +314,8 @@ def train(
             "checkpoint": checkpoint and str(checkpoint),
             "weights_sha256": tensors_sha256(state.tensors()["ema"]),
             "interrupted": stop_code,
+            **({"best": best} if best else {}),
         }
-
-
-def check_parts(
-    model: Denoiser, codec: Codec | None, dataset: Dataset, config: TrainConfig, group: Group
-) -> None:
-    """InputError for parts that cannot be trained together."""
-    check_trackers(config.trackers)
-    check(len(dataset) > 0, "the dataset is empty; give data.root a folder with readable videos")
-    check(
-        codec is not None or dataset.latent,
-        "codec is missing, but the data are frames; give codec.name, or a folder of encoded latents",
-    )
-    if codec is not None:
-        check_images(config.num_images, codec.compression, codec.name)
-    buckets = getattr(dataset, "buckets", None)
-    check_world(config.global_batch, group.size, buckets)
-    num_classes = model.config.num_classes
-    found = len(dataset.classes)
-    check(
-        num_classes is None or 0 < found <= num_classes,
-        f"model.num_classes is {num_classes}, but the data have {found} classes; give {found or 'null'}, or "
-        "other data",
-    )
-    compressed = codec is not None and codec.temporal_factor > 1
-    if isinstance(dataset, CustomDataset) or (compressed and buckets is None):
-        check_first_clip(dataset, model, codec)
-
-
-def check_disk(run_dir: Path, state: TrainState, keep_last: int) -> None:
-    """RunError unless a checkpoint fits on the disk of ``run_dir``; a notice if not all that will be kept
-    do.
-    """
-    size_of = OPTIMIZERS[state.optimizer_name].state_bytes
-    tensors = state.tensors()
-    size = sum(tensor.nbytes for group in ("model", "ema") for tensor in tensors[group].values())
-    size += sum(size_of(name, part.shape) for name, part in trainable_parameters(state.model).items())
-    try:
-        free = shutil.disk_usage(run_dir).free
-    except OSError:  # a file system that does not say
-        return
-    if free < size:
-        raise RunError(
-            f"the disk of {run_dir} has {free / 1e9:.2f} GB free, but a checkpoint takes {size / 1e9:.2f} "
-            "GB; "
-            "make room, or give another run.dir"
-        )
-    most = (keep_last + 1) * size  # the oldest one is removed after the newest has been written
-    existing = sum(file.stat().st_size for path in list_checkpoints(run_dir) for file in path.iterdir())
-    if free + existing < most:
-        print(
-            f"notice: the disk of {run_dir} has {free / 1e9:.2f} GB free, but {keep_last + 1} checkpoints "
-            "(train.keep_last "
-            f"and the one being written) take {most / 1e9:.2f} GB",
-            file=sys.stderr,
-        )
 
 
 def finished(run_dir: Path, step: int, steps: int) -> list[str]:

@@ -52,18 +52,18 @@ class WorldScenes:
             self.language in languages,
             f"data.language must be one of {', '.join(languages)}, got {self.language!r}",
         )
-        check_hold_out(config.hold_out)
+        check_hold_out(config.held_out_captions)
         self.config = config
 
     @property
     def captions(self) -> list[str]:
         """Every caption that a clip can have, sorted."""
-        return self._captions(split_combinations(self.config.hold_out)[0])
+        return self._captions(split_combinations(self.config.held_out_captions)[0])
 
     @property
     def held_out_captions(self) -> list[str]:
         """Every caption of the held-out combinations, sorted."""
-        return self._captions(split_combinations(self.config.hold_out)[1])
+        return self._captions(split_combinations(self.config.held_out_captions)[1])
 
     def _captions(self, combinations: list[Combination]) -> list[str]:
         scenes = [
@@ -103,4 +103,4 @@ class WorldScenes:
         return {"scenes": "world", "language": self.language}
 
     def _scene(self, index: int) -> Scene:
-        return sample_scene(self.config.seed, index, self.config.hold_out)
+        return sample_scene(self.config.seed, index, self.config.held_out_captions)
