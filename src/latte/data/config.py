@@ -82,9 +82,9 @@ class DataConfig:
             self.workers is None or self.workers >= 0, f"data.workers must be at least 0, got {self.workers}"
         )
         check_name("data.scenes", self.scenes, PROCEDURAL)
+        self._check_hold_out()
         if self.kind == "procedural":
-            self._check_hold_out()
-        _ = self.scene_set  # refuses what does not fit the scenes
+            _ = self.scene_set  # refuses what does not fit the scenes
         _ = self.clip_rule  # refuses impossible frames, interval, rule, fps
         check_settings(self)
 
