@@ -7,12 +7,14 @@ disk, and a rename makes it visible. A writer removes only its own temporary fil
 leaves behind is removed by ``sweep_checkpoints``, and only in the ``checkpoints`` folder of a run.
 """
 
+import hashlib
 import os
 import re
 import secrets
 import shutil
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -161,3 +163,32 @@ def sweep_checkpoints(run_dir: Path) -> None:
         else:
             with suppress(OSError):
                 leftover.unlink()
+
+
+def user_cache() -> Path:
+    """Return latte/ in $XDG_CACHE_HOME or ~/.cache; without a home a path that cannot exist, and so no
+    cache.
+    """
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    return Path(base if os.path.isabs(base) else os.devnull) / "latte"
+
+
+@cache
+def source_sha256() -> str:
+    """Return the SHA-256 of this package's source: what is kept between runs must not outlive the code that
+    made it.
+    """
+    digest = hashlib.sha256()
+    folder = Path(__file__).parent
+    for path in sorted(folder.rglob("*.py")):
+        digest.update(f"{path.relative_to(folder).as_posix()} {path.stat().st_size} ".encode())
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def keep_newest(folder: Path, pattern: str, count: int) -> None:
+    """Delete the files of ``folder`` that match ``pattern``, except for the ``count`` newest."""
+    with suppress(OSError):
+        files = sorted(folder.glob(pattern), key=lambda path: path.stat().st_mtime, reverse=True)
+        for path in files[count:]:
+            path.unlink()

@@ -40,7 +40,7 @@ from latte.evaluation.manifest import ADDED, GROUPS, compare, manifest_hash, rea
 from latte.evaluation.plan import make_plan
 from latte.evaluation.protocols import FrameRule
 from latte.evaluation.scores import builtin_score, distances_from_real, score
-from latte.evaluation.sources import open_side
+from latte.evaluation.sources import FolderSide, open_side
 from latte.runtime import generator
 from tiny_detector import PIXELS, TINY, build_tiny, render_clip, write_side
 
@@ -560,3 +560,93 @@ def test_files_of_features_have_the_mode_of_other_files(finished):
     out = finished[0]
     modes = {name: (out / name).stat().st_mode for name in ("real.safetensors", "manifest.json", "real.png")}
     assert len(set(modes.values())) == 1, modes
+
+
+class Reads:
+    """Counts the clips of a folder that are decoded, from here on or since ``clear``."""
+
+    def __init__(self, monkeypatch):
+        self.roots = []
+        read = FolderSide.read
+
+        def counted(side, id, indices):
+            self.roots.append(side.root)
+            return read(side, id, indices)
+
+        monkeypatch.setattr(FolderSide, "read", counted)
+
+    def of(self, root) -> int:
+        count = self.roots.count(str(root))
+        self.roots.clear()
+        return count
+
+
+def extracted(folders, out, kept, config=CONFIG, **options):
+    """Evaluate up to the features and return them."""
+    sides = opened(folders, out / "probes")
+    evaluate(*sides.values(), config, out, until="extract", kept=kept, **options)
+    return features_in(out)
+
+
+def test_a_second_score_does_not_decode_the_real_side(folders, tmp_path, monkeypatch):
+    reads = Reads(monkeypatch)
+    plain = extracted(folders, tmp_path / "plain", None)
+    assert reads.of(folders["real"]) == 6
+    first = extracted(folders, tmp_path / "first", tmp_path / "kept")
+    assert reads.of(folders["real"]) == 6
+    second = extracted(folders, tmp_path / "second", tmp_path / "kept")
+    assert reads.roots.count(str(folders["fake"])) == 6
+    assert reads.of(folders["real"]) == 0
+    for found in (first, second):
+        assert all(torch.equal(found[side], plain[side]) for side in plain)
+
+
+def test_kept_features_are_never_those_of_other_clips_settings_or_code(folders, tmp_path, monkeypatch):
+    reads = Reads(monkeypatch)
+    root = tmp_path / "real"
+    shutil.copytree(folders["real"], root)
+    sides = {"real": root, "fake": folders["fake"]}
+    kept = tmp_path / "kept"
+    extracted(sides, tmp_path / "first", kept)
+    video = sorted(root.glob("*.mp4"))[0]
+    before = video.stat()
+    content = bytearray(video.read_bytes())
+    content[-1] ^= 1  # in place, with size and date of before
+    video.write_bytes(content)
+    os.utime(video, ns=(before.st_atime_ns, before.st_mtime_ns))
+    reads.of(root)
+    extracted(sides, tmp_path / "changed", kept)
+    assert reads.of(root) == 6, "one file has changed"
+    extracted(sides, tmp_path / "again", kept)
+    assert reads.of(root) == 0
+    extracted(sides, tmp_path / "seed", kept, replace(CONFIG, seed=1))
+    assert reads.of(root) > 0, "another choice of clips"
+    extracted(sides, tmp_path / "group", kept, replace(CONFIG, group=2))
+    assert reads.of(root) == 6, "another rounding"
+    monkeypatch.setattr(feature_files, "source_sha256", lambda: "another version")
+    extracted(sides, tmp_path / "code", kept)
+    assert reads.of(root) == 6, "another program"
+
+
+def test_damaged_and_unwritable_kept_features_cost_time_alone(folders, tmp_path, monkeypatch, caplog):
+    reads = Reads(monkeypatch)
+    kept = tmp_path / "kept"
+    first = extracted(folders, tmp_path / "first", kept)
+    (file,) = kept.iterdir()
+    file.write_bytes(file.read_bytes()[:-3])
+    reads.of(folders["real"])
+    second = extracted(folders, tmp_path / "second", kept)
+    assert reads.of(folders["real"]) == 6
+    assert torch.equal(first["real"], second["real"])
+    (tmp_path / "occupied").write_text("")
+    caplog.set_level("INFO", "latte")
+    third = extracted(folders, tmp_path / "third", tmp_path / "occupied" / "kept")
+    assert torch.equal(first["real"], third["real"])
+    assert "the features of the real side are not kept: could not write" in caplog.text
+
+
+def test_only_the_newest_kept_features_stay(folders, tmp_path, monkeypatch):
+    monkeypatch.setattr(feature_files, "KEPT", 2)
+    for seed in range(4):
+        extracted(folders, tmp_path / str(seed), tmp_path / "kept", replace(CONFIG, seed=seed))
+    assert len(list((tmp_path / "kept").iterdir())) == 2

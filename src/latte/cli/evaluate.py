@@ -59,6 +59,10 @@ Compare = Annotated[Path | None, typer.Option(metavar="FILE", help="Another mani
 From = Annotated[
     Path | None, typer.Option(metavar="FILE", help="Repeat the evaluation of this manifest.json.")
 ]
+Cache = Annotated[
+    bool,
+    typer.Option(help="Keep what was probed and computed of REAL in the user's cache for the next score."),
+]
 
 
 def evaluate(
@@ -81,6 +85,7 @@ def evaluate(
     data_version: Version = None,
     compare: Compare = None,
     from_manifest: From = None,
+    cache: Cache = True,
     device: Device = "auto",
     as_json: Json = False,
     debug: Debug = False,
@@ -112,7 +117,7 @@ def evaluate(
         config = EvaluateConfig(protocol, seed, clips, allow_fewer, allow_mixed, detector, detector_sha256)
         config = replace(config, group=group, device=device, processes=processes)
         config = replace(config, split=split, data_version=data_version)
-    result = run(real, fake, config, out, until, codec_path, sample_seed, num_generated)
+    result = run(real, fake, config, out, until, codec_path, sample_seed, num_generated, cache)
     if "value" in result:
         now = read_report(result["manifest"])
         if before:
@@ -154,11 +159,13 @@ def run(
     codec_path: str | None,
     sample_seed: int,
     num_generated: int | None,
+    cache: bool,
 ) -> dict[str, Any]:
     """Open both sides and evaluate them."""
     from latte.evaluation.evaluate import PROBES
     from latte.evaluation.evaluate import evaluate as evaluate_sides
     from latte.evaluation.sources import open_side
+    from latte.files import user_cache
     from latte.inference.clip_source import ModelClips, is_model
     from latte.runtime import resolve_device
 
@@ -178,9 +185,17 @@ def run(
         fake_side.check_length(config.chosen_protocol.needed("fake"))
     else:
         fake_side = open_side("fake", fake, out / PROBES, codec_path, device)
-    real_side = open_side("real", real, out / PROBES, codec_path, device)
+    kept = user_cache() / "evaluation" if cache else None
+    real_side = open_side("real", real, kept or out / PROBES, codec_path, device)
     return evaluate_sides(
-        real_side, fake_side, config, out, until=until, num_generated=num_generated, codec_path=codec_path
+        real_side,
+        fake_side,
+        config,
+        out,
+        until=until,
+        num_generated=num_generated,
+        codec_path=codec_path,
+        kept=kept and kept / "features",
     )
 
 

@@ -18,6 +18,7 @@ from typing import Any
 
 from latte.data.frame_folder import Unreadable, frame_files
 from latte.data.media import READER, MediaInfo, probe
+from latte.files import user_cache as user_cache
 
 SAVE_EVERY = 30.0  # seconds between two savings of the cache during a long scan
 
@@ -79,14 +80,6 @@ class ProbeCache:
         except OSError:  # a cache that cannot be written costs time, nothing else
             with suppress(OSError):
                 partial.unlink()
-
-
-def user_cache() -> Path:
-    """Return latte/ in $XDG_CACHE_HOME or ~/.cache; without a home a path that cannot exist, and so no
-    cache.
-    """
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    return Path(base if os.path.isabs(base) else os.devnull) / "latte"
 
 
 def stamp_of(path: str) -> list[int]:

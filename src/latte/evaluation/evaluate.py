@@ -121,14 +121,15 @@ def evaluate(
     build: BuildDetector = build_detector,
     num_generated: int | None = None,
     codec_path: str | None = None,
+    kept: Path | None = None,
 ) -> dict[str, Any]:
     """Evaluate ``fake``, clips or a model, against ``real`` and return what ``--json`` prints; all files are
     in ``out``.
 
     ``until`` ends after a stage. ``build`` makes the detector (here and in other processes). A model
     generates ``num_generated`` clips (None: as many as the plan takes). ``codec_path`` is recorded for a
-    replay. InputError for anything that would make the score meaningless, before any clip is generated if
-    that can be known.
+    replay. ``kept`` is a folder for the features of the real side, see ``features.extract``. InputError for
+    anything that would make the score meaningless, before any clip is generated if that can be known.
     """
     choose("--until", until, STAGES)
     refuse_several_processes()
@@ -157,7 +158,7 @@ def evaluate(
     if until == "plan":
         return result
     detector = detector or open_detector()
-    features = extract(plan, sides, detector, open_detector, out, config.processes)
+    features = extract(plan, sides, detector, open_detector, out, config.processes, kept)
     if until == "extract":
         paths = {side: str(out / f"{side}.safetensors") for side in SIDES}
         return {**result, "features": paths, "banks": paths}  # banks: the key of 0.1.0

@@ -5,6 +5,8 @@ A shard's key is the hash of everything its rows depend on: the plan's lines (wi
 detector, weights, pixels, frame rule, kind of device. A file with another key, or whose rows are not what was
 written, is computed anew, so features are never stale and a killed extraction resumes. Processes take
 consecutive shards, and a row depends on its own clip alone: any number of processes gives the same features.
+The real side can be kept in a folder of the user, under a key that also holds the code and the libraries, for
+every later score against the same set.
 Axes: n rows, k features, t h w c frames.
 """
 
@@ -16,9 +18,11 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from hashlib import sha256
+from importlib.metadata import version
 from itertools import pairwise
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import safetensors
@@ -32,9 +36,10 @@ from latte.evaluation.detectors import Detector
 from latte.evaluation.plan import SIDES, Plan, PlannedClip
 from latte.evaluation.protocols import FrameRule
 from latte.evaluation.sources import Side, digest
-from latte.files import commit_file, reported
+from latte.files import commit_file, keep_newest, reported, source_sha256
 
 SHARD = 32  # clips
+KEPT = 64  # files of features of real sides
 REPORT_SECONDS = 10.0  # least time between two progress lines
 OpenDetector = Callable[[], Detector]
 log = logging.getLogger(__name__)
@@ -217,9 +222,11 @@ def extract(
     open_detector: OpenDetector,
     out: Path,
     processes: int = 1,
+    kept: Path | None = None,
 ) -> dict[str, Tensor]:
     """Return the features {"real": (n k), "fake": (m k)} of ``plan``; they are kept in out/real.safetensors,
-    out/fake.safetensors.
+    out/fake.safetensors, and those of the real side in the folder ``kept``, which is read before they are
+    computed; None computes them.
 
     ``open_detector`` builds the same detector again in each of ``processes``; InputError for a clip that can
     no longer be read.
@@ -227,6 +234,12 @@ def extract(
     jobs = plan_jobs(plan, detector, out)
     keys = {side: digest([job.key for job in jobs if job.clips[0].side == side]) for side in SIDES}
     features = {side: read_rows(out / f"{side}.safetensors", keys[side]) for side in SIDES}
+    lasting = kept and kept / f"{digest([keys['real'], bits_of(detector)])}.safetensors"
+    if features["real"] is None and lasting:
+        features["real"] = read_rows(lasting, keys["real"])
+        if features["real"] is not None:
+            log.info("the features of the real side are those of an earlier score (%s)", lasting)
+            write_rows(out / "real.safetensors", keys["real"], features["real"])
     needed = [job for job in jobs if features[job.clips[0].side] is None]
     missing = [job for job in needed if read_rows(job.path, job.key) is None]
     if processes == 1 or len(missing) < 2:
@@ -240,10 +253,33 @@ def extract(
             rows = _join([job for job in jobs if job.clips[0].side == side])
             write_rows(out / f"{side}.safetensors", keys[side], rows)
         found[side] = rows
+    if lasting and not lasting.exists():
+        keep_rows(lasting, keys["real"], found["real"])
     with reported("the features", out):
         for job in needed:
             job.path.unlink(missing_ok=True)
     return found
+
+
+def bits_of(detector: Detector) -> list[Any]:
+    """Return all that may change the last bits of features, beside the clips and the weights."""
+    processor = torch.backends.cpu.get_cpu_capability()
+    if detector.device.type == "cuda":
+        processor = torch.cuda.get_device_name(detector.device)
+    libraries = {name: version(name) for name in ("torch", "numpy", "pillow", "av")}
+    return [source_sha256(), libraries, processor, torch.get_num_threads(), detector.group]
+
+
+def keep_rows(path: Path, key: str, features: Tensor) -> None:
+    """Write features (n k) for later scores, and delete the oldest of more than KEPT files; a folder that
+    cannot be written is reported in the log.
+    """
+    try:
+        write_rows(path, key, features)
+    except RunError as error:
+        log.info("the features of the real side are not kept: %s", error)
+        return
+    keep_newest(path.parent, "*.safetensors", KEPT)
 
 
 def _join(jobs: Sequence[Job]) -> Tensor:
