@@ -12,16 +12,8 @@ from PIL import Image
 from support import noise
 
 from latte.checks import InputError
-from latte.data.clips import (
-    RULES,
-    ClipRule,
-    centre_crop_resize,
-    choose_frames,
-    flip_horizontal,
-    span,
-    to_float,
-    to_uint8,
-)
+from latte.data.clip_rule import RULES, ClipRule, span
+from latte.data.clips import centre_crop_resize, choose_frames, flip_horizontal, to_float, to_uint8
 from latte.runtime import generator
 
 
