@@ -14,9 +14,11 @@ from pathlib import Path
 import torch
 from support import wake
 
+from latte.checkpoint.run import latest_checkpoint, load_checkpoint
 from latte.data.datasets import Clip
 from latte.model.latte import Latte, ModelConfig
 from latte.runtime import generator
+from latte.tensors import tensors_sha256
 from latte.training.config import TrainConfig
 from latte.training.train import train
 
@@ -105,3 +107,21 @@ def curve(run_dir: Path) -> list[dict]:
         {key: value for key, value in line.items() if "second" not in key and key != "data_wait_share"}
         for line in lines
     ]
+
+
+def assert_same(run_dir: Path, clean: Path) -> None:
+    """Model, average, optimiser and curve of both runs' last checkpoints are equal in every bit."""
+    one, other = (load_checkpoint(latest_checkpoint(folder)) for folder in (run_dir, clean))
+    assert one.step == other.step
+    assert one.tensors.keys() == {"model", "ema", "optimizer"}
+    compared = 0
+    for group, tensors in other.tensors.items():
+        assert tensors.keys() == one.tensors[group].keys()
+        for name, tensor in tensors.items():
+            assert tensors_sha256({"": one.tensors[group][name]}) == tensors_sha256({"": tensor}), (
+                group,
+                name,
+            )
+            compared += tensor.numel()
+    assert compared > 10_000
+    assert curve(run_dir) == curve(clean)

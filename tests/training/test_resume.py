@@ -17,11 +17,10 @@ import torch
 
 from latte.checkpoint import run as checkpoints
 from latte.checkpoint.record import source_commit
-from latte.checkpoint.run import latest_checkpoint, list_checkpoints, load_checkpoint
+from latte.checkpoint.run import latest_checkpoint, list_checkpoints
 from latte.checks import InputError
-from latte.tensors import tensors_sha256
 from latte.training import train as loop
-from tiny_runs import FORKS, SHORT, TINY, Latents, curve, run, tiny_model
+from tiny_runs import FORKS, SHORT, TINY, Latents, assert_same, curve, run, tiny_model
 
 
 @pytest.fixture(scope="module")
@@ -30,24 +29,6 @@ def clean(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("clean")
     run(folder)
     return folder
-
-
-def assert_same(run_dir: Path, clean: Path) -> None:
-    """Model, average, optimiser and curve of both runs' last checkpoints are equal in every bit."""
-    one, other = (load_checkpoint(latest_checkpoint(folder)) for folder in (run_dir, clean))
-    assert one.step == other.step
-    assert one.tensors.keys() == {"model", "ema", "optimizer"}
-    compared = 0
-    for group, tensors in other.tensors.items():
-        assert tensors.keys() == one.tensors[group].keys()
-        for name, tensor in tensors.items():
-            assert tensors_sha256({"": one.tensors[group][name]}) == tensors_sha256({"": tensor}), (
-                group,
-                name,
-            )
-            compared += tensor.numel()
-    assert compared > 10_000
-    assert curve(run_dir) == curve(clean)
 
 
 def test_looking_at_a_run_on_its_way_changes_no_bit_of_a_rate_that_falls(tmp_path):

@@ -248,7 +248,7 @@ def report(selection: Selection, global_batch: int) -> list[str]:
     lines += table_lines(bucket_table(selection, global_batch))
     if selection.unused:
         names = ", ".join(map(str, selection.unused))
-        lines.append(f"no clip is in {len(selection.unused)} buckets, which are left out: {names}")
+        lines.append(f"buckets without a clip are left out: {names}")
     single, now = total_lost(selection)
     return [
         *lines,
