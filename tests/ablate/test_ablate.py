@@ -62,6 +62,7 @@ from latte.model.patches import PATCHES
 from latte.model.positions import TEMPORAL_POSITIONS
 from latte.model.variants import VARIANTS
 from latte.profile.flops import count
+from latte.training.optim import OPTIMIZERS
 from tiny import WORDS
 
 CPU = torch.device("cpu")
@@ -71,6 +72,7 @@ TABLES = {
     "conditioning": CONDITIONINGS,
     "temporal_position": TEMPORAL_POSITIONS,
     "objective": OBJECTIVES,
+    "optimizer": OPTIMIZERS,
     "size": SIZES,
 }
 
@@ -136,7 +138,7 @@ def replace_like(axis):
 
 @pytest.mark.parametrize("axis", sorted(set(AXES) - {"interval"}))
 def test_every_axis_holds_the_baseline_once_and_its_settings_differ(axis):
-    recipe = base()
+    recipe = base("model.depth=4")  # the least that every axis has two settings for
     settings, _ = make_settings(recipe, [axis])
     assert [setting.config for setting in settings if setting.run == BASELINE] == [recipe]
     assert (

@@ -136,7 +136,7 @@ def test_variance_spans_the_range_between_posterior_and_beta():
     assert torch.equal(plain.mean, reading.mean)
 
 
-@pytest.mark.parametrize("objective", ["paper", "v", "rectified_flow"])
+@pytest.mark.parametrize("objective", ["paper", "v", "rectified_flow", "z0"])
 def test_reading_undoes_the_target(objective):
     process = build_process(DiffusionConfig(objective=objective))
     z0, eps = noise(4, 2, 3, 2, 2, dtype=torch.float64), noise(4, 2, 3, 2, 2, seed=1, dtype=torch.float64)
@@ -148,7 +148,8 @@ def test_reading_undoes_the_target(objective):
 
 def test_every_prediction_is_reached_by_an_objective():
     assert {
-        build_process(DiffusionConfig(objective=name)).prediction for name in ("paper", "v", "rectified_flow")
+        build_process(DiffusionConfig(objective=name)).prediction
+        for name in ("paper", "v", "rectified_flow", "z0")
     } == set(PREDICTIONS)
 
 

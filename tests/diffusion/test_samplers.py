@@ -18,7 +18,7 @@ from latte.runtime import SampleNoise
 
 SHAPE = (2, 3, 2, 2)
 PROCESSES = {
-    name: build_process(DiffusionConfig(objective=name)) for name in ("paper", "v", "rectified_flow")
+    name: build_process(DiffusionConfig(objective=name)) for name in ("paper", "v", "rectified_flow", "z0")
 }
 PAIRS = [
     (name, objective)

@@ -79,9 +79,12 @@ def clip_loss(objective, betas, t, z0, eps, output, variance):
     answer = output(zt)
     squares = bits = 0.0
     for i in range(count):
-        if objective == "v":
+        if objective in ("v", "v_min_snr"):
             target = math.sqrt(level) * eps[i] - math.sqrt(1 - level) * z0[i]
             guess = math.sqrt(level) * zt[i] - math.sqrt(1 - level) * answer[i]
+        elif objective == "z0":
+            target = z0[i]
+            guess = answer[i]
         else:
             target = eps[i]
             guess = (zt[i] - math.sqrt(1 - level) * answer[i]) / math.sqrt(level)
@@ -90,7 +93,12 @@ def clip_loss(objective, betas, t, z0, eps, output, variance):
             bits += _bound(betas, t, z0[i], zt[i], guess, variance[i])
     mse, vlb = squares / count, bits / count
     snr = level / (1 - level)
-    weight = min(snr, 5) / snr if objective == "min_snr" else 1.0
+    weights = {
+        "min_snr": min(snr, 5) / snr,
+        "v_min_snr": min(snr, 5) / (snr + 1),
+        "z0": 1 / max(math.sqrt(1 - level), 0.05) ** 2,
+    }
+    weight = weights.get(objective, 1.0)
     return weight * mse + vlb, mse, vlb
 
 

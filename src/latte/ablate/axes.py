@@ -12,7 +12,7 @@ from functools import lru_cache, partial
 from latte.checks import InputError, check, choose
 from latte.config.run import RunConfig
 from latte.data.datasets import UNREAD
-from latte.diffusion.loss import OBJECTIVES
+from latte.diffusion.loss import OBJECTIVES, TIMES
 from latte.diffusion.samplers import SAMPLERS
 from latte.interop.dit import MAPPINGS
 from latte.model.conditioning import CONDITIONINGS
@@ -36,6 +36,16 @@ NUM_IMAGES = (0, 4)
 def one_each(key: str, names: Iterable[object], base: RunConfig) -> dict[str, Overrides]:
     """Return one setting per name: ``key`` set to it."""
     return {str(name): {key: name} for name in names}
+
+
+def with_and_without(key: str, value: object, base: RunConfig) -> dict[str, Overrides]:
+    """Return two settings: ``key`` at its default, and at ``value``, or at the base's own value."""
+    section, _, leaf = key.partition(".")
+    part = getattr(base, section)
+    off = type(part).__dataclass_fields__[leaf].default
+    own = getattr(part, leaf)
+    on = value if own == off else own
+    return {"off": {key: off}, str(on): {key: on}}
 
 
 def variants(base: RunConfig) -> dict[str, Overrides]:
@@ -124,6 +134,9 @@ AXES: dict[str, Callable[[RunConfig], dict[str, Overrides]]] = {
     "temporal_position": partial(one_each, "model.temporal_position", TEMPORAL_POSITIONS),
     "objective": objectives,
     "optimizer": partial(one_each, "train.optimizer", OPTIMIZERS),
+    "timesteps": partial(one_each, "train.timesteps", TIMES),
+    "frame_noise": partial(with_and_without, "train.frame_noise", 0.5),
+    "layer_sync": partial(with_and_without, "train.layer_sync", 0.2),
     "joint": image_counts,
     "interval": intervals,
     "size": sizes,

@@ -40,7 +40,7 @@ from latte.inference.config import SampleConfig
 from latte.interop.config import LoraConfig
 from latte.model.config import PATCHES, ModelConfig, TextConfig
 from latte.text.config import TextEncoderConfig
-from latte.training.config import TrainConfig
+from latte.training.config import TrainConfig, check_network
 
 VERSION = 1
 RUN_FILE = "config.yaml"
@@ -107,6 +107,7 @@ class RunConfig:
             raise InputError("\n".join(problems))
         compression = compression_at(self.codec.name, self.codec.path)
         check_images(self.train.num_images, compression, self.codec.name)
+        check_network(self.train, self.network)
 
     @property
     def network(self) -> ModelConfig | TextConfig:

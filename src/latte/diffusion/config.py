@@ -30,8 +30,17 @@ OBJECTIVES: Table[str, "Objective"] = Table(
         "v": Later("latte.diffusion.loss:V", straight_path=False),
         "rectified_flow": Later("latte.diffusion.loss:RECTIFIED_FLOW", straight_path=True),
         "min_snr": Later("latte.diffusion.loss:MIN_SNR", straight_path=False),
+        "v_min_snr": Later("latte.diffusion.loss:V_MIN_SNR", straight_path=False),
+        "z0": Later("latte.diffusion.loss:Z0", straight_path=False),
     }
 )
+TIMES: Table[str, Callable[..., "Tensor"]] = Table(
+    {
+        "uniform": Later("latte.diffusion.loss:uniform_times"),
+        "logit_normal": Later("latte.diffusion.loss:logit_normal_times"),
+    }
+)
+"""Distributions of the noise level in training, as fractions of the path: 0 is clean, 1 is noise."""
 SAMPLERS: Table[str, "Sampler"] = Table(
     {
         "ddpm": Later("latte.diffusion.samplers:DDPM", orders=()),

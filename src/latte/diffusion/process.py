@@ -94,10 +94,27 @@ class FlowPrediction(Prediction):
         return zt + signal * output
 
 
+class CleanPrediction(Prediction):
+    """The output is the clean z_0 (Li & He 2025, "Back to basics", arXiv 2511.13720)."""
+
+    @staticmethod
+    def target(signal: Tensor, noise: Tensor, z0: Tensor, eps: Tensor) -> Tensor:
+        return z0
+
+    @staticmethod
+    def z0(signal: Tensor, noise: Tensor, zt: Tensor, output: Tensor) -> Tensor:
+        return output
+
+    @staticmethod
+    def eps(signal: Tensor, noise: Tensor, zt: Tensor, output: Tensor) -> Tensor:
+        return (zt - signal * output) / noise
+
+
 PREDICTIONS: dict[str, type[Prediction]] = {
     "epsilon": EpsilonPrediction,
     "v": VelocityPrediction,
     "flow": FlowPrediction,
+    "z0": CleanPrediction,
 }
 
 
@@ -133,17 +150,18 @@ class NoisePath:
         return self._placed[key]
 
     def at(self, name: str, t: Tensor, like: Tensor) -> Tensor:
-        """Return entries t (b,) of the float64 table ``name`` as (b 1 1 1 1), on the device of ``like``.
+        """Return entries t of the float64 table ``name`` on the device of ``like``: (b 1 1 1 1) for t (b,),
+        (b f 1 1 1) for a timestep per frame (b f).
 
         The only change of precision here: the result is float32, so that everything computed from it is
         float32 even for a half-precision ``like``. A float64 ``like`` keeps float64.
         """
         dtype = torch.promote_types(like.dtype, torch.float32)
-        entries = self._table(name, like.device, dtype)[t.to(like.device)]  # (b)
-        return entries.view(-1, *[1] * (like.ndim - 1))  # (b 1 1 1 1)
+        entries = self._table(name, like.device, dtype)[t.to(like.device)]  # (b) or (b f)
+        return entries.view(*t.shape, *[1] * (like.ndim - t.ndim))  # (b 1|f 1 1 1)
 
     def original(self, t: Tensor) -> Tensor:
-        """Return the original timesteps (b,), the model's input, of indices t (b,) int64."""
+        """Return the original timesteps, the model's input, of indices t int64, in the shape of t."""
         return self._table("timestep_map", t.device, torch.int64)[t]
 
     def add_noise(self, z0: Tensor, t: Tensor, eps: Tensor) -> Tensor:

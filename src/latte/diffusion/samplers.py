@@ -97,7 +97,7 @@ class Sampler(NamedTuple):
     """(denoise, respaced process, z, next_noise, eta, progress) -> z_0."""
     timesteps: Callable[[int, str], list[int]] = spaced_timesteps
     """(num_steps, steps) -> the indices it visits."""
-    predictions: tuple[str, ...] = ("epsilon", "v")
+    predictions: tuple[str, ...] = ("epsilon", "v", "z0")
     """What a model's output may mean, keys of PREDICTIONS."""
     has_eta: bool = False
     """Whether it has DDIM's eta."""
@@ -111,8 +111,8 @@ class Sampler(NamedTuple):
 DDPM = Sampler(ddpm)
 DDIM = Sampler(ddim, has_eta=True)
 FLOW = Sampler(flow, trailing_timesteps, predictions=("flow",))
-DPMPP = Sampler(dpmpp, trailing_timesteps, ("epsilon", "v", "flow"), orders=(2, 1, 3))
-UNIPC = Sampler(unipc, trailing_timesteps, ("epsilon", "v", "flow"), orders=(2, 1, 3))
+DPMPP = Sampler(dpmpp, trailing_timesteps, ("epsilon", "v", "z0", "flow"), orders=(2, 1, 3))
+UNIPC = Sampler(unipc, trailing_timesteps, ("epsilon", "v", "z0", "flow"), orders=(2, 1, 3))
 EULER = Sampler(partial(dpmpp, order=1), trailing_timesteps)
 HEUN = Sampler(heun, trailing_timesteps)
 

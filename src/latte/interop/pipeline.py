@@ -29,7 +29,7 @@ INDEX = "model_index.json"
 PARTS = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
 ENCODER = "T5EncoderModel"
 BETAS = {"linear": "linear", "squared_cosine": "squaredcos_cap_v2"}
-PREDICTIONS = {"epsilon": "epsilon", "v": "v_prediction"}
+PREDICTIONS = {"epsilon": "epsilon", "v": "v_prediction", "z0": "sample"}
 
 
 def scheduler_settings(diffusion: DiffusionConfig, learn_sigma: bool) -> dict[str, Any]:

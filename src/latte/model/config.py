@@ -112,6 +112,11 @@ class DenoiserConfig:
         return depth, width, heads
 
     @property
+    def num_blocks(self) -> int:
+        """Blocks of the forward pass."""
+        return self.dimensions[0]
+
+    @property
     def grid_size(self) -> tuple[int, int]:
         """(h, w) of the latent."""
         if isinstance(self.latent_size, tuple):
@@ -286,6 +291,11 @@ class TextConfig(DenoiserConfig):
         from latte.model.text import LatteText
 
         return LatteText(self)
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks of the forward pass: a spatial and a temporal one per pair."""
+        return 2 * self.dimensions[0]
 
     @property
     def table_grid(self) -> tuple[int, int]:

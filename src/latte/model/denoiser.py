@@ -40,6 +40,7 @@ class Denoiser(nn.Module, SavedModel):
 
     blocks: Any  # all blocks in the order of the forward pass
     patch: Any
+    blocks: Any  # the blocks in the order of the forward pass
     time_embedding: Any
     final_linear: nn.Linear
 
@@ -118,6 +119,12 @@ class Denoiser(nn.Module, SavedModel):
             return checkpoint(block, *inputs, use_reentrant=False)
         return block(*inputs)
 
+    def embed_time(self, t: Tensor) -> Tensor:
+        """Return the embedding (b 1 d) of timesteps (b,), or (b f d) of a timestep per frame (b f)."""
+        if t.ndim == 1:
+            return self.time_embedding(t)[:, None]  # (b 1 d)
+        return self.time_embedding(t.flatten()).unflatten(0, t.shape)  # (b f d)
+
     def check_latent(self, z: Tensor, t: Tensor, num_images: int) -> None:
         """Raise InputError when z, t and num_images do not fit each other or the model."""
         config = self.config
@@ -134,7 +141,12 @@ class Denoiser(nn.Module, SavedModel):
             0 <= num_images < frames,
             f"num_images is {num_images}, but z has {frames} frames in all; leave at least one for the clip",
         )
-        check(t.shape == (b,), f"t has shape {tuple(t.shape)}, but must be ({b},): one timestep per clip")
+        per_frame = (b, frames)
+        check(
+            t.shape == (b,) or (t.shape == per_frame and num_images == 0 and config.frames_per_token == 1),
+            f"t has shape {tuple(t.shape)}, but must be ({b},), one timestep per clip, or without images and "
+            f"tubes {per_frame}, one per frame",
+        )
         for side in size:
             config.check_side("the height or width of z", side)
 

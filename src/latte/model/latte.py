@@ -63,7 +63,7 @@ class Latte(Denoiser):
         return {"label": torch.zeros(condition_shape(clips, num_images), dtype=torch.long)}
 
     def forward(self, z: Tensor, t: Tensor, label: Tensor | None = None, num_images: int = 0) -> Tensor:
-        """Return (b f+i o h w) for noisy latents z (b f+i c h w) and timesteps t (b,); o = 2c or c.
+        """Return (b f+i o h w) for noisy latents z (b f+i c h w) and timesteps t (b,) or (b f); o = 2c or c.
 
         The last ``num_images`` frames are images. ``label`` is (b,), or (b 1+i) with a label per image; None
         is the null class. InputError for wrong channels, sizes that the patches do not divide, and labels
@@ -81,8 +81,8 @@ class Latte(Denoiser):
         return torch.cat([clip, self.denoise(images, image_c, images=True)], dim=1)  # (b f+i o h w)
 
     def embed_condition(self, t: Tensor, label: Tensor | None, num_images: int) -> Tensor:
-        """Return c (b 1 d) of timesteps (b,) and labels (b,), or (b 1+i d) of labels (b 1+i)."""
-        c = self.time_embedding(t)[:, None]  # (b 1 d)
+        """Return c (b 1|f d) of timesteps (b,) or (b f) and labels (b,), or (b 1+i d) of labels (b 1+i)."""
+        c = self.embed_time(t)  # (b 1|f d)
         if self.label_embedding is None:
             if label is not None:
                 raise InputError("label was given, but this model is unconditional; leave the label out")

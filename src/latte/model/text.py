@@ -123,8 +123,9 @@ class LatteText(Denoiser):
         num_images: int = 0,
         temporal: bool = True,
     ) -> Tensor:
-        """Return (b f+i o h w) for noisy latents z (b f+i c h w), timesteps t (b,) and captions; o = 2c or c.
+        """Return (b f+i o h w) for noisy latents z (b f+i c h w), timesteps t and captions; o = 2c or c.
 
+        ``t`` is (b,), or (b f) with a timestep per frame and no images.
         ``text`` is (b l k), or (b 1+i l k) with a caption per image; ``mask`` (b l) or (b 1+i l) is True
         where it is not padding, None when there is no padding. The last ``num_images`` frames are images.
         ``temporal=False`` leaves the temporal blocks out: every frame is an image. So is the only frame of a
@@ -133,7 +134,7 @@ class LatteText(Denoiser):
         """
         self.check_latent(z, t, num_images)
         text, mask = self.check_text(text, mask, len(z), num_images)
-        c = self.time_embedding(t)[:, None]  # (b 1 d)
+        c = self.embed_time(t)  # (b 1|f d)
         if not num_images:
             return self.denoise(z, c, text, mask, temporal)
         clip, images = z.split([z.shape[1] - num_images, num_images], dim=1)

@@ -19,7 +19,7 @@ from latte.training.condition import Captions
 from latte.training.config import TrainConfig
 from latte.training.distributed import Group
 from latte.training.optim import TrainState
-from latte.training.step import Task, backward, set_up_blocks
+from latte.training.step import Task, backward, set_up_blocks, step_options
 
 MEASURED = 3  # steps, after one to warm up
 
@@ -60,6 +60,7 @@ def step_seconds(
         device=device,
         dtype=resolve_dtype(config.dtype, device),
         num_images=config.num_images,
+        options=step_options(config),
     )
     shape = model.config
     num_frames = shape.num_frames + config.num_images

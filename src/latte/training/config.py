@@ -5,7 +5,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from latte.checks import InputError, check, check_name
+from latte.diffusion.config import TIMES
 from latte.interop.config import MAPPINGS, Start
+from latte.model.config import DenoiserConfig
 from latte.tables import Later, Table
 
 if TYPE_CHECKING:
@@ -30,6 +32,9 @@ TRACKERS: Table[str, type["Writer"]] = Table(
     }
 )
 
+MAX_LAYER_SYNC = 10.0
+FEWEST_BLOCKS = 4  # of LayerSync
+
 # Settings that may change when a run is resumed, with a notice.
 CHANGEABLE = (
     "lr",
@@ -43,14 +48,16 @@ CHANGEABLE = (
 )
 
 BEST_BY = {"loss": "validate_every", "score": "score_every"}  # value of keep_best -> what measures it
+# Those that a checkpoint only records when they are not at their default, which versions without them had.
+RECORDED_IF_CHANGED = ("layer_sync", "timesteps", "timestep_shift", "frame_noise")
 
 
 @dataclass(frozen=True)
 class TrainConfig:
     """How a model is trained; InputError on construction for a value out of range.
 
-    A resumed run must keep ``global_batch`` and ``optimizer``. The settings in CHANGEABLE and
-    ``gate_steps`` may change, with a notice; everything else is free.
+    A resumed run must keep ``global_batch`` and ``optimizer``. The settings in CHANGEABLE,
+    RECORDED_IF_CHANGED and ``gate_steps`` may change, with a notice; everything else is free.
     """
 
     __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
@@ -73,6 +80,10 @@ class TrainConfig:
         1000  # with text.gated_time: the step at which the temporal position table has full effect
     )
     num_images: int = 0  # images behind every clip (joint training, Sec. 3.3.4)
+    layer_sync: float = 0.0  # weight of LayerSync: an early block's tokens follow a deeper one's; 0: off
+    timesteps: str = "uniform"  # distribution of the noise level in training, a key of TIMES
+    timestep_shift: float = 1.0  # above 1: more noise, for clips of many tokens (Esser et al. 2024, eq. 23)
+    frame_noise: float = 0.0  # share of the clips whose frames have one of two noise levels each
     dtype: str = "auto"  # precision of matrix products; auto: bf16 on a GPU that has it, else fp32
     compile: bool = False  # torch.compile every block
     recompute: bool = False  # recompute norms, modulation, GELU and gates in backward: half the activations
@@ -144,6 +155,8 @@ class TrainConfig:
             "train.init is '', but it must name weights: a file, a folder or a hub id, or null",
         )
         self._check_best()
+        self._check_options()
+        check_name("train.timesteps", self.timesteps, TIMES)
         check_name("train.optimizer", self.optimizer, OPTIMIZERS)
         check_name("train.dtype", self.dtype, TRAINING_DTYPES)
         check_name("train.init_mapping", self.init_mapping, MAPPINGS)
@@ -164,12 +177,72 @@ class TrainConfig:
             f"train.{every}, or leave it out",
         )
 
+    def _check_options(self) -> None:
+        """InputError for values of noise levels and LayerSync that are out of range or exclude each other."""
+        check(
+            0 <= self.layer_sync <= MAX_LAYER_SYNC,
+            f"train.layer_sync is {self.layer_sync}, but it must be in [0, {MAX_LAYER_SYNC:g}]; give a "
+            "weight such as 0.2, or 0 for none",
+        )
+        check(
+            0 < self.timestep_shift < float("inf"),
+            f"train.timestep_shift is {self.timestep_shift}, but it must be positive and finite; 1 shifts "
+            "nothing",
+        )
+        check(
+            0 <= self.frame_noise <= 1,
+            f"train.frame_noise is {self.frame_noise}, a fraction of the clips, but it must be in [0, 1]",
+        )
+        check(
+            not (self.frame_noise and self.num_images),
+            f"train.frame_noise is {self.frame_noise} and train.num_images is {self.num_images}, but images "
+            "have the noise level of their clip; set one of both to 0",
+        )
+        check(
+            not (self.layer_sync and self.compile),
+            "train.layer_sync reads the tokens between blocks, which train.compile hides; turn one off",
+        )
+
+    def changeable(self) -> dict[str, Any]:
+        """Return the settings that a checkpoint records and that may change when the run is resumed."""
+        found = {name: getattr(self, name) for name in CHANGEABLE}
+        for name in RECORDED_IF_CHANGED:
+            value = getattr(self, name)
+            if value != getattr(TrainConfig, name):
+                found[name] = value
+        return found
+
     @property
     def start(self) -> Start | None:
         """The pretrained weights that a fresh run starts from; None for random weights."""
         if self.init is None:
             return None
         return Start(self.init, self.init_mapping, self.init_gaps)
+
+
+def check_network(config: TrainConfig, network: DenoiserConfig) -> None:
+    """InputError for settings that a model of ``network`` cannot be trained with."""
+    if config.layer_sync:
+        layer_pair(network.num_blocks)
+    tube = network.frames_per_token
+    check(
+        not config.frame_noise or tube == 1,
+        f"train.frame_noise is {config.frame_noise}, but a token of this model covers {tube} latent frames, "
+        "which have one noise level; give model.patch=uniform, or train.frame_noise=0",
+    )
+
+
+def layer_pair(depth: int) -> tuple[int, int]:
+    """Return the indices of the aligned blocks and of their target: after 2/7 and 4/7 of ``depth`` blocks.
+
+    InputError for fewer than FEWEST_BLOCKS blocks, among which there is no such pair.
+    """
+    if depth < FEWEST_BLOCKS:
+        raise InputError(
+            f"train.layer_sync aligns two blocks inside the model, but it has {depth}; "
+            f"give a model of at least {FEWEST_BLOCKS} blocks, or train.layer_sync=0"
+        )
+    return max(2 * depth // 7, 1) - 1, 4 * depth // 7 - 1
 
 
 def learning_rate(step: int, lr: float, warmup_steps: int, decay_steps: int = 0, steps: int = 0) -> float:

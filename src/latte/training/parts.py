@@ -12,7 +12,7 @@ from latte.data.buckets import check_world
 from latte.data.datasets import Dataset
 from latte.data.joint import check_images
 from latte.model.denoiser import Denoiser
-from latte.training.config import TrainConfig
+from latte.training.config import TrainConfig, check_network
 from latte.training.custom import CustomDataset, check_first_clip
 from latte.training.distributed import Group
 from latte.training.optim import OPTIMIZERS, TrainState, trainable_parameters
@@ -33,6 +33,7 @@ def check_parts(
         check_images(config.num_images, codec.compression, codec.name)
     buckets = getattr(dataset, "buckets", None)
     check_world(config.global_batch, group.size, buckets)
+    check_network(config, model.config)
     num_classes = model.config.num_classes
     found = len(dataset.classes)
     check(

@@ -18,7 +18,7 @@ from latte.data.fingerprint import changed_files, combined, read_listing
 from latte.data.joint import JointDataset
 from latte.files import sweep_checkpoints
 from latte.model.denoiser import Denoiser
-from latte.training.config import TrainConfig
+from latte.training.config import RECORDED_IF_CHANGED, TrainConfig
 from latte.training.distributed import Group
 from latte.training.optim import TrainState
 
@@ -28,7 +28,10 @@ DATA_CONTENT = ("data.clips", "data.content", "data.files", "data.part")
 MAX_NAMES = 20  # of changed files in a message
 ABSENT = "nothing"
 # Facts that are only recorded when they are not the default.
-DEFAULTS = {"train.optimizer": json.dumps(TrainConfig.optimizer)}
+DEFAULTS = {
+    "train.optimizer": json.dumps(TrainConfig.optimizer),
+    **{name: json.dumps(getattr(TrainConfig, name)) for name in RECORDED_IF_CHANGED},
+}
 
 
 def run_facts(

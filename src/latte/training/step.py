@@ -15,13 +15,32 @@ from torch import Tensor
 
 from latte.autoencoder.codec import Codec
 from latte.checks import InputError
-from latte.diffusion.loss import Loss, draw_timesteps
+from latte.diffusion.loss import UNIFORM, Loss, TimestepDraw, two_levels
 from latte.diffusion.process import NoisePath
 from latte.model.denoiser import Denoiser
 from latte.model.latte import ModelConfig
 from latte.runtime import check_compile, generator
 from latte.training.condition import Captions, Condition, Labels
-from latte.training.config import TrainConfig
+from latte.training.config import TrainConfig, layer_pair
+from latte.training.layer_sync import captured, misalignment
+
+
+@dataclass(frozen=True)
+class StepOptions:
+    """What differs from the plain training step."""
+
+    layer_sync: float = 0.0  # weight of LayerSync in the loss
+    timesteps: TimestepDraw = UNIFORM
+    frame_noise: float = 0.0  # share of the clips whose frames have one of two timesteps each
+
+
+PLAIN = StepOptions()
+
+
+def step_options(config: TrainConfig) -> StepOptions:
+    """Return the settings of ``config`` that change a training step."""
+    draw = TimestepDraw(config.timesteps, config.timestep_shift)
+    return StepOptions(config.layer_sync, draw, config.frame_noise)
 
 
 @dataclass(frozen=True)
@@ -39,6 +58,7 @@ class Task:
     device: torch.device
     dtype: torch.dtype  # of matrix products; everything outside the model is float32
     num_images: int = 0  # behind every clip
+    options: StepOptions = PLAIN
 
 
 def set_up_blocks(model: Denoiser, config: TrainConfig, device: torch.device) -> None:
@@ -95,19 +115,42 @@ def micro_batch_loss(
 ) -> Loss:
     """Return the objective of one micro batch, each term (b,)."""
     z0 = encode(task, step, positions, to_device(video, task.device))  # (b f'+i c h w)
-    # The order of the draws from a clip's stream (t, eps, dropped condition) is part of the result.
+    # The order of the draws from a clip's stream (t, eps, dropped condition, timesteps of frames) is part of
+    # the result.
     streams = [generator(task.seed, "train", step, position) for position in positions]
-    t = torch.cat([draw_timesteps(task.process, 1, stream) for stream in streams])  # (b)
+    t = torch.cat([task.options.timesteps(task.process, 1, stream) for stream in streams])  # (b)
     eps = torch.stack([torch.randn(z0.shape[1:], generator=stream) for stream in streams])  # (b f'+i c h w)
     kept = condition.drop(streams).inputs()
     inputs = {name: to_device(tensor, task.device) for name, tensor in kept.items()}
+    if task.options.frame_noise:
+        t = frame_timesteps(task, t, z0.shape[1], streams)  # (b f')
 
     def denoise(zt: Tensor, t: Tensor) -> Tensor:
         with torch.autocast(task.device.type, task.dtype, enabled=task.dtype != torch.float32):
             output = task.forward(zt, t, **inputs, num_images=task.num_images)
         return output.float()
 
-    return task.objective(denoise, task.process, z0, to_device(t, task.device), to_device(eps, task.device))
+    t = to_device(t, task.device)
+    eps = to_device(eps, task.device)
+    if not task.options.layer_sync:
+        return task.objective(denoise, task.process, z0, t, eps)
+    with captured(task.model, layer_pair(task.model.config.num_blocks)) as (early, deep):
+        loss = task.objective(denoise, task.process, z0, t, eps)
+        penalty = misalignment(early, deep)  # (b)
+    return loss._replace(total=loss.total + task.options.layer_sync * penalty)
+
+
+def frame_timesteps(task: Task, t: Tensor, num_frames: int, streams: Sequence[torch.Generator]) -> Tensor:
+    """Return (b f') timesteps: those of t (b,) for all frames of a clip, or one of two levels for each.
+
+    The probability of the second is ``frame_noise``.
+    """
+    rows = []
+    for first, stream in zip(t.split(1), streams, strict=True):
+        mixed = float(torch.rand((), generator=stream)) < task.options.frame_noise
+        second = task.options.timesteps(task.process, 1, stream) if mixed else first
+        rows.append(two_levels(first, second, num_frames, stream))
+    return torch.stack(rows)  # (b f')
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:

@@ -45,14 +45,14 @@ from latte.training.callbacks import (
     saved_metrics,
 )
 from latte.training.condition import CaptionReader
-from latte.training.config import CHANGEABLE, TrainConfig, check_schedule, gate_opening, learning_rate
+from latte.training.config import TrainConfig, check_schedule, gate_opening, learning_rate
 from latte.training.custom import as_dataset, run_record
 from latte.training.distributed import process_group
 from latte.training.optim import TrainState
 from latte.training.parts import check_disk, check_parts
 from latte.training.resume import restore, run_facts
 from latte.training.signals import StopRequest
-from latte.training.step import Task, backward, set_up_blocks
+from latte.training.step import Task, backward, set_up_blocks, step_options
 from latte.training.trackers import Tracker
 from latte.training.validation import Score, Validation, Watch, check_watching
 
@@ -170,7 +170,7 @@ def train(
         group.run_on_rank0(check_disk, run_dir, state, config.keep_last)
 
         # Resume.
-        settings = {name: getattr(config, name) for name in CHANGEABLE}
+        settings = config.changeable()
         if gated:
             settings["gate_steps"] = config.gate_steps
         files = getattr(clips, "files", {})
@@ -199,6 +199,7 @@ def train(
             device=device,
             dtype=resolve_dtype(config.dtype, device),
             num_images=config.num_images,
+            options=step_options(config),
         )
         order = order_of(clips, seed, config.global_batch, group.size)
         seen = order.clips_before(step)
