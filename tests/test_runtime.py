@@ -34,12 +34,12 @@ def test_the_gpu_of_this_process_unless_an_index_is_given(monkeypatch):
     assert resolve_device(torch.device("cuda", 1)) == torch.device("cuda", 1)
 
 
-@pytest.mark.parametrize("name", DTYPES)
+@pytest.mark.parametrize("name", [name for name in DTYPES if name != "fp8"])
 def test_dtypes_by_name_and_as_objects(name):
     assert resolve_dtype(name, CPU) == resolve_dtype(DTYPES[name], CPU) == DTYPES[name]
 
 
-@pytest.mark.parametrize("dtype", ["float8", torch.float8_e4m3fn, torch.int8, "bf32"])
+@pytest.mark.parametrize("dtype", ["float8", torch.float8_e5m2, torch.int16, "bf32"])
 def test_other_dtypes_are_refused(dtype):
     with pytest.raises(InputError, match="dtype is"):
         resolve_dtype(dtype, CPU)
@@ -72,3 +72,25 @@ def test_a_compiler_that_does_not_work_is_refused_in_one_line(monkeypatch):
     assert "\n" not in str(caught.value)
     monkeypatch.setattr(torch, "compile", lambda function: function)
     check_compile(CPU)
+
+
+def test_fp8_needs_a_gpu_that_has_it(monkeypatch):
+    with pytest.raises(InputError, match=r"dtype is fp8, .*but cpu is no NVIDIA GPU; use int8, bf16 or fp32"):
+        resolve_dtype("fp8", CPU)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda _: (8, 9))
+    with pytest.raises(InputError, match=r"compute capability 9.0, Hopper.*but cuda:0 has 8.9"):
+        resolve_dtype("fp8", torch.device("cuda", 0))
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda _: (9, 0))
+    assert resolve_dtype("fp8", torch.device("cuda", 0)) == torch.float8_e4m3fn
+
+
+def test_int8_needs_a_device_whose_product_works_and_is_right(monkeypatch):
+    def missing(a, b):
+        raise NotImplementedError("no kernel\nof that name")
+
+    monkeypatch.setattr(torch.ops.aten, "_int_mm", missing)
+    with pytest.raises(InputError, match=r"dtype is int8, but cpu has no .*\(no kernel\)"):
+        resolve_dtype("int8", CPU)
+    monkeypatch.setattr(torch.ops.aten, "_int_mm", lambda a, b: (a.int() @ b.int()) + 1)
+    with pytest.raises(InputError, match="product of cpu is wrong"):
+        resolve_dtype(torch.int8, CPU)

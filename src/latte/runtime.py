@@ -20,7 +20,13 @@ if TYPE_CHECKING:  # settings are read with this module, before torch is needed
     from torch import Tensor
 
 DTYPES: Table[str, "torch.dtype"] = Table(
-    {"fp32": Later("torch:float32"), "bf16": Later("torch:bfloat16"), "fp16": Later("torch:float16")}
+    {
+        "fp32": Later("torch:float32"),
+        "bf16": Later("torch:bfloat16"),
+        "fp16": Later("torch:float16"),
+        "int8": Later("torch:int8"),
+        "fp8": Later("torch:float8_e4m3fn"),
+    }
 )
 
 
@@ -63,18 +69,50 @@ def resolve_device(device: "str | torch.device" = "auto") -> "torch.device":
 
 
 def resolve_dtype(dtype: "str | torch.dtype", device: "torch.device") -> "torch.dtype":
-    """Return the dtype of matrix products for 'auto', 'fp32', 'bf16', 'fp16' or the ``torch.dtype`` of one of
-    them.
+    """Return the dtype of matrix products for 'auto', a name in DTYPES or the ``torch.dtype`` of one of them.
 
-    'auto' is bf16 on a CUDA device that supports it and fp32 elsewhere (bf16 is slower on most CPUs).
+    'auto' is bf16 on a CUDA device that supports it and fp32 elsewhere (bf16 is slower on most CPUs). int8
+    and fp8, for sampling only, are never chosen by 'auto'. InputError for one that ``device`` lacks.
     """
     import torch
 
     if dtype == "auto":
         return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
     if isinstance(dtype, torch.dtype):
-        return choose("dtype", dtype, {known: known for known in DTYPES.values()})
-    return choose("dtype", dtype, DTYPES)
+        found = choose("dtype", dtype, {known: known for known in DTYPES.values()})
+    else:
+        found = choose("dtype", dtype, DTYPES)
+    check_low_bit(found, device)
+    return found
+
+
+def check_low_bit(dtype: "torch.dtype", device: "torch.device") -> None:
+    """InputError for int8 or fp8 on a device without such matrix products, naming what it lacks."""
+    import torch
+
+    if dtype == torch.float8_e4m3fn:
+        found = f"{device} is no NVIDIA GPU"
+        if device.type == "cuda":
+            capability = torch.cuda.get_device_capability(device)
+            if capability >= (9, 0):
+                return
+            found = f"{device} has {capability[0]}.{capability[1]}"
+        raise InputError(
+            "dtype is fp8, which needs FP8 matrix products with a scale per row (compute capability 9.0, "
+            f"Hopper), but {found}; use int8, bf16 or fp32"
+        )
+    if dtype == torch.int8:
+        try:
+            ones = torch.ones(32, 32, dtype=torch.int8, device=device)
+            right = bool((torch.ops.aten._int_mm(ones, ones.t()) == 32).all())
+        except (RuntimeError, NotImplementedError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise InputError(
+                f"dtype is int8, but {device} has no int8 matrix product in this torch ({reason}); use bf16, "
+                "fp16 or fp32"
+            ) from error
+        if not right:
+            raise InputError(f"dtype is int8, but the int8 matrix product of {device} is wrong; use fp32")
 
 
 def check_compile(device: "torch.device") -> None:

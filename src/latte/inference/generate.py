@@ -34,7 +34,8 @@ from latte.inference.config import changed as changed
 from latte.inference.prompts import Prompts
 from latte.model.conditioning import NULL_LABEL
 from latte.model.denoiser import Denoiser
-from latte.runtime import SampleNoise, borrowed
+from latte.model.low_bit import KINDS, low_bit
+from latte.runtime import SampleNoise, borrowed, check_low_bit
 
 Progress = Callable[[int, int], None]
 
@@ -250,9 +251,18 @@ def check_labels(model: Denoiser, labels: Sequence[int] | None, count: int) -> T
 
 
 def autocast(model: Denoiser, device: torch.device, dtype: torch.dtype) -> Callable[..., Tensor]:
-    """Return ``model`` with its matrix products in ``dtype``; the model itself for float32."""
+    """Return ``model`` with its matrix products in ``dtype``; the model itself for float32.
+
+    int8 leaves all else in float32, FP8 in bfloat16.
+    """
     if dtype == torch.float32:
         return model
+    if dtype in KINDS:
+        check_low_bit(dtype, device)
+        model = low_bit(model, dtype, device)
+        if dtype == torch.int8:
+            return model
+        dtype = torch.bfloat16
 
     def call(z: Tensor, t: Tensor, **conditions: Tensor) -> Tensor:
         with torch.autocast(device.type, dtype):
