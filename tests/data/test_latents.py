@@ -189,3 +189,18 @@ def test_latents_replaced_in_place_are_noticed_and_named(made):
     after = LatentDataset(config)
     assert after.describe()["content"] == before.describe()["content"]
     assert changed_files(before.files, after.files) == ["changed: 3/2"]
+
+
+def test_any_order_of_frames_is_read_and_a_clip_is_a_copy(videos, tmp_path):
+    config = folder_config(videos, frames=3)
+    encode_dataset(config, pixels(), tmp_path / "out", dtype="float32", cache_dir=tmp_path)
+    latents = LatentDataset(latents_of(config, tmp_path / "out"))
+    record, shard = latents.videos[0], latents.shard_of[0]
+    name = f"source:{record.key}"
+    everything = latents._read_tensor(shard, name, list(range(record.frames)))
+    for frames in ([0], [3, 4, 5], [1, 4, 7], [2, 2, 2], [0, 1, 3], [5, 3, 1], [0, 2, 2]):
+        assert torch.equal(latents._read_tensor(shard, name, frames), everything[frames]), frames
+    latents._read_tensor(shard, name, [0, 1]).zero_()
+    assert torch.equal(latents._read_tensor(shard, name, [0, 1]), everything[:2]), (
+        "float32 shards are copied too"
+    )

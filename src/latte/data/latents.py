@@ -70,6 +70,7 @@ class LatentDataset:
         self._select_videos()
         self.captions = sorted({record.caption for record in self.videos if record.caption is not None})
         self._files: dict[str, Any] = {}
+        self._tensors: dict[str, Tensor] = {}
 
     def _check(self, codec_fingerprint: str | None) -> None:
         """InputError unless all shards are there and fit the configuration."""
@@ -124,7 +125,7 @@ class LatentDataset:
 
     def __getstate__(self) -> dict[str, Any]:
         """Open files cannot be pickled; a worker process opens its own."""
-        return {**self.__dict__, "_files": {}}
+        return {**self.__dict__, "_files": {}, "_tensors": {}}
 
     @property
     def empty_classes(self) -> list[str]:
@@ -189,18 +190,25 @@ class LatentDataset:
         return Clip(latent, record.label if self.config.labels else None, record.caption, record.key)
 
     def _read_tensor(self, shard: str, name: str, frames: list[int]) -> Tensor:
-        """Return ``frames`` of tensor ``name``, float32. Only the span from the first to the last of them is
-        read.
+        """Return ``frames`` of tensor ``name``, float32, by one copy out of the mapped file.
+
+        The tensors kept here are views of the mapping; only what is copied is read.
         """
-        low = min(frames)
-        high = max(frames) + 1
-        try:
-            if shard not in self._files:
-                self._files[shard] = safe_open(self.root / shard, framework="pt")
-            span = self._files[shard].get_slice(name)[low:high]
-        except (OSError, SafetensorError) as error:
-            raise ClipReadError(str(self.root / shard), f"{error}; run latte data encode again") from error
-        return span[[frame - low for frame in frames]].float()
+        tensor = self._tensors.get(name)
+        if tensor is None:
+            try:
+                if shard not in self._files:
+                    self._files[shard] = safe_open(self.root / shard, framework="pt")
+                tensor = self._files[shard].get_tensor(name)
+            except (OSError, SafetensorError) as error:
+                advice = "run latte data encode again"
+                raise ClipReadError(str(self.root / shard), f"{error}; {advice}") from error
+            self._tensors[name] = tensor
+        low = frames[0]
+        step = frames[1] - low if len(frames) > 1 else 1
+        if step > 0 and frames == list(range(low, frames[-1] + 1, step)):
+            return tensor[low : frames[-1] + 1 : step].to(torch.float32, copy=True)
+        return tensor[frames].float()
 
     def describe(self) -> dict[str, Any]:
         """Return what the clips are, without where they are stored or when they were encoded."""
