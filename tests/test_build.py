@@ -1,15 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """A configuration becomes objects that fit together, or the numbers that do not are reported."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 import latte.runtime
-from latte.build import build, build_model
+from latte.build import build, build_model, sheet_prompts
 from latte.checks import InputError
 from latte.config.run import RunConfig, load_run
 from latte.data.media import write_mp4
 from latte.data.procedural import draw_scene, render
+from latte.inference.pipeline import VideoPipeline
+from latte.inference.requests import class_requests, prompt_requests
 from latte.model.latte import ModelConfig
 from latte.profile.flops import count
 from tiny import WORDS
@@ -161,3 +165,26 @@ def test_sheets_are_drawn_while_training(tmp_path):
         "step-0000002.png",
         "step-0000003.png",
     ]
+
+
+@pytest.mark.parametrize("recipe", ["shapes", "shapes-text"])
+def test_samples_of_training_are_the_files_that_sampling_from_the_checkpoint_writes(tmp_path, recipe):
+    words = [*WORDS, "train.steps=4", "train.sample_every=2", f"run.dir={tmp_path / 'run'}", "train.lr=0.01"]
+    job = build(load_run(recipe, words)[0], "cpu")
+    job.train()
+    for step in (2, 4):
+        checkpoint = tmp_path / "run" / "checkpoints" / f"step-{step}"
+        pipe = VideoPipeline.from_pretrained(checkpoint, dtype="fp32", device="cpu")
+        if pipe.reader:
+            requests = prompt_requests(sheet_prompts(job.config, job.dataset), None, 0)
+            requests = [replace(request, seed=seed) for seed, request in enumerate(requests)]
+        else:
+            requests = class_requests(pipe, None, 4, 0)
+        again = tmp_path / f"again-{step}"
+        pipe.write_clips(requests, again, facts={})
+        folder = tmp_path / "run" / "samples" / f"step-{step:07d}"
+        names = sorted(path.name for path in folder.iterdir())
+        assert names == sorted(path.name for path in again.glob("*.mp4"))
+        assert all((folder / name).read_bytes() == (again / name).read_bytes() for name in names)
+    first, last = (tmp_path / "run" / "samples" / f"step-{step:07d}" / names[0] for step in (2, 4))
+    assert first.read_bytes() != last.read_bytes()

@@ -33,12 +33,14 @@ from latte.data.latents import LatentDataset
 from latte.data.media import contact_sheet
 from latte.data.selection import report
 from latte.data.skipped import reasons, write_skipped
+from latte.data.writers import write_mp4
 from latte.diffusion.config import build_process
 from latte.diffusion.guidance import guidance_window, guided
 from latte.diffusion.samplers import sample
 from latte.files import reported
 from latte.inference.generate import generate
 from latte.inference.prompts import Prompts
+from latte.inference.requests import sheet_requests
 from latte.inference.sheets import evenly_spaced, row_captions, sheet_parts
 from latte.interop.coverage import build as build_network
 from latte.interop.init import check_source
@@ -346,7 +348,7 @@ def sheet_prompts(config: RunConfig, dataset: Dataset) -> list[str]:
 
 def sample_sheets(job: Job, codec: Codec, folder: Path) -> Callable[[nn.Module, int], list[Path]]:
     """Return what training calls now and then: the same few clips, generated into ``folder``/step-N.png,
-    one row per clip. With buckets the rows take their shapes in turn.
+    one row per clip, and as videos into ``folder``/step-N/. With buckets the rows take their shapes in turn.
 
     RunError when a sheet cannot be written.
     """
@@ -365,6 +367,7 @@ def sample_sheets(job: Job, codec: Codec, folder: Path) -> Callable[[nn.Module, 
         names = [job.dataset.classes[label] for label in labels]
     parts = sheet_parts(getattr(job.dataset, "buckets", None), num_clips, config.sample)
     captions = row_captions(names, parts, num_clips)
+    requests = sheet_requests(labels, names, num_clips)
 
     def write_sheet(model: Any, step: int) -> list[Path]:
         found: dict[int, Any] = {}
@@ -386,6 +389,10 @@ def sample_sheets(job: Job, codec: Codec, folder: Path) -> Callable[[nn.Module, 
         with reported("samples", folder):
             folder.mkdir(parents=True, exist_ok=True)
             contact_sheet(clips, captions=captions).save(path)
-        return [path]
+            paths = [path.with_suffix("") / request.file for request in requests]
+            path.with_suffix("").mkdir(exist_ok=True)
+            for file, clip in zip(paths, clips, strict=True):
+                write_mp4(file, clip, config.sample.fps)
+        return [path, *paths]
 
     return write_sheet

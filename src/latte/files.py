@@ -45,6 +45,11 @@ def reported(what: str, path: Path, needed: int | None = None, kept: str = "") -
         ) from error
 
 
+def size_text(number: int) -> str:
+    """Return a number of bytes in MiB or GiB."""
+    return f"{number / 2**30:.2f} GiB" if number >= 2**30 else f"{number / 2**20:.1f} MiB"
+
+
 def sync(path: Path) -> None:
     """Flush a file, or the directory entries of a folder, to the disk."""
     if os.name == "nt" and path.is_dir():

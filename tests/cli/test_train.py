@@ -45,7 +45,7 @@ def test_the_run_folder_reloads_to_the_configuration_of_the_command(latte, run_f
     asked, _ = load_run("shapes", [*WORDS, "train.steps=2", f"run.dir={run_folder}"])
     again, origins = load_run(run_folder)
     assert flat(again) == flat(asked)
-    assert set(origins.values()) <= {f"{run_folder / 'config.yaml'}:{line}" for line in range(1, 99)} | {
+    assert set(origins.values()) <= {f"{run_folder / 'config.yaml'}:{line}" for line in range(1, 400)} | {
         "the run folder"
     }
     assert yaml.safe_load((run_folder / "config.yaml").read_text())["version"] == 1

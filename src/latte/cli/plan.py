@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from latte.cli.options import OVERRIDABLE, Debug, Device, Json, Overrides, Run, print_result, table
+from latte.files import size_text as size
 
 if TYPE_CHECKING:
     from latte.profile.plan import Plan
@@ -108,8 +109,3 @@ def sampling_rows(sampling: dict[str, Any]) -> list[tuple[str, str]]:
     settings = f"{sampling['batch']} clips at a time, {sampling['dtype']}"
     offload = f"with --offload {size(sampling['offloaded'])}, all parts at once {size(sampling['together'])}"
     return [("memory of sampling", f"{size(sampling['peak'])} ({settings}); {offload}"), *lines]
-
-
-def size(number: int) -> str:
-    """Return a number of bytes in MiB or GiB."""
-    return f"{number / 2**30:.2f} GiB" if number >= 2**30 else f"{number / 2**20:.1f} MiB"

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """``latte train``: train or resume a run."""
 
+import logging
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,6 +20,7 @@ from latte.cli.options import (
     print_result,
 )
 
+LOG = logging.getLogger(__name__)
 __all__ = ["OVERRIDABLE", "train"]
 
 Out = Annotated[Path | None, typer.Option(help="The run's folder (run.dir); runs/RUN by default.")]
@@ -49,10 +51,21 @@ def train(
     from latte.build import build  # torch, after the settings were found good
 
     job = build(config, device)
-    result = job.train()
+    callbacks = []
+    if rank() == 0:
+        from latte.profile.header import ExpectedTime, header
+
+        for line in header(config, job.model, job.dataset, job.held_out, job.device):
+            LOG.info("%s", line)
+        callbacks.append(ExpectedTime())
+    result = job.train(callbacks=callbacks)
     code = result.pop("interrupted")
     if rank() == 0:
-        lines = [f"{key}: {result[key]}" for key in ("run", "step", "loss", "checkpoint")]
+        loss = result["loss"]
+        shown = {**result, "loss": loss if loss is None else f"{loss:.4g}"}
+        lines = [
+            f"{key}: {shown[key]}" for key in ("run", "step", "loss", "checkpoint", "best") if key in shown
+        ]
         lines.append(next_command(result, list(job.dataset.captions) if job.captions else [], code))
         print_result(result, as_json, lines)
     if code:

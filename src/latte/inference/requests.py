@@ -164,6 +164,14 @@ def prompt_requests(prompts: Sequence[str], count: int | None, seed: int) -> lis
     ]
 
 
+def sheet_requests(labels: list[int] | None, names: list[str] | None, count: int) -> list[SampleRequest]:
+    """Return a request per clip of a sheet, as ``latte sample`` would make it: they name the files."""
+    if labels is not None:
+        words = names or [str(label) for label in labels]
+        return [SampleRequest(i, labels[i], words[i]) for i in range(count)]
+    return [SampleRequest(i, prompt=names[i] if names else None) for i in range(count)]
+
+
 def check_counts(count: int, seed: int, prompts: int = 1) -> None:
     """Raise InputError for a number of clips or a seed out of range."""
     check(count >= 1, f"--count must be at least 1, got {count}")
