@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from latte.autoencoder.config import compression_at
 from latte.config.run import load_run, recipes
 from latte.model.latte import SIZES
 from latte.profile.plan import plan
@@ -66,7 +67,8 @@ def test_the_joint_recipe_differs_in_nothing_else(name):
 @pytest.mark.parametrize("name", sorted(recipes()))
 def test_every_recipe_settles_and_names_its_own_command(name):
     config, _ = load_run(name)
-    assert config.model.num_frames == config.data.frames
+    compression = compression_at(config.codec.name, config.codec.path)
+    assert config.model.num_frames == compression.latent_frames(config.data.frames)
     assert re.search(rf"#   latte (train|ablate) {name}(\s|$)", recipes()[name].read_text())
 
 

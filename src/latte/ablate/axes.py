@@ -8,9 +8,11 @@ MAPPINGS is a setting by itself. The setting that changes nothing is the baselin
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
+from pathlib import Path
 
 from latte.checks import InputError, check, choose
-from latte.config.run import RunConfig
+from latte.config.layers import BASE, read_value, read_yaml, short, type_name
+from latte.config.run import HINTS, RunConfig
 from latte.data.datasets import UNREAD
 from latte.diffusion.loss import OBJECTIVES, TIMES
 from latte.diffusion.samplers import SAMPLERS
@@ -144,6 +146,30 @@ AXES: dict[str, Callable[[RunConfig], dict[str, Overrides]]] = {
 }
 
 
+def from_file(path: Path, base: RunConfig) -> dict[str, Overrides]:
+    """Return two settings: the base, and the base with the settings of a YAML file (its ``base`` and ``run``
+    are not read).
+
+    InputError for a file that cannot be read or has unknown keys.
+    """
+    check(
+        path.is_file(), f"--axes {path} is no file; give a YAML file of settings, or one of {', '.join(AXES)}"
+    )
+    layer = read_yaml(path, str(path), {**HINTS, BASE: str})
+    problems = layer.all_problems()
+    changes: Overrides = {}
+    for key, entry in layer.entries.items():
+        if key in (BASE, "version") or key.startswith("run."):
+            continue
+        try:
+            changes[key] = read_value(entry.raw, HINTS[key])
+        except ValueError:
+            problems.append(f"{entry.origin}: {key} must be {type_name(HINTS[key])}, got {short(entry.raw)}")
+    if problems:
+        raise InputError("\n".join(problems))
+    return {"off": {}, "on": changes}
+
+
 @dataclass(frozen=True)
 class Setting:
     """One value of one axis. ``run`` names its folder, 'baseline' for the base itself.
@@ -221,7 +247,12 @@ def settings_of(base: RunConfig, axis: str) -> tuple[list[Setting], list[LeftOut
     """Return the different settings of one axis, and the values that are left out."""
     found: list[Setting] = []
     left: list[LeftOut] = []
-    for name, overrides in choose("--axes", axis, AXES)(base).items():
+    if axis.endswith((".yaml", ".yml")):
+        values = from_file(Path(axis), base)
+        axis = Path(axis).stem
+    else:
+        values = choose("--axes", axis, AXES)(base)
+    for name, overrides in values.items():
         try:
             setting = make_setting(base, axis, name, overrides)
         except InputError as error:

@@ -38,6 +38,7 @@ TYPE_NAMES = {
 }
 NUMBER = re.compile(r"[-+]?(\d{1,19}(\.\d{0,24})?|\.\d{1,24})(e[-+]?\d{1,3})?", re.ASCII | re.IGNORECASE)
 MAX_INT = 2**63 - 1
+BASE = "base"  # the key of a YAML file that names what it inherits from
 HOW = "give 'section:' lines with 'key: value' lines under them"
 LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml, 10 times faster, where PyYAML has it
 
@@ -133,6 +134,36 @@ def read_yaml(path: Path, name: str, hints: Mapping[str, Any]) -> Layer:
         if not isinstance(root, yaml.MappingNode):
             raise InputError(f"{name} holds no settings; {HOW}")
         _walk(root, "", name, layer)
+    return layer
+
+
+def read_inheriting(
+    path: Path, name: str, hints: Mapping[str, Any], recipes: Mapping[str, Path], seen: tuple[Path, ...] = ()
+) -> Layer:
+    """Read a YAML file whose key ``base`` may name a recipe or a file beside it, whose settings it changes.
+
+    InputError for a base that does not exist or that has this file as its own base.
+    """
+    layer = read_yaml(path, name, {**hints, BASE: str})
+    layer.hints = hints
+    given = layer.entries.pop(BASE, None)
+    if given is None:
+        return layer
+    base = recipes.get(str(given.raw), path.parent / str(given.raw))
+    check(
+        base.is_file(),
+        f"{given.origin}: base is {short(given.raw)}, which is no recipe and no YAML file beside this one; "
+        f"recipes: {', '.join(recipes)}",
+    )
+    seen = (*seen, path.resolve())
+    check(
+        base.resolve() not in seen,
+        f"{given.origin}: base is {short(given.raw)}, which inherits from this file; name another base",
+    )
+    parent = read_inheriting(base, f"base {given.raw}", hints, recipes, seen)
+    layer.entries = parent.entries | layer.entries
+    layer.problems = parent.problems + layer.problems
+    layer.num_unlisted += parent.num_unlisted
     return layer
 
 

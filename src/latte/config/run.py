@@ -26,9 +26,9 @@ from latte.config.layers import (
     Entry,
     Layer,
     read_environment,
+    read_inheriting,
     read_value,
     read_words,
-    read_yaml,
     short,
     type_name,
 )
@@ -264,7 +264,7 @@ def _read_run(run: str | Path) -> Layer:
         raise InputError(
             f"RUN {short(str(run))} is no recipe, YAML file or run folder; recipes: {', '.join(known)}{hint}"
         )
-    layer = read_yaml(path, name, HINTS)
+    layer = read_inheriting(path, name, HINTS, known)
     if is_folder:
         layer.entries["run.dir"] = Entry(str(run), "the run folder")
     layer.entries.setdefault("run.dir", Entry(str(Path("runs") / printable(path.stem)), f"name of {name}"))
