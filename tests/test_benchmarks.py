@@ -53,7 +53,10 @@ def benchmark(monkeypatch):
 
 @pytest.mark.parametrize(
     ("name", "more"),
-    [("forward", []), ("train_step", ["--micro-batch", "1", "--batch", "2", "--checkpointing"])],
+    [
+        ("forward", []),
+        ("train_step", ["--micro-batch", "1", "--batch", "2", "--checkpointing", "--recompute"]),
+    ],
 )
 def test_a_benchmark_prints_what_a_number_needs(benchmark, capsys, name, more):
     line = benchmark(name).main([*TINY, *MODEL, *more])
@@ -62,6 +65,21 @@ def test_a_benchmark_prints_what_a_number_needs(benchmark, capsys, name, more):
     assert line["repeats"] == 3
     assert line["operations"] > 0
     assert line["share_of_matmul"] > 0
+
+
+def test_precision_compares_with_a_model_that_computes_the_same(benchmark, capsys):
+    line = benchmark("precision").main([*TINY, *MODEL, "--classes", "3"])
+    assert json.loads(capsys.readouterr().out) == line
+    assert line["fp32"]["relative_rms"] < 1e-5, "the plain model is ours, organised otherwise"
+    assert line["fp32"]["relative_rms"] < line["int8"]["relative_rms"] < 0.02
+    assert all(line[name]["ratio"] > 0 for name in ("fp32", "bf16", "int8"))
+
+
+def test_latent_clips_are_counted_for_both_ways_of_reading(benchmark, capsys):
+    line = benchmark("latent_clips").main(["--clips", "20", "--rounds", "2"])
+    assert json.loads(capsys.readouterr().out) == line
+    assert line["ratio"] > 0
+    assert line["clips_per_second"] > 0
 
 
 def test_a_training_step_counts_three_forward_passes_per_clip(benchmark, capsys):
