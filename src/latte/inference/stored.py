@@ -102,27 +102,10 @@ def open_weights_folder(folder: Path, name: str, own_codec: bool = False) -> Sto
         text_keys = {"name": "t5"}  # what the released models read, whose files do not record it
     codec_keys = {key: codec[key] for key in ("name", "path") if key in codec and not own_codec}
     config = typed(kind, shape, where)
-    recorded = card.get("weights_sha256")
-
-    def load() -> tuple[Denoiser, str]:
-        file = folder / WEIGHTS
-        known = known_sha256(file)
-        before = stamp(file) if file.is_file() else []
-        tensors, _ = read_tensors(file)
-        network = load_network(config, tensors, str(file), checked=True)
-        found = known or tensors_sha256(tensors)
-        if known is None:
-            remember(file, before, found)
-        check(
-            recorded in (None, found),
-            f"{folder / WEIGHTS} has the hash {found[:16]}, but {CARD} records {str(recorded)[:16]}: "
-            "the weights were altered; download or write the folder again",
-        )
-        return network, found
 
     return StoredModel(
         name=name,
-        load=load,
+        load=lambda: load_verified(config, folder, card.get("weights_sha256")),
         diffusion=optional(DiffusionConfig, diffusion, f"{where}: diffusion"),
         codec=optional(CodecConfig, codec_keys, f"{where}: codec"),
         sample=typed(SampleConfig, sample, f"{where}: sample"),
@@ -192,6 +175,26 @@ def open_external_model(source: Source, codec_path: str | None, text_encoder_pat
         text=TextEncoderConfig(name=text["name"], path=text_path) if text and text_path else None,
         lacks_text=bool(text) and not text_path,
     )
+
+
+def load_verified(config: DenoiserConfig, folder: Path, recorded: str | None) -> tuple[Denoiser, str]:
+    """Return the network of ``config`` with the weights in ``folder``, and their hash, which must be the
+    ``recorded`` one. A file that was verified before and has not changed is not hashed again.
+    """
+    file = folder / WEIGHTS
+    before = stamp(file) if file.is_file() else []
+    tensors, _ = read_tensors(file)
+    network = load_network(config, tensors, str(file), checked=True)
+    known = known_sha256(file)
+    found = known or tensors_sha256(tensors)
+    check(
+        recorded in (None, found),
+        f"{file} has the hash {found[:16]}, but {CARD} records {str(recorded)[:16]}: "
+        "the weights were altered; download or write the folder again",
+    )
+    if known is None:
+        remember(file, before, found)
+    return network, found
 
 
 def load_network(
