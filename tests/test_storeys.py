@@ -29,6 +29,7 @@ STOREYS = (
     ("data", "interop"),
     ("evaluation", "training", "inference"),
     ("config", "recipes"),
+    ("scoring",),
     ("build", "profile"),
     ("demo", "ablate", "report", "ui"),
     ("cli",),

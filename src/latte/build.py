@@ -35,8 +35,6 @@ from latte.data.selection import report
 from latte.data.skipped import reasons, write_skipped
 from latte.data.writers import write_mp4
 from latte.diffusion.config import build_process
-from latte.diffusion.guidance import guidance_window, guided
-from latte.diffusion.samplers import sample
 from latte.files import reported
 from latte.inference.generate import generate
 from latte.inference.prompts import Prompts
@@ -45,7 +43,8 @@ from latte.inference.sheets import evenly_spaced, row_captions, sheet_parts
 from latte.interop.coverage import build as build_network
 from latte.interop.init import check_source
 from latte.model.denoiser import Denoiser, DenoiserConfig
-from latte.runtime import SampleNoise, rank, resolve_device, resolve_dtype
+from latte.runtime import rank, resolve_device, resolve_dtype
+from latte.scoring import Scorer, check_sampling
 from latte.text.encoders import TEXT_ENCODERS, build_text_encoder
 from latte.training.callbacks import Callback
 from latte.training.condition import CaptionReader
@@ -74,6 +73,7 @@ class Job:
     device: torch.device
     captions: CaptionFeatures | None = None  # of the data and of the sample sheets; None for a class model
     held_out: Dataset | None = None  # clips that are not trained on
+    score: Scorer | None = None
 
     def train(self, until: int | None = None, callbacks: Sequence[Callback] = ()) -> dict[str, Any]:
         """Train or resume in ``run.dir``, to step ``until`` at most; return what ``latte.train`` returns.
@@ -106,6 +106,7 @@ class Job:
             captions=self.captions and CaptionReader(self.captions, config.text.dropout),
             lora=config.lora,
             held_out=self.held_out,
+            score=self.score,
             sample=self.codec and sample_sheets(self, self.codec, folder / "samples"),
             record=asdict(replace(config, run=replace(config.run, allow_data_change=False))),
             until=until,
@@ -140,7 +141,7 @@ def build(config: RunConfig, device: str = "auto") -> Job:
     fresh = not list_checkpoints(Path(config.run.dir or DEFAULT_DIR))
     if fresh:
         check_decay(config.train)
-    if config.train.sample_every:
+    if config.train.sample_every or config.train.score_every:
         check_sampling(config)
     dataset, codec = open_data(config, resolved)
     check_classes(config.model.num_classes, dataset.classes)
@@ -149,46 +150,13 @@ def build(config: RunConfig, device: str = "auto") -> Job:
     if config.train.start and fresh:
         check_source(config.train.start)
     training, held_out = split(dataset, config.data.hold_out)
-    check_watching(config.train, held_out, None)
     captions = read_captions(config, dataset, resolved)
     model = build_model(config.network, config.run.seed)
-    return Job(config, model, training, codec, resolved, captions, held_out)
-
-
-def check_sampling(config: RunConfig) -> None:
-    """InputError for sample settings that would fail at the first sample sheet: one clip of one pixel is
-    sampled without a model.
-    """
-    channels = 2 * config.network.latent_channels
-    condition = {}
-    if config.network.reads_text or config.network.num_classes is not None:
-        condition["label"] = torch.zeros(1, dtype=torch.int64)
-
-    def predict(z: torch.Tensor, t: torch.Tensor, **condition: torch.Tensor) -> torch.Tensor:
-        return z.new_zeros(len(z), z.shape[1], channels, *z.shape[3:])  # (b f 2c h w)
-
-    settings = config.sample
-    try:
-        process = build_process(config.diffusion)
-        window = guidance_window(process, settings.guidance_interval)
-        denoise = guided(predict, condition, condition, settings.guidance, window)
-        shape = (1, config.network.latent_channels, 1, 1)
-        noise = SampleNoise([0])
-        sample(
-            settings.sampler,
-            denoise,
-            process,
-            noise,
-            shape,
-            settings.steps,
-            settings.eta,
-            order=settings.order,
-        )
-    except InputError as error:
-        raise InputError(
-            f"train.sample_every is {config.train.sample_every}, but the settings of section sample cannot "
-            f"generate: {error}"
-        ) from None
+    score = None
+    if config.train.score_every and codec is not None:
+        score = Scorer(config, model, training, codec, captions)
+    check_watching(config.train, held_out, score)
+    return Job(config, model, training, codec, resolved, captions, held_out, score)
 
 
 def open_data(config: RunConfig, device: torch.device) -> tuple[Dataset, Codec | None]:
@@ -196,6 +164,7 @@ def open_data(config: RunConfig, device: torch.device) -> tuple[Dataset, Codec |
     samples.
     """
     needed = config.data.kind != "latents" or config.train.sample_every > 0 or config.codec.path is not None
+    needed = needed or config.train.score_every > 0
     codec = build_codec(config.codec, device) if needed else None
     dataset = build_dataset(
         config.data, codec_fingerprint=codec and codec.fingerprint, buckets=config.buckets

@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Scores while training: exact across stops, refused before the run where data or model do not fit."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from latte.build import build
+from latte.checks import InputError
+from latte.config.run import load_run
+from tiny import WORDS
+
+SCORED = [
+    *(word for word in WORDS if not word.startswith(("data.frames", "data.resolution"))),
+    "data.frames=16",
+    "data.resolution=32",
+    "data.num_clips=40",
+    "train.steps=4",
+    "train.score_every=2",
+    "train.score_clips=6",
+    "train.keep_best=score",
+    "sample.steps=2",
+    "model.depth=2",
+]
+
+
+def job(folder: Path, *words: str, recipe: str = "shapes"):
+    """The run in ``folder``."""
+    return build(load_run(recipe, [*SCORED, f"run.dir={folder}", *words])[0], "cpu")
+
+
+def lines(folder: Path) -> list[dict]:
+    """validation.jsonl."""
+    return [json.loads(line) for line in (folder / "validation.jsonl").read_text().splitlines()]
+
+
+def test_scores_of_a_resumed_run_are_those_of_one_that_never_stopped(tmp_path):
+    result = job(tmp_path / "whole").train()
+    job(tmp_path / "again").train(until=3)
+    job(tmp_path / "again").train()
+    found = lines(tmp_path / "again")
+    assert found == lines(tmp_path / "whole")
+    assert [line["step"] for line in found] == [2, 4]
+    assert found[0]["score/fvd"] != found[1]["score/fvd"]
+    best = min(found, key=lambda line: line["score/fvd"])["step"]
+    assert result["best"].endswith(f"step-{best}")
+    kept = tmp_path / "whole" / "scores" / "step-0000004"
+    manifest = json.loads((kept / "manifest.json").read_text())
+    assert manifest["values"]["fvd"] == found[1]["score/fvd"]
+    assert (kept / "report.html").is_file()
+    assert not list(kept.rglob("*.mp4")), "clips are removed after they were scored"
+
+
+def test_a_text_model_is_scored_with_the_captions_of_its_data(tmp_path):
+    job(tmp_path, "data.num_clips=40", recipe="shapes-text").train(until=2)
+    assert lines(tmp_path)[0]["score/fvd"] > 0
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["train.score_clips=41"], r"41 clips are scored, but the data have 40; set train\.score_clips=40"),
+        (["data.frames=8"], r"too short for builtin.*8 frames, 16 are needed"),
+        (["train.score_protocol=bilutin"], "builtin"),
+        (["sample.steps=2000"], r"train\.score_every is 2, but the settings of section sample"),
+    ],
+)
+def test_what_cannot_be_scored_is_refused_before_the_run(tmp_path, words, message):
+    with pytest.raises(InputError, match=message):
+        job(tmp_path, *words)
+    assert not (tmp_path / "checkpoints").exists()
