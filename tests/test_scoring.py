@@ -9,6 +9,7 @@ import pytest
 from latte.build import build
 from latte.checks import InputError
 from latte.config.run import load_run
+from latte.scoring import Scorer
 from tiny import WORDS
 
 SCORED = [
@@ -26,8 +27,16 @@ SCORED = [
 
 
 def job(folder: Path, *words: str, recipe: str = "shapes"):
-    """The run in ``folder``."""
-    return build(load_run(recipe, [*SCORED, f"run.dir={folder}", *words])[0], "cpu")
+    """The run in ``folder``, and what scores it."""
+    found = build(load_run(recipe, [*SCORED, f"run.dir={folder}", *words])[0], "cpu")
+    assert found.codec is not None
+    return found, Scorer(found.config, found.model, found.dataset, found.codec, found.captions)
+
+
+def train(folder: Path, *words: str, recipe: str = "shapes", until: int | None = None) -> dict:
+    """Train it."""
+    found, score = job(folder, *words, recipe=recipe)
+    return found.train(until=until, score=score)
 
 
 def lines(folder: Path) -> list[dict]:
@@ -36,9 +45,9 @@ def lines(folder: Path) -> list[dict]:
 
 
 def test_scores_of_a_resumed_run_are_those_of_one_that_never_stopped(tmp_path):
-    result = job(tmp_path / "whole").train()
-    job(tmp_path / "again").train(until=3)
-    job(tmp_path / "again").train()
+    result = train(tmp_path / "whole")
+    train(tmp_path / "again", until=3)
+    train(tmp_path / "again")
     found = lines(tmp_path / "again")
     assert found == lines(tmp_path / "whole")
     assert [line["step"] for line in found] == [2, 4]
@@ -53,7 +62,7 @@ def test_scores_of_a_resumed_run_are_those_of_one_that_never_stopped(tmp_path):
 
 
 def test_a_text_model_is_scored_with_the_captions_of_its_data(tmp_path):
-    job(tmp_path, "data.num_clips=40", recipe="shapes-text").train(until=2)
+    train(tmp_path, recipe="shapes-text", until=2)
     assert lines(tmp_path)[0]["score/fvd"] > 0
 
 

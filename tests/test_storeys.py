@@ -29,8 +29,7 @@ STOREYS = (
     ("data", "interop"),
     ("evaluation", "training", "inference"),
     ("config", "recipes"),
-    ("scoring",),
-    ("build", "profile"),
+    ("build", "profile", "scoring"),
     ("demo", "ablate", "report", "ui"),
     ("cli",),
 )

@@ -39,19 +39,18 @@ from latte.files import reported
 from latte.inference.generate import generate
 from latte.inference.prompts import Prompts
 from latte.inference.requests import sheet_requests
-from latte.inference.sheets import evenly_spaced, row_captions, sheet_parts
+from latte.inference.sheets import check_sampling, evenly_spaced, row_captions, sheet_parts
 from latte.interop.coverage import build as build_network
 from latte.interop.init import check_source
 from latte.model.denoiser import Denoiser, DenoiserConfig
 from latte.runtime import rank, resolve_device, resolve_dtype
-from latte.scoring import Scorer, check_sampling
 from latte.text.encoders import TEXT_ENCODERS, build_text_encoder
 from latte.training.callbacks import Callback
 from latte.training.condition import CaptionReader
 from latte.training.config import check_decay
 from latte.training.trackers import check_trackers
 from latte.training.train import train
-from latte.training.validation import check_watching
+from latte.training.validation import Score, check_held_out
 
 LOG = logging.getLogger(__name__)
 SHEET_CLIPS = 4
@@ -73,9 +72,10 @@ class Job:
     device: torch.device
     captions: CaptionFeatures | None = None  # of the data and of the sample sheets; None for a class model
     held_out: Dataset | None = None  # clips that are not trained on
-    score: Scorer | None = None
 
-    def train(self, until: int | None = None, callbacks: Sequence[Callback] = ()) -> dict[str, Any]:
+    def train(
+        self, until: int | None = None, callbacks: Sequence[Callback] = (), score: Score | None = None
+    ) -> dict[str, Any]:
         """Train or resume in ``run.dir``, to step ``until`` at most; return what ``latte.train`` returns.
 
         Files that cannot be used are listed in the run's skipped.jsonl.
@@ -106,7 +106,7 @@ class Job:
             captions=self.captions and CaptionReader(self.captions, config.text.dropout),
             lora=config.lora,
             held_out=self.held_out,
-            score=self.score,
+            score=score,
             sample=self.codec and sample_sheets(self, self.codec, folder / "samples"),
             record=asdict(replace(config, run=replace(config.run, allow_data_change=False))),
             until=until,
@@ -142,7 +142,7 @@ def build(config: RunConfig, device: str = "auto") -> Job:
     if fresh:
         check_decay(config.train)
     if config.train.sample_every or config.train.score_every:
-        check_sampling(config)
+        check_sampling(config.network, config.diffusion, config.sample, config.train)
     dataset, codec = open_data(config, resolved)
     check_classes(config.model.num_classes, dataset.classes)
     if fresh and config.model.num_classes is not None:
@@ -150,13 +150,10 @@ def build(config: RunConfig, device: str = "auto") -> Job:
     if config.train.start and fresh:
         check_source(config.train.start)
     training, held_out = split(dataset, config.data.hold_out)
+    check_held_out(config.train, held_out)
     captions = read_captions(config, dataset, resolved)
     model = build_model(config.network, config.run.seed)
-    score = None
-    if config.train.score_every and codec is not None:
-        score = Scorer(config, model, training, codec, captions)
-    check_watching(config.train, held_out, score)
-    return Job(config, model, training, codec, resolved, captions, held_out, score)
+    return Job(config, model, training, codec, resolved, captions, held_out)
 
 
 def open_data(config: RunConfig, device: torch.device) -> tuple[Dataset, Codec | None]:

@@ -14,20 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import nn
 
 from latte.autoencoder.codec import Codec
-from latte.checks import InputError, check
+from latte.checks import check
 from latte.config.run import RunConfig
 from latte.data.captions import CaptionFeatures
 from latte.data.clips import to_uint8
 from latte.data.datasets import Dataset
 from latte.data.hold_out import Subset, keys_of
 from latte.data.writers import write_mp4
-from latte.diffusion.config import build_process
-from latte.diffusion.guidance import guidance_window, guided
-from latte.diffusion.samplers import sample
 from latte.evaluation.detectors import build_detector
 from latte.evaluation.evaluate import (
     EvaluateConfig,
@@ -45,7 +41,7 @@ from latte.evaluation.sources import FolderSide, Side, open_side
 from latte.inference.pipeline import VideoPipeline
 from latte.inference.prompts import PromptReader
 from latte.inference.requests import SampleRequest, class_requests
-from latte.runtime import SampleNoise, generator, resolve_dtype
+from latte.runtime import generator, resolve_dtype
 
 FOLDER = "scores"  # in the run folder
 
@@ -182,42 +178,6 @@ class Scorer:
         for name in ("samples", "shards", "probes"):
             shutil.rmtree(out / name, ignore_errors=True)
         return {f"score/{name}": float(value) for name, value in result["values"].items()}
-
-
-def check_sampling(config: RunConfig) -> None:
-    """InputError for sample settings that would fail at the first sample sheet: one clip of one pixel is
-    sampled without a model.
-    """
-    channels = 2 * config.network.latent_channels
-    condition = {}
-    if config.network.reads_text or config.network.num_classes is not None:
-        condition["label"] = torch.zeros(1, dtype=torch.int64)
-
-    def predict(z: torch.Tensor, t: torch.Tensor, **condition: torch.Tensor) -> torch.Tensor:
-        return z.new_zeros(len(z), z.shape[1], channels, *z.shape[3:])  # (b f 2c h w)
-
-    settings = config.sample
-    try:
-        process = build_process(config.diffusion)
-        window = guidance_window(process, settings.guidance_interval)
-        denoise = guided(predict, condition, condition, settings.guidance, window)
-        shape = (1, config.network.latent_channels, 1, 1)
-        noise = SampleNoise([0])
-        sample(
-            settings.sampler,
-            denoise,
-            process,
-            noise,
-            shape,
-            settings.steps,
-            settings.eta,
-            order=settings.order,
-        )
-    except InputError as error:
-        every = f"train.sample_every is {config.train.sample_every}"
-        if not config.train.sample_every:
-            every = f"train.score_every is {config.train.score_every}"
-        raise InputError(f"{every}, but the settings of section sample cannot generate: {error}") from None
 
 
 def write_real(dataset: Dataset, folder: Path, count: int) -> Path:

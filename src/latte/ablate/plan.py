@@ -127,7 +127,9 @@ def base_config(config: RunConfig) -> RunConfig:
     """Return a recipe as the base of a sweep: no samples, one checkpoint, no folder or seed of its own."""
     return replace(
         config,
-        train=replace(config.train, sample_every=0, keep_last=1),
+        train=replace(
+            config.train, sample_every=0, score_every=0, validate_every=0, keep_best=None, keep_last=1
+        ),
         run=replace(config.run, dir=None, seed=0),
     )
 

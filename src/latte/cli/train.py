@@ -51,6 +51,11 @@ def train(
     from latte.build import build  # torch, after the settings were found good
 
     job = build(config, device)
+    score = None
+    if config.train.score_every and job.codec is not None:
+        from latte.scoring import Scorer
+
+        score = Scorer(config, job.model, job.dataset, job.codec, job.captions)
     callbacks = []
     if rank() == 0:
         from latte.profile.header import ExpectedTime, header
@@ -58,7 +63,7 @@ def train(
         for line in header(config, job.model, job.dataset, job.held_out, job.device):
             LOG.info("%s", line)
         callbacks.append(ExpectedTime())
-    result = job.train(callbacks=callbacks)
+    result = job.train(callbacks=callbacks, score=score)
     code = result.pop("interrupted")
     if rank() == 0:
         loss = result["loss"]

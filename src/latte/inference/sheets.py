@@ -6,14 +6,20 @@ Axes: f frames, f' latent frames, c channels, h w latent size, H height, W width
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 
 from latte.autoencoder.codec import Codec
+from latte.checks import InputError
 from latte.data.base import Clip, Dataset
 from latte.data.buckets import Buckets
+from latte.diffusion.config import DiffusionConfig, build_process
+from latte.diffusion.guidance import guidance_window, guided
+from latte.diffusion.samplers import sample
 from latte.inference.generate import SampleConfig
+from latte.runtime import SampleNoise
 
 T = TypeVar("T")
 
@@ -95,3 +101,38 @@ def data_caption(clip: Clip, dataset: Dataset) -> str:
     if clip.caption:
         line += f": {clip.caption}"
     return line
+
+
+def check_sampling(network: Any, diffusion: DiffusionConfig, settings: SampleConfig, train: Any) -> None:
+    """InputError for sample settings that would fail at the first sample sheet: one clip of one pixel is
+    sampled without a model.
+    """
+    channels = 2 * network.latent_channels
+    condition = {}
+    if network.reads_text or network.num_classes is not None:
+        condition["label"] = torch.zeros(1, dtype=torch.int64)
+
+    def predict(z: torch.Tensor, t: torch.Tensor, **condition: torch.Tensor) -> torch.Tensor:
+        return z.new_zeros(len(z), z.shape[1], channels, *z.shape[3:])  # (b f 2c h w)
+
+    try:
+        process = build_process(diffusion)
+        window = guidance_window(process, settings.guidance_interval)
+        denoise = guided(predict, condition, condition, settings.guidance, window)
+        shape = (1, network.latent_channels, 1, 1)
+        noise = SampleNoise([0])
+        sample(
+            settings.sampler,
+            denoise,
+            process,
+            noise,
+            shape,
+            settings.steps,
+            settings.eta,
+            order=settings.order,
+        )
+    except InputError as error:
+        every = f"train.sample_every is {train.sample_every}"
+        if not train.sample_every:
+            every = f"train.score_every is {train.score_every}"
+        raise InputError(f"{every}, but the settings of section sample cannot generate: {error}") from None

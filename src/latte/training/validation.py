@@ -192,13 +192,18 @@ class Watch:
 
 def check_watching(config: TrainConfig, held_out: Dataset | None, score: Score | None) -> None:
     """InputError for measurements that lack what they need."""
-    check(
-        config.validate_every == 0 or (held_out is not None and len(held_out) > 0),
-        f"train.validate_every is {config.validate_every}, but no clips are held out; give data.hold_out, "
-        "e.g. data.hold_out=0.1 (from Python: held_out=dataset), or set train.validate_every=0",
-    )
+    check_held_out(config, held_out)
     check(
         config.score_every == 0 or score is not None,
         f"train.score_every is {config.score_every}, but there is nothing to score with; from Python give "
         "score=function, or set train.score_every=0",
+    )
+
+
+def check_held_out(config: TrainConfig, held_out: Dataset | None) -> None:
+    """InputError for a held-out loss without held-out clips."""
+    check(
+        config.validate_every == 0 or (held_out is not None and len(held_out) > 0),
+        f"train.validate_every is {config.validate_every}, but no clips are held out; give data.hold_out, "
+        "e.g. data.hold_out=0.1 (from Python: held_out=dataset), or set train.validate_every=0",
     )
