@@ -89,6 +89,8 @@ def settle(config: DataConfig, videos: Iterable[Timed], buckets: Buckets | None 
     shortest = min((length for length in lengths if length > 1), default=1)
     usable = {rate: _usable(spans, rate, shortest, config.interval) for rate in _distinct(rates)}
     fps = max(usable, key=lambda rate: (usable[rate], rate))
+    if not usable[fps]:
+        fps = min(usable)  # no video fits at any rate: then the reason is the length of each
     timed = replace(config, rule="time", fps=fps)
     low, high = min(rates), max(rates)
     notice = (
