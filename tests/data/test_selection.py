@@ -98,6 +98,12 @@ def test_a_slower_clip_would_repeat_frames_and_is_not_used():
     assert apart.refusals(Length(40, 10)) == {4: None}
 
 
+def test_where_no_rate_fits_the_reason_is_the_length():
+    videos = [Length(6, 10), Length(9, 30)]
+    rules = settle(config(frames=20), videos)
+    assert all(str(rules.refusals(video)[20]).startswith("too-short: it lasts") for video in videos)
+
+
 @pytest.mark.parametrize("changes", [{"rule": "strict"}, {"fps": 12.0}, {"rule": "linspace"}, {"frames": 1}])
 def test_what_is_given_is_kept(changes):
     rules = settle(config(**changes), [Length(40, 25), Length(40, 50)])
