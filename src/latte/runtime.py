@@ -71,7 +71,7 @@ def resolve_device(device: "str | torch.device" = "auto") -> "torch.device":
 def resolve_dtype(dtype: "str | torch.dtype", device: "torch.device") -> "torch.dtype":
     """Return the dtype of matrix products for 'auto', a name in DTYPES or the ``torch.dtype`` of one of them.
 
-    'auto' is bf16 on a CUDA device that supports it and fp32 elsewhere (bf16 is slower on most CPUs). int8
+    'auto' is bf16 on a CUDA device that supports it and fp32 elsewhere. int8
     and fp8, for sampling only, are never chosen by 'auto'. InputError for one that ``device`` lacks.
     """
     import torch
