@@ -154,6 +154,9 @@ def test_the_order_of_buckets_is_mixed_and_differs_between_rounds_and_seeds():
             steps = range(order.first_step(number), order.first_step(number) + 12)
             rounds[seed, number] = tuple(order.batch(step)[0] for step in steps)
     assert len(set(rounds.values())) > 8
+    even = order_of(Mixed((WIDE, SQUARE), (80, 80)), 0, 8)  # every round has the same batches
+    places = {tuple(even.batch(20 * number + i)[0] for i in range(20)) for number in range(6)}
+    assert len(places) == 6, "each round has an order of its own"
     first = order_of(data, 0, 8)
     sequences = [first.items(step) for step in range(40)]
     assert len({tuple(items) for items in sequences}) == 40

@@ -38,6 +38,18 @@ def gradient(task: Task, positions=range(6), step: int = 5) -> tuple[torch.Tenso
     return losses, torch.cat([parameter.grad.flatten() for parameter in task.model.parameters()])
 
 
+@pytest.mark.parametrize("micro_batch", [None, 4])
+def test_a_bucket_of_another_batch_is_averaged_over_its_own_clips(micro_batch):
+    """The gradient of a step does not grow with the clips that its bucket takes."""
+    own, bucket = tiny_model(), tiny_model()
+    losses, expected = gradient(task(own))
+    found = backward(task(bucket, global_batch=12, micro_batch=micro_batch), 5, range(6), VIDEO, LABEL, 6)
+    torch.testing.assert_close(found, losses)
+    grads = torch.cat([parameter.grad.flatten() for parameter in bucket.parameters()])
+    assert grads.abs().max() > 0
+    torch.testing.assert_close(grads, expected, rtol=1e-4, atol=1e-6)
+
+
 def test_it_is_the_mean_over_clips_taken_one_by_one_with_the_draws_of_their_places():
     """L_simple written out: eps of sqrt(a) z + sqrt(1 - a) eps, a the cumulated product of 1 - beta, a
     label dropped with p.
