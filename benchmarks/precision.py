@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Forward passes in every precision against a plain model: python benchmarks/precision.py --size S.
+"""Forward passes in every precision against a reference model: python benchmarks/precision.py --size S.
 
-The plain model (``benchmarks/plain.py``), ours in fp32, bf16, int8 and, where the GPU has it, FP8, and a
-matrix product, in turns in one process with the same weights. For each: the plain model's time divided by
-its own, and the relative RMS distance of its output from that of the plain model.
+The reference (``benchmarks/plain.py``), ours in fp32, bf16, int8 and, where the GPU has it, FP8, and a
+matrix product, in turns in one process with the same weights. For each: the reference's time divided by
+its own, and the relative RMS distance of its output from that of the reference.
 """
 
 import argparse

@@ -70,7 +70,7 @@ def test_a_benchmark_prints_what_a_number_needs(benchmark, capsys, name, more):
 def test_precision_compares_with_a_model_that_computes_the_same(benchmark, capsys):
     line = benchmark("precision").main([*TINY, *MODEL, "--classes", "3"])
     assert json.loads(capsys.readouterr().out) == line
-    assert line["fp32"]["relative_rms"] < 1e-5, "the plain model is ours, organised otherwise"
+    assert line["fp32"]["relative_rms"] < 1e-5, "the reference is ours, organised otherwise"
     assert line["fp32"]["relative_rms"] < line["int8"]["relative_rms"] < 0.02
     assert all(line[name]["ratio"] > 0 for name in ("fp32", "bf16", "int8"))
 

@@ -89,11 +89,11 @@ def test_workers_change_nothing(expected, world, start):
     with Loader(Mixed(), 3, 8, start, steps.stop, rank, world, workers=2) as loader:
         found = [(batch.keys, batch.video) for batch in loader]
     shares = [share_of(len(keys), rank, world) for keys, _ in expected[steps]]
-    wanted = [
+    own = [
         (keys[share.start : share.stop], video[share.start : share.stop])
         for share, (keys, video) in zip(shares, expected[steps], strict=True)
     ]
-    assert_same(found, wanted)
+    assert_same(found, own)
 
 
 def assert_same(found: list[tuple], expected: list[tuple]) -> None:

@@ -3,8 +3,8 @@
 
 A file is known by its real path, device, inode, size and the times of its last change of content and of
 state. The system sets the last one itself: a file that is replaced or written in place, even with its old
-size and date, is verified again. A file that changed within the last seconds is not remembered, because times have
-a finite resolution. ``XDG_CACHE_HOME=/dev/null`` turns this off.
+size and date, is verified again. A file that changed within the last seconds is not remembered, because
+times have a finite resolution. ``XDG_CACHE_HOME=/dev/null`` turns this off.
 """
 
 import json

@@ -206,8 +206,8 @@ def lengths_of(data: "DataConfig", grid: Grid) -> list[int]:
     if data.bucket_lengths is not None:
         return sorted(data.bucket_lengths, reverse=True)
     valid = [length for length in grid.lengths(data.frames) if length > 1] or [data.frames]
-    wanted = [data.frames / share for share in LENGTH_SHARES]
-    nearest = {min(valid, key=lambda length: abs(length - frames)) for frames in wanted}
+    ideal = [data.frames / share for share in LENGTH_SHARES]
+    nearest = {min(valid, key=lambda length: abs(length - frames)) for frames in ideal}
     return sorted(nearest, reverse=True)
 
 

@@ -339,6 +339,7 @@ class VideoPipeline(Conditioned):
             )
         self.model = merged(self.model).to(next(self.model.parameters()).device)
         self.model.config = replace(self.model.config, **{key: facts[key] for key in CLIPS if facts.get(key)})
+        self.model.trained_on([(self.model.config.num_frames, *self.model.config.grid_size)])
         self.name = f"{self.name}+{Path(folder).name}"
         self.classes = facts["classes"]
         self.weights = tensors_sha256(self.model.state_dict())

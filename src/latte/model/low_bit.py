@@ -136,12 +136,12 @@ def low_bit(model: Any, dtype: torch.dtype, device: torch.device) -> Any:
     Everything else, hooks included, is shared with ``model``; low-bit weights are made now, so make it again
     when the weights have changed. InputError for a width that the products of a GPU do not take.
     """
-    twin = copy.copy(model)
-    twin._modules = {
+    result = copy.copy(model)
+    result._modules = {
         name: lowered(child, KINDS[dtype], device) if isinstance(child, nn.ModuleList) else child
         for name, child in model._modules.items()
     }
-    return twin
+    return result
 
 
 def lowered(module: nn.Module, kind: Any, device: torch.device) -> nn.Module:
@@ -156,11 +156,11 @@ def lowered(module: nn.Module, kind: Any, device: torch.device) -> nn.Module:
             f"{features[1]} features, and the GPU's products need multiples of {MULTIPLE}; use bf16 or fp32",
         )
         return kind(module).to(device)
-    twin = copy.copy(module)
-    twin._modules = {
+    result = copy.copy(module)
+    result._modules = {
         name: child if child is None else lowered(child, kind, device)
         for name, child in module._modules.items()
     }
     if type(module) is MLP:
-        return LowBitMLP(twin._modules["fc1"], twin._modules["fc2"])  # pyright: ignore[reportArgumentType]
-    return twin
+        return LowBitMLP(result._modules["fc1"], result._modules["fc2"])  # pyright: ignore[reportArgumentType]
+    return result
