@@ -116,6 +116,12 @@ Offload = Annotated[
     bool,
     typer.Option("--offload", help="CPU offload: only the active part is on the GPU; slower, less memory."),
 ]
+Compile = Annotated[
+    bool,
+    typer.Option(
+        "--compile", help="torch.compile the model: faster after the first call, equal to rounding."
+    ),
+]
 LoraFolder = Annotated[
     Path | None, typer.Option("--lora", metavar="FOLDER", help="LoRA adapters to merge first.")
 ]
@@ -153,6 +159,7 @@ def sample(
     decoder: Decoder = None,
     lora: LoraFolder = None,
     offload: Offload = False,
+    compiled: Compile = False,
     device: Device = "auto",
     dtype: Dtype = "auto",
     as_json: Json = False,
@@ -164,22 +171,21 @@ def sample(
 
     configure_logging()
     texts = check_before_loading(out, window, {"--overlap": overlap, "--longer": longer}, prompt, prompts)
-    parts = {"codec_path": codec_path, "text_encoder_path": text_encoder, "text_bits": text_bits}
+    parts = {"codec_path": codec_path, "text_encoder_path": text_encoder, "compile": compiled}
     parts |= {"decoder": decoder, "lora": lora, "offload": offload, "device": device, "dtype": dtype}
-    pipe = load(model, texts, negative, parts)
+    pipe = load(model, texts, negative, {**parts, "text_bits": text_bits})
     unread = {"--negative": negative, "--text-encoder": text_encoder, "--text-bits": text_bits}
     requests = make_requests(pipe, texts, labels, count, seed, unread)
-    frame_size = read_size(size)
     chosen = {"sampler": sampler, "guidance": guidance, "eta": eta, "batch": batch, "fps": fps}
     chosen |= {"order": order, "guidance_interval": read_interval(guidance_interval), "cache": cache}
     options = {"config": pipe.settings(quality, steps=read_steps(steps), **chosen), "frames": frames}
-    options |= {"size": frame_size, "dtype": pipe.dtype, "window": window, "overlap": overlap}
-    options["longer"] = longer or "freenoise"
+    options |= {"size": (frame_size := read_size(size)), "dtype": pipe.dtype, "longer": longer or "freenoise"}
+    options |= {"window": window, "overlap": overlap}
     options["conditioning_frames"] = read.read_conditioning_frames(first, last, pipe.frame_size(frame_size))
     folder, sheet, gif = write(pipe, requests, out, negative, clip_facts(pipe, options, negative), options)
     clips = [describe(request, folder) for request in requests]
-    result = {"clips": clips, "sheet": str(sheet), "gif": str(gif)}
-    result |= {"model": pipe.name, "weights_sha256": pipe.weights}
+    result = {"clips": clips, "sheet": str(sheet), "gif": str(gif), "model": pipe.name}
+    result["weights_sha256"] = pipe.weights
     print_result(result, as_json, [*(clip["path"] for clip in clips), str(sheet), str(gif)])
 
 

@@ -7,6 +7,8 @@ Axes: f latent frames, c channels, h height, w width.
 
 import os
 from collections.abc import Iterable
+from dataclasses import asdict
+from typing import Any
 
 from latte.autoencoder.base import Codec
 from latte.checks import check
@@ -105,3 +107,13 @@ def check_memory(batch: int, shape: Shape, codec: Codec) -> None:
         f"one batch of {batch} clips of {frames} frames needs {needed / 2**30:,.0f} GiB for its pixels "
         f"alone, but this machine has {available / 2**30:,.0f} GiB; lower --batch, --frames or --size",
     )
+
+
+def recorded_extras(model: Any) -> dict[str, Any]:
+    """Return what config.json stores of the ``buckets`` and ``distilled`` of a StoredModel or a pipeline."""
+    facts: dict[str, Any] = {}
+    if model.distilled:
+        facts["distilled"] = asdict(model.distilled)
+    if model.buckets:
+        facts["buckets"] = [list(shape) for shape in model.buckets]
+    return facts

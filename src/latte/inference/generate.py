@@ -60,6 +60,7 @@ def generate(
     conditioning_strength: float = DEFAULT_STRENGTH,
     decoder: Codec | None = None,
     offload: torch.device | None = None,
+    estimates: Callable[[Tensor], None] | None = None,
 ) -> Iterator[tuple[int, np.ndarray]]:
     """Return an iterator over (seed, uint8 (t h w c)), one clip per seed in order, computed batch by batch.
 
@@ -69,22 +70,21 @@ def generate(
     batches. The model sees ``window`` latent frames at a time, sharing ``overlap`` (None: half), joined by
     ``longer`` of LONG_VIDEO_METHODS. ``conditioning_frames``: {frame of the video, -1 the last: uint8 (h w c)
     of the clip's size}, with their guidance strength on the others. ``decoder`` decodes instead of ``codec``;
-    ``offload``: the device that parts visit while they compute.
-
-    InputError at the call for settings that do not fit; RunError, while iterating, for NaN/Inf.
+    parts visit the device ``offload`` while they compute. ``estimates``: see ``watched``. InputError at the
+    call for settings that do not fit; RunError, while iterating, for NaN/Inf.
     """
-    config = config or SampleConfig()
-    images = conditioning_frames or {}
+    config, images = config or SampleConfig(), conditioning_frames or {}
     join = choose("longer", longer, LONG_VIDEO_METHODS)
     shape = clip_shape(model, codec, frames, size, window)
     length = shape[0] if window is None else window
     visited, inside = check_settings(process, codec, config, len(seeds), shape, length, overlap)
     check_conditioning_frames(images, codec, shape)
     device = offload or next(model.parameters()).device
-    framed = bool(images) or (longer in FRAME_GUIDED and shape[0] > length)
-    check_cache_use(config, len(visited), framed and conditioning_strength > 0)
+    framed = conditioning_strength > 0 and (bool(images) or (longer in FRAME_GUIDED and shape[0] > length))
+    check_cache_use(config, len(visited), framed)
     caches = StepCaches(config.cache, visited)
     denoiser = condition(model, labels, prompts, len(seeds), config.guidance, dtype, device, inside, caches)
+    denoiser = watched(denoiser, process, estimates, window)
     walk = walker(config, process, device, conditioning_strength)
 
     def run() -> Iterator[tuple[int, np.ndarray]]:
@@ -93,13 +93,44 @@ def generate(
         parts = [slice(first, first + config.batch) for first in range(0, len(seeds), config.batch)]
         for index, part in enumerate(parts):
             advance = progress and partial_progress(progress, index, len(parts))
-            noise = SampleNoise(seeds[part])
+            drawn = SampleNoise(seeds[part]), known.to(device), mask
             with borrowed(model, device, next(model.parameters()).device):
-                z = join(walk, denoiser(part), noise, known.to(device), mask, length, overlap, advance)
+                z = join(walk, denoiser(part), *drawn, length, overlap, advance)
             yield from zip(seeds[part], decode(decoder or codec, z, seeds[part], offload), strict=True)
         caches.log()
 
     return run()
+
+
+def watched(
+    denoiser: Callable[[slice], DenoiseFunction],
+    process: Process | Flow,
+    estimates: Callable[[Tensor], None] | None,
+    window: int | None,
+) -> Callable[[slice], DenoiseFunction]:
+    """Return ``denoiser`` whose functions pass the z_0 (b f c h w) that each output implies to ``estimates``,
+    itself without. InputError with a ``window``, where z_0 is no whole clip.
+    """
+    if estimates is None:
+        return denoiser
+    check(
+        window is None,
+        f"a preview shows whole clips, but with window {window} the model sees a part of one at a time; "
+        "leave one of the two out",
+    )
+
+    def denoiser_of(part: slice) -> DenoiseFunction:
+        denoise = denoiser(part)
+
+        def call(z: Tensor, t: Tensor) -> Tensor:
+            output = denoise(z, t)
+            prediction, _ = process.split(output.detach(), z.detach())
+            estimates(process.estimate(prediction, z.detach(), t)[0])
+            return output
+
+        return call
+
+    return denoiser_of
 
 
 def decode(decoder: Codec, z: Tensor, seeds: Sequence[int], offload: torch.device | None) -> np.ndarray:

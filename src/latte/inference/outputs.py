@@ -28,6 +28,7 @@ from latte.checks import InputError, RunError, check, choose
 from latte.data.media import contact_sheet, probe, read_frames, write_gif, write_mp4
 from latte.diffusion.frame_conditioning import DEFAULT_STRENGTH
 from latte.files import commit_file, reported
+from latte.inference.compiled import is_compiled
 from latte.inference.requests import SampleRequest
 
 FORMAT = 1
@@ -53,6 +54,7 @@ class CallOptions(TypedDict, total=False):
     eta: float  # noise of ddim, 0 to 1
     order: int  # of dpmpp and unipc, 1 to 3
     guidance_interval: tuple[float, float]  # noise levels noise / signal that are guided; all by default
+    preview: bool  # the callback gets {"preview": uint8 (b t h w c)}, small
     cache: float  # threshold of the step cache; none by default
     batch_size: int  # videos generated at once; it does not change them
     window: int  # for longer videos than in training: latent frames that the model sees at a time
@@ -126,6 +128,8 @@ def clip_facts(pipe: Any, options: Mapping[str, Any], negative: str = "") -> dic
     if images:
         hashes = {str(frame): hashlib.sha256(image.tobytes()).hexdigest() for frame, image in images.items()}
         facts |= {"given": hashes, "given_strength": DEFAULT_STRENGTH}
+    if is_compiled(pipe.model):
+        facts["compile"] = True
     if pipe.decoder:
         facts["decoder"] = pipe.decoder.fingerprint
     if pipe.reader:

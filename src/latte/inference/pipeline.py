@@ -20,8 +20,9 @@ from latte.autoencoder.codec import Codec, CodecConfig, decoder_for
 from latte.checks import check, choose
 from latte.diffusion.config import DiffusionConfig, build_process
 from latte.diffusion.distilled import Distilled
-from latte.inference.callback import Callback, step_progress
-from latte.inference.clip_shape import latent_shapes
+from latte.inference.callback import Callback, step_options
+from latte.inference.clip_shape import latent_shapes, recorded_extras
+from latte.inference.compiled import compile_blocks
 from latte.inference.generate import SampleConfig, generate
 from latte.inference.outputs import (
     OUTPUT_TYPES,
@@ -101,6 +102,7 @@ class VideoPipeline(Conditioned):
         decoder: str | None = None,
         lora: str | Path | None = None,
         offload: bool = False,
+        compile: bool = False,
         prompts: Sequence[str] = (),
     ) -> Self:
         """Load 'builtin', a run folder or one of its checkpoints, a weights folder, an external checkpoint or
@@ -109,8 +111,8 @@ class VideoPipeline(Conditioned):
         A run provides its EMA weights. ``codec_path`` and ``text_encoder_path`` locate weights that have
         moved; ``codec`` and ``diffusion`` supply parts that the source does not record. ``decoder``: path or
         hub id of a KL autoencoder that decodes instead. ``text_bits`` 8 holds a T5 in int8. ``lora``:
-        adapters to merge. ``offload``: as ``enable_model_cpu_offload``. ``prompts`` are encoded now, before
-        the denoiser takes its memory; others can be encoded later.
+        adapters to merge. ``offload``: as ``enable_model_cpu_offload``. ``compile``: torch.compile of the
+        blocks. ``prompts`` are encoded now, before the denoiser takes its memory; others later.
         """
         work = resolve_device(device)
         home = offload_home(work) if offload else work
@@ -129,12 +131,13 @@ class VideoPipeline(Conditioned):
         pipe.distilled = stored.distilled
         network.trained_on(latent_shapes(codec, stored.buckets))
         pipe.dtype = resolve_dtype(dtype, work)
-        if offload:
-            pipe.offload = work
+        pipe.offload = work if offload else None
         if lora is not None:
             pipe.load_lora_weights(lora)
         if decoder is not None:
             pipe.decoder = decoder_for(pipe.codec, decoder)
+        if compile:
+            compile_blocks(pipe.model, work)
         return pipe
 
     def __call__(
@@ -183,7 +186,7 @@ class VideoPipeline(Conditioned):
         config = self.settings(options.pop("quality", None), **changes)
         default = self.frame_size()
         size = height or default[0], width or default[1]
-        with step_progress(self, callback_on_step_end) as progress:
+        with step_options(self, callback_on_step_end, options.pop("preview", False)) as watching:
             clips = self.generate(
                 seeds,
                 repeat(labels, count),
@@ -193,7 +196,7 @@ class VideoPipeline(Conditioned):
                 frames=num_frames,
                 size=size,
                 conditioning_frames=read_conditioning_frames(image, last_image, size),
-                progress=progress,
+                **watching,
                 **options,
             )
             return VideoPipelineOutput(convert(np.stack([clip for _, clip in clips])), seeds)
@@ -363,13 +366,9 @@ class VideoPipeline(Conditioned):
         codec = {"name": self.codec.name, "path": path, "fingerprint": self.codec.fingerprint}
         facts = {"diffusion": asdict(self.diffusion), "codec": codec, "classes": self.classes}
         facts |= {"sample": self.sample.recorded(), "about": dict(self.about)}
-        if self.distilled:
-            facts["distilled"] = asdict(self.distilled)
         if self.reader:
             facts["text"] = {**asdict(self.reader.config), "fingerprint": self.reader.fingerprint}
-        if self.buckets:
-            facts["buckets"] = [list(shape) for shape in self.buckets]
-        return facts
+        return facts | recorded_extras(self)
 
     @property
     def num_frames(self) -> int:

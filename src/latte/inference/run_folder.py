@@ -20,6 +20,7 @@ from latte.checkpoint.run import Checkpoint, load_checkpoint, load_latest
 from latte.checks import InputError, check, command_line
 from latte.diffusion.config import DiffusionConfig
 from latte.diffusion.distilled import Distilled
+from latte.inference.clip_shape import recorded_extras
 from latte.inference.generate import SampleConfig
 from latte.inference.stored import (
     StoredModel,
@@ -244,12 +245,9 @@ def run_facts(path: Path) -> tuple[Denoiser, Coverage, dict[str, Any]]:
         },
         "about": dict(stored.about),
     }
-    if stored.distilled:
-        facts["distilled"] = asdict(stored.distilled)
     if stored.text:
         facts["text"] = {**asdict(stored.text), "fingerprint": stored.text_fingerprint}
-    if stored.buckets:
-        facts["buckets"] = [list(shape) for shape in stored.buckets]
+    facts |= recorded_extras(stored)
     report = Coverage(str(path), f"run, step {checkpoint.step}", list(checkpoint.tensors["ema"]), [], [])
     return load_run_network(folder, sections, checkpoint), report, facts
 
