@@ -100,7 +100,7 @@ class Latte(Denoiser):
     def denoise(self, z: Tensor, c: Tensor, images: bool = False) -> Tensor:
         """Return (b f o h w) for latents (b f c h w) and condition (b f|1 d); ``images`` mix no frames."""
         grid = z.shape[-2] // self.config.patch_size, z.shape[-1] // self.config.patch_size
-        x = self.patch.embed(z, images)  # (b f n d)
+        x = self.patch.embed(z, images).to(z.dtype)  # (b f n d)
         x = x + spatial_table(*grid, x.shape[-1]).to(x)
         x = self.conditioning.enter(x, c)  # (b f n d), n+1 with all_tokens
         for index, block in enumerate(self.blocks):

@@ -145,7 +145,7 @@ def low_bit(model: Any, dtype: torch.dtype, device: torch.device) -> Any:
 
 
 def lowered(module: nn.Module, kind: Any, device: torch.device) -> nn.Module:
-    """Return ``module`` with low-bit linear layers, sharing all that is none."""
+    """Return ``module`` with low-bit linear layers, sharing every other part."""
     if isinstance(module, Modulation):
         return module
     if type(module) is nn.Linear:
@@ -162,5 +162,6 @@ def lowered(module: nn.Module, kind: Any, device: torch.device) -> nn.Module:
         for name, child in module._modules.items()
     }
     if type(module) is MLP:
-        return LowBitMLP(result._modules["fc1"], result._modules["fc2"])  # pyright: ignore[reportArgumentType]
+        first, second = (result._modules[name] for name in ("fc1", "fc2"))
+        return LowBitMLP(first, second)  # pyright: ignore[reportArgumentType]
     return result

@@ -154,7 +154,7 @@ class LatteText(Denoiser):
     def denoise(self, z: Tensor, c: Tensor, text: Tensor, mask: Tensor | None, temporal: bool) -> Tensor:
         """Return (b f o h w) for latents (b f c h w), timesteps c (b 1 d), captions (b g l k), g 1 or f."""
         grid = z.shape[-2] // self.config.patch_size, z.shape[-1] // self.config.patch_size
-        x = self.patch.embed(z)  # (b f n d)
+        x = self.patch.embed(z).to(z.dtype)  # (b f n d)
         x = x + scaled_table(*grid, self.config.spans, x.shape[-1]).to(x)
         shared = self.modulation(c)  # 6 chunks, each (b 1 1 d)
         text = self.caption(text)  # (b g l d)
