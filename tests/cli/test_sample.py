@@ -112,7 +112,7 @@ def test_solver_settings_reach_the_clips_and_their_record(latte, run_folder, tmp
         (["--cache", 0.1, "--steps", 1], "cache needs at least 4 steps"),
         (
             ["--quality", "fast", "--steps", 9],
-            "--quality fast (quality=) is unipc with 8 steps, but --steps 9",
+            "--quality fast (quality=) is unipc with 10 steps, but --steps 9",
         ),
         (
             ["--quality", "paper", "--sampler", "ddim"],
