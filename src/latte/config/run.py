@@ -107,7 +107,8 @@ class RunConfig:
             raise InputError("\n".join(problems))
         compression = compression_at(self.codec.name, self.codec.path)
         check_images(self.train.num_images, compression, self.codec.name)
-        check_network(self.train, self.network)
+        if self.train.layer_sync or self.train.frame_noise:  # a text model's configuration imports torch
+            check_network(self.train, self.network)
 
     @property
     def network(self) -> ModelConfig | TextConfig:
