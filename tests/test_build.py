@@ -161,7 +161,7 @@ def test_sheets_are_drawn_while_training(tmp_path):
     build(
         config(*words, "train.steps=3", "train.sample_every=2", f"run.dir={tmp_path}", recipe="shapes"), "cpu"
     ).train()
-    assert sorted(path.name for path in (tmp_path / "samples").iterdir()) == [
+    assert sorted(path.name for path in (tmp_path / "samples").glob("*.png")) == [
         "step-0000002.png",
         "step-0000003.png",
     ]

@@ -359,6 +359,8 @@ def test_the_heldout_loss_agrees_with_a_slow_loop(objective):
             "paper": output - eps,
             "min_snr": output - eps,
             "v": a * output + s * zt - eps,
+            "v_min_snr": a * output + s * zt - eps,
+            "z0": (zt - a * output) / s - eps,
             "rectified_flow": output - (eps - z0),
         }
         slow.append(error[objective].square().mean().item())
@@ -582,7 +584,7 @@ def test_losses_of_other_clips_and_other_noise_are_not_compared(tmp_path):
         append(plan.out / "results.jsonl", point(setting.run, seed, step, 1.0, 0.0, 5.0))
     plots = parseString(show(plan, settings, left, CPU)).getElementsByTagName("svg")
     shown = [{title.firstChild.data for title in plot.getElementsByTagName("title")} for plot in plots]
-    expected = {"paper (baseline)", "v", "min_snr"}
+    expected = {"paper (baseline)", "v", "min_snr", "v_min_snr", "z0"}
     assert shown == [expected | {"rectified_flow"}, expected, expected | {"rectified_flow"}], (
         "an accuracy of 0 is a sentence"
     )
