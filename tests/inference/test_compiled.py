@@ -21,7 +21,7 @@ def can_compile() -> bool:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.nightly)])
 def test_a_compiled_model_equals_eager_to_rounding(backend):
     if backend == "inductor" and not can_compile():
         pytest.skip("needs a compiler that torch.compile works with")
