@@ -115,20 +115,6 @@ def check_low_bit(dtype: "torch.dtype", device: "torch.device") -> None:
             raise InputError(f"dtype is int8, but the int8 matrix product of {device} is wrong; use fp32")
 
 
-def check_compile(device: "torch.device") -> None:
-    """InputError unless ``torch.compile`` works on ``device``, tried on a tiny function."""
-    import torch
-
-    try:
-        torch.compile(lambda x: 2 * x + 1)(torch.ones(8, device=device))
-    except (RuntimeError, ImportError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(
-            f"torch.compile does not work on {device} here ({reason}); install a C++ compiler (on a GPU also "
-            "Triton), or leave compile out"
-        ) from error
-
-
 @contextmanager
 def borrowed(part: Any, device: "torch.device", home: "torch.device") -> Iterator[None]:
     """Keep ``part`` (anything with ``to``) on ``device`` inside, and at ``home`` afterwards."""

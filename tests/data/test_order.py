@@ -60,6 +60,7 @@ def batches(world: int, workers: int, start: int, stop: int) -> list[tuple]:
 
 STARTS = (0, 1, 5, 11, 17)
 STOP = 20
+OFTEN = {(1, 0), (1, 17), (2, 1), (2, 11), (4, 5)}  # (processes, start) with workers; the others are nightly
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +82,14 @@ def quick_start(monkeypatch):
 
 
 @pytest.mark.usefixtures("quick_start")
-@pytest.mark.parametrize(("world", "start"), [(1, 0), (1, 17), (2, 1), (2, 11), (4, 5)])
+@pytest.mark.parametrize(
+    ("world", "start"),
+    [
+        pytest.param(world, start, marks=() if (world, start) in OFTEN else pytest.mark.nightly)
+        for world in (1, 2, 4)
+        for start in STARTS
+    ],
+)
 def test_workers_change_nothing(expected, world, start):
     """Those of the last process: starting workers for all of them takes a second each."""
     rank = world - 1

@@ -10,7 +10,7 @@ import torch._dynamo as dynamo
 from support import noise, wake
 from torch._dynamo.testing import CompileCounter
 
-from latte.model.denoiser import MAX_GRAPHS
+from latte.model.compiled import MAX_GRAPHS, compile_blocks
 from latte.model.latte import Latte, ModelConfig
 from latte.model.text import LatteText, TextConfig
 
@@ -76,10 +76,10 @@ def test_compiled_blocks_are_the_plain_ones_to_rounding(monkeypatch):
     compared by ``benchmarks/forward.py --compile blocks``.
     """
     compiler = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda *a, **k: compiler(*a, **k, backend="aot_eager"))
+    monkeypatch.setattr(torch, "compile", lambda *a, **k: compiler(*a, **{**k, "backend": "aot_eager"}))
     plain = awake(CLASSES)
     compiled = copy.deepcopy(plain)
-    compiled.compile_blocks()
+    compile_blocks(compiled, torch.device("cpu"))
     assert compiled.blocks[0]._compiled_call_impl is not None
     assert copy.deepcopy(compiled).blocks[0]._compiled_call_impl is None, "EMA weights are not compiled"
     assert compiled.state_dict().keys() == plain.state_dict().keys()

@@ -32,6 +32,7 @@ from latte.inference.conditioning_frames import check_conditioning_frames, encod
 from latte.inference.config import SampleConfig as SampleConfig
 from latte.inference.config import changed as changed
 from latte.inference.prompts import Prompts
+from latte.model.compiled import is_compiled
 from latte.model.conditioning import NULL_LABEL
 from latte.model.denoiser import Denoiser
 from latte.model.low_bit import KINDS, low_bit
@@ -290,6 +291,11 @@ def autocast(model: Denoiser, device: torch.device, dtype: torch.dtype) -> Calla
         return model
     if dtype in KINDS:
         check_low_bit(dtype, device)
+        check(
+            not is_compiled(model),
+            f"--compile (compile=) does not reach the layers of dtype {KINDS[dtype].name}; leave one of them "
+            "out",
+        )
         model = low_bit(model, dtype, device)
         if dtype == torch.int8:
             return model

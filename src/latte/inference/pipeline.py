@@ -22,7 +22,7 @@ from latte.diffusion.config import DiffusionConfig, build_process
 from latte.diffusion.distilled import Distilled
 from latte.inference.callback import Callback, step_options
 from latte.inference.clip_shape import latent_shapes, recorded_extras
-from latte.inference.compiled import compile_blocks
+from latte.model.compiled import compile_blocks
 from latte.inference.generate import SampleConfig, generate
 from latte.inference.outputs import (
     OUTPUT_TYPES,
@@ -137,7 +137,7 @@ class VideoPipeline(Conditioned):
         if decoder is not None:
             pipe.decoder = decoder_for(pipe.codec, decoder)
         if compile:
-            compile_blocks(pipe.model, work)
+            compile_blocks(pipe.model, work, "--compile (compile=)")
         return pipe
 
     def __call__(

@@ -20,8 +20,6 @@ from latte.model.conditioning import Modulation
 from latte.model.config import DenoiserConfig as DenoiserConfig
 from latte.model.pretrained import SavedModel
 
-MAX_GRAPHS = 64  # of all kinds of blocks together; beyond it torch runs a block uncompiled
-
 
 def condition_shape(clips: int, num_images: int) -> tuple[int, ...]:
     """Return the shape of a batch's labels: (b,), with images (b, 1+i)."""
@@ -97,14 +95,6 @@ class Denoiser(nn.Module, SavedModel):
     def zero_weights(self) -> Iterable[Tensor]:
         """Yield weights, beside the modulations', that start at 0."""
         yield self.final_linear.weight
-
-    def compile_blocks(self) -> None:
-        """Compile every block, and nothing around them, in place; names of weights stay what they are.
-
-        Blocks of one kind share their graphs: one for the first batch size, one for all others.
-        """
-        for block in self.blocks:
-            block.compile(recompile_limit=MAX_GRAPHS)
 
     def recompute(self, enabled: bool) -> None:
         """Make the backward pass recompute norms, modulation, GELU and gates, or save them: same output, less

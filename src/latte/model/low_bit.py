@@ -29,6 +29,8 @@ FP8_MAX = 448.0  # of float8_e4m3fn
 class Int8Linear(nn.Module):
     """A linear layer in int8; only for inference."""
 
+    name = "int8"
+
     weight: Tensor  # (k o) int8, columns contiguous
     scale: Tensor  # (1 o)
     bias: Tensor  # (o)
@@ -56,6 +58,8 @@ class Int8Linear(nn.Module):
 
 class Fp8Linear(nn.Module):
     """A linear layer in FP8 (e4m3) on a GPU that has it; only for inference."""
+
+    name = "fp8"
 
     weight: Tensor  # (k o) float8, columns contiguous
     scale: Tensor  # (1 o)
@@ -152,7 +156,7 @@ def lowered(module: nn.Module, kind: Any, device: torch.device) -> nn.Module:
         features = module.in_features, module.out_features
         check(
             device.type == "cpu" or all(count % MULTIPLE == 0 for count in features),
-            f"dtype is {kind.__name__.removesuffix('Linear').lower()}, but a layer has {features[0]} and "
+            f"dtype is {kind.name}, but a layer has {features[0]} and "
             f"{features[1]} features, and the GPU's products need multiples of {MULTIPLE}; use bf16 or fp32",
         )
         return kind(module).to(device)

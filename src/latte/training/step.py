@@ -17,9 +17,10 @@ from latte.autoencoder.codec import Codec
 from latte.checks import InputError
 from latte.diffusion.loss import UNIFORM, Loss, TimestepDraw, two_levels
 from latte.diffusion.process import NoisePath
+from latte.model.compiled import compile_blocks
 from latte.model.denoiser import Denoiser
 from latte.model.latte import ModelConfig
-from latte.runtime import check_compile, generator
+from latte.runtime import generator
 from latte.training.condition import Captions, Condition, Labels
 from latte.training.config import TrainConfig, layer_pair
 from latte.training.layer_sync import captured, misalignment
@@ -69,8 +70,7 @@ def set_up_blocks(model: Denoiser, config: TrainConfig, device: torch.device) ->
     model.gradient_checkpointing = config.gradient_checkpointing
     model.recompute(config.recompute)
     if config.compile:
-        check_compile(device)
-        model.compile_blocks()
+        compile_blocks(model, device, "train.compile")
 
 
 def backward(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""torch.compile for sampling: the blocks of a model, one by one, so that few graphs serve all of them."""
+"""torch.compile for training and sampling: the blocks of a model, one by one: few graphs serve all."""
 
 import logging
 import time
@@ -11,17 +11,22 @@ from latte.model.denoiser import Denoiser
 
 LOG = logging.getLogger(__name__)
 COMPILED = ("cpu", "cuda")  # devices
+MAX_GRAPHS = 64  # of all kinds of blocks together; beyond it torch runs a block uncompiled
 
 
-def compile_blocks(model: Denoiser, device: torch.device, backend: str = "inductor") -> None:
-    """Compile every block of ``model`` in place; the graphs themselves are built by its first calls.
+def compile_blocks(
+    model: Denoiser, device: torch.device, setting: str = "compile", backend: str = "inductor"
+) -> None:
+    """Compile every block of ``model``, and nothing around them, in place; names of weights stay what they
+    are.
 
-    InputError, naming what is missing, where torch cannot compile for ``device``. Outputs differ from those
-    without compilation by rounding.
+    Blocks of one kind share their graphs, which are built by the first calls: one for the first batch size,
+    one for all others. Outputs differ from those without compilation by rounding. InputError that names
+    ``setting`` and what is missing where torch cannot compile for ``device``.
     """
-    check_compiler(device, backend)
+    check_compiler(device, setting, backend)
     for block in model.blocks:
-        block.compile(backend=backend)
+        block.compile(backend=backend, recompile_limit=MAX_GRAPHS)
 
 
 def is_compiled(model: Denoiser) -> bool:
@@ -29,12 +34,11 @@ def is_compiled(model: Denoiser) -> bool:
     return any(getattr(block, "_compiled_call_impl", None) is not None for block in model.blocks)
 
 
-def check_compiler(device: torch.device, backend: str = "inductor") -> None:
+def check_compiler(device: torch.device, setting: str = "compile", backend: str = "inductor") -> None:
     """Raise InputError, naming what is missing, unless torch compiles a function for ``device``."""
     check(
         device.type in COMPILED,
-        f"--compile (compile=) is for the devices {' and '.join(COMPILED)}, but device is {device.type}; "
-        "leave it out",
+        f"{setting} is for the devices {' and '.join(COMPILED)}, but device is {device.type}; leave it out",
     )
     began = time.monotonic()
     try:
@@ -42,7 +46,7 @@ def check_compiler(device: torch.device, backend: str = "inductor") -> None:
             torch.compile(lambda x: x.cos() + 1, backend=backend)(torch.ones(8, device=device))
     except Exception as error:  # whatever the compiler behind torch raises
         reason = missing_part(error)
-        raise InputError(f"--compile (compile=): {reason}; install it, or leave --compile out") from error
+        raise InputError(f"{setting}: {reason}; install it, or leave {setting} out") from error
     LOG.info("torch.compile works for %s (%.0f s)", device.type, time.monotonic() - began)
 
 

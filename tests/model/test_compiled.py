@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from latte.checks import InputError
-from latte.inference.compiled import check_compiler, compile_blocks, is_compiled
+from latte.model.compiled import check_compiler, compile_blocks, is_compiled
 from latte.inference.outputs import clip_facts
 from tiny import tiny_trained
 
@@ -31,7 +31,7 @@ def test_a_compiled_model_equals_eager_to_rounding(backend):
     options |= {"frames": None, "size": None, "dtype": pipe.dtype}
     plain = pipe(**call).frames
     assert "compile" not in clip_facts(pipe, options)
-    compile_blocks(pipe.model, CPU, backend)
+    compile_blocks(pipe.model, CPU, backend=backend)
     assert is_compiled(pipe.model)
     assert clip_facts(pipe, options)["compile"] is True
     calls = torch._dynamo.utils.counters["stats"]["unique_graphs"]
@@ -64,3 +64,13 @@ def test_what_is_missing_is_named_in_one_line(monkeypatch, error, message):
 def test_other_devices_are_refused():
     with pytest.raises(InputError, match="for the devices cpu and cuda, but device is mps"):
         check_compiler(torch.device("mps"))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_low_bit_layers_are_not_said_to_be_compiled():
+    """Their model is a copy, and copies of blocks are not compiled."""
+    pipe = tiny_trained()
+    compile_blocks(pipe.model, CPU, backend="eager")
+    pipe.to(dtype="int8")
+    with pytest.raises(InputError, match="does not reach the layers of dtype int8; leave one of them out"):
+        pipe(class_labels="up", num_inference_steps=2)
