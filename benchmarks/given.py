@@ -39,7 +39,7 @@ Clip = tuple[ndarray, Scene | None]
 
 def add_arguments(parser: argparse.ArgumentParser, seed: int) -> None:
     """Add the options that this benchmark and ``longer`` share."""
-    parser.add_argument("model", nargs="?", default="builtin")
+    parser.add_argument("model", nargs="?", default="builtin-shapes")
     parser.add_argument("--count", type=int, default=96)
     parser.add_argument(
         "--seed",

@@ -110,7 +110,7 @@ def mean_of(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Measure, print one JSON line, return it."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("model", nargs="?", default="builtin")
+    parser.add_argument("model", nargs="?", default="builtin-shapes")
     parser.add_argument("--ways", nargs="+", default=["paper", "high", "fast"])
     parser.add_argument("--count", type=int, default=128, help="clips per seed")
     parser.add_argument("--real", type=int, default=1024, help="real clips")

@@ -31,7 +31,7 @@ SOLVERS = {
 def main(argv: Sequence[str] | None = None) -> dict:
     """Measure, print one JSON line, return it."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("model", nargs="?", default="builtin")
+    parser.add_argument("model", nargs="?", default="builtin-shapes")
     parser.add_argument("--count", type=int, default=8)
     parser.add_argument("--limit", type=int, default=500, help="steps of the limit")
     parser.add_argument("--steps", type=int, nargs="+", default=[5, 10, 20, 50])

@@ -26,7 +26,7 @@ COMMANDS = {
     "plan --help": ["plan", "--help"],
     "a wrong key": ["train", "shapes", "model.sise=S"],
     "plan ffs": ["plan", "ffs"],
-    "sample builtin --count 8": ["sample", "builtin", "--count", "8", "--out"],
+    "sample builtin-shapes --count 8": ["sample", "builtin-shapes", "--count", "8", "--out"],
 }
 
 

@@ -28,7 +28,7 @@ def psnr(clips: np.ndarray, reference: np.ndarray) -> float | None:
 def main(argv: Sequence[str] | None = None) -> dict:
     """Measure, print one JSON line, return it."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model", nargs="?", default="builtin")
+    parser.add_argument("model", nargs="?", default="builtin-shapes")
     parser.add_argument("--count", type=int, default=32)
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--sampler", default="dpmpp")

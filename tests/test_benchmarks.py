@@ -360,7 +360,7 @@ def test_int8_is_measured_against_float32(benchmark):
 
 
 def test_the_step_cache_is_compared_with_as_many_plain_steps(benchmark, capsys):
-    words = ["builtin", "--count", "2", "--steps", "8", "--thresholds", "0.000001", "0.5"]
+    words = ["builtin-shapes", "--count", "2", "--steps", "8", "--thresholds", "0.000001", "0.5"]
     line = benchmark("step_cache").main(words)
     assert json.loads(capsys.readouterr().out) == line
     never, often = line["cached"]

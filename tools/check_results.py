@@ -89,19 +89,20 @@ def sample_all(folder: Path) -> dict[str, str]:
     from latte import load_trained
 
     cases = [
-        ("builtin", [0, 1, 2, 3], {"labels": [0, 1, 2, 3]}),
-        (folder / "class", [4, 5, 6], {"labels": [0, 1, -1]}),
-        (folder / "joint", [7, 8], {"labels": [2, 3], "frames": 5}),
+        ("builtin", "builtin-shapes", [0, 1, 2, 3], {"labels": [0, 1, 2, 3]}),
+        ("class", folder / "class", [4, 5, 6], {"labels": [0, 1, -1]}),
+        ("joint", folder / "joint", [7, 8], {"labels": [2, 3], "frames": 5}),
         (
+            "text",
             folder / "text",
             [9, 10, 11],
             {"prompts": ["a red square moves left", "a blue circle", "up"], "negative": "down"},
         ),
     ]
     found = {}
-    for source, seeds, options in cases:
+    for name, source, seeds, options in cases:
         for seed, frames in load_trained(str(source), device="cpu").generate(seeds, **options):
-            found[f"sample {Path(source).name} {seed}"] = sha256(frames)
+            found[f"sample {name} {seed}"] = sha256(frames)
     return found
 
 

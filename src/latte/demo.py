@@ -57,7 +57,7 @@ class DemoConfig:
     """
 
     out: Path
-    model: str = "builtin"
+    model: str = "builtin-shapes"
     shown: int = 16  # clips that are written
     graded: int = 64  # clips that are generated and graded, the shown ones included
     graded_after: int = 16  # clips of the small model that are graded

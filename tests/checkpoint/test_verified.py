@@ -21,7 +21,7 @@ def folder(tmp_path, monkeypatch):
     """A weights folder that settled long ago, and an empty cache."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(verified, "SETTLED", -1.0)
-    VideoPipeline.from_pretrained("builtin").save_pretrained(tmp_path / "model")
+    VideoPipeline.from_pretrained("builtin-shapes").save_pretrained(tmp_path / "model")
     return tmp_path / "model"
 
 

@@ -184,16 +184,15 @@ def test_the_builtin_model_is_scored_by_the_builtin_detector(latte, sides, monke
     monkeypatch.setitem(
         protocols.PROTOCOLS, "two", replace(protocols.PROTOCOLS["builtin"], name="two", frames=8, clips=2)
     )
-    found = latte("evaluate", "shapes", "builtin", "--protocol", "two", "--device", "cpu", "--json")
+    found = latte("evaluate", "shapes", "builtin-shapes", "--protocol", "two", "--device", "cpu", "--json")
     assert found.code == 0, found.err
     assert found.json["value"] > 0
-    assert Path(found.json["manifest"]).parent == Path("evaluations/builtin-two")
-    assert sorted(path.name[:9] for path in (sides / "evaluations/builtin-two/samples").glob("*.mp4")) == [
-        "seed-0000",
-        "seed-0001",
-    ]
+    assert Path(found.json["manifest"]).parent == Path("evaluations/builtin-shapes-two")
+    assert sorted(
+        path.name[:9] for path in (sides / "evaluations/builtin-shapes-two/samples").glob("*.mp4")
+    ) == ["seed-0000", "seed-0001"]
     replay = json.loads(Path(found.json["manifest"]).read_text())["replay"]
-    assert (replay["model"], replay["sample_seed"]) == ("builtin", 0)
+    assert (replay["model"], replay["sample_seed"]) == ("builtin-shapes", 0)
 
 
 def features(seed, rows=60, shift=0.0):

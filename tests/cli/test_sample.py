@@ -338,7 +338,7 @@ def test_an_output_that_cannot_be_a_folder_is_refused_before_the_model_is_read(
     os.mkfifo(tmp_path / "fifo")
     monkeypatch.setattr("latte.inference.pipeline.open_source", lambda *_: pytest.fail("the model was read"))
     before = sorted(path.name for path in tmp_path.iterdir())
-    found = latte("sample", "builtin", "--out", place)
+    found = latte("sample", "builtin-shapes", "--out", place)
     assert (found.code, len(found.errors)) == (2, 1), found.err
     assert "--out" in found.errors[0]
     assert sorted(path.name for path in tmp_path.iterdir()) == before

@@ -55,7 +55,7 @@ def test_settings_help_and_bad_keys_import_no_torch(words, expected):
 
 def test_sampling_with_the_built_in_model_imports_no_diffusers_and_no_compiler(tmp_path):
     code, modules = imported(
-        "sample", "builtin", "--count", "1", "--steps", "2", "--out", str(tmp_path / "clips")
+        "sample", "builtin-shapes", "--count", "1", "--steps", "2", "--out", str(tmp_path / "clips")
     )
     assert code in (0, None)
     assert len(list((tmp_path / "clips").glob("*.mp4"))) == 1

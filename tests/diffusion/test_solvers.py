@@ -278,7 +278,7 @@ def test_sampling_does_not_import_diffusers():
 import sys
 from latte.inference.generate import SampleConfig
 from latte.inference.pipeline import VideoPipeline
-pipe = VideoPipeline.from_pretrained("builtin", device="cpu", dtype="fp32")
+pipe = VideoPipeline.from_pretrained("builtin-shapes", device="cpu", dtype="fp32")
 for sampler in ("dpmpp", "unipc", "euler", "heun", "ddim", "ddpm"):
     list(pipe.generate([0], ["up"], config=SampleConfig(sampler=sampler, steps=2)))
 print(sorted(name for name in sys.modules if name.startswith("diffusers")))

@@ -23,6 +23,7 @@ from latte.checks import InputError
 from latte.config.run import load_run
 from latte.inference.generate import SampleConfig
 from latte.inference.pipeline import VideoPipeline
+from latte.interop.readers import BUILTIN
 from latte.model.latte import Latte
 from latte.model.text import LatteText
 from latte.text.builtin import BuiltinEncoder
@@ -211,7 +212,7 @@ def test_what_is_no_model_is_refused_with_what_would_be(tmp_path):
 
 
 def test_a_missing_builtin_model_is_an_error(tmp_path, monkeypatch):
-    monkeypatch.setattr("latte.interop.resolve.BUILTIN", tmp_path)
+    monkeypatch.setitem(BUILTIN, "builtin", tmp_path)
     with pytest.raises(InputError, match="install latte again"):
         VideoPipeline.from_pretrained(device="cpu")
 
@@ -262,7 +263,7 @@ def test_the_names_of_0_1_0_still_work_and_warn():
     with pytest.deprecated_call(match="VideoPipeline"):
         assert latte.Trained is latte.VideoPipeline
     with pytest.deprecated_call(match=r"VideoPipeline\.from_pretrained"):
-        trained = latte.load_trained("builtin", "cpu")
+        trained = latte.load_trained("builtin-shapes", "cpu")
     config = SampleConfig(sampler="ddim", steps=1)
     image = np.zeros((64, 64, 3), np.uint8)
     with pytest.deprecated_call(match="conditioning_frames"):

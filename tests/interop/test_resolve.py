@@ -9,6 +9,7 @@ from reference.official import released_state
 
 from latte.checks import InputError
 from latte.interop.export import save_ours
+from latte.interop.readers import BUILTIN
 from latte.interop.resolve import KINDS, resolve
 from latte.model.latte import Latte, ModelConfig
 
@@ -54,12 +55,13 @@ def test_a_local_source_has_one_kind(name, kind, path, places):
     assert found.step == (12 if kind == "checkpoint" else None)
 
 
-def test_builtin_is_a_weights_folder_of_the_package(monkeypatch, tmp_path):
-    found = resolve("builtin")
+@pytest.mark.parametrize("name", BUILTIN)
+def test_a_model_of_the_package_is_a_weights_folder(monkeypatch, tmp_path, name):
+    found = resolve(name)
     assert (found.kind, found.origin, (found.path / "config.json").is_file()) == ("weights", "builtin", True)
-    monkeypatch.setattr("latte.interop.resolve.BUILTIN", tmp_path)
-    with pytest.raises(InputError, match="install latte again"):
-        resolve("builtin")
+    monkeypatch.setitem(BUILTIN, name, tmp_path)
+    with pytest.raises(InputError, match=f"{name}.*install latte again"):
+        resolve(name)
 
 
 def test_layouts_follow_from_the_tensors(places):

@@ -29,7 +29,7 @@ Out = Annotated[
     typer.Option(metavar="FOLDER", help="By default the first unused of runs/demo, runs/demo-2, ..."),
 ]
 Model = Annotated[
-    str, typer.Option(metavar="MODEL", help="A model of moving shapes: builtin, a run or a weights folder.")
+    str, typer.Option(metavar="MODEL", help="A model of moving shapes: builtin-shapes, a run, weights.")
 ]
 Count = Annotated[int, typer.Option(help="Clips to write, labels in turn.")]
 Graded = Annotated[int, typer.Option(help="Clips to generate and grade, the written ones included.")]
@@ -40,7 +40,7 @@ Seed = Annotated[int, typer.Option(help="Seed of the first clip and of the train
 def demo(
     overrides: Small = None,
     out: Out = None,
-    model: Model = "builtin",
+    model: Model = "builtin-shapes",
     count: Count = 16,
     graded: Graded = 64,
     seconds: Seconds = 60.0,

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 Model = Annotated[
     str,
     typer.Argument(
-        metavar="MODEL", help="The teacher: a run folder, a weights folder, a hub id, or builtin."
+        metavar="MODEL", help="The teacher: a run folder, a weights folder, a hub id, or builtin-shapes."
     ),
 ]
 Steps = Annotated[int, typer.Option(help="Steps of the student.")]

@@ -15,7 +15,7 @@ from latte.cli.options import Debug, Device, Json, configure_logging, print_resu
 
 Folder = "A folder of videos or of frame folders, or latent shards"
 File = "or, with --protocol external, a file of features or of mu and sigma"
-Model = "or a model (a run folder, a weights folder, builtin)"
+Model = "or a model (a run folder, a weights folder, builtin-shapes)"
 Real = Annotated[str | None, typer.Argument(metavar="[REAL]", help=f"{Folder}, {File}.", show_default=False)]
 Fake = Annotated[
     str | None, typer.Argument(metavar="[FAKE]", help=f"{Folder}, {Model}, {File}.", show_default=False)

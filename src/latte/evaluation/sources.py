@@ -71,7 +71,7 @@ class ClipSource(Interface):
 
     @property
     def name(self) -> str:
-        """What a replay opens again: an absolute path, a hub id or 'builtin'."""
+        """What a replay opens again: an absolute path, a hub id or a model of the package."""
         ...
 
     @property

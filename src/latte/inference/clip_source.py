@@ -14,17 +14,18 @@ from latte.checkpoint.run import latest_checkpoint
 from latte.checks import InputError, check
 from latte.inference.pipeline import VideoPipeline
 from latte.inference.requests import SampleRequest, class_requests
+from latte.interop.readers import BUILTIN
 from latte.interop.resolve import kind_of_path, resolve
 
 MODELS = ("run", "checkpoint", "weights", "pipeline")  # kinds of a path, not of a folder of videos
 
 
 def is_model(source: str) -> bool:
-    """Return whether ``source`` is a model that can generate clips: 'builtin', or a folder with weights and
-    settings.
+    """Return whether ``source`` is a model that can generate clips: one of the package, or a folder with
+    weights and settings.
     """
     path = Path(source)
-    return kind_of_path(path) in MODELS or (source == "builtin" and not path.exists())
+    return kind_of_path(path) in MODELS or (source in BUILTIN and not path.exists())
 
 
 class ModelClips:
@@ -39,7 +40,8 @@ class ModelClips:
 
     @property
     def name(self) -> str:
-        """Return the model's absolute path, so that a replay may start in another folder, or 'builtin'."""
+        """Return the model's absolute path, so that a replay may start in another folder, or the
+        name of one in the package."""
         return str(Path(self.model).absolute()) if Path(self.model).exists() else self.model
 
     @cached_property

@@ -61,7 +61,7 @@ T = TypeVar("T")
 
 @dataclass(eq=False)
 class VideoPipeline(Conditioned):
-    """Generate videos: ``VideoPipeline.from_pretrained("builtin")(class_labels=["up"], seed=7).frames``.
+    """Generate videos: ``VideoPipeline.from_pretrained("builtin-shapes")(class_labels=["up"]).frames``.
 
     ``name`` is the source, ``weights`` the hash of the weights, ``classes`` the class names in label order,
     ``sample`` the default settings, ``reader`` the prompt reader of a text model, ``about`` the training
@@ -105,8 +105,8 @@ class VideoPipeline(Conditioned):
         compile: bool = False,
         prompts: Sequence[str] = (),
     ) -> Self:
-        """Load 'builtin', a run folder or one of its checkpoints, a weights folder, an external checkpoint or
-        a hub id. InputError when a part is missing, altered or does not fit the model.
+        """Load a model of the package, a run folder or one of its checkpoints, a weights folder, an external
+        checkpoint or a hub id. InputError when a part is missing, altered or does not fit the model.
 
         A run provides its EMA weights. ``codec_path`` and ``text_encoder_path`` locate weights that have
         moved; ``codec`` and ``diffusion`` supply parts that the source does not record. ``decoder``: path or

@@ -27,7 +27,7 @@ TARGETS: dict[str, Callable[[list[str]], bool]] = {
 class Start(NamedTuple):
     """The pretrained weights of a fresh run."""
 
-    source: str  # file, folder, hub id, run or one of its checkpoints, or builtin
+    source: str  # file, folder, hub id, run or one of its checkpoints, or a name in BUILTIN
     mapping: str = "all"  # for a DiT: which of our blocks its blocks initialise
     gaps: tuple[str, ...] = ()  # patterns of our names that the source may lack
 

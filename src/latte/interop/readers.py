@@ -27,7 +27,9 @@ from latte.interop.archive import BROKEN, MAX_PICKLE, collect, entry_bytes, read
 from latte.interop.pickles import Global, Machine, Refused, StorageRef, name_of
 from latte.tensors import check_weights
 
-BUILTIN = Path(str(resources.files("latte"))) / "builtin"
+PACKAGE = Path(str(resources.files("latte")))
+# the models in the package
+BUILTIN = {"builtin": PACKAGE / "builtin_shapes", "builtin-shapes": PACKAGE / "builtin_shapes"}
 SAFE = (".safetensors",)
 PICKLED = (".pt", ".pth", ".bin", ".ckpt")
 DIFFUSERS = "diffusion_pytorch_model"
@@ -87,13 +89,13 @@ def fetch(source: str | Path) -> Path:
     """Return the local path of ``source``: a path as it is, a hub id (owner/name or owner/name/file) after
     its download.
 
-    ``builtin`` is the folder in the package. Offline, only the cache of the hub is used. InputError when
-    there is neither.
+    A name in BUILTIN is that folder of the package. Offline, only the cache of the hub is used. InputError
+    when there is neither.
     """
     path = Path(source)
     name = str(source)
-    if name == "builtin":
-        return BUILTIN
+    if name in BUILTIN:
+        return BUILTIN[name]
     try:
         if name.strip() and path.exists():
             return path

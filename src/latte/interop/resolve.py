@@ -20,7 +20,7 @@ KINDS = {
     "pipeline": f"a diffusers pipeline folder ({INDEX})",
     "external": f"an external checkpoint (file or folder: {', '.join(SAFE + PICKLED)})",
     "hub": "a hub id (owner/name)",
-    "builtin": "builtin",
+    "builtin": f"a model of the package ({', '.join(BUILTIN)})",
 }
 
 
@@ -30,8 +30,8 @@ class Source:
 
     ``path`` is the local file or folder: of a checkpoint its own folder, of a weight file inside a weights
     folder that folder, of a hub id the download. ``origin`` is local, hub or builtin. The kind of a hub id
-    is ``hub`` only as long as nothing was fetched; afterwards it is what the download holds. The kind of
-    ``builtin`` is ``weights``.
+    is ``hub`` only as long as nothing was fetched; afterwards it is what the download holds. The kind of a
+    name in BUILTIN is ``weights``.
     """
 
     name: str
@@ -66,12 +66,13 @@ def resolve(source: str | Path, field: str = "MODEL", download: bool = True) -> 
     that was looked for, when it is not one of KINDS.
     """
     name, path = str(source), Path(source)
-    if name == "builtin":
-        if not (BUILTIN / CONFIG).is_file():
+    if name in BUILTIN:
+        folder = BUILTIN[name]
+        if not (folder / CONFIG).is_file():
             raise InputError(
-                f"{field} is 'builtin', but this installation lacks {BUILTIN / CONFIG}; install latte again"
+                f"{field} is {name!r}, but this installation lacks {folder / CONFIG}; install latte again"
             )
-        return Source(name, "weights", BUILTIN, "builtin")
+        return Source(name, "weights", folder, "builtin")
     try:
         exists = bool(name.strip()) and path.exists()
     except (OSError, ValueError) as error:  # a name that no file can have
