@@ -73,6 +73,7 @@ def test_precision_compares_with_a_model_that_computes_the_same(benchmark, capsy
     assert line["fp32"]["relative_rms"] < 1e-5, "the reference is ours, organised otherwise"
     assert line["fp32"]["relative_rms"] < line["int8"]["relative_rms"] < 0.02
     assert all(line[name]["ratio"] > 0 for name in ("fp32", "bf16", "int8"))
+    assert line["fastest"]["name"] in ("fp32", "bf16")
 
 
 def test_latent_clips_are_counted_for_both_ways_of_reading(benchmark, capsys):

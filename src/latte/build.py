@@ -48,6 +48,7 @@ from latte.text.encoders import TEXT_ENCODERS, build_text_encoder
 from latte.training.callbacks import Callback
 from latte.training.condition import CaptionReader
 from latte.training.config import check_decay
+from latte.training.step import with_dtype
 from latte.training.trackers import check_trackers
 from latte.training.train import train
 from latte.training.validation import Score, check_held_out
@@ -153,6 +154,9 @@ def build(config: RunConfig, device: str = "auto") -> Job:
     check_held_out(config.train, held_out)
     captions = read_captions(config, dataset, resolved)
     model = build_model(config.network, config.run.seed)
+    if rank() == 0:  # training passes it to the other processes
+        folder = Path(config.run.dir or DEFAULT_DIR)
+        config = replace(config, train=with_dtype(config.train, config.network, resolved, folder))
     return Job(config, model, training, codec, resolved, captions, held_out)
 
 

@@ -29,7 +29,6 @@ from latte.files import reported
 from latte.inference.outputs import check_output_folder, write_clips
 from latte.inference.pipeline import VideoPipeline
 from latte.inference.requests import SampleRequest
-from latte.runtime import resolve_device, resolve_dtype
 
 NAMES = tuple(DIRECTIONS)
 SMALL = (
@@ -228,13 +227,12 @@ def run_demo(config: DemoConfig, device: str, dtype: str, progress: Progress, no
     build(
         load_run("shapes", [*SMALL, *config.overrides])[0], device
     )  # wrong settings are found before the work
-    precision = resolve_dtype(dtype, resolve_device(device))
-    pipe = VideoPipeline.from_pretrained(config.model, device=device, dtype=precision)
+    pipe = VideoPipeline.from_pretrained(config.model, device=device, dtype=dtype)
     note(f"generating {config.graded} clips with model {config.model}")
     shown = generate(pipe, config.out / "clips", config.shown, config.graded, config.seed, progress)
     trained = train_small(config, device, note)
     note("generating clips with the small model")
-    small = VideoPipeline.from_pretrained(config.out / "run", device=device, dtype=precision)
+    small = VideoPipeline.from_pretrained(config.out / "run", device=device, dtype=pipe.dtype)
     folder = config.out / "new-clips"
     after = generate(small, folder, len(NAMES), config.graded_after, config.seed, progress)
     seconds = time.perf_counter() - began

@@ -8,6 +8,7 @@ leaves behind is removed by ``sweep_checkpoints``, and only in the ``checkpoints
 """
 
 import hashlib
+import json
 import os
 import re
 import secrets
@@ -16,6 +17,7 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
@@ -176,6 +178,27 @@ def user_cache() -> Path:
     """
     base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     return Path(base if os.path.isabs(base) else os.devnull) / "latte"
+
+
+def kept_entries(name: str) -> dict[str, Any]:
+    """Return what ``keep_entry`` has put into the file ``name`` of the user's cache; {} for a damaged one."""
+    try:
+        entries = json.loads((user_cache() / name).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return entries if isinstance(entries, dict) else {}
+
+
+def keep_entry(name: str, key: str, value: Any, most: int = 256) -> None:
+    """Put ``value``, plain data, under ``key`` into the file ``name`` of the user's cache, where the ``most``
+    newest stay; without a cache that can be written do nothing.
+    """
+    entries = kept_entries(name)
+    entries.pop(key, None)
+    entries = dict([*entries.items(), (key, value)][-most:])
+    with suppress(OSError, InputError):
+        user_cache().mkdir(parents=True, exist_ok=True)
+        commit_file(user_cache() / name, json.dumps(entries))
 
 
 @cache

@@ -8,6 +8,7 @@ Generators live on the CPU, so a seed means the same numbers on every device.
 
 import hashlib
 import os
+import platform
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -28,6 +29,8 @@ DTYPES: Table[str, "torch.dtype"] = Table(
         "fp8": Later("torch:float8_e4m3fn"),
     }
 )
+
+FASTEST = "fastest"  # instead of a dtype: measured for a model, see latte.model.fastest
 
 
 def rank() -> int:
@@ -76,6 +79,10 @@ def resolve_dtype(dtype: "str | torch.dtype", device: "torch.device") -> "torch.
     """
     import torch
 
+    if dtype == FASTEST:
+        raise InputError(
+            "dtype is fastest, which is measured for a model, but there is none here; give auto or a dtype"
+        )
     if dtype == "auto":
         return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
     if isinstance(dtype, torch.dtype):
@@ -113,6 +120,22 @@ def check_low_bit(dtype: "torch.dtype", device: "torch.device") -> None:
             ) from error
         if not right:
             raise InputError(f"dtype is int8, but the int8 matrix product of {device} is wrong; use fp32")
+
+
+def machine_name(device: "torch.device") -> str:
+    """Return what decides the speed of ``device``: a GPU's name, or a processor's with torch's threads."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            models = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
+    except OSError:
+        models = []
+    name = models[0] if models else platform.processor() or platform.machine()
+    capability = torch.backends.cpu.get_cpu_capability()
+    return f"{device.type} {name} {capability} {torch.get_num_threads()} threads"
 
 
 @contextmanager

@@ -64,6 +64,15 @@ def describe_run(
             file.write(f"{now} {command}\n")
 
 
+def recorded_setting(run_dir: Path, section: str, key: str) -> object:
+    """Return the value of ``section.key`` in the config.yaml of ``run_dir``; None without."""
+    try:
+        config = yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8"))
+        return config[section][key]
+    except (OSError, ValueError, yaml.YAMLError, LookupError, TypeError):
+        return None
+
+
 def environment(device: "torch.device") -> dict[str, object]:
     """Versions of what computes, the device, the threads and the source's commit."""
     import torch

@@ -7,13 +7,12 @@ size and date, is verified again. A file that changed within the last seconds is
 times have a finite resolution. ``XDG_CACHE_HOME=/dev/null`` turns this off.
 """
 
-import json
 import os
 import time
 from contextlib import suppress
 from pathlib import Path
 
-from latte.files import commit_file, user_cache
+from latte.files import keep_entry, kept_entries
 
 FILE = "verified.json"
 MAX_FILES = 256  # the newest ones stay
@@ -30,9 +29,11 @@ def known_sha256(path: Path) -> str | None:
     """Return the hash of the tensors in the file ``path`` if it was verified and has not changed, else
     None.
     """
+    entry = kept_entries(FILE).get(os.path.realpath(path))
+    if not isinstance(entry, list) or len(entry) != 2 or not isinstance(entry[1], str):
+        return None
     with suppress(OSError):
-        entry = _read().get(os.path.realpath(path))
-        if entry is not None and entry[0] == stamp(path):
+        if entry[0] == stamp(path):
             return entry[1]
     return None
 
@@ -42,20 +43,5 @@ def remember(path: Path, before: list[int], sha256: str) -> None:
     and have the hash ``sha256``.
     """
     with suppress(OSError):
-        if stamp(path) != before or time.time() - max(before[3:]) / 1e9 < SETTLED:
-            return
-        entries = _read()
-        name = os.path.realpath(path)
-        entries.pop(name, None)
-        kept = dict([*entries.items(), (name, [before, sha256])][-MAX_FILES:])
-        user_cache().mkdir(parents=True, exist_ok=True)
-        commit_file(user_cache() / FILE, json.dumps(kept))
-
-
-def _read() -> dict[str, list]:
-    """Return real path -> [stamp, hash]; {} without a file, or with one that cannot be understood."""
-    try:
-        entries = json.loads((user_cache() / FILE).read_text(encoding="utf-8"))
-        return {str(name): [[*map(int, stamp)], str(sha256)] for name, (stamp, sha256) in entries.items()}
-    except (OSError, ValueError, TypeError, AttributeError):
-        return {}
+        if stamp(path) == before and time.time() - max(before[3:]) / 1e9 >= SETTLED:
+            keep_entry(FILE, os.path.realpath(path), [before, sha256], MAX_FILES)

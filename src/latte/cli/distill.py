@@ -63,6 +63,7 @@ def distill(
     from latte.inference.pipeline import VideoPipeline
     from latte.inference.trajectories import Teacher
     from latte.training.config import TrainConfig
+    from latte.training.step import with_dtype
 
     configure_logging()
     check(clips >= 1, f"--clips must be at least 1, got {clips}")
@@ -83,6 +84,7 @@ def distill(
         log_every=20,
     )
     folder = out or Path("runs") / f"{Path(pipe.name).name}-{steps}steps"
+    config = with_dtype(config, pipe.model.config, pipe.device, folder)
     result = distil(teacher, config, folder, clips, seed, progress_line("teacher", 0, 1))
     code = result.pop("interrupted")
     lines = [f"{key}: {result[key]}" for key in ("run", "step", "loss", "checkpoint")]

@@ -71,9 +71,9 @@ def _axes() -> Iterable[str]:
 
 
 def _dtypes() -> Iterable[str]:
-    from latte.runtime import DTYPES
+    from latte.runtime import DTYPES, FASTEST
 
-    return ("auto", *DTYPES)
+    return ("auto", FASTEST, *DTYPES)
 
 
 def _training_dtypes() -> Iterable[str]:

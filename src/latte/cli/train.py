@@ -51,6 +51,7 @@ def train(
     from latte.build import build  # torch, after the settings were found good
 
     job = build(config, device)
+    config = job.config
     score = None
     if config.train.score_every and job.codec is not None:
         from latte.scoring import Scorer

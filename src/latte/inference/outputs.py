@@ -28,8 +28,8 @@ from latte.checks import InputError, RunError, check, choose
 from latte.data.media import contact_sheet, probe, read_frames, write_gif, write_mp4
 from latte.diffusion.frame_conditioning import DEFAULT_STRENGTH
 from latte.files import commit_file, reported
-from latte.model.compiled import is_compiled
 from latte.inference.requests import SampleRequest
+from latte.model.compiled import is_compiled
 
 FORMAT = 1
 RECORD = "clips.json"

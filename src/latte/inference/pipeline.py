@@ -22,7 +22,6 @@ from latte.diffusion.config import DiffusionConfig, build_process
 from latte.diffusion.distilled import Distilled
 from latte.inference.callback import Callback, step_options
 from latte.inference.clip_shape import latent_shapes, recorded_extras
-from latte.model.compiled import compile_blocks
 from latte.inference.generate import SampleConfig, generate
 from latte.inference.outputs import (
     OUTPUT_TYPES,
@@ -47,8 +46,10 @@ from latte.inference.run_folder import open_source
 from latte.inference.stored import Shapes, check_complete, offload_home, open_codec, open_reader
 from latte.interop.export import publish, save_ours
 from latte.interop.lora import CLIPS, load_lora, merged
+from latte.model.compiled import compile_blocks
 from latte.model.denoiser import Denoiser
-from latte.runtime import DTYPES, resolve_device, resolve_dtype
+from latte.model.fastest import dtype_for
+from latte.runtime import DTYPES, resolve_device
 from latte.tensors import tensors_sha256
 from latte.text.encoders import same_weights
 
@@ -130,7 +131,7 @@ class VideoPipeline(Conditioned):
         pipe.buckets = stored.buckets
         pipe.distilled = stored.distilled
         network.trained_on(latent_shapes(codec, stored.buckets))
-        pipe.dtype = resolve_dtype(dtype, work)
+        pipe.dtype = dtype_for(dtype, work, network.config, stored.sample.batch, training=False)
         pipe.offload = work if offload else None
         if lora is not None:
             pipe.load_lora_weights(lora)

@@ -5,7 +5,7 @@ Counting needs neither data nor weights. Only the number of epochs needs the dat
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,8 @@ from latte.profile.flops import Table3, count, encoding_operations, table3
 from latte.profile.memory import Adapt, States, activations, fresh, states
 from latte.profile.sampling_memory import staging
 from latte.profile.step_time import step_seconds
-from latte.runtime import resolve_device, resolve_dtype, world_size
+from latte.runtime import FASTEST, resolve_device, resolve_dtype, world_size
+from latte.training.step import with_dtype
 
 
 @dataclass(frozen=True)
@@ -129,6 +130,9 @@ def plan(
         processes = world_size()
     check_processes(train.global_batch, processes)
     check_world(train.global_batch, processes, config.buckets)
+    if measure or planned_device.type == "cpu" or torch.cuda.is_available():
+        train = with_dtype(train, model, planned_device)
+    config = replace(config, train=train)
     dtype = dtype_of("auto", planned_device)
     sampling = staging(model, config.codec, config.text, config.sample, planned_device, dtype).facts()
     cost = count(model, config.text.tokens)
@@ -235,7 +239,7 @@ def device_of(name: str, needed: bool) -> torch.device:
 
 def dtype_of(name: str, device: torch.device) -> torch.dtype:
     """Return ``resolve_dtype`` for a device that need not exist: a missing GPU is taken to have bfloat16."""
-    if name == "auto" and device.type == "cuda" and not torch.cuda.is_available():
+    if name in ("auto", FASTEST) and device.type == "cuda" and not torch.cuda.is_available():
         return torch.bfloat16
     return resolve_dtype(name, device)
 

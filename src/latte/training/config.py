@@ -8,6 +8,7 @@ from latte.checks import InputError, check, check_name
 from latte.diffusion.config import TIMES
 from latte.interop.config import MAPPINGS, Start
 from latte.model.config import DenoiserConfig
+from latte.runtime import FASTEST
 from latte.tables import Later, Table
 
 if TYPE_CHECKING:
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
 DEFAULT_TIMEOUT = 300.0  # seconds
 # fp16 gradients underflow without loss scaling, so fp16 is not among them.
-TRAINING_DTYPES = ("auto", "fp32", "bf16")
+TRAINING_DTYPES = ("auto", FASTEST, "fp32", "bf16")
 OPTIMIZERS: Table[str, "OptimizerKind"] = Table(
     {
         "adamw": Later("latte.training.optim:ADAMW"),
@@ -84,7 +85,7 @@ class TrainConfig:
     timesteps: str = "uniform"  # distribution of the noise level in training, a key of TIMES
     timestep_shift: float = 1.0  # above 1: more noise, for clips of many tokens (Esser et al. 2024, eq. 23)
     frame_noise: float = 0.0  # share of the clips whose frames have one of two noise levels each
-    dtype: str = "auto"  # precision of matrix products; auto: bf16 on a GPU that has it, else fp32
+    dtype: str = "auto"  # of matrix products; auto: bf16 on a GPU that has it, else fp32; fastest: measured
     compile: bool = False  # torch.compile every block
     recompute: bool = False  # recompute norms, modulation, GELU and gates in backward: half the activations
     gradient_checkpointing: bool = False  # keep only the inputs of blocks, recompute the rest in backward

@@ -7,23 +7,30 @@ by the global batch: so a step is the same, to rounding, for every micro batch a
 Axes: b batch, f frames, f' latent frames, i images, c channels, h height, w width.
 """
 
+import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from latte.autoencoder.codec import Codec
+from latte.checkpoint.record import recorded_setting
 from latte.checks import InputError
 from latte.diffusion.loss import UNIFORM, Loss, TimestepDraw, two_levels
 from latte.diffusion.process import NoisePath
 from latte.model.compiled import compile_blocks
+from latte.model.config import DenoiserConfig
 from latte.model.denoiser import Denoiser
+from latte.model.fastest import CANDIDATES, fastest
 from latte.model.latte import ModelConfig
-from latte.runtime import generator
+from latte.runtime import FASTEST, generator, world_size
 from latte.training.condition import Captions, Condition, Labels
 from latte.training.config import TrainConfig, layer_pair
 from latte.training.layer_sync import captured, misalignment
+
+LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -71,6 +78,23 @@ def set_up_blocks(model: Denoiser, config: TrainConfig, device: torch.device) ->
     model.recompute(config.recompute)
     if config.compile:
         compile_blocks(model, device, "train.compile")
+
+
+def with_dtype(
+    config: TrainConfig, shape: DenoiserConfig, device: torch.device, run_dir: Path | None = None
+) -> TrainConfig:
+    """Return ``config`` with a dtype in the place of 'fastest': the one that the run in ``run_dir`` began
+    with, so that resuming changes no number, otherwise the measured one.
+    """
+    if config.dtype != FASTEST:
+        return config
+    name = run_dir and recorded_setting(run_dir, "train", "dtype")
+    if name in CANDIDATES:
+        LOG.info("dtype: %s, as recorded in %s; to change it, give a dtype instead of fastest", name, run_dir)
+        return replace(config, dtype=str(name))
+    share = max(config.global_batch // world_size(), 1)
+    clips = min(config.micro_batch or share, share)
+    return replace(config, dtype=fastest(shape, device, clips, training=True))
 
 
 def backward(

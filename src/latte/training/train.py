@@ -52,7 +52,7 @@ from latte.training.optim import TrainState
 from latte.training.parts import check_disk, check_parts
 from latte.training.resume import restore, run_facts
 from latte.training.signals import StopRequest
-from latte.training.step import Task, backward, set_up_blocks, step_options
+from latte.training.step import Task, backward, set_up_blocks, step_options, with_dtype
 from latte.training.trackers import Tracker
 from latte.training.validation import Score, Validation, Watch, check_watching
 
@@ -136,6 +136,7 @@ def train(
         run_lock(run_dir) if group.rank == 0 else nullcontext(),
     ):
         # Check the parts before anything is written.
+        config = group.run_on_rank0(with_dtype, config, model.config, device, run_dir)
         check_parts(model, codec, dataset, config, group)
         adapters = lora if lora and lora.rank else None
         gated = model.config.gated_time and not adapters
