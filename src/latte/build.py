@@ -17,6 +17,7 @@ from latte.autoencoder.codec import Codec, build_codec
 from latte.autoencoder.config import compression_at
 from latte.checkpoint.run import list_checkpoints
 from latte.checks import InputError, check, printable
+from latte.config.describe import changed_settings
 from latte.config.run import RunConfig
 from latte.data.captions import (
     EMPTY,
@@ -48,6 +49,7 @@ from latte.text.encoders import TEXT_ENCODERS, build_text_encoder
 from latte.training.callbacks import Callback
 from latte.training.condition import CaptionReader
 from latte.training.config import check_decay
+from latte.training.report import RunReport
 from latte.training.step import with_dtype
 from latte.training.trackers import check_trackers
 from latte.training.train import train
@@ -103,7 +105,7 @@ class Job:
             diffusion=config.diffusion,
             seed=config.run.seed,
             device=self.device,
-            callbacks=callbacks,
+            callbacks=[*callbacks, *([RunReport(changed_settings)] if config.train.report else [])],
             captions=self.captions and CaptionReader(self.captions, config.text.dropout),
             lora=config.lora,
             held_out=self.held_out,

@@ -20,7 +20,6 @@ import numpy as np
 import torch
 
 from latte import __version__
-from latte import page as html
 from latte.build import Job, build
 from latte.checks import InputError, check, command_line
 from latte.config.run import load_run
@@ -29,6 +28,7 @@ from latte.files import reported
 from latte.inference.outputs import check_output_folder, write_clips
 from latte.inference.pipeline import VideoPipeline
 from latte.inference.requests import SampleRequest
+from latte.page import html, plots
 
 NAMES = tuple(DIRECTIONS)
 SMALL = (
@@ -252,7 +252,7 @@ def run_demo(config: DemoConfig, device: str, dtype: str, progress: Progress, no
         "sheet": str(shown.sheet),
         "gif": str(shown.gif),
         "run": str(config.out / "run"),
-        "loss": [trained.losses[0], html.smooth(trained.losses, WINDOW)[-1]],
+        "loss": [trained.losses[0], plots.smooth(trained.losses, WINDOW)[-1]],
         "new_label_accuracy": after.grades.accuracy,
         "new_consistency": after.grades.consistent,
         "seconds": round(seconds, 1),
@@ -268,7 +268,7 @@ def report(
     seconds: float,
 ) -> html.Html:
     """Return the page."""
-    mean = html.smooth(trained.losses, WINDOW)
+    mean = plots.smooth(trained.losses, WINDOW)
     graded = command_line("demo", "--graded", config.graded, "--seed", config.seed)
     tiles = {
         f"of {config.graded} clips move as requested": f"{shown.grades.accuracy:.1%}",
@@ -309,8 +309,8 @@ def clips_section(config: DemoConfig, pipe: VideoPipeline, shown: Generated) -> 
 def training_section(trained: Trained, mean: Sequence[float], after: Generated) -> html.Html:
     """Return the section with the small model: its loss, its clips and their grades."""
     curve = [
-        html.Series("every step", trained.steps, trained.losses, faint=True),
-        html.Series(f"mean of {WINDOW}", trained.steps, mean),
+        plots.Series("every step", trained.steps, trained.losses, faint=True),
+        plots.Series(f"mean of {WINDOW}", trained.steps, mean),
     ]
     size = parameters(trained.job.model)
     batch = trained.job.config.train.global_batch
@@ -318,7 +318,7 @@ def training_section(trained: Trained, mean: Sequence[float], after: Generated) 
     return html.section(
         "A small model",
         html.prose(f"{size} parameters, trained from scratch on {batch} procedural clips per step."),
-        html.line_plot("Training loss", curve, "step", "loss", log_y=True),
+        plots.line_plot("Training loss", curve, "step", "loss", log_y=True),
         html.command(trained.command),
         html.media(after.sheet, caption),
         *accuracy(after.grades),

@@ -8,11 +8,13 @@ from typing import Any
 
 import torch
 
-from latte import __version__, page
+from latte import __version__
 from latte.ablate.axes import BASELINE, LeftOut, Setting
 from latte.ablate.claims import CONCLUSIONS, RULE, UNMEASURED, Claim, Conclusions, verdict
 from latte.ablate.metrics import METRICS, Metric
 from latte.ablate.plan import Plan, Points, read_points, summary
+from latte.page import html as page
+from latte.page import plots
 
 Values = Mapping[int, float]
 """Seed -> value."""
@@ -34,7 +36,7 @@ def values(points: Points, setting: Setting, plan: Plan, metric: str, step: int)
     return found
 
 
-def trace(name: str, by_step: Mapping[int, Values]) -> page.Series:
+def trace(name: str, by_step: Mapping[int, Values]) -> plots.Series:
     """Return the median over seeds as a line; at each point it touches the lowest and highest seed."""
     x: list[float] = []
     y: list[float] = []
@@ -48,7 +50,7 @@ def trace(name: str, by_step: Mapping[int, Values]) -> page.Series:
             line = [middle, min(numbers), max(numbers), middle]
         x += [step] * len(line)
         y += line
-    return page.Series(name, x, y)
+    return plots.Series(name, x, y)
 
 
 def label(setting: Setting) -> str:
@@ -92,7 +94,7 @@ def metric_plot(
     title = f"{settings[0].axis}: {metric.title}"
     direction = "Lower is better." if metric.lower_is_better else "Higher is better."
     if any(y for line in lines for y in line.y):
-        yield page.line_plot(
+        yield plots.line_plot(
             title,
             lines,
             "step",
@@ -129,7 +131,7 @@ def difference_plot(
     if any(line.x for line in lines[1:]):
         title = f"{base.axis}: {metric.title} minus that of {base.name}"
         text = f"Seed by seed; below 0 is better. {caption(plan)}"
-        yield page.line_plot(title, lines, "step", "difference", caption=text)
+        yield plots.line_plot(title, lines, "step", "difference", caption=text)
 
 
 def ranged(middle: float | None, spread: Sequence[float] | None) -> str:

@@ -219,7 +219,9 @@ def recipes() -> dict[str, Path]:
     return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
 
-def load_run(run: str | Path | None, overrides: Iterable[str] = ()) -> tuple[RunConfig, dict[str, str]]:
+def load_run(
+    run: str | Path | None, overrides: Iterable[str] = (), environment: Mapping[str, str] | None = None
+) -> tuple[RunConfig, dict[str, str]]:
     """Read a recipe's name, a YAML file, a run folder or None, and ``a.b=value`` overrides.
 
     Returns the RunConfig and the origin of each dotted key. Raises one InputError that lists every unknown
@@ -228,7 +230,7 @@ def load_run(run: str | Path | None, overrides: Iterable[str] = ()) -> tuple[Run
     """
     layers = [
         Layer(HINTS) if run is None else _read_run(run),
-        read_environment(os.environ, HINTS),
+        read_environment(os.environ if environment is None else environment, HINTS),
         read_words(overrides, HINTS),
     ]
     entries: dict[str, Entry] = {}

@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from latte import __version__
-from latte import page as html
 from latte.checks import InputError, check, printable
 from latte.evaluation.detector_files import file_sha256
 from latte.evaluation.detectors import Pixels
@@ -41,6 +40,7 @@ from latte.evaluation.scores import Scores, refuse_nonfinite, score
 from latte.evaluation.sources import digest
 from latte.files import commit_file, reported
 from latte.interop.archive import read_tensors
+from latte.page import html
 
 SUFFIXES = (".npy", ".npz", ".pt", ".pth", ".safetensors")
 STATISTICS = {"mu", "sigma"}

@@ -13,7 +13,6 @@ import numpy as np
 from torch import Tensor
 
 from latte import __version__
-from latte import page as html
 from latte.checks import command_line, printable
 from latte.data.clips import centre_crop_resize
 from latte.data.media import contact_sheet
@@ -24,6 +23,7 @@ from latte.evaluation.plan import SIDES, Plan, PlannedClip
 from latte.evaluation.scores import Scores, distances_from_real
 from latte.evaluation.sources import Side
 from latte.files import commit_file, reported
+from latte.page import html
 
 SHOWN = 8  # clips of each side
 EXTREME = 4  # worst and best clips

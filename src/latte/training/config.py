@@ -103,6 +103,7 @@ class TrainConfig:
     keep_best: str | None = None  # loss or score: by which the best checkpoint is kept beside the newest
     log_every: int = 50  # steps between lines of metrics.jsonl and of the log
     trackers: tuple[str, ...] = ()  # names in TRACKERS that get metrics and samples
+    report: bool = True  # write report.html into the run folder as the run goes
     timeout: float = DEFAULT_TIMEOUT  # seconds to wait for another process, checkpoints and samples excluded
 
     def __post_init__(self) -> None:

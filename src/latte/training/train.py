@@ -50,6 +50,7 @@ from latte.training.custom import as_dataset, run_record
 from latte.training.distributed import process_group
 from latte.training.optim import TrainState
 from latte.training.parts import check_disk, check_parts
+from latte.training.report import RunReport
 from latte.training.resume import restore, run_facts
 from latte.training.signals import StopRequest
 from latte.training.step import Task, backward, set_up_blocks, step_options, with_dtype
@@ -217,7 +218,11 @@ def train(
         if config.validate_every or config.score_every:
             files_written.append(ValidationFile(run_dir / "validation.jsonl"))
         trackers = [Tracker(name) for name in config.trackers]
-        watching = [*files_written, ProgressBar(), *trackers, *callbacks] if group.rank == 0 else []
+        watching: list[Callback] = []
+        if group.rank == 0:
+            watching = [*files_written, ProgressBar(), *trackers, *callbacks]
+            if config.report and not any(isinstance(callback, RunReport) for callback in callbacks):
+                watching.append(RunReport())
 
         with (
             StopRequest() as stop,
