@@ -233,7 +233,7 @@ def test_prompts_from_the_command_line_and_a_file(latte, text_run_folder, tmp_pa
     ("words", "message"),
     [
         ([], "reads text, but no prompt was given"),
-        (["--labels", "up"], "reads text, but no prompt was given"),
+        (["--labels", "up"], "--labels up is for class models"),
         (["--prompt", "red", "--labels", "up"], "--labels up is for class models"),
         (["--prompt", "word " * 9], "has 10 tokens, but text.length is 8"),
         (["--prompt", "red", "--negative", "word " * 9], "has 10 tokens"),

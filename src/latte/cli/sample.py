@@ -16,7 +16,13 @@ if TYPE_CHECKING:
     from latte.inference.requests import SampleRequest
 
 Model = Annotated[
-    str, typer.Argument(metavar="[MODEL]", help="A run folder, a weights folder, a hub id, or builtin.")
+    str,
+    typer.Argument(
+        metavar="[MODEL or PROMPT]",
+        help="A sentence, which the built-in model shows; or a model: a run folder, a weights folder, a hub "
+        "id, builtin (reads text) or builtin-shapes (moving shapes, by --labels).",
+        show_default=False,
+    ),
 ]
 Labels = Annotated[
     str | None,
@@ -166,11 +172,12 @@ def sample(
     debug: Debug = False,
 ) -> None:
     """Generate clips: an mp4 each, one gif, and a contact sheet (rows: clips, columns: frames)."""
-    from latte.inference import requests as read
     from latte.inference.outputs import clip_facts
+    from latte.inference.requests import read_conditioning_frames
 
     configure_logging()
-    texts = check_before_loading(out, window, {"--overlap": overlap, "--longer": longer}, prompt, prompts)
+    check_before_loading(out, window, {"--overlap": overlap, "--longer": longer})
+    model, texts = read_texts(model, prompt, prompts)
     parts = {"codec_path": codec_path, "text_encoder_path": text_encoder, "compile": compiled}
     parts |= {"decoder": decoder, "lora": lora, "offload": offload, "device": device, "dtype": dtype}
     pipe = load(model, texts, negative, {**parts, "text_bits": text_bits})
@@ -179,31 +186,45 @@ def sample(
     chosen = {"sampler": sampler, "guidance": guidance, "eta": eta, "batch": batch, "fps": fps}
     chosen |= {"order": order, "guidance_interval": read_interval(guidance_interval), "cache": cache}
     options = {"config": pipe.settings(quality, steps=read_steps(steps), **chosen), "frames": frames}
-    options |= {"size": (frame_size := read_size(size)), "dtype": pipe.dtype, "longer": longer or "freenoise"}
-    options |= {"window": window, "overlap": overlap}
-    options["conditioning_frames"] = read.read_conditioning_frames(first, last, pipe.frame_size(frame_size))
+    options |= {"size": (frame_size := read_size(size)), "dtype": pipe.dtype}
+    options |= {"window": window, "overlap": overlap, "longer": longer or "freenoise"}
+    options["conditioning_frames"] = read_conditioning_frames(first, last, pipe.frame_size(frame_size))
     folder, sheet, gif = write(pipe, requests, out, negative, clip_facts(pipe, options, negative), options)
-    clips = [describe(request, folder) for request in requests]
-    result = {"clips": clips, "sheet": str(sheet), "gif": str(gif), "model": pipe.name}
-    result["weights_sha256"] = pipe.weights
-    print_result(result, as_json, [*(clip["path"] for clip in clips), str(sheet), str(gif)])
+    result = {"clips": [describe(request, folder) for request in requests], "sheet": str(sheet)}
+    result |= {"gif": str(gif), "model": pipe.name, "weights_sha256": pipe.weights}
+    print_result(result, as_json, [*(clip["path"] for clip in result["clips"]), str(sheet), str(gif)])
 
 
-def check_before_loading(
-    out: str | None, window: int | None, windowed: dict[str, Any], prompt: list[str] | None, file: Path | None
-) -> list[str]:
-    """Return the prompts; InputError for options that are wrong whatever the model is."""
+def read_texts(argument: str, prompt: list[str] | None, file: Path | None) -> tuple[str, list[str]]:
+    """Return (model, prompts) of the first argument, --prompt and --prompts.
+
+    InputError for prompts beside a first argument that is one, and for those that no model can read.
+    """
+    from latte.inference.requests import check_prompt, read_prompts, split_prompt
+    from latte.text.padding import shorten
+
+    model, sentence = split_prompt(argument)
+    if sentence is None:
+        texts = [check_prompt(text) for text in prompt or []]
+        if file is not None:
+            texts += read_prompts(file)
+        return model, texts
+    refuse(
+        {"--prompt": prompt and repr(shorten(prompt[0])), "--prompts": file},
+        f"was given beside the prompt {shorten(sentence)!r}; give one of the two, or all after the model: "
+        "latte sample builtin --prompt TEXT --prompt TEXT",
+    )
+    return model, [sentence]
+
+
+def check_before_loading(out: str | None, window: int | None, windowed: dict[str, Any]) -> None:
+    """Raise InputError for options that are wrong whatever the model is."""
     from latte.inference.outputs import check_output_folder
-    from latte.inference.requests import check_prompt, read_prompts
 
     if out is not None:
         check_output_folder(out)
     if window is None:
         refuse(windowed, "needs --window, the latent frames that the model sees at a time")
-    texts = [check_prompt(text) for text in prompt or []]
-    if file is not None:
-        texts += read_prompts(file)
-    return texts
 
 
 def load(model: str, texts: list[str], negative: str, parts: dict[str, Any]) -> "VideoPipeline":
@@ -227,11 +248,12 @@ def make_requests(
     """Return one request per clip; InputError for options that this kind of model does not read."""
     from latte.inference.requests import class_requests, prompt_requests
 
-    pipe.check_prompts(bool(texts))
     if pipe.reader:
         refuse(
             {"--labels": labels}, f"is for class models, but {pipe.name} reads text; give a prompt instead"
         )
+    pipe.check_prompts(bool(texts))
+    if pipe.reader:
         return prompt_requests(texts, count, seed)
     refuse(unread, f"is for text models, but {pipe.name} reads no text; leave it out")
     return class_requests(pipe, labels, count, seed)

@@ -7,15 +7,21 @@ Axes: b clips, l tokens of a prompt, k their channels.
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from latte.checks import check
 from latte.data.captions import EMPTY, CaptionFeatures, encode_captions
+from latte.data.config import DataConfig
+from latte.text.builtin import WORD
 from latte.text.encoders import TextEncoder, TextEncoderConfig, build_text_encoder, same_weights
+from latte.text.padding import shorten
 
 LOG = logging.getLogger(__name__)
+LISTED = 5  # unknown words in one warning
 
 
 @dataclass(frozen=True)
@@ -40,20 +46,78 @@ class Prompts:
         return condition, null
 
 
+@dataclass(frozen=True)
+class Vocabulary:
+    """The words of the captions that a model was trained on, and one of these captions."""
+
+    words: frozenset[str]
+    example: str
+
+    @classmethod
+    def of(cls, data: Mapping[str, Any]) -> "Vocabulary | None":
+        """Return the words behind the ``data`` of a model card; None for clips that are not procedural."""
+        if data.get("kind") != "procedural":
+            return None
+        keys = {key: data[key] for key in ("scenes", "language") if key in data}
+        captions = DataConfig(kind="procedural", **keys).scene_set.captions
+        return cls(frozenset(word for text in captions for word in split(text)), captions[0])
+
+    def warning(self, prompt: str) -> str | None:
+        """Return one line about the words of ``prompt`` that occur in no caption, None when all occur."""
+        used = list(dict.fromkeys(split(prompt)))
+        unknown = [word for word in used if word not in self.words]
+        if not unknown:
+            return None
+        shown = f"the prompt {shorten(prompt)!r}"
+        if len(unknown) == len(used):
+            return (
+                f"warning: {shown} has no word of the captions that the model was trained on, such as "
+                f"{self.example!r}; the clip cannot follow it, and is generated all the same"
+            )
+        listed = [f"{shorten(word)!r}{self.nearest(word)}" for word in unknown[:LISTED]]
+        more = f" and {len(unknown) - LISTED} more" if len(unknown) > LISTED else ""
+        return (
+            f"warning: {shown} has words that are in no caption of the training: {', '.join(listed)}{more}; "
+            "the clip is generated all the same"
+        )
+
+    def nearest(self, word: str) -> str:
+        """Return ' (nearest: x, y)' with the known words that are spelt alike, '' without any."""
+        close = get_close_matches(word[:40], sorted(self.words), n=2)
+        return f" (nearest: {', '.join(close)})" if close else ""
+
+
+def split(text: str) -> list[str]:
+    """Return the words and punctuation marks of ``text`` as the built-in text encoder sees them."""
+    return WORD.findall(text.lower())
+
+
 class PromptReader:
     """``reader(prompts, negative)`` returns Prompts. ``fingerprint`` is the model's text encoder's, None:
     any.
 
     The encoder's weights are loaded when a prompt is new, and freed at once: pass all prompts to ``learn``
     before the denoiser needs the memory. They may have another precision than in training (``config.bits``),
-    which is logged.
+    which is logged. So are words that are not in ``vocabulary``, None: any word may have been trained on.
     """
 
-    def __init__(self, config: TextEncoderConfig, device: str | torch.device, fingerprint: str | None = None):
+    def __init__(
+        self,
+        config: TextEncoderConfig,
+        device: str | torch.device,
+        fingerprint: str | None = None,
+        vocabulary: Vocabulary | None = None,
+    ):
         self.config = config
         self.device = device
         self.fingerprint = fingerprint
+        self.vocabulary = vocabulary
         self.known: CaptionFeatures | None = None
+
+    @property
+    def example(self) -> str:
+        """Return a prompt of the kind that the model was trained on, as far as that is known."""
+        return self.vocabulary.example if self.vocabulary else "a red square moves left"
 
     @property
     def used(self) -> str | None:
@@ -74,6 +138,9 @@ class PromptReader:
         encoder = build_text_encoder(self.config, self.device)
         self.check(encoder)
         found = encode_captions(encoder, new)
+        for prompt in filter(None, new):
+            if self.vocabulary and (warning := self.vocabulary.warning(prompt)):
+                LOG.warning("%s", warning)
         encoder.free()
         self.fingerprint = self.fingerprint or found.fingerprint
         self.known = CaptionFeatures(found.fingerprint, found.length, {**before, **found.features})

@@ -24,11 +24,18 @@ from latte.data.clips import centre_crop_resize
 from latte.data.frame_folder import IMAGE_SUFFIXES, read_image
 from latte.data.media import probe, read_frames
 from latte.inference.prompts import PromptReader
+from latte.interop.readers import BUILTIN
+from latte.interop.resolve import why_unknown
 from latte.model.denoiser import Denoiser
+from latte.text.builtin import HAN
+from latte.text.padding import shorten
 
 Image = str | Path | PillowImage.Image | np.ndarray | Tensor
 MAX_CLIPS = 100_000  # of one call: twice the largest set that a published score needs
 MAX_PROMPT_BYTES = 16 << 20
+STOPS = ".!\u3002\uff01"  # ends of sentences
+SENTENCE = re.compile(rf"\s|[{HAN}]")
+LIKE_A_PATH = re.compile(r"[/\\]|\.[A-Za-z]\w{0,10}$")
 T = TypeVar("T")
 
 
@@ -90,7 +97,7 @@ class Conditioned:
         if self.reader and not present:
             raise InputError(
                 f"{self.name} reads text, but no prompt was given; "
-                "give one, e.g. --prompt 'a red square moves left'"
+                f"give one, e.g. --prompt {self.reader.example!r}"
             )
 
     def label(self, label: int | str) -> int:
@@ -181,6 +188,34 @@ def check_counts(count: int, seed: int, prompts: int = 1) -> None:
         "split it, with another --seed each",
     )
     check(0 <= seed < 2**63, f"--seed must be in [0, 2^63), got {seed}")
+
+
+def split_prompt(argument: str) -> tuple[str, str | None]:
+    """Return (model, prompt) of a first argument: a sentence is a prompt for the built-in model, everything
+    else is a model.
+
+    A sentence has spaces or Chinese characters and is neither a path nor like one; its full stop is left out,
+    because captions have none. InputError for a blank one, and for a path with spaces that does not exist.
+    """
+    if argument in BUILTIN:
+        return argument, None
+    if not argument.strip():
+        return "builtin", check_prompt(argument, "the prompt")
+    if not SENTENCE.search(argument):
+        return argument, None
+    try:
+        exists = Path(argument).exists()
+        like_a_path = bool(LIKE_A_PATH.search(argument))
+    except (OSError, ValueError):  # longer than a name can be, or with bytes that none can have
+        exists = like_a_path = False
+    if exists:
+        return argument, None
+    if like_a_path:
+        raise InputError(
+            f"MODEL is {shorten(argument)!r}, {why_unknown(Path(argument), False)}; it was read as a path, "
+            "because it has a slash or a file ending; give such a sentence with --prompt"
+        )
+    return "builtin", check_prompt(argument.strip().rstrip(STOPS).strip(), "the prompt")
 
 
 def check_prompt(text: str, option: str = "--prompt") -> str:

@@ -271,6 +271,8 @@ def about_run(sections: Mapping[str, Any], checkpoint: Checkpoint) -> dict[str, 
     train = sections.get("train", {})
     about: dict[str, Any] = {}
     clips = {key: data[key] for key in ("kind", "resolution", "frames", "interval") if key in data}
+    if clips.get("kind") == "procedural":
+        clips |= {key: data[key] for key in ("scenes", "language", "hold_out") if data.get(key)}
     if data.get("root"):
         clips = {"name": Path(data["root"]).name, **clips}
     if clips:

@@ -26,7 +26,7 @@ from latte.checks import InputError, check
 from latte.diffusion.config import DiffusionConfig
 from latte.diffusion.distilled import Distilled
 from latte.inference.generate import SampleConfig
-from latte.inference.prompts import PromptReader
+from latte.inference.prompts import PromptReader, Vocabulary
 from latte.interop.coverage import Coverage, build
 from latte.interop.load import Loaded, load_external
 from latte.interop.readers import read_tensors
@@ -34,6 +34,7 @@ from latte.interop.resolve import Source, resolve
 from latte.model.denoiser import Denoiser, DenoiserConfig
 from latte.model.text import config_class
 from latte.tensors import check_finite, tensors_sha256, without_memory
+from latte.text.config import TEXT_ENCODERS
 from latte.text.encoders import TextEncoderConfig
 
 LOG = logging.getLogger(__name__)
@@ -267,7 +268,10 @@ def open_reader(
     config: TextEncoderConfig = replace(
         stored.text, path=path or stored.text.path, bits=bits or stored.text.bits
     )
-    reader = PromptReader(config, device, stored.text_fingerprint)
+    vocabulary = None
+    if not TEXT_ENCODERS.fact(config.name or "", "has_weights"):  # a new word is noise to such an encoder
+        vocabulary = Vocabulary.of(dict(stored.about.get("data") or {}))
+    reader = PromptReader(config, device, stored.text_fingerprint, vocabulary)
     if prompts:
         reader.learn(prompts)
     return reader
