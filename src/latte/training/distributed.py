@@ -103,6 +103,17 @@ class Group:
             reason = str(error).splitlines()[0]
             raise RunError(self.failure(self.silent_ranks(), reason)) from error
 
+    @contextmanager
+    def computation(self) -> Iterator[None]:
+        """``collective`` for computation that contains such operations: its other errors pass unchanged."""
+        try:
+            yield
+        except RuntimeError as error:
+            if not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+                raise
+            with self.collective():
+                raise
+
     def silent_ranks(self) -> list[int]:
         """Return the ranks that do not report within REPORT_SECONDS that the operation failed for them as
         well.

@@ -212,15 +212,14 @@ class TrainState:
         self.guard = FiniteGuard(device, immediate=device.type == "cpu")
 
     def update(self, step: int, losses: Tensor, lr: float, max_norm: float | None, group: Group) -> Tensor:
-        """Apply one optimizer step to the gradients of this process's share of the batch and its (loss,
-        mse, vlb) (3,).
+        """Apply one optimizer step to the gradients of the batch; (loss, mse, vlb) (3,) are of this process's
+        share.
 
-        Sums gradients and losses over ``group``, clips to ``max_norm`` unless it is None, and checks for
-        NaN/Inf.
+        Sums the losses over ``group`` (the gradients are summed already), clips to ``max_norm`` unless it
+        is None, and checks for NaN/Inf.
         Returns (loss, mse, vlb, gradient norm before clipping) (4,) on the device.
         """
-        gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
-        group.all_reduce([losses, *gradients])
+        group.all_reduce([losses])
         metrics = torch.cat([losses, clip_gradients(self.parameters, max_norm)[None]])  # (4)
         self.guard.watch(step, metrics)
         for settings in self.optimizer.param_groups:

@@ -9,8 +9,10 @@ Axes: b batch, f frames, f' latent frames, i images, c channels, h height, w wid
 
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -67,6 +69,8 @@ class Task:
     dtype: torch.dtype  # of matrix products; everything outside the model is float32
     num_images: int = 0  # behind every clip
     options: StepOptions = PLAIN
+    # Around every micro batch but the last: gradients are added up in this process only.
+    accumulate: Callable[[], AbstractContextManager[Any]] = nullcontext
 
 
 def set_up_blocks(model: Denoiser, config: TrainConfig, device: torch.device) -> None:
@@ -106,7 +110,7 @@ def backward(
     global_batch: int | None = None,
 ) -> Tensor:
     """Add the gradient of some clips of step ``step`` to the model's; return their share of (loss, mse,
-    vlb), (3,) on the device.
+    vlb), (3,) on the device. With several processes, the last micro batch sums the gradients over them.
 
     video (b f+i c H W), the condition ``given`` (label (b,) or (b 1+i) int64, None, or captions) and
     ``positions`` in the global batch belong together. ``global_batch`` is that of the step, None for
@@ -119,8 +123,12 @@ def backward(
     total = torch.zeros(3, device=task.device)
     for start in range(0, len(positions), size):
         part = slice(start, start + size)
-        loss = micro_batch_loss(task, step, positions[part], video[part], condition.part(part))
-        (loss.total.sum() / clips).backward()
+        summed: Callable[[], AbstractContextManager[Any]] = nullcontext
+        if start + size < len(positions):
+            summed = task.accumulate
+        with summed():
+            loss = micro_batch_loss(task, step, positions[part], video[part], condition.part(part))
+            (loss.total.sum() / clips).backward()
         total += torch.stack([term.detach().float().sum() for term in loss]) / clips  # (3)
     return total
 

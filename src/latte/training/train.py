@@ -49,6 +49,7 @@ from latte.training.config import TrainConfig, check_schedule, gate_opening, lea
 from latte.training.custom import as_dataset, run_record
 from latte.training.distributed import process_group
 from latte.training.optim import TrainState
+from latte.training.parallel import Replicated
 from latte.training.parts import check_disk, check_parts
 from latte.training.report import RunReport
 from latte.training.resume import restore, run_facts
@@ -161,6 +162,7 @@ def train(
         group.broadcast([*model.parameters(), *model.buffers()])
         if adapters:
             run["lora"] = adapt(model, adapters, seed)
+        parallel = Replicated(model, group)
         state = TrainState(
             model,
             lr=config.lr,
@@ -191,7 +193,7 @@ def train(
         # Loop state.
         task = Task(
             model=model,
-            forward=model,
+            forward=parallel.forward,
             process=build_process(diffusion),
             objective=objective or OBJECTIVES[diffusion.objective],
             codec=None if dataset.latent else codec,
@@ -202,6 +204,7 @@ def train(
             dtype=resolve_dtype(config.dtype, device),
             num_images=config.num_images,
             options=step_options(config),
+            accumulate=parallel.accumulate,
         )
         order = order_of(clips, seed, config.global_batch, group.size)
         seen = order.clips_before(step)
@@ -293,7 +296,8 @@ def train(
                 step += 1
                 condition = captions(batch.captions) if captions else batch.label
                 positions = share_of(batch.global_batch, group.rank, group.size)
-                losses = backward(task, step, positions, batch.video, condition, batch.global_batch)
+                with group.computation():
+                    losses = backward(task, step, positions, batch.video, condition, batch.global_batch)
                 lr = learning_rate(step, config.lr, config.warmup_steps, config.decay_steps, config.steps)
                 max_norm = config.clip_norm if step > config.clip_start else None
                 metrics = state.update(step, losses, lr, max_norm, group)
