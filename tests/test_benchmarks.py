@@ -6,7 +6,7 @@ import json
 import sys
 from dataclasses import replace
 from importlib.util import find_spec
-from itertools import count, pairwise
+from itertools import count, pairwise, zip_longest
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,6 +18,9 @@ from latte.autoencoder.codec import CodecConfig, build_codec
 from latte.checks import InputError
 from latte.data.media import write_mp4
 from latte.data.procedural import DIRECTIONS, draw_scene, render
+from latte.data.world.captions import caption
+from latte.data.world.scenes import render as render_world
+from latte.data.world.scenes import sample_scene
 from latte.inference.generate import SampleConfig
 from temporal import time_codec
 from tiny import tiny_trained
@@ -166,36 +169,123 @@ def test_sensitivity_says_from_where_on_a_damage_is_seen(benchmark, capsys, tmp_
             benchmark("sensitivity").main([*words, "--kinds", "speed"])
 
 
-class RightPipeline:
-    """Stands for a trained model: draws what prompts say, but every second clip in another colour."""
+class Stand:
+    """Stands for a trained model: generates what it is asked for, bar what ``spoil(scene, seed)`` changes."""
 
-    sample, weights = SampleConfig(), "none"
+    name, weights, classes, reader, sample = "stand", "none", [], object(), SampleConfig()
 
-    def generate(self, seeds, prompts):
+    def __init__(self, data, spoil=lambda scene, seed: scene):
+        self.about = {"data": {"kind": "procedural", **data}}
+        self.spoil = spoil
+
+
+class Shapes(Stand):
+    """Moving shapes from prompts, or from labels."""
+
+    def generate(self, seeds, labels, prompts, config):
+        for seed, label, prompt in zip_longest(seeds, labels or [], prompts or []):
+            direction = list(DIRECTIONS)[label] if labels else prompt.split()[-1]
+            found = (draw_scene(1, index, 8) for index in count())
+            scene = next(scene for scene in found if scene.direction == direction)
+            if prompts:
+                _, colour, shape, _, _ = prompt.split()
+                scene = replace(scene, shape=shape, colour=colour)
+            yield seed, render(self.spoil(scene, seed), 8, 64, 64)
+
+
+class World(Stand):
+    """Scenes of the world from prompts."""
+
+    def generate(self, seeds, labels, prompts, config):
+        scenes = [sample_scene(100, index, 8, held) for held in (True, False) for index in range(18)]
+        known = {caption(scene, "mixed"): scene for scene in scenes}
         for seed, prompt in zip(seeds, prompts, strict=True):
-            _, colour, shape, _, direction = prompt.split()
-            scene = next(
-                scene for index in count() if (scene := draw_scene(1, index, 8)).direction == direction
-            )
-            colour = ("white" if colour != "white" else "red") if seed % 2 else colour
-            yield seed, render(replace(scene, shape=shape, colour=colour), 8, 64, 64)
+            yield seed, render_world(self.spoil(known[prompt], seed), 17, 64, 64)
 
 
-@pytest.mark.parametrize(
-    ("words", "combinations"), [(["--hold-out", "6"], 12), (["--hold-out", "6", "--seen"], 60)]
-)
-def test_captions_are_graded_part_by_part(benchmark, capsys, monkeypatch, words, combinations):
-    captions = benchmark("captions")
-    monkeypatch.setattr(captions.VideoPipeline, "from_pretrained", lambda source, **_: RightPipeline())
-    monkeypatch.setattr(sys, "argv", ["captions.py", "model", "--count", "24", "--seed", "100", *words])
-    captions.main()
-    line = json.loads(capsys.readouterr().out)
-    assert [line[key] for key in ("shape", "colour", "direction", "all", "consistent")] == [1, 0.5, 1, 0.5, 1]
-    assert (line["clips"], line["combinations"], line["held_out"]) == (
-        24,
-        combinations,
-        "--seen" not in words,
-    )
+def recoloured(scene, seed):
+    """Every second clip in another colour."""
+    return replace(scene, colour="red" if scene.colour != "red" else "green") if seed % 2 else scene
+
+
+def share(line, side, *parts):
+    return [line[side][part]["share"] for part in parts]
+
+
+def test_prompts_of_moving_shapes_are_graded_part_by_part(benchmark, capsys, monkeypatch):
+    obedience = benchmark("obedience")
+    model = Shapes({"hold_out": 6}, recoloured)
+    monkeypatch.setattr(obedience.VideoPipeline, "from_pretrained", lambda source, **_: model)
+    line = obedience.main(["model", "--count", "24", "--seed", "100"])
+    assert json.loads(capsys.readouterr().out) == line
+    assert (line["what"], line["model"], line["clips"]) == ("obedience", "model", 24)
+    for side in ("held_out", "trained"):
+        assert share(line, side, "kind", "colour", "direction", "all", "consistent") == [1, 0.5, 1, 0.5, 1]
+        low, high = line[side]["colour"]["interval"]
+        assert 0.2 < low < 0.5 < high < 0.8
+    assert set(line["held_out"]["groups"]) <= {"circle", "square", "triangle"}
+
+
+def test_captions_of_the_world_are_graded_for_combinations_held_out_and_trained(benchmark, monkeypatch):
+    obedience = benchmark("obedience")
+    data = {"scenes": "world", "language": "mixed", "hold_out": 8}
+    monkeypatch.setattr(obedience.VideoPipeline, "from_pretrained", lambda source, **_: World(data))
+    words = ["model", "--count", "18", "--seed", "100"]
+    line = obedience.main(words)
+    for side in ("held_out", "trained"):
+        assert share(line, side, "kind", "colour", "direction", "consistent", "all") == [1] * 5
+        assert line[side]["all"]["interval"][1] == 1 > line[side]["all"]["interval"][0] > 0.7
+    assert len(line["trained"]["groups"]) == 9
+    spoilt = World(data, recoloured)
+    monkeypatch.setattr(obedience.VideoPipeline, "from_pretrained", lambda source, **_: spoilt)
+    line = obedience.main(words)
+    assert share(line, "held_out", "kind", "colour", "consistent") == [1, 0.5, 1]
+    unknown = World({"kind": "latents"})
+    monkeypatch.setattr(obedience.VideoPipeline, "from_pretrained", lambda source, **_: unknown)
+    with pytest.raises(InputError, match="--scenes world or shapes"):
+        obedience.main(words)
+    line = obedience.main([*words, "--scenes", "world", "--hold-out", "8", "--language", "mixed"])
+    assert share(line, "held_out", "all") == [1]
+
+
+def test_labels_are_graded_by_direction_and_other_classes_refused(benchmark, monkeypatch):
+    obedience = benchmark("obedience")
+    model = Shapes({})
+    model.reader, model.classes = None, list(DIRECTIONS)
+    monkeypatch.setattr(obedience.VideoPipeline, "from_pretrained", lambda source, **_: model)
+    line = obedience.main(["model", "--count", "8"])
+    assert share(line, "labels", "direction", "consistent", "keeps_colour", "all") == [1] * 4
+    assert set(line["labels"]["groups"]) == set(DIRECTIONS)
+    model.classes = ["cat"]
+    with pytest.raises(InputError, match="classes are cat, but only the directions"):
+        obedience.main(["model"])
+
+
+def test_a_run_gives_a_curve_over_its_checkpoints(benchmark, monkeypatch, tmp_path):
+    obedience = benchmark("obedience")
+    for step in (5, 10, 20):
+        (tmp_path / f"checkpoints/step-{step}").mkdir(parents=True)
+    metrics = [
+        {"step": step, "seconds": 2 * step, "cpu_seconds": step, "loss": 1 / step} for step in (4, 10, 18)
+    ]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, metrics)))
+    monkeypatch.setattr(obedience, "list_checkpoints", lambda run: list(run.glob("checkpoints/*")))
+    spoilt = {"step-5": recoloured}
+
+    def model(source, **_):
+        return Shapes({}, spoilt.get(Path(source).name, lambda scene, seed: scene))
+
+    monkeypatch.setattr(obedience.VideoPipeline, "from_pretrained", model)
+    line = obedience.main([str(tmp_path), "--every", "--count", "4"])
+    assert [(part["step"], part["train_cpu_seconds"]) for part in line["curve"]] == [
+        (5, 4),
+        (10, 10),
+        (20, 18),
+    ]
+    assert [share(part, "trained", "colour")[0] for part in line["curve"]] == [0.5, 1, 1]
+    assert "held_out" not in line, "nothing was held out"
+    with pytest.raises(InputError, match="has no checkpoints"):
+        obedience.main([str(tmp_path / "nothing"), "--every"])
 
 
 class Perfect:
@@ -315,12 +405,6 @@ def test_these_benchmarks_count_frames_of_video_where_the_codec_compresses_time(
     assert line["psnr"] is None or line["psnr"] > 40, "a first image is a latent frame of its own"
     lines = longer.main(["--count", "1", "--methods", "plain", "freenoise"])
     assert {(line["frames"], line["window"]) for line in lines} == {(21, 9)}
-
-
-def test_captions_of_a_run_that_held_nothing_out_are_refused(benchmark, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["captions.py", "shapes"])
-    with pytest.raises(InputError, match=r"data.hold_out is 0"):
-        benchmark("captions").main()
 
 
 def test_a_disturbed_machine_gives_no_number(benchmark, capsys, monkeypatch):

@@ -49,7 +49,7 @@ BANNED = {  # pattern: what to write instead
     r"pictures? (enter|come)s?": "images are read",
     r"led away from|lead(s|ing)? away": "negative prompt",
     r"crimes?|deeds?|back doors?|culprits?|innocents?": "violation, unsafe call",
-    r"obey(s|ed|ing)?|obedien(t|ce)": "label accuracy, motion accuracy, follows the label",
+    r"obey(s|ed|ing)?|obedien(t|ce(?!\.py))": "label accuracy, motion accuracy, follows the label",
     r"whole and part|wholly there|in one piece": "complete, atomic",
     r"(type|value|name|kind|number)s? in words": "as text",
     r"lie(s)? (beside|there|in)|lay (beside|there|in)|lying (beside|there)": "is stored in",

@@ -8,7 +8,6 @@ Axes: t frames, h height, w width, c channels.
 """
 
 import json
-import math
 import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -24,6 +23,7 @@ from latte.build import Job, build
 from latte.checks import InputError, check, command_line
 from latte.config.run import load_run
 from latte.data.shape_grading import DIRECTIONS, Motion, read_motion
+from latte.data.world.grading import Share
 from latte.files import reported
 from latte.inference.outputs import check_output_folder, write_clips
 from latte.inference.pipeline import VideoPipeline
@@ -103,12 +103,7 @@ class Grades:
 
     def interval(self) -> tuple[float, float]:
         """Return the 95 % interval of the accuracy (Wilson's, which holds near 0 and 1)."""
-        n = len(self.asked)
-        p = self.accuracy
-        z = 1.959964
-        centre = (p + z * z / (2 * n)) / (1 + z * z / n)
-        half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-        return max(0.0, round(centre - half, 9)), min(1.0, round(centre + half, 9))
+        return Share(self.num_correct, len(self.asked)).interval
 
     def counts(self) -> list[list[int]]:
         """Return a row per requested direction: how many moved up, down, left, right, and how many are

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from latte.checks import InputError
-from latte.data.world.grading import GraderNetwork, grade, largest_step, load_grader, size_spread
+from latte.data.world.grading import GraderNetwork, Share, grade, largest_step, load_grader, size_spread
 from latte.data.world.kinds import KINDS
 from latte.data.world.scenes import Scene, render, sample_scene
 from tools import train_grader
@@ -171,3 +171,15 @@ def test_the_training_tool_learns_and_resumes(tmp_path, monkeypatch, capsys):
     train_grader.main()
     again = torch.load(out.with_suffix(".state"), weights_only=True)
     assert all(torch.equal(first["network"][name], again["network"][name]) for name in first["network"])
+
+
+@pytest.mark.parametrize(("hits", "count"), [(0, 64), (60, 64), (64, 64), (1, 2)])
+def test_the_interval_of_a_share_solves_wilsons_equation(hits, count):
+    share = Share(hits, count)
+    low, high = share.interval
+    assert 0 <= low <= share.value <= high <= 1
+    for bound in (low, high):
+        if 0 < bound < 1:
+            distance = 1.959964 * (bound * (1 - bound) / count) ** 0.5
+            assert abs(share.value - bound) == pytest.approx(distance)
+    assert Share.of([True] * hits + [False] * (count - hits)) == share

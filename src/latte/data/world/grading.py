@@ -9,6 +9,8 @@ cube, walker and most snow scenes, in about half of the balls and stars, and nev
 too small to be read. Axes: b batch, t frames, h height, w width, c channels, k features.
 """
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -30,6 +32,7 @@ BACKGROUND_NAMES = tuple(BACKGROUNDS)
 DIRECTION_NAMES = ("none", "left", "right", "up", "down")
 SIDE = 64  # pixels that the network sees
 LIGHT = (0.299, 0.587, 0.114)  # luma weights of ITU-R BT.601
+Z95 = 1.959964  # standard deviations of a 95 % interval
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,33 @@ class Reading:
     background: Tensor
     size: Tensor
     direction: Tensor
+
+
+@dataclass(frozen=True)
+class Share:
+    """How many of ``count`` clips have a property, at least one clip."""
+
+    hits: int
+    count: int
+
+    @classmethod
+    def of(cls, flags: Sequence[bool]) -> "Share":
+        """Count the True among ``flags``."""
+        return cls(sum(map(bool, flags)), len(flags))
+
+    @property
+    def value(self) -> float:
+        """The fraction of the clips, in [0, 1]."""
+        return self.hits / self.count
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """The 95 % interval of the fraction (Wilson's, which holds near 0 and 1)."""
+        p = self.value
+        n = self.count
+        centre = (p + Z95**2 / (2 * n)) / (1 + Z95**2 / n)
+        half = Z95 / (1 + Z95**2 / n) * math.sqrt(p * (1 - p) / n + Z95**2 / (4 * n * n))
+        return max(0.0, round(centre - half, 9)), min(1.0, round(centre + half, 9))
 
 
 class GraderNetwork(nn.Module):
