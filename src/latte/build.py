@@ -85,6 +85,8 @@ class Job:
         """
         config = self.config
         folder = Path(config.run.dir or DEFAULT_DIR)
+        if config.train.report:
+            callbacks = [*callbacks, RunReport(changed_settings)]
         if self.dataset.skipped and rank() == 0:
             write_skipped(folder / "skipped.jsonl", self.dataset.skipped)
             LOG.info(
@@ -105,7 +107,7 @@ class Job:
             diffusion=config.diffusion,
             seed=config.run.seed,
             device=self.device,
-            callbacks=[*callbacks, *([RunReport(changed_settings)] if config.train.report else [])],
+            callbacks=callbacks,
             captions=self.captions and CaptionReader(self.captions, config.text.dropout),
             lora=config.lora,
             held_out=self.held_out,

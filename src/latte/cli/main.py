@@ -20,7 +20,20 @@ import typer
 
 from latte import __version__
 from latte.checks import InputError, RunError
-from latte.cli import ablate, config, convert, data, demo, distill, doctor, evaluate, plan, sample, train
+from latte.cli import (
+    ablate,
+    config,
+    convert,
+    data,
+    demo,
+    distill,
+    doctor,
+    evaluate,
+    plan,
+    report,
+    sample,
+    train,
+)
 from latte.cli.options import DEBUG, OVERRIDABLE, Command, Group, print_note
 
 ADVICE = {
@@ -208,6 +221,7 @@ app.command("evaluate", cls=Command)(evaluate.evaluate)
 app.command("plan", cls=Command, context_settings=OVERRIDABLE)(plan.plan)
 app.command("convert", cls=Command)(convert.convert)
 app.command("ablate", cls=Command, context_settings=OVERRIDABLE)(ablate.ablate)
+app.command("report", cls=Command)(report.report)
 app.add_typer(data.app, name="data")
 app.add_typer(config.app, name="config")
 app.command("doctor", cls=Command)(doctor.doctor)

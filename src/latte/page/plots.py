@@ -18,6 +18,7 @@ BOTTOM = 46
 COLOURS = 6
 MOST_POINTS = 600
 MOST_ROWS = 40
+LOOK = {False: "line", True: "line faint"}  # class of a line, by ``faint``
 
 
 @dataclass(frozen=True)
@@ -187,10 +188,12 @@ def _legend(series: Sequence[Series]) -> Html:
     for index, one in enumerate(series):
         if not one.name or len(series) < 2:
             continue
-        look = {"class": "line faint" if one.faint else "line", "style": _colour(one, index)}
+        look = {"class": LOOK[one.faint], "style": _colour(one, index)}
         dash = tag("svg", {"viewBox": "0 0 18 8"}, tag("path", {**look, "d": "M1 4h16"}))
         items.append(tag("span", {}, dash, one.name))
-    return tag("div", {"class": "legend"}, *items) if items else Html()
+    if not items:
+        return Html()
+    return tag("div", {"class": "legend"}, *items)
 
 
 def _strokes(series: Series, horizontal: _Axis, vertical: _Axis) -> str:
@@ -222,7 +225,7 @@ def _drawing(
     hidden = sum(horizontal.at(x) is None or vertical.at(y) is None for x, y in points)
     lines = []
     for k, one in enumerate(series):
-        look = {"class": "line faint" if one.faint else "line", "style": _colour(one, k)}
+        look = {"class": LOOK[one.faint], "style": _colour(one, k)}
         if one.low:
             lines.append(
                 tag("path", {**look, "class": "line faint", "d": _strokes(one, horizontal, vertical)})

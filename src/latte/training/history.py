@@ -26,16 +26,12 @@ class History:
     """A run so far. Lines are those of the files, steps ascending."""
 
     folder: Path
+    name: str  # of the folder
     config: Mapping[str, Any]  # config.yaml
     metrics: Sequence[Line]  # metrics.jsonl
     held_out: Sequence[Line]  # lines of validation.jsonl with the held-out loss
     scores: Sequence[Line]  # its lines with scores, each with its manifest if there is one
     samples: Mapping[int, Sequence[Path]]  # step -> clips, or the sheet where an older version wrote no clips
-
-    @property
-    def name(self) -> str:
-        """The name of the folder."""
-        return printable(self.folder.resolve().name)
 
     @property
     def step(self) -> int:
@@ -68,6 +64,7 @@ def read_history(folder: Path) -> History:
     scores = [with_manifest(folder, line) for line in lines if any(key.startswith("score/") for key in line)]
     return History(
         folder,
+        printable(folder.resolve().name),
         config,
         list(read_lines(folder / "metrics.jsonl")),
         [line for line in lines if "validation/loss" in line],

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from latte.checks import command_line, printable
-from latte.files import commit_file
+from latte.files import commit_file, reported
 from latte.page import html
 from latte.page.plots import Series, line_plot, smooth
 from latte.training.callbacks import Callback, TrainEvent, duration
@@ -100,11 +100,16 @@ class RunReport(Callback):
         self.spent += self.written - began
 
 
-def write_report(folder: Path, changes: Callable[[Path], Changes] | None = None) -> Path:
-    """Write FILE of a run folder and return its path; InputError if it is no run folder."""
+def write_report(
+    folder: Path, changes: Callable[[Path], Changes] | None = None, path: Path | None = None
+) -> Path:
+    """Write the page of a run folder, by default as its FILE, and return its path; InputError if it is no
+    run folder.
+    """
     run = read_history(folder)
-    path = folder / FILE
-    commit_file(path, run_page(run, changes(folder) if changes else None))
+    path = path or folder / FILE
+    with reported("the report", path):
+        commit_file(path, run_page(run, changes(folder) if changes else None))
     return path
 
 
@@ -142,7 +147,9 @@ def curves(runs: Sequence[History]) -> list[html.Html]:
     """Return a plot of each metric, and of the held-out loss, with a line for each run."""
     parts = [plot for key in CURVES for plot in metric_plot(runs, key)]
     parts[1:1] = held_out_plots(runs)
-    return [html.section("Curves", *parts)] if parts else []
+    if not parts:
+        return []
+    return [html.section("Curves", *parts)]
 
 
 def metric_plot(runs: Sequence[History], key: str) -> list[html.Html]:
@@ -173,6 +180,8 @@ def held_out_plots(runs: Sequence[History]) -> list[html.Html]:
         return []
     text = "EMA weights on clips that are not trained on; clips, noise and timesteps are fixed."
     parts = [line_plot("Held-out loss", lines, "step", "loss", toggle=True, caption=text)]
+    if not keys:
+        return parts
     names = {key: f"timesteps {key.rpartition('_t')[2].replace('-', ' to ')}" for key in keys}
     if len(runs) == 1:
         lines = [Series(name, *column(runs[0].held_out, key)) for key, name in names.items()]
@@ -189,7 +198,7 @@ def held_out_plots(runs: Sequence[History]) -> list[html.Html]:
         ]
         summary = html.tag("summary", {}, "by range of timesteps")
         ranges = [html.tag("details", {}, summary, *ranges)]
-    return parts + (ranges if names else [])
+    return [*parts, *ranges]
 
 
 def held_out_keys(runs: Sequence[History]) -> list[str]:
@@ -208,7 +217,7 @@ def score_title(line: Mapping[str, Any], key: str) -> str:
     name = key.removeprefix("score/")
     if name == line.get("metric"):
         return str(line.get("title") or f"{name}, protocol {line.get('protocol')}")
-    return f"{name}, protocol {line['protocol']}" if "protocol" in line else name
+    return ", protocol ".join([name, *filter(None, [line.get("protocol")])])
 
 
 def score_parts(runs: Sequence[History]) -> list[html.Html]:
@@ -238,12 +247,9 @@ def score_table(runs: Sequence[History]) -> html.Html:
     for run in runs:
         for line in reversed(run.scores):
             key = first_score(line)
-            interval = line.get("interval")
-            shown = " to ".join(html.number(float(end)) for end in interval) if interval else "-"
-            floor = line.get("floor")
-            rows.append(
-                (run.name, line["step"], html.number(line[key]), shown, html.number(floor) if floor else "-")
-            )
+            interval = " to ".join(html.number(float(end)) for end in line.get("interval") or ())
+            floor = html.number(line.get("floor") or 0)
+            rows.append((run.name, line["step"], html.number(line[key]), interval, floor))
     return html.table(["run", "step", "score", "90 % interval", "floor"], rows)
 
 
@@ -289,8 +295,9 @@ def clip(run: History, path: Path, caption: str) -> html.Html:
     """Return a clip, enlarged if it is small, or the sheet of an older version."""
     sides = (run.config.get("data") or {}).get("resolution") or 0
     largest = max(sides) if isinstance(sides, list) else sides
-    small = path.suffix == ".mp4" and 0 < largest < SMALL
-    return html.media(path, caption, plays=False, width=SMALL if small else None)
+    if path.suffix == ".mp4" and 0 < largest < SMALL:
+        return html.media(path, caption, plays=False, width=SMALL)
+    return html.media(path, caption, plays=False)
 
 
 def caption_of(path: Path) -> str:
@@ -306,7 +313,7 @@ def settings_section(run: History, changes: Changes | None) -> html.Html:
     parts = []
     if changes:
         name, rows = changes
-        parts.append(html.prose(f"Compared with {name}:" if rows else f"All settings are those of {name}."))
+        parts.append(html.prose(f"{len(rows)} settings differ from those of {name}."))
         if rows:
             parts.append(html.table(["setting", name, "this run"], rows))
     rows = [
