@@ -93,6 +93,7 @@ NAMES = {  # identifiers that say nothing, or something else than the field's te
 }
 REVIEWED: dict[tuple[str, str], str] = {  # (file, matched text in lower case): why the word is right there
     ("src/latte/page/html.py", "figure"): "the HTML element",
+    ("tests/test_benchmarks.py", "obedience"): "the name of a benchmark",
     ("src/latte/page/plots.py", "figure"): "the HTML element",
     ("tests/autoencoder/test_builtin.py", "figures"): "the same key, in its test",
     ("src/latte/training/callbacks.py", "tally"): "the key of 0.1.0 in a checkpoint, which is still read",

@@ -75,7 +75,7 @@ class Vocabulary:
                 f"{self.example!r}; the clip cannot follow it, and is generated all the same"
             )
         listed = [f"{shorten(word)!r}{self.nearest(word)}" for word in unknown[:LISTED]]
-        more = f" and {len(unknown) - LISTED} more" if len(unknown) > LISTED else ""
+        more = f" and {len(unknown) - LISTED} more" * (len(unknown) > LISTED)
         return (
             f"warning: {shown} has words that are in no caption of the training: {', '.join(listed)}{more}; "
             "the clip is generated all the same"
@@ -84,7 +84,7 @@ class Vocabulary:
     def nearest(self, word: str) -> str:
         """Return ' (nearest: x, y)' with the known words that are spelt alike, '' without any."""
         close = get_close_matches(word[:40], sorted(self.words), n=2)
-        return f" (nearest: {', '.join(close)})" if close else ""
+        return f" (nearest: {', '.join(close)})" * bool(close)
 
 
 def split(text: str) -> list[str]:
@@ -117,7 +117,9 @@ class PromptReader:
     @property
     def example(self) -> str:
         """Return a prompt of the kind that the model was trained on, as far as that is known."""
-        return self.vocabulary.example if self.vocabulary else "a red square moves left"
+        if self.vocabulary:
+            return self.vocabulary.example
+        return "a red square moves left"
 
     @property
     def used(self) -> str | None:
