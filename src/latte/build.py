@@ -6,7 +6,7 @@
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from latte.autoencoder.config import compression_at
 from latte.checkpoint.run import list_checkpoints
 from latte.checks import InputError, check, printable
 from latte.config.describe import changed_settings
-from latte.config.run import RunConfig
+from latte.config.run import RunConfig, as_record
 from latte.data.captions import (
     EMPTY,
     CaptionFeatures,
@@ -113,7 +113,7 @@ class Job:
             held_out=self.held_out,
             score=score,
             sample=self.codec and sample_sheets(self, self.codec, folder / "samples"),
-            record=asdict(replace(config, run=replace(config.run, allow_data_change=False))),
+            record=as_record(config),
             until=until,
             allow_data_change=config.run.allow_data_change,
             workers=config.data.workers,

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from latte.checks import InputError
 from latte.config.describe import describe_keys, field_comments
-from latte.config.run import DERIVED, HINTS, RunConfig, flat, load_run, recipes, schema, to_yaml
+from latte.config.run import DERIVED, HINTS, RunConfig, flat, load_run, recipes, schema
 from latte.model.text import TextConfig
 
 
@@ -139,7 +139,7 @@ def test_a_run_folder_reloads_to_the_same_configuration_from_any_folder(tmp_path
     for name in ("a", "b"):
         folder = tmp_path / name
         folder.mkdir()
-        (folder / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+        (folder / "config.yaml").write_text(yaml.safe_dump(asdict(config)), encoding="utf-8")
         again, origins = load_run(folder)
         assert again.run.dir == str(folder)
         assert origins["run.dir"] == "the run folder"
@@ -330,5 +330,5 @@ def test_any_overrides_load_or_are_refused_in_lines(tmp_path_factory, run, overr
         assert all(len(line) < 600 for line in lines), lines
         return
     file = tmp_path_factory.mktemp("fuzz") / "a.yaml"
-    file.write_text(to_yaml(config), encoding="utf-8")
+    file.write_text(yaml.safe_dump(asdict(config)), encoding="utf-8")
     assert flat(load_run(file)[0]) | {"run.dir": ""} == flat(config) | {"run.dir": ""}, "it survives its file"

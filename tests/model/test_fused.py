@@ -20,6 +20,8 @@ MODELS = {
     **{f"variant {name}": ModelConfig(**SHAPE, num_classes=5, variant=name) for name in (1, 3, 4, "joint")},
     "all tokens": ModelConfig(**SHAPE, num_classes=5, conditioning="all_tokens"),
     "text": TextConfig(**SHAPE, caption_channels=6),
+    "options": ModelConfig(**SHAPE, num_classes=5, qk_norm=True, value_residual=True, mlp="swiglu"),
+    "text with options": TextConfig(**SHAPE, caption_channels=6, value_residual=True, mlp="swiglu"),
 }
 
 

@@ -18,6 +18,7 @@ from latte.diffusion.loss import OBJECTIVES, TIMES
 from latte.diffusion.samplers import SAMPLERS
 from latte.interop.dit import MAPPINGS
 from latte.model.conditioning import CONDITIONINGS
+from latte.model.config import MLPS
 from latte.model.latte import SIZES, ModelConfig
 from latte.model.patches import PATCHES
 from latte.model.positions import TEMPORAL_POSITIONS
@@ -134,6 +135,9 @@ AXES: dict[str, Callable[[RunConfig], dict[str, Overrides]]] = {
     "patch": partial(one_each, "model.patch", PATCHES),
     "conditioning": partial(one_each, "model.conditioning", CONDITIONINGS),
     "temporal_position": partial(one_each, "model.temporal_position", TEMPORAL_POSITIONS),
+    "mlp": partial(one_each, "model.mlp", MLPS),
+    "qk_norm": partial(with_and_without, "model.qk_norm", True),
+    "value_residual": partial(with_and_without, "model.value_residual", True),
     "objective": objectives,
     "optimizer": partial(one_each, "train.optimizer", OPTIMIZERS),
     "timesteps": partial(one_each, "train.timesteps", TIMES),

@@ -16,7 +16,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar, get_type_hints
 
-import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from latte.autoencoder.compression import check_images
@@ -393,6 +392,7 @@ def flat(config: RunConfig) -> dict[str, Any]:
     return found
 
 
-def to_yaml(config: RunConfig) -> str:
-    """Return the configuration as YAML, every value written out; ``load_run`` reads it back unchanged."""
-    return yaml.safe_dump(asdict(config), sort_keys=False)
+def as_record(config: RunConfig) -> dict[str, Any]:
+    """Return the content of a run's config.yaml: all values, of the model what it stores."""
+    recorded = replace(config, run=replace(config.run, allow_data_change=False))
+    return {**asdict(recorded), "model": config.model.stored()}

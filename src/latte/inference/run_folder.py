@@ -35,6 +35,7 @@ from latte.interop.coverage import Coverage
 from latte.interop.init import Start, rebuild
 from latte.interop.lora import LoraConfig, merged
 from latte.interop.resolve import resolve
+from latte.model.config import OPTIONS
 from latte.model.denoiser import Denoiser
 from latte.model.text import config_class
 from latte.tensors import tensors_sha256
@@ -198,9 +199,10 @@ def check_unchanged(folder: Path, sections: Mapping[str, Any], checkpoint: Check
             json.dumps(asdict(typed(config, {**recorded, **values}, f"{folder / RUN_FILE}: {part}")))
         )
         for key in values:
+            before = recorded.get(key, OPTIONS.get(key))
             check(
-                recorded.get(key) == now[key],
-                f"{part}.{key} is {now[key]}, but {checkpoint.path} was trained with {recorded.get(key)}; "
+                before == now[key],
+                f"{part}.{key} is {now[key]}, but {checkpoint.path} was trained with {before}; "
                 f"restore it in {folder / RUN_FILE}",
             )
 

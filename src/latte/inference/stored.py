@@ -31,6 +31,7 @@ from latte.interop.coverage import Coverage, build
 from latte.interop.load import Loaded, load_external
 from latte.interop.readers import read_tensors
 from latte.interop.resolve import Source, resolve
+from latte.model.config import OPTIONS
 from latte.model.denoiser import Denoiser, DenoiserConfig
 from latte.model.text import config_class
 from latte.tensors import check_finite, tensors_sha256, without_memory
@@ -84,7 +85,8 @@ def open_weights_folder(folder: Path, name: str, own_codec: bool = False) -> Sto
     try:
         card = json.loads((folder / CARD).read_text("utf-8"))
         kind = config_class(card)
-        shape = {item.name: card[item.name] for item in fields(kind)}
+        required = [item.name for item in fields(kind) if item.name not in OPTIONS]
+        shape = {name: card[name] for name in required} | {key: card[key] for key in OPTIONS if key in card}
         classes = [str(label) for label in card.get("classes") or ()]
         codec, text = (dict(card.get(part) or {}) for part in ("codec", "text"))
         diffusion = card.get("diffusion")

@@ -12,7 +12,6 @@ import html
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +42,7 @@ MARKUP = re.compile(r"[\\`*\[\]|~]|(?<![^\W_])_|_(?![^\W_])")  # an underscore i
 def card_text(model: Denoiser, facts: Mapping[str, Any]) -> str:
     """Return README.md of ``model``, with the YAML header that the hub reads."""
     name = type(model).__name__
-    config = asdict(model.config)
+    config = model.config.stored()
     text = model.config.reads_text
     about = facts.get("about") or {}
     header: dict[str, Any] = {

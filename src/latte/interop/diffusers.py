@@ -176,6 +176,7 @@ def diffusers_state(model: LatteText, gate_steps: int | None = None) -> dict[str
     model that the network of diffusers cannot express.
     """
     config = model.config
+    config.refuse_options("diffusers")
     rows, columns = config.table_grid
     check(
         rows == columns,

@@ -7,7 +7,6 @@ To add a layout: a function (model, place, facts) and one entry in TARGETS.
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, cast
@@ -70,7 +69,7 @@ def save_ours(
     def card(digest: str) -> str:
         return card_text(model, {**facts, "weights_sha256": digest})
 
-    write_weights_folder(folder, tensors, {**asdict(model.config), **facts}, card)
+    write_weights_folder(folder, tensors, {**model.config.stored(), **facts}, card)
 
 
 def publish(

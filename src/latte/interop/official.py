@@ -130,6 +130,7 @@ def official_state(model: Latte) -> dict[str, Tensor]:
             f"the released code supports model.{name}={only} only, but this model has {value!r}; use --to "
             "latte",
         )
+    config.refuse_options("the released code")
     rows, columns = (side // config.patch_size for side in config.grid_size)
     check(
         rows == columns,

@@ -14,12 +14,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from latte.model.attention_options import attention_options
 from latte.model.conditioning import Conditioning
+from latte.model.config import BlockOptions, nearest_multiple
 from latte.model.fused import Modulated, activated, gated_linear, is_plain, modulated_linear
 from latte.model.positions import TemporalPosition
 
 ATTENTION_SLOT = 0  # all attentions of a block share one (shift, scale, gate), Latte, Sec. 3.2
 MLP_SLOT = 1
+PLAIN = BlockOptions()
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -43,6 +46,8 @@ class Branch(nn.Module):
     """
     mixes_time: ClassVar[bool] = False
     """Whether frames of a clip influence each other in it."""
+    reads_values: ClassVar[bool] = False
+    """Whether ``forward`` and ``inner`` also take a list of values, see ``ValueResidual``."""
 
     @property
     def skips_images(self) -> bool:
@@ -90,24 +95,38 @@ def project(layer: nn.Module, x: Tensor | Modulated) -> Tensor:
 class Attention(Branch):
     """Weights of multi-head self-attention: qkv and output projection, with bias. Abstract."""
 
-    def __init__(self, width: int, heads: int):
+    reads_values = True
+
+    def __init__(self, width: int, heads: int, options: BlockOptions = PLAIN):
         super().__init__()
         self.heads = heads
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
+        self.norm, self.value_residual = attention_options(options, width // heads)
 
     @property
     def ends(self) -> tuple[nn.Module, nn.Module]:
         """qkv and the output projection."""
         return self.qkv, self.proj
 
-    def split(self, x: Tensor | Modulated) -> Tensor:
-        """Return queries, keys and values (b f n 3 h k) of tokens (b f n d)."""
-        return project(self.qkv, x).unflatten(-1, (3, self.heads, -1))  # (b f n 3 h k)
+    def split(self, x: Tensor | Modulated, values: list[Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Return queries, keys and values, each (b f n h k), of tokens (b f n d)."""
+        q, k, v = project(self.qkv, x).unflatten(-1, (3, self.heads, -1)).unbind(-3)
+        if self.norm is not None:
+            q, k = self.norm(q, k)
+        if self.value_residual is not None and values is not None:
+            v = self.value_residual(v, values)
+        return q, k, v
 
-    def forward(self, x: Tensor, images: bool = False) -> Tensor:
+    def inner(
+        self, x: Tensor | Modulated, images: bool = False, values: list[Tensor] | None = None
+    ) -> Tensor:
+        """Return what the output projection takes: (b f n d) from tokens (b f n d)."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor, images: bool = False, values: list[Tensor] | None = None) -> Tensor:
         """Return (b f n d) from tokens (b f n d)."""
-        return self.proj(self.inner(x, images))
+        return self.proj(self.inner(x, images, values))
 
 
 class SpaceAttention(Attention):
@@ -117,9 +136,11 @@ class SpaceAttention(Attention):
         """Return one row per frame."""
         return frames
 
-    def inner(self, x: Tensor | Modulated, images: bool = False) -> Tensor:
+    def inner(
+        self, x: Tensor | Modulated, images: bool = False, values: list[Tensor] | None = None
+    ) -> Tensor:
         """Return (b f n d) from tokens (b f n d)."""
-        q, k, v = self.split(x).flatten(0, 1).permute(2, 0, 3, 1, 4)  # each (bf h n k)
+        q, k, v = (y.flatten(0, 1).transpose(1, 2) for y in self.split(x, values))  # each (bf h n k)
         return attend(q, k, v).transpose(1, 2).reshape(x.shape)  # (b f n d)
 
 
@@ -128,18 +149,21 @@ class TimeAttention(Attention):
 
     mixes_time = True
 
-    def __init__(self, width: int, heads: int, position: TemporalPosition):
-        super().__init__(width, heads)
+    def __init__(self, width: int, heads: int, position: TemporalPosition, options: BlockOptions = PLAIN):
+        super().__init__(width, heads, options)
         self.position = position
 
     def table3_rows(self, frames: int, positions: int) -> int:
         """Return one row per position."""
         return positions
 
-    def inner(self, x: Tensor | Modulated, images: bool = False) -> Tensor:
+    def inner(
+        self, x: Tensor | Modulated, images: bool = False, values: list[Tensor] | None = None
+    ) -> Tensor:
         """Return (b f n d) from tokens (b f n d)."""
         b, f, n, d = x.shape
-        q, k, v = self.split(x).permute(3, 0, 2, 4, 1, 5).flatten(1, 2)  # each (bn h f k)
+        split = self.split(x, values)  # each (b f n h k)
+        q, k, v = (y.permute(0, 2, 3, 1, 4).flatten(0, 1) for y in split)  # each (bn h f k)
         y = attend(*self.position.rotate(q, k), v)  # (bn h f k)
         y = y.unflatten(0, (b, n)).permute(0, 3, 1, 2, 4)  # (b f n h k)
         return y.reshape(b, f, n, d)  # (b f n d)
@@ -152,11 +176,12 @@ class SpaceAndTimeAttention(Branch):
     """
 
     mixes_time = True
+    reads_values = True
 
-    def __init__(self, width: int, heads: int, position: TemporalPosition):
+    def __init__(self, width: int, heads: int, position: TemporalPosition, options: BlockOptions = PLAIN):
         super().__init__()
-        self.space = SpaceAttention(width, heads // 2)
-        self.time = TimeAttention(width, heads // 2, position)
+        self.space = SpaceAttention(width, heads // 2, options)
+        self.time = TimeAttention(width, heads // 2, position, options)
 
     @property
     def skips_images(self) -> bool:
@@ -167,11 +192,12 @@ class SpaceAndTimeAttention(Branch):
         """Return the rows of both."""
         return frames + positions
 
-    def forward(self, x: Tensor, images: bool = False) -> Tensor:
+    def forward(self, x: Tensor, images: bool = False, values: list[Tensor] | None = None) -> Tensor:
         """Return (b f n d) from tokens (b f n d); images get the spatial half alone."""
+        space = self.space(x, values=values)
         if images:
-            return self.space(x)
-        return self.space(x) + self.time(x)
+            return space
+        return space + self.time(x, values=values)
 
 
 class JointAttention(Attention):
@@ -182,8 +208,8 @@ class JointAttention(Attention):
 
     mixes_time = True
 
-    def __init__(self, width: int, heads: int, position: TemporalPosition):
-        super().__init__(width, heads)
+    def __init__(self, width: int, heads: int, position: TemporalPosition, options: BlockOptions = PLAIN):
+        super().__init__(width, heads, options)
         self.position = position
 
     @property
@@ -195,10 +221,12 @@ class JointAttention(Attention):
         """Return a single row: one sequence per clip."""
         return 1
 
-    def inner(self, x: Tensor | Modulated, images: bool = False) -> Tensor:
+    def inner(
+        self, x: Tensor | Modulated, images: bool = False, values: list[Tensor] | None = None
+    ) -> Tensor:
         """Return (b f n d) from tokens (b f n d)."""
         f, n = x.shape[1:3]
-        q, k, v = self.split(x).permute(3, 0, 1, 4, 2, 5)  # each (b f h n k)
+        q, k, v = (y.transpose(2, 3) for y in self.split(x, values))  # each (b f h n k)
         if images:
             return attend(q, k, v).transpose(2, 3).flatten(3)  # (b f n d)
         q, k, v = (y.permute(0, 2, 3, 1, 4) for y in (q, k, v))  # each (b h n f k)
@@ -237,6 +265,35 @@ class MLP(Branch):
         return self.fc2(activated(self.inner(x), gelu=True))
 
 
+class SwiGLU(Branch):
+    """fc2(silu(a) * b) with a and b from fc1 (Shazeer 2020, arXiv 2002.05202).
+
+    8/3 times as wide inside, to a multiple of 16: as many weights as ``MLP``.
+    """
+
+    modulation_slot = MLP_SLOT
+
+    def __init__(self, width: int):
+        super().__init__()
+        hidden = nearest_multiple(8 * width // 3, 16)
+        self.fc1 = nn.Linear(width, 2 * hidden)
+        self.fc2 = nn.Linear(hidden, width)
+
+    @property
+    def ends(self) -> tuple[nn.Module, nn.Module]:
+        """Both linear layers."""
+        return self.fc1, self.fc2
+
+    def inner(self, x: Tensor | Modulated, images: bool = False) -> Tensor:
+        """Return (b f n k) from tokens (b f n d)."""
+        a, b = project(self.fc1, x).chunk(2, dim=-1)
+        return F.silu(a) * b
+
+    def forward(self, x: Tensor, images: bool = False) -> Tensor:
+        """Return (b f n d) from tokens (b f n d)."""
+        return self.fc2(self.inner(x))
+
+
 class Block(nn.Module):
     """x + gate * branch(norm(x) * (1 + scale) + shift), branch after branch.
 
@@ -254,6 +311,7 @@ class Block(nn.Module):
         width: int,
         conditioning: type[Conditioning],
         video_only: bool = False,
+        value_residual: bool = False,
     ):
         super().__init__()
         self.branches = nn.ModuleDict(branches)
@@ -264,6 +322,7 @@ class Block(nn.Module):
         num_slots = 1 + max(branch.modulation_slot for branch in branches.values())
         self.modulation = conditioning.block_modulation(width, num_slots)
         self.video_only = video_only
+        self.value_residual = value_residual
 
     @property
     def mixes_time(self) -> bool:
@@ -274,22 +333,36 @@ class Block(nn.Module):
         """Return how often Table 3 counts the block's modulation."""
         return sum(branch.table3_rows(frames, positions) for branch in self.branches.values())
 
-    def forward(self, x: Tensor, c: Tensor, images: bool = False) -> Tensor:
-        """Return tokens (b f n d) from tokens (b f n d) and condition (b f|1 d)."""
-        if images and self.video_only:
+    def forward(
+        self, x: Tensor, c: Tensor, images: bool = False, first: Tensor | None = None
+    ) -> Tensor | tuple[Tensor, Tensor | None]:
+        """Return tokens (b f n d) from tokens (b f n d) and condition (b f|1 d).
+
+        With ``value_residual``, return the values of the model's first attention, too: ``first``, or those
+        of the first attention here.
+        """
+        values = [tensor for tensor in (first,) if tensor is not None]
+        if not (images and self.video_only):
+            x = self.add_branches(x, c, images, values)
+        if not self.value_residual:
             return x
+        return x, next(iter(values), None)
+
+    def add_branches(self, x: Tensor, c: Tensor, images: bool, values: list[Tensor]) -> Tensor:
+        """Return tokens (b f n d) after all branches."""
         chunks = self.modulation(c)  # 3 per slot, each (b f|1 1 d) or None
         for name, branch in self.branches.items():
             if images and branch.skips_images:
                 continue
+            extra = (values,) * (self.value_residual and branch.reads_values)
             slot = 3 * branch.modulation_slot
             shift, scale, gate = chunks[slot : slot + 3]
             if self.recompute and saves_less(branch, gate):
                 tokens = Modulated(x, shift, scale, self.norms[name].eps)
-                inner = branch.inner(tokens, images)
+                inner = branch.inner(tokens, images, *extra)
                 x = gated_linear(x, gate, branch.ends[1], inner, branch.gelu)
                 continue
-            y = branch(modulate(self.norms[name](x), shift, scale), images)
+            y = branch(modulate(self.norms[name](x), shift, scale), images, *extra)
             x = x + y if gate is None else torch.addcmul(x, gate, y)
         return x
 

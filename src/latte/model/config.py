@@ -5,14 +5,15 @@ To add a size, a patch embedding, a conditioning or a temporal position: one ent
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from latte.checks import check, check_name, choose
 from latte.model.variants import VARIANTS, Variant
 from latte.tables import Later, Table
 
 if TYPE_CHECKING:
+    from latte.model.blocks import MLP, SwiGLU
     from latte.model.conditioning import Conditioning
     from latte.model.denoiser import Denoiser
     from latte.model.latte import Latte
@@ -75,6 +76,22 @@ TEMPORAL_POSITIONS: Table[str, Callable[[int], "AbsoluteTime | RotaryTime"]] = T
         "rotary": Later("latte.model.positions:RotaryTime"),
     }
 )
+MLPS: Table[str, Callable[[int], "MLP | SwiGLU"]] = Table(
+    {"gelu": Later("latte.model.blocks:MLP"), "swiglu": Later("latte.model.blocks:SwiGLU")}
+)
+
+
+@dataclass(frozen=True)
+class BlockOptions:
+    """What a block may have beyond the paper's; the defaults are the paper's."""
+
+    qk_norm: bool = False  # RMS norm of queries and keys in every head (Dehghani et al. 2023, 2302.05442)
+    value_residual: bool = False  # attentions mix in the first one's values (Zhou et al. 2024, 2410.17897)
+    mlp: str = "gelu"  # key of MLPS
+
+
+OPTIONS = asdict(BlockOptions())
+"""Options of blocks and their defaults, which no stored configuration lists."""
 
 
 class DenoiserConfig:
@@ -96,6 +113,30 @@ class DenoiserConfig:
     latent_channels: int
     num_classes: int | None
     gated_time: bool
+    qk_norm: bool
+    value_residual: bool
+    mlp: str
+
+    def stored(self) -> dict[str, Any]:
+        """Return the fields as plain data, without options at their default, which older versions lack.
+
+        Weights folders, checkpoints, run folders and hashes hold this.
+        """
+        values = asdict(cast(Any, self))
+        return {name: value for name, value in values.items() if OPTIONS.get(name, ...) != value}
+
+    @property
+    def block_options(self) -> BlockOptions:
+        """The fields that are options of blocks."""
+        return BlockOptions(**{name: getattr(self, name) for name in OPTIONS})
+
+    def refuse_options(self, layout: str) -> None:
+        """Raise InputError for an option that ``layout`` has no place for."""
+        for name, default in OPTIONS.items():
+            value = getattr(self, name)
+            check(
+                value == default, f"model.{name} is {value}, but {layout} has no place for it; use --to latte"
+            )
 
     def build(self) -> "Denoiser":
         """Return a freshly initialised model."""
@@ -142,6 +183,7 @@ class DenoiserConfig:
         if isinstance(self.latent_size, list):  # JSON and YAML have no tuples
             object.__setattr__(self, "latent_size", tuple(self.latent_size))
         check_name("model.size", self.size, SIZES)
+        check_name("model.mlp", self.mlp, MLPS)
         for name, limit in LIMITS.items():
             value = getattr(self, name, None)
             check(
@@ -218,6 +260,9 @@ class ModelConfig(DenoiserConfig):
     num_classes: int | None = None  # classes of the data; null: unconditional
     class_dropout: float = 0.1  # probability that a training clip gets the null class, for guidance
     learn_sigma: bool = True  # whether the output has variance channels beside the noise
+    qk_norm: bool = False  # RMS norm of queries and keys, before positions
+    value_residual: bool = False  # every attention mixes in the values of the first one
+    mlp: str = "gelu"  # key of MLPS: gelu, or swiglu with as many weights
 
     gated_time: ClassVar[bool] = False
 
@@ -280,6 +325,9 @@ class TextConfig(DenoiserConfig):
     latent_channels: int = 4  # channels of the latent, those of the autoencoder
     caption_channels: int = 4096  # channels of the text encoder's features (4096 for T5 v1.1 XXL)
     learn_sigma: bool = True  # whether the output has variance channels beside the noise
+    qk_norm: bool = False  # RMS norm of queries and keys, before positions
+    value_residual: bool = False  # every attention mixes in the values of the first one
+    mlp: str = "gelu"  # key of MLPS: gelu, or swiglu with as many weights
     gated_time: bool = False  # whether the temporal table has a gate that opens from 0 to 1 in training
 
     def __post_init__(self) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from latte.checks import check
+from latte.model.attention_options import ValueResidual
 from latte.model.conditioning import Modulation
 from latte.model.config import DenoiserConfig as DenoiserConfig
 from latte.model.pretrained import SavedModel
@@ -72,6 +73,10 @@ class Denoiser(nn.Module, SavedModel):
 
         Every adaLN-Zero block is the identity, and a fresh model predicts exactly 0 (Latte, Sec. 3.3.2).
         """
+        for module in self.modules():
+            if isinstance(module, ValueResidual):  # of the first attention
+                module.share = None
+                break
         if self.final_linear.weight.is_meta:  # filling it would import torch's compiler, for nothing
             return
         for module in self.modules():
@@ -103,11 +108,20 @@ class Denoiser(nn.Module, SavedModel):
         for block in self.blocks:
             block.recompute = enabled
 
-    def run_block(self, block: nn.Module, *inputs: Any) -> Tensor:
-        """Return ``block(*inputs)``, recomputed in the backward pass with ``gradient_checkpointing``."""
+    def run_block(self, block: nn.Module, *inputs: Any, first: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Return tokens and the first attention's values, None without ``value_residual``.
+
+        ``block(*inputs, first)``, recomputed in the backward pass with ``gradient_checkpointing``.
+        """
+        if self.config.value_residual:
+            inputs = (*inputs, first)
         if self.gradient_checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, *inputs, use_reentrant=False)
-        return block(*inputs)
+            output: Any = checkpoint(block, *inputs, use_reentrant=False)
+        else:
+            output = block(*inputs)
+        if self.config.value_residual:
+            return output
+        return output, None
 
     def embed_time(self, t: Tensor) -> Tensor:
         """Return the embedding (b 1 d) of timesteps (b,), or (b f d) of a timestep per frame (b f)."""

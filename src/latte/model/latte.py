@@ -42,7 +42,7 @@ class Latte(Denoiser):
         self.label_embedding = None
         if config.num_classes is not None:
             self.label_embedding = LabelEmbedding(config.num_classes, width)
-        parts = Parts(width, heads, self.conditioning, self.position)
+        parts = Parts(width, heads, self.conditioning, self.position, config.block_options)
         self.blocks = nn.ModuleList(config.variant_spec.blocks(parts, depth))
         self.time_enters = config.variant_spec.time_enters(depth)
         self.final_norm = nn.LayerNorm(width, eps=1e-6, elementwise_affine=self.conditioning.affine_norm)
@@ -75,7 +75,9 @@ class Latte(Denoiser):
         if not num_images:
             return self.denoise(z, c)
         clip, images = z.split([z.shape[1] - num_images, num_images], dim=1)
-        image_c = c[:, 1:] if c.shape[1] > 1 else c  # (b i|1 d)
+        image_c = c[:, 1:]  # (b i d)
+        if c.shape[1] == 1:
+            image_c = c  # (b 1 d)
         # contiguous, so that the clip meets the same kernels as without images
         clip = self.denoise(clip.contiguous(), c[:, :1].contiguous())
         return torch.cat([clip, self.denoise(images, image_c, images=True)], dim=1)  # (b f+i o h w)
@@ -103,10 +105,11 @@ class Latte(Denoiser):
         x = self.patch.embed(z, images).to(z.dtype)  # (b f n d)
         x = x + spatial_table(*grid, x.shape[-1]).to(x)
         x = self.conditioning.enter(x, c)  # (b f n d), n+1 with all_tokens
+        first = None  # the first attention's values (b f n h k), with value_residual
         for index, block in enumerate(self.blocks):
             if index == self.time_enters and not images:
                 x = self.position.add(x)
-            x = self.run_block(block, x, c, images)
+            x, first = self.run_block(block, x, c, images, first=first)
         x = self.final_norm(self.conditioning.leave(x))  # (b f n d)
         x = self.final_linear(modulate(x, *self.final_modulation(c)))  # (b f n ppo)
         return self.patch.unembed(x, grid, images)  # (b f o h w)

@@ -8,7 +8,7 @@ belong to ``latte.interop``; runs and everything that sampling needs belong to `
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar
 
@@ -38,7 +38,7 @@ class SavedModel:
         refuses.
         """
         model: Any = self
-        write_weights_folder(Path(folder), model.state_dict(), asdict(self.config))
+        write_weights_folder(Path(folder), model.state_dict(), self.config.stored())
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> Self:

@@ -51,8 +51,9 @@ class LatteText(Denoiser):
         self.time_embedding = TimestepEmbedding(width)
         self.modulation = Modulation(width, 6)
         self.caption = CaptionProjection(config.caption_channels, width)
-        self.space_blocks = nn.ModuleList(SpaceBlock(width, heads) for _ in range(depth))
-        self.time_blocks = nn.ModuleList(TimeBlock(width, heads) for _ in range(depth))
+        options = config.block_options
+        self.space_blocks = nn.ModuleList(SpaceBlock(width, heads, options) for _ in range(depth))
+        self.time_blocks = nn.ModuleList(TimeBlock(width, heads, options) for _ in range(depth))
         self.register_buffer("time_gate", torch.zeros(1) if config.gated_time else None)
         self.final_norm = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
         self.final_table = nn.Parameter(torch.zeros(2, width))
@@ -158,12 +159,13 @@ class LatteText(Denoiser):
         x = x + scaled_table(*grid, self.config.spans, x.shape[-1]).to(x)
         shared = self.modulation(c)  # 6 chunks, each (b 1 1 d)
         text = self.caption(text)  # (b g l d)
+        first = None  # the first attention's values (b f n d), with value_residual
         for index, (space, time) in enumerate(zip(self.space_blocks, self.time_blocks, strict=True)):
-            x = self.run_block(space, x, shared, text, mask)
+            x, first = self.run_block(space, x, shared, text, mask, first=first)
             if temporal:
                 if index == 0 and x.shape[1] > 1:
                     x = self.add_time(x)
-                x = self.run_block(time, x, shared)
+                x, first = self.run_block(time, x, shared, first=first)
         shift, scale = (c[:, :, None] + row for row in self.final_table)  # each (b 1 1 d)
         x = self.final_linear(modulate(self.final_norm(x), shift, scale))  # (b f n ppo)
         return self.patch.unembed(x, grid)  # (b f o h w)

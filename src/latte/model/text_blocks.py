@@ -8,11 +8,15 @@ Axes: b batch, f frames (or images), n tokens of a frame, d width, s l sequences
 encoder's features, g captions of a clip.
 """
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from latte.model.blocks import MLP, attend, modulate, saves_less
+from latte.model.attention_options import attention_options
+from latte.model.blocks import PLAIN, attend, modulate, saves_less
+from latte.model.config import MLPS, BlockOptions
 from latte.model.fused import Modulated, gated_linear
 
 
@@ -22,18 +26,25 @@ class SplitAttention(nn.Module):
     An adapter can so address one of them.
     """
 
-    def __init__(self, width: int, heads: int):
+    def __init__(self, width: int, heads: int, options: BlockOptions = PLAIN):
         super().__init__()
         self.heads = heads
         self.q = nn.Linear(width, width)
         self.k = nn.Linear(width, width)
         self.v = nn.Linear(width, width)
         self.proj = nn.Linear(width, width)
+        self.norm, self.value_residual = attention_options(options, width // heads)
 
-    def forward(self, x: Tensor, source: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        source: Tensor | None = None,
+        mask: Tensor | None = None,
+        values: list[Tensor] | None = None,
+    ) -> Tensor:
         """Return (b s d): tokens x (b s d) attend to ``source`` (b l d), or to themselves.
 
-        ``mask`` (b l) is True at valid keys, None when all are.
+        ``mask`` (b l) is True at valid keys, None when all are. ``values`` (b l d), see ``ValueResidual``.
         """
         if source is None:
             source = x
@@ -41,7 +52,12 @@ class SplitAttention(nn.Module):
             mask = mask[:, None, None]  # (b 1 1 l)
         q = self.split_heads(self.q(x))  # (b h s d/h)
         k = self.split_heads(self.k(source))  # (b h l d/h)
-        v = self.split_heads(self.v(source))  # (b h l d/h)
+        v = self.v(source)  # (b l d)
+        if self.value_residual is not None and values is not None:
+            v = self.value_residual(v, values)
+        v = self.split_heads(v)  # (b h l d/h)
+        if self.norm is not None:
+            q, k = self.norm(q, k)
         y = attend(q, k, v, mask)
         return self.proj(y.transpose(1, 2).flatten(2))  # (b s d)
 
@@ -59,11 +75,11 @@ class ModulatedBlock(nn.Module):
     recompute: bool = False
     """Whether the backward pass recomputes what is cheap of the MLP, see ``latte.model.fused``."""
 
-    def __init__(self, width: int, heads: int):
+    def __init__(self, width: int, heads: int, options: BlockOptions = PLAIN):
         super().__init__()
         self.norm = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
-        self.attention = SplitAttention(width, heads)
-        self.mlp = MLP(width)
+        self.attention = SplitAttention(width, heads, options)
+        self.mlp = MLPS[options.mlp](width)
         self.table = nn.Parameter(torch.zeros(6, width))
 
     def chunks(self, shared: tuple[Tensor, ...]) -> list[Tensor]:
@@ -74,41 +90,60 @@ class ModulatedBlock(nn.Module):
         """Return tokens (b f n d) plus the gated MLP."""
         if self.recompute and saves_less(self.mlp, gate):
             inner = self.mlp.inner(Modulated(x, shift, scale, self.norm.eps))
-            return gated_linear(x, gate, self.mlp.fc2, inner, gelu=True)
+            return gated_linear(x, gate, self.mlp.fc2, inner, self.mlp.gelu)
         return torch.addcmul(x, gate, self.mlp(modulate(self.norm(x), shift, scale)))
 
 
 class SpaceBlock(ModulatedBlock):
     """Attention within a frame, cross-attention to the caption (neither normed nor gated), MLP."""
 
-    def __init__(self, width: int, heads: int):
-        super().__init__(width, heads)
-        self.cross = SplitAttention(width, heads)
+    def __init__(self, width: int, heads: int, options: BlockOptions = PLAIN):
+        super().__init__(width, heads, options)
+        self.cross = SplitAttention(width, heads, replace(options, value_residual=False))
 
-    def forward(self, x: Tensor, shared: tuple[Tensor, ...], text: Tensor, mask: Tensor | None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        shared: tuple[Tensor, ...],
+        text: Tensor,
+        mask: Tensor | None,
+        first: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """Return tokens (b f n d) from tokens (b f n d) and captions (b g l d).
 
-        ``mask`` (b g l) is True at the captions' valid tokens.
+        ``mask`` (b g l) is True at the captions' valid tokens. With value residuals, return the values of
+        the model's first attention, too: ``first`` (b f n d), or those of the attention here.
         """
         shift, scale, gate, *mlp_chunks = self.chunks(shared)
+        values = [tensor.flatten(0, 1) for tensor in (first,) if tensor is not None]  # (bf n d)
         y = modulate(self.norm(x), shift, scale).flatten(0, 1)  # (bf n d)
-        x = torch.addcmul(x, gate, self.attention(y).view(x.shape))
+        x = torch.addcmul(x, gate, self.attention(y, values=values).view(x.shape))
         # all frames of one caption in one sequence
         queries = x.reshape(text.shape[0] * text.shape[1], -1, x.shape[-1])  # (bg f/g*n d)
         caption_mask = None if mask is None else mask.flatten(0, 1)  # (bg l)
         x = x + self.cross(queries, text.flatten(0, 1), caption_mask).view(x.shape)
-        return self.add_mlp(x, *mlp_chunks)
+        x = self.add_mlp(x, *mlp_chunks)
+        if not values:
+            return x
+        return x, values[0].view(x.shape)
 
 
 class TimeBlock(ModulatedBlock):
     """Attention of every position along the clip, MLP."""
 
-    def forward(self, x: Tensor, shared: tuple[Tensor, ...]) -> Tensor:
-        """Return tokens (b f n d) from tokens (b f n d)."""
+    def forward(
+        self, x: Tensor, shared: tuple[Tensor, ...], first: Tensor | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Return tokens (b f n d) from tokens (b f n d); with ``first`` (b f n d), that behind them."""
         shift, scale, gate, *mlp_chunks = self.chunks(shared)
+        values = [part.transpose(1, 2).flatten(0, 1) for part in (first,) if part is not None]  # (bn f d)
         y = modulate(self.norm(x), shift, scale).transpose(1, 2).flatten(0, 1)  # (bn f d)
-        y = self.attention(y).unflatten(0, (x.shape[0], x.shape[2])).transpose(1, 2)  # (b f n d)
-        return self.add_mlp(torch.addcmul(x, gate, y), *mlp_chunks)
+        y = self.attention(y, values=values)  # (bn f d)
+        y = y.unflatten(0, (x.shape[0], x.shape[2])).transpose(1, 2)  # (b f n d)
+        x = self.add_mlp(torch.addcmul(x, gate, y), *mlp_chunks)
+        if first is None:
+            return x
+        return x, first
 
 
 class CaptionProjection(nn.Module):

@@ -18,6 +18,7 @@ from latte.checks import check
 if TYPE_CHECKING:
     from latte.model.blocks import Block, Branch, SpaceAttention, TimeAttention
     from latte.model.conditioning import Conditioning
+    from latte.model.config import BlockOptions
     from latte.model.positions import TemporalPosition
 
 STANDARD_BLOCK = 18  # width^2 parameters of attention (4), MLP (8) and modulation (6)
@@ -31,25 +32,27 @@ class Parts:
     heads: int
     conditioning: type["Conditioning"]
     position: "TemporalPosition"
+    options: "BlockOptions"
 
     def block(self, video_only: bool = False, **attentions: "Branch") -> "Block":
         """Return a block of the given attentions and an MLP."""
-        from latte.model.blocks import MLP, Block
+        from latte.model.blocks import Block
+        from latte.model.config import MLPS
 
-        branches = {**attentions, "mlp": MLP(self.width)}
-        return Block(branches, self.width, self.conditioning, video_only)
+        branches = {**attentions, "mlp": MLPS[self.options.mlp](self.width)}
+        return Block(branches, self.width, self.conditioning, video_only, self.options.value_residual)
 
     def space(self) -> "SpaceAttention":
         """Return attention among the tokens of a frame."""
         from latte.model.blocks import SpaceAttention
 
-        return SpaceAttention(self.width, self.heads)
+        return SpaceAttention(self.width, self.heads, self.options)
 
     def time(self) -> "TimeAttention":
         """Return attention among the frames of a clip."""
         from latte.model.blocks import TimeAttention
 
-        return TimeAttention(self.width, self.heads, self.position)
+        return TimeAttention(self.width, self.heads, self.position, self.options)
 
 
 @dataclass(frozen=True)
@@ -111,7 +114,7 @@ def parallel_attention(parts: Parts, depth: int) -> list["Block"]:
     from latte.model.blocks import SpaceAndTimeAttention
 
     return [
-        parts.block(both=SpaceAndTimeAttention(parts.width, parts.heads, parts.position))
+        parts.block(both=SpaceAndTimeAttention(parts.width, parts.heads, parts.position, parts.options))
         for _ in range(depth)
     ]
 
@@ -120,7 +123,10 @@ def joint_attention(parts: Parts, depth: int) -> list["Block"]:
     """Return blocks without factorisation: every token of the clip attends to every other."""
     from latte.model.blocks import JointAttention
 
-    return [parts.block(joint=JointAttention(parts.width, parts.heads, parts.position)) for _ in range(depth)]
+    return [
+        parts.block(joint=JointAttention(parts.width, parts.heads, parts.position, parts.options))
+        for _ in range(depth)
+    ]
 
 
 VARIANTS: dict[int | str, Variant] = {

@@ -170,7 +170,7 @@ def run_record(
     if lora is not None:
         record["lora"] = asdict(lora)
     if not isinstance(model.config, ModelConfig):
-        return {"model": asdict(model.config), **record}
+        return {"model": model.config.stored(), **record}
     known = {item.name for item in fields(ModelConfig)}
     height, width = model.config.grid_size
     frames = model.config.num_frames
@@ -182,7 +182,7 @@ def run_record(
         record["codec"] = {key: value for key, value in settings.items() if value is not None}
     data = {"kind": KIND, "frames": frames, "resolution": [height * factor, width * factor]}
     return {
-        "model": {key: value for key, value in asdict(model.config).items() if key in known},
+        "model": {key: value for key, value in model.config.stored().items() if key in known},
         "data": data,
         **record,
     }

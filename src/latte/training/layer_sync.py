@@ -26,7 +26,13 @@ def captured(model: Any, indices: tuple[int, int]) -> Iterator[tuple[list[Tensor
     kept: tuple[list[Tensor], list[Tensor]] = ([], [])
 
     def keeper(into: list[Tensor]) -> Any:
-        return lambda block, inputs, output: into.append(output)
+        def keep(block: Any, inputs: Any, output: Any) -> None:
+            # with value_residual, values stand behind the tokens
+            if isinstance(output, tuple):
+                output = output[0]
+            into.append(output)
+
+        return keep
 
     pairs = zip(indices, kept, strict=True)
     handles = [blocks[index].register_forward_hook(keeper(into)) for index, into in pairs]

@@ -6,7 +6,6 @@ notice.
 import json
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from latte.data.datasets import Dataset
 from latte.data.fingerprint import changed_files, combined, read_listing
 from latte.data.joint import JointDataset
 from latte.files import sweep_checkpoints
+from latte.model.config import OPTIONS
 from latte.model.denoiser import Denoiser
 from latte.training.config import RECORDED_IF_CHANGED, TrainConfig
 from latte.training.distributed import Group
@@ -31,6 +31,7 @@ ABSENT = "nothing"
 DEFAULTS = {
     "train.optimizer": json.dumps(TrainConfig.optimizer),
     **{name: json.dumps(getattr(TrainConfig, name)) for name in RECORDED_IF_CHANGED},
+    **{f"model.{name}": json.dumps(value) for name, value in OPTIONS.items()},
 }
 
 
@@ -55,7 +56,7 @@ def run_facts(
     if config.optimizer != TrainConfig.optimizer:  # the default is not recorded: 0.1.0 had no other
         train["optimizer"] = config.optimizer
     return {
-        "model": asdict(model.config),
+        "model": model.config.stored(),
         "codec": made_with,
         "data": data,
         "train": train,
