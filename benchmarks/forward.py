@@ -35,9 +35,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
     )
     yard = measure.matmul(device, dtype)
     with torch.inference_mode():
-        times = measure.interleave(
-            [forward, yard], device, options.rounds, options.seconds, options.max_other_load
-        )
+        times = measure.timed(options, [forward, yard], device)
     return measure.report("forward", forward, yard, times, device, measure.settings_of(config, options))
 
 

@@ -89,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
     }
     tasks = [task, yard, *(measure.Task(name, run) for name, run in others.items())]
     with torch.inference_mode():
-        times = measure.interleave(tasks, device, options.rounds, options.seconds, options.max_other_load)
+        times = measure.timed(options, tasks, device)
         expected = plain(clip)
         errors = {
             "fp32": (ours(clip) - expected).abs().max(),

@@ -1,54 +1,50 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Interleaved timing: every round times each task once and a large matrix product beside them, so that a
-share of the machine's rate compares two numbers of the same seconds.
+"""What the benchmarks share: their options, and the JSON line of a time, see ``latte.profile.timing``.
 
-A round counts only when the machine was ours: on a CPU, when other processes used less than
-``max_other_load`` of it; on a GPU, when the matrix product ran within 15 % of its best. With fewer than three
-such rounds nothing is printed and the exit code is 1.
+With fewer than three clean rounds nothing is printed and the exit code is 1.
 """
 
 import argparse
 import json
-import os
-import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
-from statistics import median, quantiles
+from statistics import median
 
 import torch
 
 from latte.model.latte import Latte, ModelConfig
-from latte.runtime import generator, resolve_device, resolve_dtype
+from latte.profile.timing import (
+    FEWEST_ROUNDS,
+    MATMUL,
+    Task,
+    Times,
+    interleave,
+    make_busy,
+    matmul,
+    once,
+    other_load,
+    processor_seconds,
+)
+from latte.runtime import device_name as machine
+from latte.runtime import resolve_device, resolve_dtype
+
+__all__ = [
+    "MATMUL",
+    "Task",
+    "Times",
+    "interleave",
+    "machine",
+    "matmul",
+    "once",
+    "other_load",
+    "processor_seconds",
+]
 
 ROOT = Path(__file__).parents[1]
-FEWEST_ROUNDS = 3
 COMPILES = ("off", "blocks", "whole", "graphs")
-MATMUL = {"cpu": 2048, "cuda": 8192, "mps": 4096}
-
-
-@dataclass(frozen=True)
-class Task:
-    """Something to time: ``run()`` does ``operations`` (2 per multiply-add), 0 if not of interest."""
-
-    name: str
-    run: Callable[[], object]
-    operations: float = 0.0
-
-
-@dataclass
-class Times:
-    """Seconds of one run of each task, one entry per clean round, and how many rounds were thrown away."""
-
-    seconds: dict[str, list[float]] = field(default_factory=dict)
-    rejected: int = 0
-
-    def ratio(self, above: str, below: str) -> float:
-        """Median over rounds of seconds(above) / seconds(below)."""
-        return median(a / b for a, b in zip(self.seconds[above], self.seconds[below], strict=True))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -69,6 +65,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=0.1,
         help="share of the CPU that others may use during a clean round",
     )
+    parser.add_argument(
+        "--processor-time",
+        action="store_true",
+        help="measure processor time instead of wall time: for a CPU that others use, too",
+    )
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -88,6 +89,12 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         choices=COMPILES,
         help="torch.compile each block, the model, or the model as CUDA graphs",
     )
+
+
+def timed(options: argparse.Namespace, tasks: list[Task], device: torch.device) -> Times:
+    """Times of the tasks in turn, as the options say."""
+    clock = time.process_time if options.processor_time and device.type == "cpu" else time.perf_counter
+    return interleave(tasks, device, options.rounds, options.seconds, options.max_other_load, clock=clock)
 
 
 def model_config(options: argparse.Namespace) -> ModelConfig:
@@ -115,12 +122,8 @@ def prepare(options: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
 
 
 def busy_model(config: ModelConfig, device: torch.device, compiled: str = "off") -> Latte:
-    """Return a model without zeros: on zero layers processors draw less power and clock higher."""
-    model = Latte(config)
-    draw = generator(0, "benchmark")
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=draw), alpha=0.02)
+    """Return a model without zeros, compiled as asked."""
+    model = make_busy(Latte(config))
     model = model.to(device)
     if compiled == "blocks":
         for block in model.blocks:
@@ -128,86 +131,6 @@ def busy_model(config: ModelConfig, device: torch.device, compiled: str = "off")
     elif compiled != "off":
         model.compile(mode="reduce-overhead" if compiled == "graphs" else "default")
     return model
-
-
-def matmul(device: torch.device, dtype: torch.dtype, side: int = 0) -> Task:
-    """A square matrix product: the rate that everything else is a share of."""
-    side = side or MATMUL[device.type]
-    a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
-    return Task("matmul", lambda: a @ b, 2.0 * side**3)
-
-
-def synchronise(device: torch.device) -> None:
-    """Wait until the device has done what it was asked."""
-    if device.type != "cpu":
-        getattr(torch, device.type).synchronize()
-
-
-def once(task: Task, device: torch.device, repeats: int) -> float:
-    """Seconds of one run, over ``repeats`` runs."""
-    synchronise(device)
-    start = time.perf_counter()
-    for _ in range(repeats):
-        task.run()
-    synchronise(device)
-    return (time.perf_counter() - start) / repeats
-
-
-def processor_seconds() -> tuple[float, float]:
-    """Return seconds that all cores were busy, and that this process used; zeros without /proc."""
-    own = sum(os.times()[:4])
-    try:
-        fields = [
-            int(n) for n in Path("/proc/stat").read_text(encoding="ascii").split("\n", 1)[0].split()[1:9]
-        ]
-    except OSError:
-        return 0.0, 0.0
-    return (sum(fields) - fields[3] - fields[4]) / os.sysconf("SC_CLK_TCK"), own
-
-
-def other_load(before: tuple[float, float], after: tuple[float, float], wall: float) -> float:
-    """Share of the machine that other processes used between two readings."""
-    others = (after[0] - before[0]) - (after[1] - before[1])
-    return max(0.0, others / (wall * (os.cpu_count() or 1)))
-
-
-def interleave(
-    tasks: list[Task], device: torch.device, rounds: int, seconds: float, max_other_load: float
-) -> Times:
-    """Times of ``rounds`` clean rounds of all tasks in turn, from at most four times as many."""
-    repeats = {}
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    for task in tasks:
-        once(task, device, 1)
-        repeats[task.name] = max(1, round(seconds / max(once(task, device, 1), 1e-6)))
-    times, best = Times({task.name: [] for task in tasks}), float("inf")
-    for _ in range(4 * rounds):
-        before, start = processor_seconds(), time.perf_counter()
-        row = {task.name: once(task, device, repeats[task.name]) for task in tasks}
-        other = other_load(before, processor_seconds(), time.perf_counter() - start)
-        best = min(best, row.get("matmul", float("inf")))
-        clean = other <= max_other_load if device.type == "cpu" else row.get("matmul", best) <= 1.15 * best
-        times.rejected += not clean
-        for name, value in row.items() if clean else ():
-            times.seconds[name].append(value)
-        if min(len(samples) for samples in times.seconds.values()) >= rounds:
-            break
-    return times
-
-
-def machine(device: torch.device) -> str:
-    """The GPU's name, or the CPU's."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    return next(
-        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")),
-        platform.processor() or platform.machine(),
-    )
 
 
 def commit() -> str:
@@ -239,7 +162,7 @@ def report(
             f"at least {FEWEST_ROUNDS} are needed; "
             "stop what else runs on this machine, or raise --max-other-load and report that"
         )
-    middle, (low, _, high) = median(samples), quantiles(samples, n=4)
+    middle = median(samples)
     line: dict[str, object] = {
         "what": what,
         "machine": machine(device),
@@ -254,7 +177,7 @@ def report(
     }
     line |= {
         "median_s": round(middle, 6),
-        "spread": round((high - low) / middle, 4),
+        "spread": round(times.spread(task.name), 4),
         "operations": task.operations,
     }
     line |= {"gflops": round(task.operations / middle / 1e9, 1)}
@@ -277,4 +200,5 @@ def settings_of(config: ModelConfig, options: argparse.Namespace) -> dict[str, o
         "dtype": options.dtype,
         "compile": options.compile,
         "max_other_load": options.max_other_load,
+        "processor_time": options.processor_time,
     }

@@ -64,9 +64,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
             errors[name] = float((found - exact).square().mean().sqrt() / exact.square().mean().sqrt())
             tasks.append(measure.Task(name, lambda call=call: call(z, t, label=label), operations))
         yard = measure.matmul(device, torch.float32)
-        times = measure.interleave(
-            [*tasks, yard], device, options.rounds, options.seconds, options.max_other_load
-        )
+        times = measure.timed(options, [*tasks, yard], device)
     answers = {
         name: {"ratio": round(times.ratio("plain", name), 3), "relative_rms": float(f"{errors[name]:.3g}")}
         for name in names

@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
     model.gradient_checkpointing = options.checkpointing
     model.recompute(options.recompute)
     step, yard = train_step(model, options, device, dtype), measure.matmul(device, dtype)
-    times = measure.interleave([step, yard], device, options.rounds, options.seconds, options.max_other_load)
+    times = measure.timed(options, [step, yard], device)
     settings = measure.settings_of(config, options) | {
         "micro_batch": options.micro_batch,
         "checkpointing": options.checkpointing,

@@ -22,6 +22,7 @@ from latte.data.world.captions import caption
 from latte.data.world.scenes import render as render_world
 from latte.data.world.scenes import sample_scene
 from latte.inference.generate import SampleConfig
+from latte.profile import timing
 from temporal import time_codec
 from tiny import tiny_trained
 
@@ -132,7 +133,7 @@ def test_the_frechet_benchmark_prints_the_expected_value_beside_its_own(benchmar
 
 def test_the_i3d_benchmark_compares_equal_networks(benchmark, capsys, monkeypatch):
     i3d = benchmark("i3d")
-    monkeypatch.setattr(i3d.measure, "interleave", one_round)
+    monkeypatch.setattr(i3d.measure, "timed", one_round)
     line = i3d.main([*TINY, "--frames", "9"])
     assert json.loads(capsys.readouterr().out) == line
     assert {*KEYS, "plain_over_ours", "ours_bf16_over_ours"} <= set(line)
@@ -140,7 +141,7 @@ def test_the_i3d_benchmark_compares_equal_networks(benchmark, capsys, monkeypatc
     assert line["operations"] > 1e10
 
 
-def one_round(tasks, device, rounds, seconds, max_other_load):
+def one_round(options, tasks, device):
     """What ``interleave`` gives, each task run once and none timed: all took a second."""
     for task in tasks:
         task.run()
@@ -408,8 +409,7 @@ def test_these_benchmarks_count_frames_of_video_where_the_codec_compresses_time(
 
 
 def test_a_disturbed_machine_gives_no_number(benchmark, capsys, monkeypatch):
-    measure = benchmark("measure")
-    monkeypatch.setattr(measure, "other_load", lambda *_: 0.5)
+    monkeypatch.setattr(timing, "other_load", lambda *_: 0.5)
     with pytest.raises(SystemExit) as stopped:
         benchmark("forward").main([*TINY, *MODEL, "--max-other-load", "0.4"])
     assert "0 clean rounds" in str(stopped.value)
@@ -423,12 +423,11 @@ def test_rounds_compare_like_with_like(benchmark):
 
 
 def test_others_share_of_the_machine(benchmark, monkeypatch):
-    measure = benchmark("measure")
-    monkeypatch.setattr(measure.os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(timing.os, "cpu_count", lambda: 2)
     assert (
-        measure.other_load((10.0, 1.0), (14.0, 4.0), wall=2.0) == 0.25
+        timing.other_load((10.0, 1.0), (14.0, 4.0), wall=2.0) == 0.25
     )  # 4 busy seconds, 3 of them ours, of 4
-    assert measure.other_load((0.0, 0.0), (0.0, 1.0), wall=1.0) == 0.0
+    assert timing.other_load((0.0, 0.0), (0.0, 1.0), wall=1.0) == 0.0
 
 
 @pytest.mark.skipif(

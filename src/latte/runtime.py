@@ -122,20 +122,41 @@ def check_low_bit(dtype: "torch.dtype", device: "torch.device") -> None:
             raise InputError(f"dtype is int8, but the int8 matrix product of {device} is wrong; use fp32")
 
 
-def machine_name(device: "torch.device") -> str:
-    """Return what decides the speed of ``device``: a GPU's name, or a processor's with torch's threads."""
-    import torch
-
+def device_name(device: "torch.device") -> str:
+    """Return a GPU's name, or the processor's."""
     if device.type == "cuda":
+        import torch
+
         return torch.cuda.get_device_name(device)
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as file:
             models = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
     except OSError:
         models = []
-    name = models[0] if models else platform.processor() or platform.machine()
+    return models[0] if models else platform.processor() or platform.machine()
+
+
+def machine_name(device: "torch.device") -> str:
+    """Return what decides the speed of ``device``: a GPU's name, or a processor's with torch's threads."""
+    import torch
+
+    name = device_name(device)
+    if device.type == "cuda":
+        return name
     capability = torch.backends.cpu.get_cpu_capability()
     return f"{device.type} {name} {capability} {torch.get_num_threads()} threads"
+
+
+def memory_of(device: "torch.device") -> int | None:
+    """Return the bytes of memory of ``device``, the machine's own for a CPU; None where that is unknown."""
+    if device.type == "cuda":
+        import torch
+
+        return torch.cuda.get_device_properties(device).total_memory
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, OSError, ValueError):  # not POSIX
+        return None
 
 
 @contextmanager

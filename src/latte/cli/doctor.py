@@ -40,11 +40,11 @@ def examine(device: str) -> dict[str, Any]:
     from latte import __version__
     from latte.autoencoder.codec import CODECS
     from latte.checkpoint.record import installed
-    from latte.runtime import resolve_device
+    from latte.runtime import memory_of, resolve_device
 
     found = resolve_device(device)
     disk = shutil.disk_usage(Path.cwd()).free
-    memory = _memory()
+    memory = memory_of(torch.device("cpu"))
     encoders = _video_encoders()
     problems = []
     if encoders is None:
@@ -79,14 +79,6 @@ def examine(device: str) -> dict[str, Any]:
         "terminal": sys.stderr.isatty(),
         "problems": problems,
     }
-
-
-def _memory() -> int | None:
-    """Return the bytes of main memory, None where the system has no such number."""
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, OSError, ValueError):
-        return None
 
 
 def _video_encoders() -> list[str] | None:

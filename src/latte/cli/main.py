@@ -22,6 +22,7 @@ from latte import __version__
 from latte.checks import InputError, RunError
 from latte.cli import (
     ablate,
+    bench,
     config,
     convert,
     data,
@@ -224,6 +225,7 @@ app.command("ablate", cls=Command, context_settings=OVERRIDABLE)(ablate.ablate)
 app.command("report", cls=Command)(report.report)
 app.add_typer(data.app, name="data")
 app.add_typer(config.app, name="config")
+app.command("bench", cls=Command, context_settings=OVERRIDABLE)(bench.bench)
 app.command("doctor", cls=Command)(doctor.doctor)
 
 

@@ -5,14 +5,16 @@ anything is computed: codec, patches, windows and memory.
 Axes: f latent frames, c channels, h height, w width.
 """
 
-import os
 from collections.abc import Iterable
 from dataclasses import asdict
 from typing import Any
 
+import torch
+
 from latte.autoencoder.base import Codec
 from latte.checks import check
 from latte.model.denoiser import Denoiser
+from latte.runtime import memory_of
 
 Shape = tuple[int, int, int, int]
 """(f c h w) of the latent of one clip."""
@@ -98,9 +100,8 @@ def check_memory(batch: int, shape: Shape, codec: Codec) -> None:
     latent_frames, _, height, width = shape
     frames = codec.frames(latent_frames)
     needed = 4 * 3 * batch * frames * height * width * codec.spatial_factor**2
-    try:
-        available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):  # not POSIX: unknown
+    available = memory_of(torch.device("cpu"))
+    if available is None:
         return
     check(
         needed <= available,

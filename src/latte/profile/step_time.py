@@ -24,6 +24,65 @@ from latte.training.step import Task, backward, set_up_blocks, step_options
 MEASURED = 3  # steps, after one to warm up
 
 
+class TrainingStep:
+    """A step of ``clips`` clips on random latents: ``update(gradient())``; ``model`` is trained a little.
+
+    ``tokens`` is the length of captions of a text model.
+    """
+
+    def __init__(
+        self,
+        model: Denoiser,
+        process: NoisePath,
+        objective: str,
+        config: TrainConfig,
+        clips: int,
+        device: torch.device,
+        tokens: int = 1,
+    ):
+        model.to(device).train()
+        set_up_blocks(model, config, device)
+        self.config = config
+        self.clips = clips
+        self.device = device
+        self.state = TrainState(
+            model,
+            lr=config.lr,
+            weight_decay=config.weight_decay,
+            ema_decay=config.ema_decay,
+            optimizer=config.optimizer,
+        )
+        self.task = Task(
+            model=model,
+            forward=model,
+            process=process,
+            objective=OBJECTIVES[objective],
+            codec=None,
+            seed=0,
+            global_batch=config.global_batch,
+            micro_batch=None,
+            device=device,
+            dtype=resolve_dtype(config.dtype, device),
+            num_images=config.num_images,
+            options=step_options(config),
+        )
+        shape = model.config
+        num_frames = shape.num_frames + config.num_images
+        size = (clips, num_frames, shape.latent_channels, *shape.grid_size)
+        self.video = torch.randn(size, generator=generator("measure"))  # (b f c h w)
+        self.condition = example_condition(model, clips, config.num_images, tokens)
+        self.steps = 0
+
+    def gradient(self) -> torch.Tensor:
+        """Add the gradient of the clips to the model's; return their loss terms (3,)."""
+        self.steps += 1
+        return backward(self.task, self.steps, range(self.clips), self.video, self.condition)
+
+    def update(self, losses: torch.Tensor) -> None:
+        """Clip the gradient, update weights and EMA weights."""
+        self.state.update(self.steps, losses, self.config.lr, self.config.clip_norm, Group())
+
+
 def step_seconds(
     model: Denoiser,
     process: NoisePath,
@@ -38,41 +97,14 @@ def step_seconds(
     The gradient of one micro batch is measured and counted as often as ``share`` needs it; the optimizer and
     the EMA weights are updated once a step. ``tokens`` is the length of captions of a text model.
     """
-    model.to(device).train()
-    set_up_blocks(model, config, device)
-    state = TrainState(
-        model,
-        lr=config.lr,
-        weight_decay=config.weight_decay,
-        ema_decay=config.ema_decay,
-        optimizer=config.optimizer,
-    )
     micro_batch = min(config.micro_batch or share, share)
-    task = Task(
-        model=model,
-        forward=model,
-        process=process,
-        objective=OBJECTIVES[objective],
-        codec=None,
-        seed=0,
-        global_batch=config.global_batch,
-        micro_batch=None,
-        device=device,
-        dtype=resolve_dtype(config.dtype, device),
-        num_images=config.num_images,
-        options=step_options(config),
-    )
-    shape = model.config
-    num_frames = shape.num_frames + config.num_images
-    size = (micro_batch, num_frames, shape.latent_channels, *shape.grid_size)
-    video = torch.randn(size, generator=generator("measure"))  # (b f c h w)
-    condition = example_condition(model, micro_batch, config.num_images, tokens)
+    measured = TrainingStep(model, process, objective, config, micro_batch, device, tokens)
     seconds = []
-    for step in range(1, 2 + MEASURED):
+    for _ in range(1 + MEASURED):
         start = now(device)
-        losses = backward(task, step, range(micro_batch), video, condition)
+        losses = measured.gradient()
         middle = now(device)
-        state.update(step, losses, config.lr, config.clip_norm, Group())
+        measured.update(losses)
         seconds.append((middle - start) * share / micro_batch + now(device) - middle)
     return median(seconds[1:])
 
