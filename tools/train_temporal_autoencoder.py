@@ -55,6 +55,7 @@ class TemporalConfig(TrainingConfig):
     noise: float = 0.2  # largest standard deviation of the noise on the latents
     half: bool = True  # convolutions in bfloat16
     start: str | None = None  # file of weights to continue from, on other batches; null: random ones
+    decoder_only: bool = False  # keep the encoder of ``start``, and with it every latent, as it is
 
 
 def draw_pools(config: TemporalConfig, cache: Path | None = None) -> Pools:
@@ -83,7 +84,9 @@ def to_tensor(clips: np.ndarray) -> Tensor:
 
 
 def stage_of(config: TemporalConfig) -> str:
-    """Return the name of the random numbers of a first or second training."""
+    """Return the name of the random numbers of a first training, a second one, or one of the decoder."""
+    if config.decoder_only:
+        return "temporal autoencoder, decoder"
     return "temporal autoencoder" if config.start is None else "temporal autoencoder, second training"
 
 
@@ -132,6 +135,8 @@ def fit(
     model = fresh_network(BuiltinTemporalAutoencoder, config.seed)
     if config.start is not None:
         begin_from(model, config.start)
+    if config.decoder_only:
+        model.encoder.requires_grad_(False)
 
     def loss_of(step: int) -> Tensor:
         frames = draw_batch(pools, config, step)
@@ -141,8 +146,11 @@ def fit(
             size = config.noise * torch.rand(len(latent), 1, 1, 1, 1, generator=draw)
             noisy = latent + size * torch.randn(latent.shape, generator=draw)
             decoded = to_frames(model.raw_decode(noisy, {})).float()
+        loss = reconstruction_loss(decoded, frames)
+        if config.decoder_only:
+            return loss
         moment = latent.square().mean((0, 1, 3, 4))  # of each channel
-        return reconstruction_loss(decoded, frames) + 0.1 * (moment - 1).square().mean()
+        return loss + 0.1 * (moment - 1).square().mean()
 
     train(
         model,
@@ -155,7 +163,8 @@ def fit(
         decay_steps=config.decay_steps,
         optimizers=optimizers_of(model, config),
     )
-    normalise(model, pools, config)
+    if not config.decoder_only:
+        normalise(model, pools, config)
     return model.eval()
 
 
@@ -174,8 +183,9 @@ def optimizers_of(model: BuiltinTemporalAutoencoder, config: TemporalConfig) -> 
         for module in model.modules()
         if isinstance(module, nn.Conv2d) and module.kernel_size == (3, 3) and module not in edges
     ]
+    inner = [parameter for parameter in inner if parameter.requires_grad]
     known = set(inner)
-    rest = [parameter for parameter in model.parameters() if parameter not in known]
+    rest = [p for p in model.parameters() if p.requires_grad and p not in known]
     optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(rest, lr=config.lr, weight_decay=1e-3)]
     return [*optimizers, Muon(inner, lr=config.muon_lr)]
 
@@ -254,7 +264,7 @@ def command_of(out: Path, config: TemporalConfig) -> str:
         value = getattr(config, name)
         if value != getattr(TemporalConfig, name):
             command += f" --{name.replace('_', '-')} {Path(value).name if name == 'start' else value}"
-    return command
+    return command + " --decoder-only" * config.decoder_only
 
 
 def make_weights(out: Path, config: TemporalConfig, cache: Path | None = None, num_clips: int = 16) -> dict:
@@ -290,12 +300,16 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=TemporalConfig.lr, help="of AdamW")
     parser.add_argument("--muon-lr", type=float, default=TemporalConfig.muon_lr, help="of Muon")
     parser.add_argument("--decay-steps", type=int, default=TemporalConfig.decay_steps)
+    parser.add_argument("--decoder-only", action="store_true", help="keep the encoder of --start as it is")
     options = parser.parse_args()
+    if options.decoder_only and options.start is None:
+        parser.error("--decoder-only needs --start, whose encoder it keeps")
     for folder in (options.out.parent, options.cache):
         if folder is not None and not folder.is_dir():
             parser.error(f"the folder {folder} does not exist; make it first")
     torch.set_num_threads(options.threads)
-    settings = {key: getattr(options, key) for key in ("steps", "start", "lr", "muon_lr", "decay_steps")}
+    names = ("steps", "start", "lr", "muon_lr", "decay_steps", "decoder_only")
+    settings = {name: getattr(options, name) for name in names}
     print(json.dumps(make_weights(options.out, TemporalConfig(**settings), options.cache)))
 
 

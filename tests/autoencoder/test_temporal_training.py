@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from latte.autoencoder.builtin_temporal import BuiltinTemporalAutoencoder, BuiltinTemporalCodec
 from latte.checks import InputError
@@ -227,3 +227,21 @@ def test_the_refiner_adds_nothing_at_first():
     images = torch.randn(2, 12, 16, 16)
     refined = model.refiner(hidden, images)
     assert torch.equal(refined, images.reshape(8, 3, 16, 16))
+
+
+def test_a_decoder_trained_alone_reads_the_same_latents(tmp_path):
+    start = tmp_path / "start.safetensors"
+    make_weights(start, TINY, num_clips=1)
+    out = tmp_path / "decoder.safetensors"
+    card = make_weights(out, replace(TINY, start=str(start), decoder_only=True), num_clips=1)
+    before, after = load_file(start), load_file(out)
+    changed = {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {"decoder", "to_pixels", "refiner"}
+    assert card["command"].endswith("--start start.safetensors --decoder-only")
+
+
+def test_a_decoder_alone_needs_the_encoder_that_it_reads(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["train", str(tmp_path / "out.safetensors"), "--decoder-only"])
+    with pytest.raises(SystemExit):
+        train_temporal_autoencoder.main()
+    assert "--decoder-only needs --start" in capsys.readouterr().err
