@@ -11,6 +11,9 @@ import sys
 
 import pytest
 
+from latte.config.run import load_run
+from latte.profile.plan import plan
+
 RUN = """
 import json, sys
 sys.argv = ["latte", *sys.argv[1:]]
@@ -54,6 +57,15 @@ def test_settings_help_and_bad_keys_import_no_torch(words, expected):
     assert code == expected
     assert "latte.cli.main" in modules
     assert not {"torch", "diffusers"} & modules
+
+
+def test_a_second_plan_imports_neither_the_compiler_nor_the_codecs_library(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    plan(load_run("ffs", ["model.size=S"])[0], "cpu", kept=True)
+    code, modules = imported("plan", "ffs", "model.size=S", "--device", "cpu")
+    assert code in (0, None)
+    assert "torch" in modules
+    assert not {"diffusers", "transformers", "torch._dynamo", "sympy"} & modules
 
 
 def test_sampling_with_the_built_in_model_imports_no_diffusers_and_no_compiler(tmp_path):

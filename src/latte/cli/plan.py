@@ -42,7 +42,7 @@ def plan(
     from latte.data.selection import table_lines  # torch, after the settings were found good
     from latte.profile.plan import plan as plan_of
 
-    planned = plan_of(config, device, processes, measure)
+    planned = plan_of(config, device, processes, measure, kept=True)
     lines = table(rows(planned))
     if planned.buckets:
         lines += table_lines(planned.buckets)

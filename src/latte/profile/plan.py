@@ -21,8 +21,9 @@ from latte.data.selection import bucket_table
 from latte.diffusion.config import build_process
 from latte.interop.lora import add_lora
 from latte.model.denoiser import Denoiser
-from latte.profile.flops import Table3, count, encoding_operations, table3
-from latte.profile.memory import Adapt, States, activations, fresh, states
+from latte.profile.flops import Cost, Table3, count, encoding_operations, table3
+from latte.profile.kept import Counter
+from latte.profile.memory import Activations, Adapt, States, activations, fresh, states
 from latte.profile.sampling_memory import staging
 from latte.profile.step_time import step_seconds
 from latte.runtime import FASTEST, resolve_device, resolve_dtype, world_size
@@ -115,13 +116,17 @@ class Plan:
 
 
 def plan(
-    config: RunConfig, device: str = "auto", processes: int | None = None, measure: bool = False
+    config: RunConfig,
+    device: str = "auto",
+    processes: int | None = None,
+    measure: bool = False,
+    kept: bool = False,
 ) -> Plan:
     """Return what a run costs on ``processes`` devices like ``device`` (None: as many as torchrun started).
 
     ``measure`` trains a few steps on ``device``; without it the device need not exist, so a run on a GPU can
-    be planned on a laptop. InputError for processes that cannot share the global batch and for existing data
-    that do not fit.
+    be planned on a laptop. ``kept``: counts of an earlier plan come from the user's cache. InputError for
+    processes that cannot share the global batch and for existing data that do not fit.
     """
     model = config.network
     train = config.train
@@ -134,9 +139,12 @@ def plan(
         train = with_dtype(train, model, planned_device)
     config = replace(config, train=train)
     dtype = dtype_of("auto", planned_device)
-    sampling = staging(model, config.codec, config.text, config.sample, planned_device, dtype).facts()
-    cost = count(model, config.text.tokens)
-    state = states(model, adapters(config), train.optimizer)
+    counter = Counter(config, kept)
+    stages = (model, config.codec, config.text, config.sample, planned_device, dtype)
+    sampling = counter(dict, lambda: staging(*stages).facts(), *stages)
+    cost = counter(Cost, lambda: count(model, config.text.tokens), model, config.text.tokens)
+    trained = (config.lora, train.optimizer)
+    state = counter(States, lambda: states(model, adapters(config), train.optimizer), model, *trained)
     dataset = existing_data(config)
     batch = batches(config, processes, dataset)
     num_kept = min(train.keep_last, -(-train.steps // train.checkpoint_every))
@@ -144,16 +152,16 @@ def plan(
         parameters=cost.parameters,
         trainable=state.trainable,
         operations=cost.operations,
-        table3=None if model.reads_text else table3(config.model),
+        table3=None if model.reads_text else counter(Table3, lambda: table3(config.model), config.model),
         latent=(model.num_frames, model.latent_channels, *model.grid_size),
         tokens=model.num_tokens,
         clips_seen=batch.clips_seen,
-        memory=memory(config, batch, state, planned_device),
+        memory=memory(config, batch, state, planned_device, counter),
         batch=batch,
         disk=Disk(state.checkpoint, num_kept * state.checkpoint),
         time=measured_time(config, batch, planned_device) if measure else None,
         sampling=sampling,
-        encoding=encoding(config),
+        encoding=counter(Encoding, lambda: encoding(config), model, config.codec, config.data),
         buckets=bucket_rows(config, dataset),
     )
 
@@ -244,7 +252,9 @@ def dtype_of(name: str, device: torch.device) -> torch.dtype:
     return resolve_dtype(name, device)
 
 
-def memory(config: RunConfig, batch: Batch, state: States, device: torch.device) -> Memory:
+def memory(
+    config: RunConfig, batch: Batch, state: States, device: torch.device, counter: Counter | None = None
+) -> Memory:
     """Return the memory of one training step with the precision that it has on ``device``."""
     train = config.train
     dtype = dtype_of(train.dtype, device)
@@ -255,7 +265,10 @@ def memory(config: RunConfig, batch: Batch, state: States, device: torch.device)
             add_adapters(model)
         model.recompute(train.recompute)
 
-    found = activations(config.network, batch.micro_batch, train.num_images, dtype, config.text.tokens, adapt)
+    inputs = (config.network, batch.micro_batch, train.num_images, dtype, config.text.tokens)
+    counter = counter or Counter()
+    adapted = (config.lora, train.recompute)
+    found = counter(Activations, lambda: activations(*inputs, adapt), *inputs, *adapted)
     held = found.plain
     if train.gradient_checkpointing:
         held = found.checkpointed
