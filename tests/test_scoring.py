@@ -30,7 +30,8 @@ def job(folder: Path, *words: str, recipe: str = "shapes"):
     """The run in ``folder``, and what scores it."""
     found = build(load_run(recipe, [*SCORED, f"run.dir={folder}", *words])[0], "cpu")
     assert found.codec is not None
-    return found, Scorer(found.config, found.model, found.dataset, found.codec, found.captions)
+    parts = (found.config, found.model, found.dataset, found.codec, found.captions, found.held_out)
+    return found, Scorer(*parts)
 
 
 def train(folder: Path, *words: str, recipe: str = "shapes", until: int | None = None) -> dict:
@@ -59,6 +60,26 @@ def test_scores_of_a_resumed_run_are_those_of_one_that_never_stopped(tmp_path):
     assert manifest["values"]["fvd"] == found[1]["score/fvd"]
     assert (kept / "report.html").is_file()
     assert not list(kept.rglob("*.mp4")), "clips are removed after they were scored"
+
+
+def test_held_out_clips_measure_memorisation_and_show_the_nearest(tmp_path):
+    train(tmp_path, "data.hold_out=0.2", until=2)
+    (line,) = lines(tmp_path)
+    kept = tmp_path / "scores" / "step-0000002"
+    found = json.loads((kept / "manifest.json").read_text())["memorisation"]
+    assert line["score/memorisation"] == found["relative"]["value"] > 0
+    assert (found["num_train"], found["num_held_out"]) == (6, 6)
+    shown = [path.name for path in sorted((kept / "nearest").iterdir())]
+    assert len(shown) == 12
+    page = (tmp_path / "report.html").read_text("utf-8")
+    assert found["verdict"] in page
+    assert page.count("data:video/mp4") == 12
+
+
+def test_without_enough_held_out_clips_scores_go_without_memorisation(tmp_path, caplog):
+    train(tmp_path, "data.hold_out=0.025", until=2)
+    assert "memorisation is not measured" in caplog.text
+    assert set(lines(tmp_path)[0]) == {"step", "score/fvd", "score/kvd"}
 
 
 def test_a_text_model_is_scored_with_the_captions_of_its_data(tmp_path):

@@ -6,6 +6,7 @@ shows the model alone; what cannot be scored is refused before the run. ``scores
 holds manifest and page, generated clips are removed after they were scored.
 """
 
+import logging
 import shutil
 import time
 from collections.abc import Callable
@@ -17,7 +18,7 @@ import numpy as np
 from torch import nn
 
 from latte.autoencoder.codec import Codec
-from latte.checks import check
+from latte.checks import InputError, check
 from latte.config.run import RunConfig
 from latte.data.captions import CaptionFeatures
 from latte.data.clips import to_uint8
@@ -35,14 +36,16 @@ from latte.evaluation.evaluate import (
     write_plan,
 )
 from latte.evaluation.features import extract
+from latte.evaluation.memorisation import choose_held_out, read_held_out
 from latte.evaluation.metrics import METRICS
-from latte.evaluation.plan import SIDES
+from latte.evaluation.plan import SIDES, PlannedClip
 from latte.evaluation.sources import FolderSide, Side, open_side
 from latte.inference.pipeline import VideoPipeline
 from latte.inference.prompts import PromptReader
 from latte.inference.requests import SampleRequest, class_requests
 from latte.runtime import generator, resolve_dtype
 
+LOG = logging.getLogger(__name__)
 FOLDER = "scores"  # in the run folder
 
 
@@ -93,7 +96,13 @@ class Scorer:
     """
 
     def __init__(
-        self, config: RunConfig, model: Any, dataset: Dataset, codec: Codec, captions: CaptionFeatures | None
+        self,
+        config: RunConfig,
+        model: Any,
+        dataset: Dataset,
+        codec: Codec,
+        captions: CaptionFeatures | None,
+        held_out: Dataset | None = None,
     ):
         self.config = config
         self.folder = Path(config.run.dir or "runs/unnamed") / FOLDER
@@ -106,23 +115,33 @@ class Scorer:
         )
         protocol = self.settings.chosen_protocol
         self.higher_is_better = not METRICS[protocol.metrics[0]].is_distance
-        self.real = self._real_side(protocol.clips)
+        self.real = self._real_side(dataset, protocol.clips, "real")
+        self.unseen: Side | None = None
+        if held_out is not None:
+            self.unseen = self._real_side(held_out, min(protocol.clips, len(held_out)), "held-out")
         self.open_detector = detector_opener(build_detector, self.settings)
         plan = preview_plan(self.real, self._clips(model, 0), self.settings)
+        self.chosen: tuple[PlannedClip, ...] = ()
+        if self.unseen is not None:
+            try:
+                self.chosen = choose_held_out(self.unseen, self.real, plan.protocol, self.settings.seed)
+            except InputError as error:
+                LOG.warning("memorisation is not measured: %s", error)
+                self.unseen = None
         self.open_detector().check_length(plan.protocol.frames)
 
-    def _real_side(self, count: int) -> Side:
-        """Return the clips that the run trains on; procedural ones are written first."""
-        whole = self.dataset.dataset if isinstance(self.dataset, Subset) else self.dataset
+    def _real_side(self, dataset: Dataset, count: int, name: str) -> Side:
+        """Return the clips of ``dataset``; procedural ones are written first, ``count`` of them."""
+        whole = dataset.dataset if isinstance(dataset, Subset) else dataset
         keys = keys_of(whole)
         root = self.config.data.root
         if not keys or root is None:
-            written = write_real(self.dataset, self.folder / "real", count)
-            return open_side("real", written, self.folder / "probes")
+            written = write_real(dataset, self.folder / name, count)
+            return open_side(name, written, self.folder / "probes")
         codec_path, device = self.config.codec.path, str(self.codec.device)
-        side = open_side("real", root, self.folder / "probes", codec_path, device)
-        if isinstance(self.dataset, Subset) and isinstance(side, FolderSide):
-            used = {keys[index] for index in self.dataset.indices}
+        side = open_side(name, root, self.folder / "probes", codec_path, device)
+        if isinstance(dataset, Subset) and isinstance(side, FolderSide):
+            used = {keys[index] for index in dataset.indices}
             side = replace(side, sources=tuple(source for source in side.sources if source.id in used))
         return side
 
@@ -163,6 +182,9 @@ class Scorer:
         write_plan(plan, out)
         kept = self.folder / "features"  # of the real side, which are the same at every step
         features = extract(plan, sides, detector, self.open_detector, out, 1, kept)
+        held_out = None
+        if self.unseen is not None:
+            held_out = read_held_out(self.unseen, self.chosen, detector, plan.protocol.frame, kept)
         replay = {"model": clips.name, "sample_seed": clips.seed, "codec_path": self.config.codec.path}
         replay |= {"real": self.real.root, "fake": fake.root, "config": asdict(self.settings)}
         result = score_features(
@@ -174,10 +196,14 @@ class Scorer:
             notes={**{side: {"split": None, "version": None} for side in SIDES}, "generation": generation},
             run={"processes": 1, "wall_seconds": round(time.monotonic() - started, 3)},
             replay=replay,
+            held_out=held_out,
         )
         for name in ("samples", "shards", "probes"):
             shutil.rmtree(out / name, ignore_errors=True)
-        return {f"score/{name}": float(value) for name, value in result["values"].items()}
+        found = {f"score/{name}": float(value) for name, value in result["values"].items()}
+        if held_out:
+            found["score/memorisation"] = float(result["memorisation"]["relative"]["value"])
+        return found
 
 
 def write_real(dataset: Dataset, folder: Path, count: int) -> Path:
@@ -191,6 +217,6 @@ def write_real(dataset: Dataset, folder: Path, count: int) -> Path:
     for index in range(count):
         path = folder / f"{index:06d}.mp4"
         if not path.exists():
-            clip = dataset.clip(index, generator("score", "real", index))
+            clip = dataset.clip(index, generator("score", folder.name, index))
             write_mp4(path, np.asarray(to_uint8(clip.video)))
     return folder

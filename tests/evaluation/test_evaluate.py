@@ -365,16 +365,50 @@ def test_the_mosaic_of_latte_sample_is_not_a_fake(folders, tmp_path):
     assert len(open_side("fake", tmp_path / "generated", tmp_path / "p").sources) == 8
 
 
-def test_the_page_is_well_formed_and_names_files_that_are_there(finished):
+def test_the_page_is_well_formed_and_holds_its_clips(finished):
     out, result, written = finished
     text = Path(result["report"]).read_text(encoding="utf-8")
     tree = ElementTree.fromstring(text.removeprefix("<!DOCTYPE html>"))
-    named = [image.get("src") for image in tree.iter("img")]
-    assert named == ["real.png", "fake.png", "worst.png", "best.png"]
-    assert all((out / name).is_file() for name in named)
+    clips = list(tree.iter("video"))
+    assert len(clips) == 6 + 6 + 4 + 4
+    assert all(clip.get("src").startswith("data:video/mp4;base64,") for clip in clips)
+    assert all(clip.get("autoplay") == "" for clip in clips)
+    assert not list(out.rglob("*.png"))
     assert written["manifest_hash"] in text
     assert tiny_detector.SPEC.card in text
-    assert "tiny" in tree.find(".//h1").text
+    assert tree.find(".//h1").text.startswith("Frechet distance of clip features (tiny): ")
+
+
+def test_copies_of_training_clips_are_found_and_shown(folders, tmp_path):
+    """Fakes are training clips in other files: the page shows them, their originals and held-out clips."""
+    copies = tmp_path / "copies"
+    write_side(copies, range(8), fps=9)
+    held_out = write_side(tmp_path / "held", range(100, 106))
+    sides = {"real": folders["real"], "fake": copies}
+    config = replace(CONFIG, allow_mixed=True)
+    unseen = open_side("held-out", held_out, tmp_path / "p")
+    result, written = run(sides, tmp_path / "out", config, held_out=unseen)
+    found = result["memorisation"]
+    assert found["relative"]["high"] < 0.6
+    assert (found["num_train"], found["num_held_out"]) == (6, 6)
+    assert written["replay"]["held_out"] == str(held_out)
+    text = (tmp_path / "out" / "report.html").read_text("utf-8")
+    assert found["verdict"] in text
+    names = {path.name for path in (tmp_path / "out" / "nearest").iterdir()}
+    assert names == {f"{n}-{kind}.mp4" for n in range(1, 5) for kind in ("generated", "training", "held-out")}
+    plain, other = run(sides, tmp_path / "plain", config)
+    assert "memorisation" not in plain
+    assert other["manifest_hash"] == written["manifest_hash"]
+
+
+def test_held_out_clips_that_were_trained_on_are_refused(folders, tmp_path):
+    sides = opened(folders, tmp_path / "p")
+    with pytest.raises(InputError, match=r"held-out video 00\.mp4 is also a training clip, 00\.mp4"):
+        evaluate(*sides.values(), CONFIG, tmp_path / "out", held_out=sides["real"])
+    write_side(tmp_path / "one", range(1))
+    one = open_side("held-out", tmp_path / "one", tmp_path / "p")
+    with pytest.raises(InputError, match="has 1 held-out videos of at least 4 frames; memorisation needs 2"):
+        evaluate(*sides.values(), CONFIG, tmp_path / "out", held_out=one)
 
 
 def test_plain_data_in_words():
@@ -558,7 +592,9 @@ def test_two_ranks_are_refused(folders, tmp_path, monkeypatch):
 
 def test_files_of_features_have_the_mode_of_other_files(finished):
     out = finished[0]
-    modes = {name: (out / name).stat().st_mode for name in ("real.safetensors", "manifest.json", "real.png")}
+    modes = {
+        name: (out / name).stat().st_mode for name in ("real.safetensors", "manifest.json", "report.html")
+    }
     assert len(set(modes.values())) == 1, modes
 
 

@@ -134,3 +134,12 @@ def test_impossible_protocols_are_refused(changes, message):
         replace(CLEAN, **changes)
     with pytest.raises(InputError, match=r"frame\.order"):
         FrameRule(256, "resize")
+
+
+def test_only_published_protocols_give_an_fvd():
+    assert PROTOCOLS["latte-paper"].title("fvd") == "FVD (latte-paper)"
+    assert PROTOCOLS["styleganv-isv2048-ucf"].title("is") == "Inception Score (styleganv-isv2048-ucf)"
+    assert PROTOCOLS["clean"].title("fvd") == "Frechet distance of clip features (clean)"
+    changed = nonstandard(PROTOCOLS["latte-paper"], clips=64)
+    assert changed.title("fvd") == "Frechet distance of clip features (latte-paper-nonstandard)"
+    assert set(protocols.PUBLISHED) <= set(PROTOCOLS)

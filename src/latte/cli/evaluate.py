@@ -59,6 +59,13 @@ Compare = Annotated[Path | None, typer.Option(metavar="FILE", help="Another mani
 From = Annotated[
     Path | None, typer.Option(metavar="FILE", help="Repeat the evaluation of this manifest.json.")
 ]
+HeldOut = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FOLDER",
+        help="Clips kept out of training: measures how far FAKE repeats REAL, the clips trained on.",
+    ),
+]
 Cache = Annotated[
     bool,
     typer.Option(help="Keep what was probed and computed of REAL in the user's cache for the next score."),
@@ -85,6 +92,7 @@ def evaluate(
     data_version: Version = None,
     compare: Compare = None,
     from_manifest: From = None,
+    held_out: HeldOut = None,
     cache: Cache = True,
     device: Device = "auto",
     as_json: Json = False,
@@ -99,7 +107,7 @@ def evaluate(
     configure_logging()
     if protocol == EXTERNAL.name or is_features(real) or is_features(fake):
         for_videos = {"--from-manifest": from_manifest, "--compare": compare, "--clips": clips}
-        for_videos |= {"--detector": detector, "--until": until != "score"}
+        for_videos |= {"--held-out": held_out, "--detector": detector, "--until": until != "score"}
         check_external(real, fake, protocol, [name for name, value in for_videos.items() if value])
         folder = out or Path("evaluations") / f"{Path(str(fake)).stem}-{EXTERNAL.name}"
         result = score_files(str(real), str(fake), folder)
@@ -112,12 +120,13 @@ def evaluate(
         past = before["replay"]
         real, fake = real or past["real"], fake or past["model"] or past["fake"]
         codec_path, sample_seed = codec_path or past["codec_path"], past["sample_seed"]
+        held_out = held_out or past.get("held_out")
         num_generated = before["manifest"]["data"]["found"]["fake"]
     else:
         config = EvaluateConfig(protocol, seed, clips, allow_fewer, allow_mixed, detector, detector_sha256)
         config = replace(config, group=group, device=device, processes=processes)
         config = replace(config, split=split, data_version=data_version)
-    result = run(real, fake, config, out, until, codec_path, sample_seed, num_generated, cache)
+    result = run(real, fake, config, out, until, codec_path, sample_seed, num_generated, held_out, cache)
     if "value" in result:
         now = read_report(result["manifest"])
         if before:
@@ -159,6 +168,7 @@ def run(
     codec_path: str | None,
     sample_seed: int,
     num_generated: int | None,
+    held_out: str | None,
     cache: bool,
 ) -> dict[str, Any]:
     """Open both sides and evaluate them."""
@@ -187,6 +197,9 @@ def run(
         fake_side = open_side("fake", fake, out / PROBES, codec_path, device)
     kept = user_cache() / "evaluation" if cache else None
     real_side = open_side("real", real, kept or out / PROBES, codec_path, device)
+    unseen = None
+    if held_out:
+        unseen = open_side("held-out", held_out, kept or out / PROBES, codec_path, device)
     return evaluate_sides(
         real_side,
         fake_side,
@@ -196,6 +209,7 @@ def run(
         num_generated=num_generated,
         codec_path=codec_path,
         kept=kept and kept / "features",
+        held_out=unseen,
     )
 
 
@@ -212,6 +226,10 @@ def lines(result: Mapping[str, Any]) -> list[str]:
         rows.append(("floor of a perfect model", f"{result['floor']:.4g}{mark}"))
     if result["infinity"] is not None:
         rows.append(("extrapolated to infinitely many clips", f"{result['infinity']:.6g}"))
+    if memory := result.get("memorisation"):
+        relative = memory["relative"]
+        low, high, value = (f"{relative[key]:.3g}" for key in ("low", "high", "value"))
+        rows.append(("distance to training clips, 1 for fresh clips", f"{value} ({low} to {high})"))
     if result["dropped"]:
         rows.append(("videos left out", f"{result['dropped']} (see dropped.jsonl)"))
     if "replayed" in result:

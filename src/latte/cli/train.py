@@ -56,7 +56,7 @@ def train(
     if config.train.score_every and job.codec is not None:
         from latte.scoring import Scorer
 
-        score = Scorer(config, job.model, job.dataset, job.codec, job.captions)
+        score = Scorer(config, job.model, job.dataset, job.codec, job.captions, job.held_out)
     callbacks = []
     if rank() == 0:
         from latte.profile.header import ExpectedTime, header

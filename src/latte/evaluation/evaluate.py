@@ -25,6 +25,7 @@ from latte.checks import InputError, RunError, check, choose, printable
 from latte.evaluation.detectors import Detector, build_detector
 from latte.evaluation.features import extract, log_progress
 from latte.evaluation.manifest import ADDED, GROUPS, make_manifest, manifest_hash, plain, write_report
+from latte.evaluation.memorisation import HeldOut, choose_held_out, measure, read_held_out
 from latte.evaluation.plan import SIDES, Plan, Source, make_plan
 from latte.evaluation.protocols import Protocol, find_protocol, nonstandard
 from latte.evaluation.report import write_page
@@ -122,19 +123,25 @@ def evaluate(
     num_generated: int | None = None,
     codec_path: str | None = None,
     kept: Path | None = None,
+    held_out: Side | None = None,
 ) -> dict[str, Any]:
     """Evaluate ``fake``, clips or a model, against ``real`` and return what ``--json`` prints; all files are
     in ``out``.
 
     ``until`` ends after a stage. ``build`` makes the detector (here and in other processes). A model
     generates ``num_generated`` clips (None: as many as the plan takes). ``codec_path`` is recorded for a
-    replay. ``kept`` is a folder for the features of the real side, see ``features.extract``. InputError for
-    anything that would make the score meaningless, before any clip is generated if that can be known.
+    replay. ``kept`` is a folder for the features of the real side, see ``features.extract``. With clips that
+    were ``held_out`` from training, ``real`` being those trained on, memorisation is measured too. InputError
+    for anything that would make the score meaningless, before any clip is generated if that can be known.
     """
     choose("--until", until, STAGES)
     refuse_several_processes()
     started = time.monotonic()
     replay = {"model": None, "sample_seed": 0, "codec_path": codec_path}
+    unseen = ()
+    if held_out:
+        unseen = choose_held_out(held_out, real, config.chosen_protocol, config.seed)
+        replay["held_out"] = held_out.root
     open_detector = detector_opener(build, config)
     detector = None
     if isinstance(fake, ClipSource):
@@ -166,7 +173,11 @@ def evaluate(
     notes["generation"] = generation
     run = {"processes": config.processes, "wall_seconds": round(time.monotonic() - started, 3)}
     replay |= {"real": real.root, "fake": fake.root, "config": asdict(config)}
-    return result | score_features(plan, sides, features, detector, out, notes=notes, run=run, replay=replay)
+    about = {"notes": notes, "run": run, "replay": replay}
+    others = None
+    if held_out:
+        others = read_held_out(held_out, unseen, detector, plan.protocol.frame, kept)
+    return result | score_features(plan, sides, features, detector, out, **about, held_out=others)
 
 
 def score_features(
@@ -179,10 +190,12 @@ def score_features(
     notes: Mapping[str, Mapping[str, Any]],
     run: Mapping[str, Any],
     replay: Mapping[str, Any],
+    held_out: HeldOut | None = None,
 ) -> dict[str, Any]:
     """Score ``features`` of ``plan``; write manifest.json and report.html and return what ``--json`` prints
     of them.
     """
+    copied = (held_out, measure(plan, features, held_out)) if held_out else None
     scores = score(features["real"], features["fake"], plan.protocol)
     for warning in scores.warnings:
         log.warning("warning: %s", warning)
@@ -192,13 +205,15 @@ def score_features(
         "plan": str(out / "clips.jsonl"),
         "plan_sha256": plan.sha256,
         "dropped": len(plan.dropped),
+        "title": plan.protocol.title(scores.metric),
         **plain(scores),
+        **({"memorisation": copied[1].plain()} if copied else {}),
         "manifest": manifest,
         "manifest_hash": manifest_hash(manifest),
         "card": detector.card,
     }
     write_report(out / "manifest.json", {**result, "replay": dict(replay)})
-    page = write_page(out, plan, sides, features, scores, detector, result)
+    page = write_page(out, plan, sides, features, scores, detector, result, copied)
     return {**result, "manifest": str(out / "manifest.json"), "report": str(page)}
 
 

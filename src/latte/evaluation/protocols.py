@@ -94,12 +94,30 @@ class Protocol:
         """Return False if anything was changed."""
         return not self.name.endswith(SUFFIX)
 
+    def title(self, metric: str) -> str:
+        """Return the name of a score for people: FVD and the like only where others publish that score."""
+        name = METRICS[metric].summary
+        if self.name in PUBLISHED:
+            name = ABBREVIATIONS.get(metric, name)
+        return f"{name[0].upper()}{name[1:]} ({self.name})"
+
     def describe(self) -> dict[str, Any]:
         """Return every choice as plain data."""
         return asdict(self)
 
 
 SUFFIX = "-nonstandard"
+ABBREVIATIONS = {"fvd": "FVD", "kvd": "KVD", "fid": "FID", "kid": "KID", "is": "Inception Score"}
+PUBLISHED = {  # protocols of published scores
+    "styleganv-fvd2048-16f",
+    "styleganv-fvd2048-128f",
+    "styleganv-isv2048-ucf",
+    "latte-paper",
+    "latte-paper-taichi",
+    "tats",
+    "videogpt",
+    "cdfvd-i3d",
+}
 
 
 def nonstandard(protocol: Protocol, **changes: Any) -> Protocol:

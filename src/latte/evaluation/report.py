@@ -5,19 +5,20 @@ affect the score most.
 Axes: t frames, h height, w width, c channels.
 """
 
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from torch import Tensor
 
 from latte import __version__
 from latte.checks import command_line, printable
 from latte.data.clips import centre_crop_resize
-from latte.data.media import contact_sheet
+from latte.data.writers import write_mp4
 from latte.evaluation.detectors import Detector
 from latte.evaluation.manifest import ADDED, GROUPS
+from latte.evaluation.memorisation import HeldOut, Memorisation
 from latte.evaluation.metrics import METRICS
 from latte.evaluation.plan import SIDES, Plan, PlannedClip
 from latte.evaluation.scores import Scores, distances_from_real
@@ -27,8 +28,10 @@ from latte.page import html
 
 SHOWN = 8  # clips of each side
 EXTREME = 4  # worst and best clips
-PIXELS = 96  # height and width of a frame on a contact sheet
+PIXELS = 112  # height and width of a clip on the page
 CAPTION = 44  # characters
+USUAL_FPS = 8.0  # of clips whose rate is unknown
+NEAREST = "nearest"  # folder of the clips that are nearest to training clips, and of their neighbours
 
 
 def write_page(
@@ -39,20 +42,24 @@ def write_page(
     scores: Scores,
     detector: Detector,
     written: Mapping[str, Any],
+    copied: tuple[HeldOut, Memorisation] | None = None,
 ) -> Path:
-    """Write out/report.html with its images beside it and return its path; ``written`` is the content of
-    manifest.json.
+    """Write out/report.html, one file with its clips, and return its path.
+
+    ``written`` is the content of manifest.json, ``copied`` what was found of memorised clips.
     """
     name = plan.protocol.name
     path = out / "report.html"
     version = f"protocol {name} version {plan.protocol.version}, manifest {written['manifest_hash']}"
-    sheets = [sheet(out, sides[side], plan.side(side)[:SHOWN], side, 4) for side in SIDES]
+    sheets = [gallery(sides[side], plan.side(side)[:SHOWN], side.capitalize()) for side in SIDES]
+    memorised = [nearest_section(out, plan, sides, *copied)] if copied else []
     text = html.page(
-        f"{scores.metric.upper()} {html.number(scores.value)} ({name})",
+        f"{plan.protocol.title(scores.metric)}: {html.number(scores.value)}",
         f"{scores.metric} by {version}, latte {__version__}.",
         *headline(scores, name),
         html.section("Real and fake side by side", html.row(*sheets)),
-        html.section("Worst and best clips", *extremes(out, plan, sides["fake"], features, detector)),
+        html.section("Worst and best clips", *extremes(plan, sides["fake"], features, detector)),
+        *memorised,
         html.section("Protocol card", *card(plan, detector)),
         html.section("The data", *data(plan, written["manifest"])),
         html.section("Manifest", *manifest_table(out, written["manifest"])),
@@ -126,34 +133,31 @@ def words(value: object, absent: str = "not stated", depth: int = 0) -> str:
     return printable(str(value))
 
 
-def thumbnails(side: Side, clip: PlannedClip, count: int) -> np.ndarray:
-    """Return ``count`` evenly spaced frames of the clip, uint8 (t PIXELS PIXELS c)."""
-    indices = clip.indices
-    chosen = [indices[i * (len(indices) - 1) // max(count - 1, 1)] for i in range(count)]
-    return centre_crop_resize(side.read(clip.id, chosen), PIXELS, PIXELS)
-
-
 def caption(clip: PlannedClip) -> str:
     """Return the end of the clip's name."""
     return printable(clip.id)[-CAPTION:]
 
 
-def sheet(
-    out: Path, side: Side, clips: Sequence[PlannedClip], name: str, columns: int, captions: Sequence[str] = ()
-) -> html.Html:
-    """Return a contact sheet of ``clips``, written to out/<name>.png."""
-    path = out / f"{name}.png"
-    rows = [thumbnails(side, clip, columns) for clip in clips]
-    with reported("a contact sheet", path):
-        contact_sheet(rows, 1, captions or [caption(clip) for clip in clips]).save(path)
-    title = name if captions else f"{name}: the first {len(clips)} clips of the plan"
-    return html.media(path, title, beside=out)
+def playing(side: Side, clip: PlannedClip, text: str, path: Path | None = None) -> html.Html:
+    """Return a clip as a video of PIXELS x PIXELS in the page, which is also kept as ``path`` if given."""
+    frames = centre_crop_resize(side.read(clip.id, clip.indices), PIXELS, PIXELS)  # (t PIXELS PIXELS c)
+    rate = next((source.fps for source in side.sources if source.id == clip.id), 0.0)
+    fps = min(max(rate / clip.stride, 1.0), 60.0) if rate else USUAL_FPS
+    with tempfile.TemporaryDirectory() as folder:
+        path = path or Path(folder, "clip.mp4")
+        write_mp4(path, frames, fps)
+        return html.media(path, text, width=PIXELS)
 
 
-def extremes(
-    out: Path, plan: Plan, side: Side, features: Mapping[str, Tensor], detector: Detector
-) -> list[html.Html]:
-    """Return sheets of the fake clips farthest from the mean of the real ones, and nearest to it."""
+def gallery(side: Side, clips: Sequence[PlannedClip], title: str, captions: Sequence[str] = ()) -> html.Html:
+    """Return a heading and the clips next to each other."""
+    texts = captions or [caption(clip) for clip in clips]
+    shown = [playing(side, clip, text) for clip, text in zip(clips, texts, strict=True)]
+    return html.tag("div", {}, html.tag("h3", {}, title), html.gallery(*shown))
+
+
+def extremes(plan: Plan, side: Side, features: Mapping[str, Tensor], detector: Detector) -> list[html.Html]:
+    """Return the fake clips farthest from the mean of the real ones, and nearest to it."""
     clips = plan.side("fake")
     rows = distances_from_real(features["real"], features["fake"])
     distances = rows.reshape(len(clips), detector.rows(plan.protocol.frames)).mean(1).tolist()
@@ -164,10 +168,60 @@ def extremes(
             "real clip is at about 1."
         )
     ]
-    for name, picked in (("worst", order[:EXTREME]), ("best", order[::-1][:EXTREME])):
+    for name, picked in (("Worst", order[:EXTREME]), ("Best", order[::-1][:EXTREME])):
         captions = [f"{caption(clips[i])}: {html.number(distances[i], 3)}" for i in picked]
-        parts.append(sheet(out, side, [clips[i] for i in picked], name, 8, captions))
+        parts.append(gallery(side, [clips[i] for i in picked], name, captions))
     return parts
+
+
+def memorisation_parts(found: Mapping[str, Any]) -> list[html.Html]:
+    """Return the verdict, the three ratios and how to read them; ``found`` is ``Memorisation.plain()``."""
+    names = {
+        "relative": "generated clips, compared with real ones (1: as fresh clips)",
+        "ratio": "generated clips",
+        "reference": "real clips",
+    }
+    rows = []
+    for key, name in names.items():
+        low, high = html.number(found[key]["low"], 3), html.number(found[key]["high"], 3)
+        rows.append((name, html.number(found[key]["value"], 3), f"{low} to {high}"))
+    text = (
+        "Distance to the nearest training clip divided by that to the nearest held-out clip, in the "
+        "detector's features; geometric mean over clips, bootstrap interval. Searched: "
+        f"{found['num_train']} training and {found['num_held_out']} held-out clips."
+    )
+    columns = ["train / held-out distance of", "ratio", "90 % interval"]
+    return [html.prose(found["verdict"]), html.table(columns, rows), html.prose(text)]
+
+
+def nearest_section(
+    out: Path, plan: Plan, sides: Mapping[str, Side], held_out: HeldOut, found: Memorisation
+) -> html.Html:
+    """Return the ratios and, for the generated clips that are nearest to training clips compared with
+    held-out ones, all three clips, which are also kept in out/NEAREST.
+    """
+    order = sorted(range(len(found.ratios)), key=lambda index: (found.ratios[index], index))[:EXTREME]
+    fake, train = plan.side("fake"), plan.side("real")
+    rows = []
+    for number, index in enumerate(order, start=1):
+        trio = (
+            ("generated", sides["fake"], fake[index]),
+            ("training", sides["real"], train[found.train[index]]),
+            ("held-out", held_out.side, held_out.clips[found.held_out[index]]),
+        )
+        shown = []
+        for name, side, clip in trio:
+            text = f"{name}: {caption(clip)}"
+            if name == "generated":
+                text += f", ratio {html.number(found.ratios[index], 3)}"
+            shown.append(playing(side, clip, text, out / NEAREST / f"{number}-{name}.mp4"))
+        rows.append(html.gallery(*shown))
+    return html.section(
+        "Nearest training and held-out clips",
+        *memorisation_parts(found.plain()),
+        html.prose("The generated clips of the smallest ratios, each with its nearest clip of both sets:"),
+        *rows,
+    )
 
 
 def card(plan: Plan, detector: Detector) -> list[html.Html]:

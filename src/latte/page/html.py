@@ -36,6 +36,10 @@ background:var(--card);border:1px solid var(--rule);border-radius:10px;padding:1
 figure img,figure video{
 display:block;max-width:100%;margin:0 auto;border-radius:4px}.pixels{image-rendering:pixelated}
 .row{display:grid;grid-template-columns:repeat(auto-fit,minmax(150px,1fr));gap:12px}.row>*{margin:0}
+h3{font-size:16px;margin:18px 0 8px}
+.gallery{display:flex;flex-wrap:wrap;gap:10px;margin:10px 0}
+.gallery figure{margin:0;padding:8px;max-width:160px}
+.gallery figcaption{overflow-wrap:anywhere;font-size:12px;margin-top:4px}
 .tile b{display:block;font-size:23px;line-height:1.25}
 .scroll{overflow-x:auto;margin:14px 0}table{border-collapse:collapse;font-size:15px}
 th,td{padding:5px 18px 5px 0;border-bottom:1px solid var(--rule);text-align:left;vertical-align:top}
@@ -171,6 +175,11 @@ def slides(name: str, parts: Sequence[tuple[str, Html]]) -> Html:
 def row(*parts: Html) -> Html:
     """Return parts side by side, as many as fit the window."""
     return tag("div", {"class": "row"}, *parts)
+
+
+def gallery(*parts: Html) -> Html:
+    """Return small clips next to each other, at their own size."""
+    return tag("div", {"class": "gallery"}, *parts)
 
 
 def tiles(numbers: Mapping[str, object]) -> Html:

@@ -16,7 +16,7 @@ from latte.files import commit_file, reported
 from latte.page import html
 from latte.page.plots import Series, line_plot, smooth
 from latte.training.callbacks import Callback, TrainEvent, duration
-from latte.training.history import History, column, data_rows, environment_rows, read_history, text
+from latte.training.history import SCORES, History, column, data_rows, environment_rows, read_history, text
 from latte.training.trackers import one_line
 
 FILE = "report.html"
@@ -238,7 +238,34 @@ def score_parts(runs: Sequence[History]) -> list[html.Html]:
     caption = "Of clips of the EMA weights against those that the run trains on. Strokes: 90 % intervals."
     title = " / ".join(titles)
     plot = line_plot(title, lines, "step", "score", toggle=True, caption=caption)
-    return [html.section("Scores", plot, score_table(runs))]
+    return [html.section("Scores", plot, score_table(runs)), *memorisation_parts(runs)]
+
+
+def memorisation_parts(runs: Sequence[History]) -> list[html.Html]:
+    """Return the section about memorised training clips of the runs that were scored with held-out clips."""
+    lines = []
+    parts = []
+    for colour, run in enumerate(runs):
+        measured = [line for line in run.scores if isinstance(line.get("memorisation"), Mapping)]
+        if not measured:
+            continue
+        found = [line["memorisation"]["relative"] for line in measured]
+        value, low, high = ([one[key] for one in found] for key in ("value", "low", "high"))
+        steps = [line["step"] for line in measured]
+        lines.append(Series(run.name, steps, value, colour=colour, low=low, high=high))
+        parts.append(html.prose(f"{run.name}, step {steps[-1]:,}: {measured[-1]['memorisation']['verdict']}"))
+        clips = sorted((run.folder / SCORES / f"step-{steps[-1]:07d}" / "nearest").glob("*.mp4"))
+        shown = [html.media(path, path.stem.partition("-")[2], width=SMALL) for path in clips]
+        parts += [html.gallery(*shown[start : start + 3]) for start in range(0, len(shown), 3)]
+    if not lines:
+        return []
+    caption = (
+        "Distance of generated clips to the nearest training clip divided by that to the nearest held-out "
+        "clip, compared with real clips: 1 for fresh clips, near 0 for copies. Strokes: 90 % intervals. "
+        "Below: generated clips of the smallest ratios with their nearest clips."
+    )
+    plot = line_plot("Memorisation", lines, "step", "relative distance", toggle=True, caption=caption)
+    return [html.section("Nearest training and held-out clips", plot, *parts)]
 
 
 def score_table(runs: Sequence[History]) -> html.Html:
