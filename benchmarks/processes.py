@@ -24,6 +24,7 @@ import torch
 from latte.data.loader import share_of
 from latte.diffusion.config import DiffusionConfig, build_process
 from latte.diffusion.loss import OBJECTIVES
+from latte.training.config import TrainConfig
 from latte.training.distributed import Group, process_group
 from latte.training.optim import TrainState
 from latte.training.parallel import Replicated
@@ -38,7 +39,7 @@ def training_step(options: argparse.Namespace, group: Group, after_backward: boo
     """Return a training step of the processes in ``group`` on fixed random latents."""
     config = measure.model_config(options)
     model = measure.busy_model(config, CPU).train()
-    forward = model if after_backward else Replicated(model, group).forward
+    forward = model if after_backward else Replicated(model, group, TrainConfig(), CPU, torch.float32).forward
     process = build_process(DiffusionConfig())
     objective = OBJECTIVES["paper"]
     task = Task(model, forward, process, objective, None, 0, options.batch, None, CPU, torch.float32)

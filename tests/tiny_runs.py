@@ -49,7 +49,7 @@ SHORT = TrainConfig(
 
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(
-    ["torch._dynamo", "latte.training.train"]
+    ["torch._dynamo", "latte.training.train", "latte.training.sharded"]
 )  # torch imports its tracer with the first optimiser
 
 

@@ -13,6 +13,7 @@ from latte.tables import Later, Table
 
 if TYPE_CHECKING:
     from latte.training.optim import OptimizerKind
+    from latte.training.parallel import Parallelism
     from latte.training.trackers import Writer
 
 DEFAULT_TIMEOUT = 300.0  # seconds
@@ -23,6 +24,13 @@ OPTIMIZERS: Table[str, "OptimizerKind"] = Table(
         "adamw": Later("latte.training.optim:ADAMW"),
         "adafactor": Later("latte.training.optim:ADAFACTOR"),
         "muon": Later("latte.training.optim:MUON"),
+    }
+)
+PARALLELISMS: Table[str, type["Parallelism"]] = Table(
+    {
+        "ddp": Later("latte.training.parallel:Replicated"),
+        "fsdp": Later("latte.training.sharded:Sharded"),
+        "hsdp": Later("latte.training.sharded:HybridSharded"),
     }
 )
 TRACKERS: Table[str, type["Writer"]] = Table(
@@ -104,6 +112,9 @@ class TrainConfig:
     log_every: int = 50  # steps between lines of metrics.jsonl and of the log
     trackers: tuple[str, ...] = ()  # names in TRACKERS that get metrics and samples
     report: bool = True  # write report.html into the run folder as the run goes
+    parallel: str = "ddp"  # how processes share the model: ddp copies it, fsdp and hsdp split it
+    shard_size: int | None = None  # with hsdp: processes that share one copy; null: those of a machine
+    cpu_offload: bool = False  # with fsdp or hsdp: keep weights and optimizer state in main memory
     timeout: float = DEFAULT_TIMEOUT  # seconds to wait for another process, checkpoints and samples excluded
 
     def __post_init__(self) -> None:
@@ -181,6 +192,7 @@ class TrainConfig:
 
     def _check_options(self) -> None:
         """InputError for values of noise levels and LayerSync that are out of range or exclude each other."""
+        self._check_parallel()
         check(
             0 <= self.layer_sync <= MAX_LAYER_SYNC,
             f"train.layer_sync is {self.layer_sync}, but it must be in [0, {MAX_LAYER_SYNC:g}]; give a "
@@ -203,6 +215,20 @@ class TrainConfig:
         check(
             not (self.layer_sync and self.compile),
             "train.layer_sync reads the tokens between blocks, which train.compile hides; turn one off",
+        )
+
+    def _check_parallel(self) -> None:
+        """InputError for settings of a parallelism that is not chosen."""
+        check_name("train.parallel", self.parallel, PARALLELISMS)
+        size = self.shard_size
+        check(
+            size is None or (size >= 1 and self.parallel == "hsdp"),
+            f"train.shard_size is {size} and train.parallel is {self.parallel}, but it must be at least 1, "
+            "for hsdp only; leave it out",
+        )
+        check(
+            not (self.cpu_offload and self.parallel == "ddp"),
+            "train.cpu_offload is for train.parallel=fsdp or hsdp; leave it out, or give one of them",
         )
 
     def changeable(self) -> dict[str, Any]:

@@ -144,6 +144,14 @@ class Group:
         )
 
 
+def limit_on(device: torch.device, seconds: float) -> timedelta:
+    """Return the time limit of an operation of ``device``: NCCL's is longer, see NCCL_GRACE."""
+    limit = timedelta(seconds=seconds)
+    if device.type == "cuda":
+        limit += NCCL_GRACE
+    return limit
+
+
 @contextmanager
 def process_group(device: torch.device, timeout: float = DEFAULT_TIMEOUT) -> Iterator[Group]:
     """The group of all processes that torchrun started, or of this one alone; ``timeout`` is in seconds.
@@ -157,13 +165,14 @@ def process_group(device: torch.device, timeout: float = DEFAULT_TIMEOUT) -> Ite
     store, number, size = next(rendezvous("env://", timeout=STARTUP_TIMEOUT))
     store = PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     wait_for_all(store, number, size)
-    limit = backend_limit = timedelta(seconds=timeout)
+    limit = timedelta(seconds=timeout)
     backend = "gloo"
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        backend = "nccl"
-        backend_limit += NCCL_GRACE
-    dist.init_process_group(backend, store=store, rank=number, world_size=size, timeout=backend_limit)
+        backend = "cpu:gloo,cuda:nccl"  # offloaded tensors are on the CPU
+    dist.init_process_group(
+        backend, store=store, rank=number, world_size=size, timeout=limit_on(device, timeout)
+    )
     control = dist.new_group(backend="gloo", timeout=limit)
     rank0_work = dist.new_group(backend="gloo", timeout=RANK0_TIMEOUT)
     try:

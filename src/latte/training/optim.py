@@ -7,7 +7,8 @@ norm is only measured.
 """
 
 import copy
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -18,6 +19,7 @@ from latte.checks import InputError, RunError, choose
 from latte.training.config import OPTIMIZERS as OPTIMIZERS
 from latte.training.distributed import Group
 from latte.training.muon import MuonWithAdamW, is_block_matrix
+from latte.training.parallel import local_part, on_meta, split_like, whole
 
 Parameters = Mapping[str, nn.Parameter]
 """Trainable parameters by name, in the model's order."""
@@ -39,6 +41,7 @@ class OptimizerKind(NamedTuple):
 
     build: Callable[[Parameters, float, float], Optimizer]  # (parameters, lr, weight_decay)
     state_bytes: Callable[[str, torch.Size], int]
+    elementwise: bool = False  # each weight's step depends on its own gradients alone: weights may be split
 
 
 def build_adamw(parameters: Parameters, lr: float, weight_decay: float) -> Optimizer:
@@ -84,7 +87,7 @@ def muon_bytes(name: str, shape: torch.Size) -> int:
     return adamw_bytes(name, shape)
 
 
-ADAMW = OptimizerKind(build_adamw, adamw_bytes)
+ADAMW = OptimizerKind(build_adamw, adamw_bytes, elementwise=True)
 ADAFACTOR = OptimizerKind(build_adafactor, adafactor_bytes)
 MUON = OptimizerKind(build_muon, muon_bytes)
 
@@ -108,7 +111,7 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float | None) -
     """
     parameters = list(parameters)
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    norm = torch.nn.utils.get_total_norm(gradients)
+    norm = whole(torch.nn.utils.get_total_norm(gradients))
     if max_norm is not None:
         torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
     return norm
@@ -144,6 +147,8 @@ def load_optimizer_tensors(model: nn.Module, optimizer: Optimizer, tensors: Mapp
                 f"the optimizer state has {key} {tuple(tensor.shape)}, which does not fit this model; "
                 "use the configuration that the run was started with"
             )
+        if tensor.shape == trainable[name].shape:
+            tensor = split_like(tensor, trainable[name])
         state.setdefault(index_of[name], {})[state_name] = tensor
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
@@ -166,17 +171,29 @@ class EMA:
     decay^n remains after n steps: with 0.999 still 37 % after 1000 steps. With ``warmup``, step n = 1, 2,
     ... uses min(decay, (1 + n) / (10 + n)) instead, so that the initial weights are forgotten sooner.
     Frozen parameters are shared with the original model. Buffers stay as they were copied; the training
-    loop changes the time gate of text models in both.
+    loop changes the time gate of text models in both. With a ``skeleton``, a copy of the model without
+    weights, each process keeps the parts that it has of ``model``, and ``.model`` has weights only inside
+    ``gathered()``.
     """
 
-    def __init__(self, model: nn.Module, decay: float, warmup: bool = False):
+    def __init__(
+        self, model: nn.Module, decay: float, warmup: bool = False, skeleton: nn.Module | None = None
+    ):
         self.decay = decay
         self.warmup = warmup
+        self.parts: dict[str, Tensor] = {}
+        if skeleton is not None:
+            trainable = trainable_parameters(model)
+            self.model = skeleton
+            self.parts = {name: weight.detach().clone() for name, weight in trainable.items()}
+            self.averages = list(self.parts.values())
+            self.weights: list[nn.Parameter] = list(trainable.values())
+            return
         shared = {id(parameter): parameter for parameter in model.parameters() if not parameter.requires_grad}
         self.model = copy.deepcopy(model, shared).eval().requires_grad_(False)
         pairs = zip(self.model.parameters(), model.parameters(), strict=True)
         trained = [(average, weight) for average, weight in pairs if weight.requires_grad]
-        self.averages = [average for average, _ in trained]
+        self.averages: list[Tensor] = [average for average, _ in trained]
         self.weights = [weight for _, weight in trained]
 
     @torch.no_grad()
@@ -185,7 +202,34 @@ class EMA:
         decay = self.decay
         if self.warmup:
             decay = min(decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(self.averages, self.weights, 1 - decay)  # pyright: ignore
+        averages = [local_part(average) for average in self.averages]
+        weights = [local_part(weight) for weight in self.weights]
+        torch._foreach_lerp_(averages, weights, 1 - decay)  # pyright: ignore
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the EMA weights, or this process's parts of them, and the buffers."""
+        return {**self.model.state_dict(), **self.parts}
+
+    @torch.no_grad()
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Load whole EMA weights and buffers."""
+        for name, part in self.parts.items():
+            part.copy_(split_like(tensors[name], part))
+        held = {name: tensor for name, tensor in self.model.state_dict().items() if name in self.parts}
+        self.model.load_state_dict({**tensors, **held})
+
+    @contextmanager
+    def gathered(self) -> Iterator[None]:
+        """Give ``.model`` all weights inside; every process must enter. Nothing to do without a skeleton."""
+        if self.parts:
+            full = {name: whole(part) for name, part in self.parts.items()}
+            self.model.load_state_dict(full, strict=False, assign=True)
+        try:
+            yield
+        finally:
+            if self.parts:
+                empty = {name: on_meta(part) for name, part in self.parts.items()}
+                self.model.load_state_dict(empty, strict=False, assign=True)
 
 
 class TrainState:
@@ -199,9 +243,10 @@ class TrainState:
         ema_decay: float,
         ema_warmup: bool = False,
         optimizer: str = "adamw",
+        skeleton: nn.Module | None = None,
     ):
         self.model = model
-        self.ema = EMA(model, ema_decay, ema_warmup)
+        self.ema = EMA(model, ema_decay, ema_warmup, skeleton)
         self.optimizer_name = optimizer
         self.optimizer = build_optimizer(model, lr, weight_decay, optimizer)
         self.parameters = list(trainable_parameters(model).values())
@@ -220,7 +265,8 @@ class TrainState:
         Returns (loss, mse, vlb, gradient norm before clipping) (4,) on the device.
         """
         group.all_reduce([losses])
-        metrics = torch.cat([losses, clip_gradients(self.parameters, max_norm)[None]])  # (4)
+        norm = clip_gradients(self.parameters, max_norm).to(losses.device)
+        metrics = torch.cat([losses, norm[None]])  # (4)
         self.guard.watch(step, metrics)
         for settings in self.optimizer.param_groups:
             settings["lr"] = lr
@@ -229,24 +275,42 @@ class TrainState:
         self.ema.update(step)
         return metrics
 
-    def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """Return all tensors that are not frozen, by the groups of a checkpoint: model, ema, optimizer."""
+    def parts(self) -> dict[str, dict[str, Tensor]]:
+        """Return what this process has of all tensors that are not frozen, by the groups of a checkpoint:
+        model, ema, optimizer.
+        """
         return {
-            "model": self.trained(self.model),
-            "ema": self.trained(self.ema.model),
+            "model": self.trained(self.model.state_dict()),
+            "ema": self.trained(self.ema.tensors()),
             "optimizer": optimizer_tensors(self.model, self.optimizer),
         }
 
+    def tensors(self, keep: bool = True) -> dict[str, dict[str, Tensor]]:
+        """Return all of ``parts()``; every process must call it, those that do not ``keep`` get nothing."""
+        found: dict[str, dict[str, Tensor]] = {}
+        for group, parts in self.parts().items():
+            found[group] = {}
+            for name, part in parts.items():
+                tensor = whole(part)
+                if keep:
+                    found[group][name] = tensor
+        return found
+
     def load(self, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Load what ``tensors`` returned, bit for bit; frozen tensors keep their values."""
-        for model, group in ((self.model, "model"), (self.ema.model, "ema")):
-            frozen = {name: tensor for name, tensor in model.state_dict().items() if name in self.frozen}
-            model.load_state_dict({**frozen, **tensors[group]})
+        model = self.model.state_dict()
+        split = {name: split_like(tensor, model.get(name)) for name, tensor in tensors["model"].items()}
+        self.model.load_state_dict({**self.only_frozen(model), **split})
+        self.ema.load({**self.only_frozen(self.ema.model.state_dict()), **tensors["ema"]})
         load_optimizer_tensors(self.model, self.optimizer, tensors["optimizer"])
 
-    def trained(self, model: nn.Module) -> dict[str, Tensor]:
-        """Return the tensors of ``model``, or of the EMA model, that are not frozen."""
-        return {name: tensor for name, tensor in model.state_dict().items() if name not in self.frozen}
+    def trained(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return those of ``tensors`` that are not frozen."""
+        return {name: tensor for name, tensor in tensors.items() if name not in self.frozen}
+
+    def only_frozen(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return those of ``tensors`` that are frozen."""
+        return {name: tensor for name, tensor in tensors.items() if name in self.frozen}
 
 
 class FiniteGuard:

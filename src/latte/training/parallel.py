@@ -1,31 +1,56 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How the processes of a run share its model: the forward pass that trains, and how gradients are summed."""
+"""How the processes of a run share its model: the forward pass that trains, and how gradients are summed.
 
+An entry of ``PARALLELISMS`` prepares the model; what else a run keeps (EMA weights, optimizer state) follows
+the model's parameters, which are ordinary tensors or, where each process holds a part, DTensors.
+"""
+
+import copy
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from latte.model.denoiser import Denoiser
+from latte.training.config import PARALLELISMS as PARALLELISMS
+from latte.training.config import TrainConfig
 from latte.training.distributed import Group
 
 BUCKET_MIB = 25  # gradients that are summed in one operation
+
+
+class Parallelism(Protocol):
+    """An entry of ``PARALLELISMS``, called with the model on its device and the same values everywhere.
+
+    With one process it leaves the model as it is.
+    """
+
+    forward: Callable[..., Tensor]  # what stands for the model in a training step
+    accumulate: Callable[[], AbstractContextManager[Any]]  # inside, backward may leave gradients unsummed
+    skeleton: nn.Module | None  # where weights are split: a second model without weights, for the EMA
+
+    def __init__(
+        self, model: Denoiser, group: Group, config: TrainConfig, device: torch.device, dtype: torch.dtype
+    ): ...
 
 
 class Replicated:
     """Every process holds the whole model (DistributedDataParallel).
 
     Gradients are summed over the processes in buckets of BUCKET_MIB while the backward pass computes the
-    others. ``forward`` is what stands for the model in a training step; inside ``accumulate()`` its backward
-    pass only adds to this process's gradients. With one process, ``forward`` is the model itself.
+    others, once a step.
     """
 
-    def __init__(self, model: Denoiser, group: Group):
+    skeleton = None
+
+    def __init__(
+        self, model: Denoiser, group: Group, config: TrainConfig, device: torch.device, dtype: torch.dtype
+    ):
         self.forward: Callable[..., Tensor] = model
         self.accumulate: Callable[[], AbstractContextManager[Any]] = nullcontext
         if group.size == 1:
@@ -52,3 +77,38 @@ def sum_bucket(
     work = dist.all_reduce(bucket.buffer(), async_op=True)
     assert work is not None
     return work.get_future().then(lambda future: future.value()[0])
+
+
+def without_weights(model: nn.Module) -> nn.Module:
+    """Return a copy of ``model`` whose parameters take no memory; buffers are copied."""
+    empty = {id(weight): on_meta(weight) for weight in model.parameters()}
+    return copy.deepcopy(model, empty).eval().requires_grad_(False)  # pyright: ignore[reportArgumentType]
+
+
+def on_meta(weight: Tensor) -> nn.Parameter:
+    """Return a parameter of the shape of ``weight``, without values."""
+    return nn.Parameter(torch.empty(weight.shape, dtype=weight.dtype, device="meta"), requires_grad=False)
+
+
+def local_part(tensor: Any) -> Tensor:
+    """Return this process's part of a tensor that the processes split, any other as it is."""
+    if hasattr(tensor, "to_local"):
+        return tensor.to_local()
+    return tensor
+
+
+def whole(tensor: Any) -> Tensor:
+    """Return all of a tensor that the processes split, any other as it is. All processes must call it."""
+    if hasattr(tensor, "full_tensor"):
+        return tensor.full_tensor()
+    return tensor
+
+
+def split_like(tensor: Tensor, like: Any) -> Tensor:
+    """Return the whole ``tensor`` split as ``like`` is; as it is for an ordinary ``like``."""
+    if not hasattr(like, "placements"):
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    at = tensor.to(local_part(like).device)
+    return distribute_tensor(at, like.device_mesh, like.placements, src_data_rank=None)

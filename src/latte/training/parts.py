@@ -51,8 +51,10 @@ def check_disk(run_dir: Path, state: TrainState, keep_last: int) -> None:
     do.
     """
     size_of = OPTIMIZERS[state.optimizer_name].state_bytes
-    tensors = state.tensors()
-    size = sum(tensor.nbytes for group in ("model", "ema") for tensor in tensors[group].values())
+    tensors = state.parts()
+    size = sum(
+        tensor.numel() * tensor.itemsize for group in ("model", "ema") for tensor in tensors[group].values()
+    )
     size += sum(size_of(name, part.shape) for name, part in trainable_parameters(state.model).items())
     try:
         free = shutil.disk_usage(run_dir).free

@@ -49,7 +49,7 @@ from latte.training.config import TrainConfig, check_schedule, gate_opening, lea
 from latte.training.custom import as_dataset, run_record
 from latte.training.distributed import process_group
 from latte.training.optim import TrainState
-from latte.training.parallel import Replicated
+from latte.training.parallel import PARALLELISMS
 from latte.training.parts import check_disk, check_parts
 from latte.training.report import RunReport
 from latte.training.resume import restore, run_facts
@@ -162,7 +162,8 @@ def train(
         group.broadcast([*model.parameters(), *model.buffers()])
         if adapters:
             run["lora"] = adapt(model, adapters, seed)
-        parallel = Replicated(model, group)
+        dtype = resolve_dtype(config.dtype, device)
+        parallel = PARALLELISMS[config.parallel](model, group, config, device, dtype)
         state = TrainState(
             model,
             lr=config.lr,
@@ -170,6 +171,7 @@ def train(
             ema_decay=config.ema_decay,
             ema_warmup=config.ema_warmup,
             optimizer=config.optimizer,
+            skeleton=parallel.skeleton,
         )
         group.run_on_rank0(check_disk, run_dir, state, config.keep_last)
 
@@ -201,7 +203,7 @@ def train(
             global_batch=config.global_batch,
             micro_batch=config.micro_batch,
             device=device,
-            dtype=resolve_dtype(config.dtype, device),
+            dtype=dtype,
             num_images=config.num_images,
             options=step_options(config),
             accumulate=parallel.accumulate,
@@ -258,7 +260,7 @@ def train(
                 is_best = False
                 if step > first_step and watch.anything_due(step):
                     state.guard.check()
-                    with accumulator.pause():
+                    with accumulator.pause(), state.ema.gathered():
                         measured, is_best = watch.measure(step)
                         for values in measured:
                             for callback in watching:
@@ -273,9 +275,10 @@ def train(
                         about = {"facts": run, "settings": settings, "metrics": accumulator.state()}
                         about |= watch.state()
                         keep = (config.keep_last, watch.protected)
-                        checkpoint = group.run_on_rank0(
-                            save_checkpoint, run_dir, step, state.tensors(), about, *keep
-                        )
+                        with group.collective():
+                            tensors = state.tensors(keep=group.rank == 0)
+                        checkpoint = group.run_on_rank0(save_checkpoint, run_dir, step, tensors, about, *keep)
+                        del tensors
                         saved_step = step
                         for callback in watching:
                             callback.on_checkpoint(event, checkpoint)
@@ -284,7 +287,7 @@ def train(
                 due = config.sample_every and (step % config.sample_every == 0 or step == config.steps)
                 if sample and due and step > first_step:
                     state.guard.check()
-                    with accumulator.pause(), reported("samples", run_dir):
+                    with accumulator.pause(), reported("samples", run_dir), state.ema.gathered():
                         paths = group.run_on_rank0(sample, state.ema.model, step)
                         for callback in watching:
                             callback.on_samples(event, paths or [])
@@ -296,11 +299,11 @@ def train(
                 step += 1
                 condition = captions(batch.captions) if captions else batch.label
                 positions = share_of(batch.global_batch, group.rank, group.size)
-                with group.computation():
-                    losses = backward(task, step, positions, batch.video, condition, batch.global_batch)
                 lr = learning_rate(step, config.lr, config.warmup_steps, config.decay_steps, config.steps)
                 max_norm = config.clip_norm if step > config.clip_start else None
-                metrics = state.update(step, losses, lr, max_norm, group)
+                with group.computation():
+                    losses = backward(task, step, positions, batch.video, condition, batch.global_batch)
+                    metrics = state.update(step, losses, lr, max_norm, group)
                 for network in gates:
                     network.open_gate(gate_opening(step, initial_opening, config.gate_steps))
 
@@ -323,7 +326,7 @@ def train(
             "step": step,
             "loss": accumulator.latest_loss(),
             "checkpoint": checkpoint and str(checkpoint),
-            "weights_sha256": tensors_sha256(state.tensors()["ema"]),
+            "weights_sha256": group.run_on_rank0(tensors_sha256, state.tensors(group.rank == 0)["ema"]),
             "interrupted": stop_code,
             **({"best": best} if best else {}),
         }
