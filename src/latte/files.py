@@ -13,6 +13,7 @@ import os
 import re
 import secrets
 import shutil
+import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
@@ -27,6 +28,10 @@ TEMPORARY = ".tmp-"
 REPLACED = ".old-"
 # what killed writers leave in a checkpoints folder; version 0.1.0 wrote no process number
 LEFTOVER = re.compile(r"\.(?:tmp|old)-(?:pruned-)?(?P<name>step-\d+)(?:-\d+-[0-9a-f]{8})?")
+
+VERIFIED = "verified.json"
+MAX_FILES = 256  # the newest ones stay
+SETTLED = 2.0  # seconds since the last change of a file that is remembered
 
 
 @contextmanager
@@ -199,6 +204,40 @@ def keep_entry(name: str, key: str, value: Any, most: int = 256) -> None:
     with suppress(OSError, InputError):
         user_cache().mkdir(parents=True, exist_ok=True)
         commit_file(user_cache() / name, json.dumps(entries))
+
+
+def stamp(path: Path) -> list[int]:
+    """Return numbers that change whenever the file at ``path`` does; [] without a file."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return []
+    return [status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns]
+
+
+def known(path: Path, what: str = "") -> str | None:
+    """Return what is remembered of the file ``path`` under ``what``, if it has not changed since; else None.
+
+    A file is known by its real path, device, inode, size and the times of its last change of content and of
+    state. The system sets the last one itself: a file that is replaced or written in place, even with its
+    old size and date, is not known. ``XDG_CACHE_HOME=/dev/null`` turns this off.
+    """
+    entry = kept_entries(VERIFIED).get(what + os.path.realpath(path))
+    if not isinstance(entry, list) or len(entry) != 2 or not isinstance(entry[1], str):
+        return None
+    if entry[0] and entry[0] == stamp(path):
+        return entry[1]
+    return None
+
+
+def remember(path: Path, before: list[int], value: str, what: str = "") -> None:
+    """Remember ``value`` of the file ``path``, whose ``stamp`` was ``before`` it was read.
+
+    A file that changed within the last seconds is not remembered, because times have a finite resolution.
+    """
+    with suppress(OSError):
+        if before and stamp(path) == before and time.time() - max(before[3:]) / 1e9 >= SETTLED:
+            keep_entry(VERIFIED, what + os.path.realpath(path), [before, value], MAX_FILES)
 
 
 @cache

@@ -7,10 +7,12 @@ Generators live on the CPU, so a seed means the same numbers on every device.
 """
 
 import hashlib
+import math
 import os
 import platform
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from latte.checks import InputError, choose
@@ -30,6 +32,7 @@ DTYPES: Table[str, "torch.dtype"] = Table(
     }
 )
 
+LIMITED = "LATTE_LIMITED_THREADS"  # what limit_threads has set, for threads_text
 FASTEST = "fastest"  # instead of a dtype: measured for a model, see latte.model.fastest
 
 
@@ -46,6 +49,71 @@ def world_size() -> int:
 def local_rank() -> int:
     """Return the index of this process on its machine (torchrun's LOCAL_RANK)."""
     return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def usable_cpus(root: str = "/") -> tuple[int, str]:
+    """Return how many CPUs this process may use, and what limits them: 'CPU affinity', 'CPU quota' of its
+    control group (as in a container), or '' when it may use all. ``root`` holds proc and sys.
+    """
+    cpus = os.cpu_count() or 1
+    allowed = cpus
+    with suppress(AttributeError, OSError):  # only Linux has it
+        allowed = len(os.sched_getaffinity(0))
+    quota = math.ceil(min(_quotas(Path(root)), default=allowed))
+    if quota < allowed:
+        return max(quota, 1), "CPU quota"
+    return allowed, "CPU affinity" if allowed < cpus else ""
+
+
+def _quotas(root: Path) -> Iterator[float]:
+    """Yield the CPUs that the control groups of this process may use at a time, for those with a limit."""
+    groups = ["0::/", "1:cpu:/"]
+    with suppress(OSError):
+        groups += (root / "proc/self/cgroup").read_text(encoding="utf-8").split()
+    for line in groups:
+        _, controllers, place = line.split(":", 2)
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        folder = root / "sys/fs/cgroup"
+        if controllers:
+            folder = folder / "cpu"
+        for part in ("", *place.strip("/").split("/")):
+            folder = folder / part
+            with suppress(OSError, ValueError):
+                quota, period = _quota_and_period(folder, bool(controllers))
+                if quota > 0:
+                    yield quota / period
+
+
+def _quota_and_period(folder: Path, first_version: bool) -> list[float]:
+    """Return both numbers of a control group; ValueError for 'max'."""
+    if not first_version:
+        return [float(word) for word in (folder / "cpu.max").read_text(encoding="utf-8").split()]
+    names = ("cpu.cfs_quota_us", "cpu.cfs_period_us")
+    return [float((folder / name).read_text(encoding="utf-8")) for name in names]
+
+
+def limit_threads(root: str = "/") -> None:
+    """Let torch start as many threads as a CPU quota allows, where neither the user nor torchrun has set
+    OMP_NUM_THREADS. To be called before torch is imported, which respects the affinity by itself.
+
+    The load of the machine does not count: the last bits of results depend on the number of threads.
+    """
+    cpus, reason = usable_cpus(root)
+    if reason == "CPU quota" and "OMP_NUM_THREADS" not in os.environ:
+        os.environ["OMP_NUM_THREADS"] = str(cpus)
+        os.environ[LIMITED] = str(cpus)
+
+
+def threads_text() -> str:
+    """Return the number of torch's threads and what limits it, such as '2 threads (CPU quota)'."""
+    import torch
+
+    setting = os.environ.get("OMP_NUM_THREADS")
+    reason = usable_cpus()[1]
+    if setting is not None and os.environ.get(LIMITED) != setting:
+        reason = f"OMP_NUM_THREADS={setting}"
+    return f"{torch.get_num_threads()} threads" + (f" ({reason})" if reason else "")
 
 
 def resolve_device(device: "str | torch.device" = "auto") -> "torch.device":

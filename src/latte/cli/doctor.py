@@ -40,7 +40,7 @@ def examine(device: str) -> dict[str, Any]:
     from latte import __version__
     from latte.autoencoder.codec import CODECS
     from latte.checkpoint.record import installed
-    from latte.runtime import memory_of, resolve_device
+    from latte.runtime import memory_of, resolve_device, usable_cpus
 
     found = resolve_device(device)
     disk = shutil.disk_usage(Path.cwd()).free
@@ -65,7 +65,7 @@ def examine(device: str) -> dict[str, Any]:
         "device": torch.cuda.get_device_name(found) if found.type == "cuda" else found.type,
         "bf16": found.type == "cuda" and torch.cuda.is_bf16_supported(),
         "threads": torch.get_num_threads(),
-        "cpus": os.cpu_count(),
+        "cpus": usable_cpus()[0],
         "autoencoders": list(CODECS),
         "av": installed("av"),
         "video_encoders": encoders or [],

@@ -36,6 +36,7 @@ from latte.cli import (
     train,
 )
 from latte.cli.options import DEBUG, OVERRIDABLE, Command, Group, print_note
+from latte.runtime import limit_threads
 
 ADVICE = {
     errno.ENOSPC: "make room there, then run the same command again",
@@ -231,4 +232,5 @@ app.command("doctor", cls=Command)(doctor.doctor)
 
 def main() -> None:
     """Entry point of the program."""
+    limit_threads()
     app(prog_name="latte")

@@ -8,7 +8,6 @@ keyed by (seed, step, position). Axes: b batch, f frames, c channels, h height, 
 
 import atexit
 import multiprocessing
-import os
 import signal
 import sys
 import time
@@ -27,7 +26,7 @@ from torch.utils.data import Dataset as MapDataset
 
 from latte.checks import InputError, RunError, check
 from latte.data.order import Order, order_of
-from latte.runtime import generator
+from latte.runtime import generator, usable_cpus
 
 BATCH_TIMEOUT = 600.0  # seconds that one batch may take in a worker process
 ACCELERATOR_WORKERS = 4  # worker processes when training on a GPU, if data.workers is not set
@@ -101,7 +100,7 @@ def default_workers(device: torch.device, world: int = 1) -> int:
     """
     if device.type == "cpu":
         return 0
-    return max(min(ACCELERATOR_WORKERS, (os.cpu_count() or 1) // world), 1)
+    return max(min(ACCELERATOR_WORKERS, usable_cpus()[0] // world), 1)
 
 
 class StepDataset(MapDataset):

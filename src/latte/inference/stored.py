@@ -21,10 +21,10 @@ from torch import Tensor
 
 from latte.autoencoder.codec import Codec, CodecConfig, build_codec, kind_at
 from latte.checkpoint.record import read_fingerprint
-from latte.checkpoint.verified import known_sha256, remember, stamp
 from latte.checks import InputError, check
 from latte.diffusion.config import DiffusionConfig
 from latte.diffusion.distilled import Distilled
+from latte.files import stamp
 from latte.inference.generate import SampleConfig
 from latte.inference.prompts import PromptReader, Vocabulary
 from latte.interop.coverage import Coverage, build
@@ -33,6 +33,7 @@ from latte.interop.readers import read_tensors
 from latte.interop.resolve import Source, resolve
 from latte.model.config import OPTIONS
 from latte.model.denoiser import Denoiser, DenoiserConfig
+from latte.model.pretrained import file_tensors_sha256
 from latte.model.text import config_class
 from latte.tensors import check_finite, tensors_sha256, without_memory
 from latte.text.config import TEXT_ENCODERS
@@ -185,18 +186,15 @@ def load_verified(config: DenoiserConfig, folder: Path, recorded: str | None) ->
     ``recorded`` one. A file that was verified before and has not changed is not hashed again.
     """
     file = folder / WEIGHTS
-    before = stamp(file) if file.is_file() else []
+    before = stamp(file)
     tensors, _ = read_tensors(file)
     network = load_network(config, tensors, str(file), checked=True)
-    known = known_sha256(file)
-    found = known or tensors_sha256(tensors)
+    found = file_tensors_sha256(file, before, tensors)
     check(
         recorded in (None, found),
         f"{file} has the hash {found[:16]}, but {CARD} records {str(recorded)[:16]}: "
         "the weights were altered; download or write the folder again",
     )
-    if known is None:
-        remember(file, before, found)
     return network, found
 
 

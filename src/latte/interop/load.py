@@ -17,14 +17,15 @@ import torch
 from torch import Tensor
 
 from latte.checks import InputError
+from latte.files import source_sha256, stamp
 from latte.interop.coverage import Config, Coverage, build, compare, expected_tensors
 from latte.interop.key_maps import BRANCHES, unwrap
 from latte.interop.layouts import LAYOUTS, recognise
-from latte.interop.readers import read_card, read_tensors
+from latte.interop.readers import find_weights, read_card, read_tensors
 from latte.interop.resolve import KINDS, resolve
 from latte.model.denoiser import Denoiser
-from latte.model.pretrained import check_depth
-from latte.tensors import tensors_sha256, without_memory
+from latte.model.pretrained import check_depth, file_tensors_sha256
+from latte.tensors import without_memory
 
 LOG = logging.getLogger(__name__)
 
@@ -75,6 +76,8 @@ def load_external(
             f"weights {source} are {KINDS[found.kind]}; open it with latte.VideoPipeline.from_pretrained, "
             f"or export it first: latte convert {shlex.quote(str(found.run))} NEW_FOLDER"
         )
+    file = find_weights(found.path)
+    before = [] if file.suffix == ".json" else stamp(file)  # an index says nothing about the shards
     stored, facts = read_tensors(found.path, BRANCHES)
     tensors = unwrap(stored)
     name = recognise(tensors, source)
@@ -90,7 +93,8 @@ def load_external(
     report.refuse(allow_missing, allow_unexpected, layout.hint)
     expected = (card or {}).get("weights_sha256")
     complete = not (report.missing or report.unexpected or report.mismatched)
-    if expected is not None and complete and tensors_sha256(state) != expected:
+    rule = f"{name} {source_sha256()[:16]} "  # of the names
+    if expected is not None and complete and file_tensors_sha256(file, before, state, rule) != expected:
         raise InputError(
             f"weights {source} have another hash than weights_sha256 in config.json "
             f"({str(expected)[:16]}): they belong "

@@ -21,11 +21,11 @@ from typing import Any, BinaryIO
 from safetensors import safe_open
 from torch import Tensor
 
-from latte.checkpoint.verified import known_sha256
 from latte.checks import InputError
+from latte.files import stamp
 from latte.interop.archive import BROKEN, MAX_PICKLE, collect, entry_bytes, read_legacy, stored
 from latte.interop.pickles import Global, Machine, Refused, StorageRef, name_of
-from latte.tensors import check_weights
+from latte.model.pretrained import check_file_weights
 
 PACKAGE = Path(str(resources.files("latte")))
 # the models in the package
@@ -141,6 +141,7 @@ def read_tensors(path: str | Path, branches: tuple[str, ...] = ()) -> tuple[Tens
         raise InputError(f"weights {file} do not exist ({file.absolute()}); use a file, a folder or a hub id")
     if file.name.endswith(".index.json"):
         return read_shards(file)
+    before = stamp(file)
     try:
         tensors, facts = read_safetensors(file) if file.suffix in SAFE else read_pickled(file, branches)
         if len(tensors) > MAX_TENSORS:
@@ -152,8 +153,7 @@ def read_tensors(path: str | Path, branches: tuple[str, ...] = ()) -> tuple[Tens
         ) from error
     if not tensors:
         raise InputError(f"weights {file} hold no tensors; use the weight file itself")
-    if known_sha256(file) is None:
-        check_weights(tensors, file)
+    check_file_weights(file, before, tensors)
     return tensors, facts
 
 

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from latte.checks import InputError, RunError
-from latte.files import check_replaceable, commit_folder, reported
+from latte.files import check_replaceable, commit_folder, known, remember, reported, stamp
 from latte.tensors import check_finite, check_weights, tensors_sha256, without_memory
 
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
@@ -64,13 +64,14 @@ class SavedModel:
             other = "LatteText" if "caption_channels" in values else "Latte"
             raise InputError(f"{folder} holds a {other}, not a {cls.__name__}; call {other}.from_pretrained")
         config = parse_config(cls.config_class, values, path / CONFIG)
+        before = stamp(path / WEIGHTS)
         tensors = read_weights(path / WEIGHTS)
         check_depth(config, tensors)
         with without_memory():
             model: Any = cls(config)  # type: ignore[call-arg]
         check_names_and_shapes(tensors, model.state_dict(), path / WEIGHTS)
         expected = values.get("weights_sha256")
-        if expected is not None and tensors_sha256(tensors) != expected:
+        if expected is not None and file_tensors_sha256(path / WEIGHTS, before, tensors) != expected:
             raise InputError(
                 f"{path / WEIGHTS} does not match weights_sha256 in {CONFIG}; fetch the folder again"
             )
@@ -128,14 +129,33 @@ def parse_config(kind: type[Config], values: Mapping[str, Any], file: Path) -> C
         raise InputError(f"{place}: {first['msg']}; use a weights folder that latte wrote") from None
 
 
+def file_tensors_sha256(path: Path, before: list[int], tensors: Mapping[str, Tensor], what: str = "") -> str:
+    """Return the hash of ``tensors``, which were made from the file ``path`` by the rule ``what`` after its
+    stamp was ``before``; of a file that has not changed it is not computed again.
+    """
+    found = known(path, what)
+    if found is None:
+        found = tensors_sha256(tensors)
+        remember(path, before, found, what)
+    return found
+
+
+def check_file_weights(path: Path, before: list[int], tensors: Mapping[str, Tensor]) -> None:
+    """Do ``check_weights`` for the tensors of the file ``path``, once as long as it does not change."""
+    if known(path, "finite") is None:
+        check_weights(tensors, path)
+        remember(path, before, "", "finite")
+
+
 def read_weights(file: Path) -> dict[str, Tensor]:
     """Return the tensors of a safetensors file; raise InputError when it is damaged or holds NaN/Inf."""
+    before = stamp(file)
     try:
         tensors = load_file(file)
     except (OSError, RuntimeError, SafetensorError) as error:
         reason = str(error).partition("\n")[0]
         raise InputError(f"weights {file} cannot be read ({reason}); fetch the file again") from None
-    check_weights(tensors, file)
+    check_file_weights(file, before, tensors)
     return tensors
 
 

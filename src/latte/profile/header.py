@@ -12,7 +12,7 @@ from latte.files import size_text as size
 from latte.model.denoiser import Denoiser
 from latte.profile.memory import states
 from latte.profile.plan import Batch, adapters, batches, memory
-from latte.runtime import resolve_dtype, world_size
+from latte.runtime import resolve_dtype, threads_text, world_size
 from latte.training.callbacks import Callback, TrainEvent, duration
 
 LOG = logging.getLogger(__name__)
@@ -50,7 +50,7 @@ def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     if device.type == "cpu":
-        return f"cpu, {torch.get_num_threads()} threads"
+        return f"cpu, {threads_text()}"
     return device.type
 
 
