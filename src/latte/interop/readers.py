@@ -29,7 +29,7 @@ from latte.model.pretrained import check_file_weights
 
 PACKAGE = Path(str(resources.files("latte")))
 # the models in the package
-BUILTIN = {"builtin": PACKAGE / "builtin_shapes", "builtin-shapes": PACKAGE / "builtin_shapes"}
+BUILTIN = {"builtin": PACKAGE / "builtin", "builtin-shapes": PACKAGE / "builtin_shapes"}
 SAFE = (".safetensors",)
 PICKLED = (".pt", ".pth", ".bin", ".ckpt")
 DIFFUSERS = "diffusion_pytorch_model"
