@@ -27,6 +27,7 @@ from latte.profile.timing import (
     once,
     other_load,
     processor_seconds,
+    synchronise,
 )
 from latte.runtime import device_name as machine
 from latte.runtime import resolve_device, resolve_dtype
@@ -41,6 +42,7 @@ __all__ = [
     "once",
     "other_load",
     "processor_seconds",
+    "synchronise",
 ]
 
 ROOT = Path(__file__).parents[1]

@@ -12,7 +12,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
 
 from latte.autoencoder.codec import CodecConfig, build_codec
 from latte.checks import InputError
@@ -428,16 +427,6 @@ def test_others_share_of_the_machine(benchmark, monkeypatch):
         timing.other_load((10.0, 1.0), (14.0, 4.0), wall=2.0) == 0.25
     )  # 4 busy seconds, 3 of them ours, of 4
     assert timing.other_load((0.0, 0.0), (0.0, 1.0), wall=1.0) == 0.0
-
-
-@pytest.mark.skipif(
-    torch.cuda.is_available(), reason="the refusal without a GPU is tested where there is none"
-)
-def test_the_gpu_benchmark_says_that_it_needs_one(benchmark, monkeypatch):
-    monkeypatch.syspath_prepend(str(FOLDER / "gpu"))
-    monkeypatch.setattr(sys, "argv", ["run.py"])
-    with pytest.raises(SystemExit, match="needs a CUDA device"):
-        benchmark("run").main()
 
 
 @pytest.mark.skipif(
