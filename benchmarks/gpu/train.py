@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """G4 and G5: training XL/2 from latents, and how many clips fit: python benchmarks/gpu/train.py [--smoke].
 
-Compared with a loop organised as the released one is: the plain model in TF32, clips encoded in every step,
+Compared with a loop organised as the released one is: its model in TF32, clips encoded in every step,
 AdamW and EMA tensor by tensor, the loss read in every step. FP8 training is not offered by the package.
 """
 
