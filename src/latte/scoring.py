@@ -36,9 +36,9 @@ from latte.evaluation.evaluate import (
     write_plan,
 )
 from latte.evaluation.features import extract
-from latte.evaluation.memorisation import choose_held_out, read_held_out
+from latte.evaluation.memorisation import Unseen, choose_held_out
 from latte.evaluation.metrics import METRICS
-from latte.evaluation.plan import SIDES, PlannedClip
+from latte.evaluation.plan import SIDES
 from latte.evaluation.sources import FolderSide, Side, open_side
 from latte.inference.pipeline import VideoPipeline
 from latte.inference.prompts import PromptReader
@@ -116,18 +116,15 @@ class Scorer:
         protocol = self.settings.chosen_protocol
         self.higher_is_better = not METRICS[protocol.metrics[0]].is_distance
         self.real = self._real_side(dataset, protocol.clips, "real")
-        self.unseen: Side | None = None
-        if held_out is not None:
-            self.unseen = self._real_side(held_out, min(protocol.clips, len(held_out)), "held-out")
         self.open_detector = detector_opener(build_detector, self.settings)
         plan = preview_plan(self.real, self._clips(model, 0), self.settings)
-        self.chosen: tuple[PlannedClip, ...] = ()
-        if self.unseen is not None:
+        self.unseen: Unseen | None = None
+        if held_out is not None:
+            side = self._real_side(held_out, min(protocol.clips, len(held_out)), "held-out")
             try:
-                self.chosen = choose_held_out(self.unseen, self.real, plan.protocol, self.settings.seed)
+                self.unseen = choose_held_out(side, self.real, plan.protocol, self.settings.seed)
             except InputError as error:
                 LOG.warning("memorisation is not measured: %s", error)
-                self.unseen = None
         self.open_detector().check_length(plan.protocol.frames)
 
     def _real_side(self, dataset: Dataset, count: int, name: str) -> Side:
@@ -182,9 +179,7 @@ class Scorer:
         write_plan(plan, out)
         kept = self.folder / "features"  # of the real side, which are the same at every step
         features = extract(plan, sides, detector, self.open_detector, out, 1, kept)
-        held_out = None
-        if self.unseen is not None:
-            held_out = read_held_out(self.unseen, self.chosen, detector, plan.protocol.frame, kept)
+        held_out = self.unseen and self.unseen.read(detector, plan.protocol.frame, kept)
         replay = {"model": clips.name, "sample_seed": clips.seed, "codec_path": self.config.codec.path}
         replay |= {"real": self.real.root, "fake": fake.root, "config": asdict(self.settings)}
         result = score_features(

@@ -114,25 +114,22 @@ def evaluate(
         return print_result(result, as_json, lines(result))
     before = read_report(from_manifest) if from_manifest else None
     other = read_report(compare) if compare else None
-    num_generated = None
     if before:
         config = replay_config(before, from_manifest, detector, processes, device)
         past = before["replay"]
         real, fake = real or past["real"], fake or past["model"] or past["fake"]
         codec_path, sample_seed = codec_path or past["codec_path"], past["sample_seed"]
         held_out = held_out or past.get("held_out")
-        num_generated = before["manifest"]["data"]["found"]["fake"]
     else:
         config = EvaluateConfig(protocol, seed, clips, allow_fewer, allow_mixed, detector, detector_sha256)
         config = replace(config, group=group, device=device, processes=processes)
         config = replace(config, split=split, data_version=data_version)
-    result = run(real, fake, config, out, until, codec_path, sample_seed, num_generated, held_out, cache)
-    if "value" in result:
-        now = read_report(result["manifest"])
-        if before:
-            result["replayed"] = check_replay(before, now)
-        if other:
-            result["comparison"] = compare_reports(now, other, str(compare))
+    count = before["manifest"]["data"]["found"]["fake"] if before else None
+    result = run(real, fake, config, out, until, codec_path, sample_seed, count, held_out, cache)
+    if "value" in result and before:
+        result["replayed"] = check_replay(before, read_report(result["manifest"]))
+    if "value" in result and other:
+        result["comparison"] = compare_reports(read_report(result["manifest"]), other, str(compare))
     return print_result(result, as_json, lines(result))
 
 

@@ -25,7 +25,7 @@ from latte.checks import InputError, RunError, check, choose, printable
 from latte.evaluation.detectors import Detector, build_detector
 from latte.evaluation.features import extract, log_progress
 from latte.evaluation.manifest import ADDED, GROUPS, make_manifest, manifest_hash, plain, write_report
-from latte.evaluation.memorisation import HeldOut, choose_held_out, measure, read_held_out
+from latte.evaluation.memorisation import HeldOut, choose_held_out, measure
 from latte.evaluation.plan import SIDES, Plan, Source, make_plan
 from latte.evaluation.protocols import Protocol, find_protocol, nonstandard
 from latte.evaluation.report import write_page
@@ -138,10 +138,7 @@ def evaluate(
     refuse_several_processes()
     started = time.monotonic()
     replay = {"model": None, "sample_seed": 0, "codec_path": codec_path}
-    unseen = ()
-    if held_out:
-        unseen = choose_held_out(held_out, real, config.chosen_protocol, config.seed)
-        replay["held_out"] = held_out.root
+    unseen = held_out and choose_held_out(held_out, real, config.chosen_protocol, config.seed)
     open_detector = detector_opener(build, config)
     detector = None
     if isinstance(fake, ClipSource):
@@ -156,28 +153,32 @@ def evaluate(
     sides = {"real": real, "fake": fake}
     plan = plan_sides(sides, config)
     write_plan(plan, out)
-    result = {
+    if until == "plan":
+        return planned(plan, out)
+    detector = detector or open_detector()
+    features = extract(plan, sides, detector, open_detector, out, config.processes, kept)
+    if until == "extract":
+        paths = {side: str(out / f"{side}.safetensors") for side in SIDES}
+        return {**planned(plan, out), "features": paths, "banks": paths}  # banks: the key of 0.1.0
+    notes = {side: {"split": config.split, "version": config.data_version} for side in SIDES}
+    notes["generation"] = generation
+    run = {"processes": config.processes, "wall_seconds": round(time.monotonic() - started, 3)}
+    replay |= {"real": real.root, "fake": fake.root, "config": asdict(config)}
+    about: dict[str, Any] = {"notes": notes, "run": run, "replay": replay}
+    if unseen:
+        replay["held_out"] = unseen.side.root
+        about["held_out"] = unseen.read(detector, plan.protocol.frame, kept)
+    return score_features(plan, sides, features, detector, out, **about)
+
+
+def planned(plan: Plan, out: Path) -> dict[str, Any]:
+    """Return what ``--json`` prints of a plan."""
+    return {
         "protocol": plan.protocol.name,
         "plan": str(out / "clips.jsonl"),
         "plan_sha256": plan.sha256,
         "dropped": len(plan.dropped),
     }
-    if until == "plan":
-        return result
-    detector = detector or open_detector()
-    features = extract(plan, sides, detector, open_detector, out, config.processes, kept)
-    if until == "extract":
-        paths = {side: str(out / f"{side}.safetensors") for side in SIDES}
-        return {**result, "features": paths, "banks": paths}  # banks: the key of 0.1.0
-    notes = {side: {"split": config.split, "version": config.data_version} for side in SIDES}
-    notes["generation"] = generation
-    run = {"processes": config.processes, "wall_seconds": round(time.monotonic() - started, 3)}
-    replay |= {"real": real.root, "fake": fake.root, "config": asdict(config)}
-    about = {"notes": notes, "run": run, "replay": replay}
-    others = None
-    if held_out:
-        others = read_held_out(held_out, unseen, detector, plan.protocol.frame, kept)
-    return result | score_features(plan, sides, features, detector, out, **about, held_out=others)
 
 
 def score_features(
@@ -201,10 +202,7 @@ def score_features(
         log.warning("warning: %s", warning)
     manifest = make_manifest(plan, sides, detector, scores, notes, run)
     result = {
-        "protocol": plan.protocol.name,
-        "plan": str(out / "clips.jsonl"),
-        "plan_sha256": plan.sha256,
-        "dropped": len(plan.dropped),
+        **planned(plan, out),
         "title": plan.protocol.title(scores.metric),
         **plain(scores),
         **({"memorisation": copied[1].plain()} if copied else {}),

@@ -43,6 +43,26 @@ class HeldOut:
 
 
 @dataclass(frozen=True)
+class Unseen:
+    """The clips that were chosen of a held-out side."""
+
+    side: Side
+    clips: tuple[PlannedClip, ...]
+
+    def read(self, detector: Detector, rule: FrameRule, kept: Path | None) -> HeldOut:
+        """Return the clips with their features, which are kept in the folder ``kept``, if given."""
+        facts = [detector.describe(), detector.device.type, asdict(rule), *bits_of(detector)]
+        key = digest([facts, [clip.line for clip in self.clips]])
+        path = kept and kept / f"held-out-{key[:16]}.safetensors"
+        rows = read_rows(path, key) if path else None
+        if rows is None:
+            rows = extract_rows(self.clips, self.side, detector, rule)
+            if path:
+                keep_rows(path, key, rows)
+        return HeldOut(self.side, self.clips, clip_rows(rows, len(self.clips)))
+
+
+@dataclass(frozen=True)
 class Ratio:
     """A geometric mean of ratios of distances with its interval at LEVEL."""
 
@@ -153,7 +173,7 @@ def clip_rows(features: Tensor, clips: int) -> Tensor:
     return features.double().reshape(clips, -1, features.shape[1]).mean(1)
 
 
-def choose_held_out(side: Side, real: Side, protocol: Protocol, seed: int) -> tuple[PlannedClip, ...]:
+def choose_held_out(side: Side, real: Side, protocol: Protocol, seed: int) -> Unseen:
     """Return a clip of each held-out video that fits ``protocol``, at most as many as it takes.
 
     InputError for too few, and for a video that is also in ``real``, which holds the training clips.
@@ -172,22 +192,7 @@ def choose_held_out(side: Side, real: Side, protocol: Protocol, seed: int) -> tu
             f"{printable(trained.get(source.sha256, ''))}; give clips that were not trained on",
         )
     videos = choose_videos(protocol, fit, seed)
-    return tuple(choose_clip(protocol, "real", source, seed) for source in videos)
-
-
-def read_held_out(
-    side: Side, clips: tuple[PlannedClip, ...], detector: Detector, rule: FrameRule, kept: Path | None
-) -> HeldOut:
-    """Return ``clips`` of ``side`` with their features, which are kept in the folder ``kept``, if given."""
-    facts = [detector.describe(), detector.device.type, asdict(rule), *bits_of(detector)]
-    key = digest([facts, [clip.line for clip in clips]])
-    path = kept and kept / f"held-out-{key[:16]}.safetensors"
-    rows = read_rows(path, key) if path else None
-    if rows is None:
-        rows = extract_rows(clips, side, detector, rule)
-        if path:
-            keep_rows(path, key, rows)
-    return HeldOut(side, clips, clip_rows(rows, len(clips)))
+    return Unseen(side, tuple(choose_clip(protocol, "real", source, seed) for source in videos))
 
 
 def measure(plan: Plan, features: Mapping[str, Tensor], held_out: HeldOut) -> Memorisation:

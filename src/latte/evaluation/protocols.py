@@ -95,11 +95,8 @@ class Protocol:
         return not self.name.endswith(SUFFIX)
 
     def title(self, metric: str) -> str:
-        """Return the name of a score for people: FVD and the like only where others publish that score."""
-        name = METRICS[metric].summary
-        if self.name in PUBLISHED:
-            name = ABBREVIATIONS.get(metric, name)
-        return f"{name[0].upper()}{name[1:]} ({self.name})"
+        """Return the name of a score for people."""
+        return f"{score_name(metric, self.name)} ({self.name})"
 
     def describe(self) -> dict[str, Any]:
         """Return every choice as plain data."""
@@ -118,6 +115,14 @@ PUBLISHED = {  # protocols of published scores
     "videogpt",
     "cdfvd-i3d",
 }
+
+
+def score_name(metric: str, protocol: str) -> str:
+    """Return what a score is called: FVD and the like only where others publish the score of ``protocol``."""
+    name = METRICS[metric].summary
+    if protocol in PUBLISHED:
+        name = ABBREVIATIONS.get(metric, name)
+    return name[0].upper() + name[1:]
 
 
 def nonstandard(protocol: Protocol, **changes: Any) -> Protocol:

@@ -21,6 +21,7 @@ from latte.evaluation.manifest import ADDED, GROUPS
 from latte.evaluation.memorisation import HeldOut, Memorisation
 from latte.evaluation.metrics import METRICS
 from latte.evaluation.plan import SIDES, Plan, PlannedClip
+from latte.evaluation.protocols import score_name
 from latte.evaluation.scores import Scores, distances_from_real
 from latte.evaluation.sources import Side
 from latte.files import commit_file, reported
@@ -55,7 +56,7 @@ def write_page(
     memorised = [nearest_section(out, plan, sides, *copied)] if copied else []
     text = html.page(
         f"{plan.protocol.title(scores.metric)}: {html.number(scores.value)}",
-        f"{scores.metric} by {version}, latte {__version__}.",
+        f"By {version}, latte {__version__}.",
         *headline(scores, name),
         html.section("Real and fake side by side", html.row(*sheets)),
         html.section("Worst and best clips", *extremes(plan, sides["fake"], features, detector)),
@@ -71,7 +72,7 @@ def write_page(
 
 def headline(scores: Scores, name: str) -> list[html.Html]:
     """Return the value with its interval and floor, warnings, and the other metrics."""
-    tiles: dict[str, object] = {f"{scores.metric}, {name}": html.number(scores.value)}
+    tiles: dict[str, object] = {f"{score_name(scores.metric, name)}, {name}": html.number(scores.value)}
     if scores.interval:
         low, high = html.number(scores.interval.low, 3), html.number(scores.interval.high, 3)
         tiles["90 % interval at this number of clips"] = f"{low} to {high}"
@@ -86,7 +87,9 @@ def headline(scores: Scores, name: str) -> list[html.Html]:
                 "The value is below twice its floor: at this number of clips it says nothing about the model."
             )
         )
-    rows = [(metric, METRICS[metric].summary, value) for metric, value in scores.values.items()]
+    rows = [
+        (score_name(metric, name), METRICS[metric].summary, value) for metric, value in scores.values.items()
+    ]
     if scores.floor:
         rows += [
             ("floor, halves", "real half against real half", scores.floor.halves),

@@ -254,7 +254,8 @@ def memorisation_parts(runs: Sequence[History]) -> list[html.Html]:
         steps = [line["step"] for line in measured]
         lines.append(Series(run.name, steps, value, colour=colour, low=low, high=high))
         parts.append(html.prose(f"{run.name}, step {steps[-1]:,}: {measured[-1]['memorisation']['verdict']}"))
-        clips = sorted((run.folder / SCORES / f"step-{steps[-1]:07d}" / "nearest").glob("*.mp4"))
+        clips = sorted((run.folder / SCORES / f"step-{steps[-1]:07d}" / "nearest").glob("[0-9]*-*.mp4"))
+        clips.sort(key=lambda path: (int(path.stem.partition("-")[0]), "held-out" in path.stem, path.stem))
         shown = [html.media(path, path.stem.partition("-")[2], width=SMALL) for path in clips]
         parts += [html.gallery(*shown[start : start + 3]) for start in range(0, len(shown), 3)]
     if not lines:
