@@ -3,12 +3,13 @@
 
 import json
 import re
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+import yaml
 
 from latte.checks import InputError
 from latte.config.describe import changed_settings
@@ -184,10 +185,10 @@ def test_a_line_that_is_being_written_is_left_out(tmp_path):
 
 
 def test_only_settings_that_differ_from_the_recipe_are_listed(tmp_path):
-    from latte.config.run import load_run, to_yaml
+    from latte.config.run import load_run
 
     config, _ = load_run("shapes", ["train.lr=3e-4", f"run.dir={tmp_path}"])
-    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(asdict(config)))
     (tmp_path / "command.txt").write_text("2026-01-01T00:00:00 latte train shapes train.lr=3e-4\n")
     assert changed_settings(tmp_path) == ("recipe shapes", [("train.lr", "0.001", "0.0003")])
     (tmp_path / "command.txt").write_text("2026-01-01T00:00:00 latte demo\n")

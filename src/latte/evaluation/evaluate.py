@@ -138,7 +138,9 @@ def evaluate(
     refuse_several_processes()
     started = time.monotonic()
     replay = {"model": None, "sample_seed": 0, "codec_path": codec_path}
-    unseen = held_out and choose_held_out(held_out, real, config.chosen_protocol, config.seed)
+    unseen = None
+    if held_out:
+        unseen = choose_held_out(held_out, real, config.chosen_protocol, config.seed)
     open_detector = detector_opener(build, config)
     detector = None
     if isinstance(fake, ClipSource):
