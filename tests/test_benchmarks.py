@@ -79,6 +79,22 @@ def test_precision_compares_with_a_model_that_computes_the_same(benchmark, capsy
     assert line["fastest"]["name"] in ("fp32", "bf16")
 
 
+def test_the_targets_compare_equal_models(benchmark, capsys):
+    benchmark("targets").main([*TINY, *MODEL, "--latent", "8", "--processor-time", "--compile", "off"])
+    lines = {line["what"]: line for line in map(json.loads, capsys.readouterr().out.splitlines())}
+    assert list(lines) == ["forward", "sampling", "step", "activations", "growth"]
+    for part in ("forward", "sampling"):
+        errors = lines[part]["relative_rms"]
+        assert errors["plain"] == 0
+        assert errors["fp32"] < 1e-5 < errors["int8"] < 0.02
+        assert all(way["plain_over"] > 0 for way in lines[part]["ways"].values())
+    losses = lines["step"]["losses"]
+    assert losses["fp32"] == losses["fp32 recompute"] == pytest.approx(losses["plain"], rel=1e-4)
+    shares = lines["activations"]["share_of_plain"]
+    assert shares["plain"] == 1 > shares["fp32"] > shares["fp32 recompute"]
+    assert lines["growth"]["tokens"]["operations"] > 3
+
+
 def test_latent_clips_are_counted_for_both_ways_of_reading(benchmark, capsys):
     line = benchmark("latent_clips").main(["--clips", "20", "--rounds", "2"])
     assert json.loads(capsys.readouterr().out) == line
