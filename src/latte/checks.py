@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The two kinds of error, the checks that raise them, and how names and commands are printed.
+"""The two kinds of error, the checks that raise them, and how names, commands and times are printed.
 
 ``InputError``: wrong usage or input; the command line prints it and exits with 2. ``RunError``: a failure
 while running (full disk, NaN loss); exit 1. A message names the field, its value, the rule and what to do.
@@ -82,3 +82,11 @@ def check(condition: bool, message: str) -> None:
     """Raise ``InputError(message)`` unless ``condition``."""
     if not condition:
         raise InputError(message)
+
+
+def duration(seconds: float) -> str:
+    """Return '45 s', '3 min 05 s', '2 h 07 min' or '3 d 04 h'."""
+    for unit, name, smaller, part in ((86400, "d", 3600, "h"), (3600, "h", 60, "min"), (60, "min", 1, "s")):
+        if seconds >= unit:
+            return f"{int(seconds // unit)} {name} {int(seconds % unit // smaller):02d} {part}"
+    return f"{seconds:.0f} s"

@@ -9,6 +9,7 @@ Everything that can be checked (axes, weights, classes, metrics, disk) is checke
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stderr
 from dataclasses import replace
@@ -32,7 +33,7 @@ from latte.ablate.plan import (
 from latte.build import Job, build_model, check_classes
 from latte.checkpoint.lock import run_lock
 from latte.checkpoint.run import load_checkpoint
-from latte.checks import InputError, RunError, check
+from latte.checks import InputError, RunError, check, duration
 from latte.data.datasets import DataConfig
 from latte.data.hold_out import Subset
 from latte.files import commit_file, reported
@@ -79,6 +80,8 @@ def sweep(
     log(f"{len(unique)} settings, {len(plan.seeds)} seeds: {len(todo)} of {num_runs} runs are to be trained")
     check_runs(plan, todo, data, log)
     failures: list[str] = []
+    missing = sum(len(missing_steps(plan, points, setting, seed)) for setting, seed in todo)
+    left = TimeLeft(missing)
     with run_lock(plan.out), StopRequest() as stop:
         if todo:
             with reported("the sweep's settings", plan.out):
@@ -87,9 +90,8 @@ def sweep(
             setting, seed = run
             label = f"run {number} of {len(todo)}: {setting.run} seed {seed}"
             try:
-                code = stop.code or train(
-                    plan, run, data[setting.config.data], device, stop, _labelled(log, label)
-                )
+                part = data[setting.config.data]
+                code = stop.code or train(plan, run, part, device, stop, left.labelled(log, label))
             except RunError as error:
                 log(f"{label} failed: {error}")
                 failures.append(f"{setting.run} seed {seed}: {error}")
@@ -102,8 +104,24 @@ def sweep(
     return 0
 
 
-def _labelled(log: Log, label: str) -> Log:
-    return lambda line: log(f"{label} {line}")
+class TimeLeft:
+    """The time that ``missing`` points will take, from those that are done."""
+
+    def __init__(self, missing: int):
+        self.missing = missing
+        self.done = 0
+        self.started = time.monotonic()
+
+    def labelled(self, log: Log, label: str) -> Log:
+        """Return what logs a line for each measured point, with the time left of the whole sweep."""
+
+        def log_point(line: str) -> None:
+            self.done += 1
+            per_point = (time.monotonic() - self.started) / self.done
+            left = duration(per_point * max(self.missing - self.done, 0))
+            log(f"{label} {line}, about {left} left")
+
+        return log_point
 
 
 def check_runs(plan: Plan, todo: Sequence[Run], data: Mapping[DataConfig, AblationData], log: Log) -> None:

@@ -86,7 +86,7 @@ def bench(
     config, _ = load_run(run, overrides or [])
     from latte.profile.bench import measure, summary  # torch, after the settings were found good
 
-    progress = progress_line("rounds", 0, 1)
+    progress = progress_line("rounds", 0, 1, "rounds")
     lines = measure(config, QUESTIONS, only or (), device, dtype, rounds, seconds, compile_, progress)
     if as_json:
         for line in lines:

@@ -138,7 +138,7 @@ def scan_videos(config: "RunConfig", ruled: bool) -> tuple["ScanResult", dict[st
     found = scan(
         check_folder(data.root or ""),
         labels=data.labels,
-        progress=progress_line("scan", 0, 1),
+        progress=progress_line("scan", 0, 1, "files"),
         images=buckets is not None and buckets.has_images,
     )
     if not ruled:
@@ -299,8 +299,8 @@ def encode(
         seed=seed,
         progress=progress_line("encode", 0, 1),
         text=text,
-        caption_progress=progress_line("captions", 0, 1),
-        scan_progress=progress_line("scan", 0, 1),
+        caption_progress=progress_line("captions", 0, 1, "captions"),
+        scan_progress=progress_line("scan", 0, 1, "files"),
         stride=stride,
     )
     result["quarantined"] = result["skipped"]  # the key of 0.1.0, for one version

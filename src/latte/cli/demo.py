@@ -2,6 +2,7 @@
 """``latte demo``: the whole job offline on built-in data and weights."""
 
 import os
+from functools import partial
 from itertools import chain
 from itertools import count as count_up
 from pathlib import Path
@@ -60,7 +61,7 @@ def demo(
     config = DemoConfig(
         folder, model, count, max(graded, count), seconds=seconds, seed=seed, overrides=tuple(overrides or ())
     )
-    result = run_demo(config, device, dtype, progress_line, print_note)
+    result = run_demo(config, device, dtype, partial(progress_line, unit="steps"), print_note)
     low, high = result["interval"]
     accuracy = (
         f"{result['label_accuracy']:.1%} of {result['graded']} clips move in the direction of their label"

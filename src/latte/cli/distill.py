@@ -85,7 +85,7 @@ def distill(
     )
     folder = out or Path("runs") / f"{Path(pipe.name).name}-{steps}steps"
     config = with_dtype(config, pipe.model.config, pipe.device, folder)
-    result = distil(teacher, config, folder, clips, seed, progress_line("teacher", 0, 1))
+    result = distil(teacher, config, folder, clips, seed, progress_line("teacher", 0, 1, count=clips))
     code = result.pop("interrupted")
     lines = [f"{key}: {result[key]}" for key in ("run", "step", "loss", "checkpoint")]
     if code:

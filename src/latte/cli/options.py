@@ -9,6 +9,7 @@ import json
 import logging
 import re
 import sys
+import time
 from collections.abc import Callable, Iterable
 from itertools import pairwise
 from typing import Annotated, Any
@@ -16,9 +17,10 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from latte.checks import InputError, printable
+from latte.checks import InputError, duration, printable
 
 DEBUG = "latte.debug"
+LINE_SECONDS = 30.0  # between two lines of progress where there is no terminal
 OVERRIDABLE = {"ignore_unknown_options": True}  # so that --model.size S reaches the overrides
 
 
@@ -207,22 +209,33 @@ def print_note(line: str) -> None:
     print(printable(line), file=sys.stderr, flush=True)
 
 
-def progress_line(label: str, part: int, parts: int) -> Callable[[int, int], None]:
-    """Return ``progress(done, total)`` for part ``part`` of ``parts``.
+def progress_line(
+    label: str, part: int, parts: int, unit: str = "clips", count: float | None = None
+) -> Callable[[int, int], None]:
+    """Return ``progress(done, total)`` for part ``part`` of ``parts``: what is done, how fast, the time left.
 
-    On a terminal it rewrites one line; elsewhere it prints a line at every quarter.
+    On a terminal it rewrites one line; elsewhere it prints a line at every quarter and every LINE_SECONDS.
+    ``count`` is the number of ``unit`` of the part; by default ``total``.
     """
     quarters = 0
+    started = time.monotonic()
+    printed = started
 
     def progress(done: int, total: int) -> None:
-        nonlocal quarters
+        nonlocal quarters, printed
         fraction = (part + done / total) / parts
+        now = time.monotonic()
+        spent = max(now - started, 1e-9)
+        speed = (total if count is None else count) * done / total / spent
+        left = spent * (parts - part - done / total) / max(done / total, 1e-9)
+        line = f"{label} {fraction:.0%}  {speed:.3g} {unit}/s  {duration(left)} left"
         if sys.stderr.isatty():
             end = "\n" if done == total and part + 1 == parts else ""
-            print(f"\r{label} {fraction:4.0%}", end=end, file=sys.stderr, flush=True)
-        elif int(4 * fraction) > max(quarters, int(4 * part / parts)):
+            print(f"\r{line:<70}", end=end, file=sys.stderr, flush=True)
+        elif int(4 * fraction) > max(quarters, int(4 * part / parts)) or now - printed >= LINE_SECONDS:
             quarters = int(4 * fraction)
-            print(f"{label} {fraction:.0%}", file=sys.stderr, flush=True)
+            printed = now
+            print(line, file=sys.stderr, flush=True)
 
     return progress
 

@@ -271,7 +271,7 @@ def write(
     from latte.inference.outputs import default_folder
 
     def progress(part: int, parts: int) -> Callable[[int, int], None]:
-        return progress_line("sample", part, parts)
+        return progress_line("sample", part, parts, count=len(requests) / parts)
 
     folder = Path(out or default_folder(pipe, facts))
     return folder, *pipe.write_clips(requests, folder, negative, facts=facts, progress=progress, **options)

@@ -305,7 +305,7 @@ def generate_side(
     num_bytes = round(count * math.prod(model.shape) * FILE_BYTES_PER_PIXEL)
     check_disk(folder, num_bytes, f"{count} generated clips")
     log.info("generate: %s clips of %s in %s", count, printable(model.name), printable(folder))
-    facts = model.generate(folder, count, common_rate(real), log_progress("generate", "steps"))
+    facts = model.generate(folder, count, common_rate(real), log_progress("generate", "steps", count))
     side = open_folder(folder, out / PROBES)
     sources = tuple(replace(source, interval=model.interval) for source in side.sources)
     recorded = read_generation(folder)

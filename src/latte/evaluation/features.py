@@ -31,7 +31,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from latte.checks import InputError, RunError, printable
+from latte.checks import InputError, RunError, duration, printable
 from latte.evaluation.detectors import Detector
 from latte.evaluation.plan import SIDES, Plan, PlannedClip
 from latte.evaluation.protocols import FrameRule
@@ -45,9 +45,9 @@ OpenDetector = Callable[[], Detector]
 log = logging.getLogger(__name__)
 
 
-def log_progress(stage: str, unit: str) -> Callable[[int, int], None]:
-    """Return ``progress(done, total)``, which logs a line with the estimated time left, every REPORT_SECONDS
-    and at the end.
+def log_progress(stage: str, unit: str, clips: int) -> Callable[[int, int], None]:
+    """Return ``progress(done, total)``, which logs what is done, how many of ``clips`` a second and the time
+    left, every REPORT_SECONDS and at the end.
     """
     started = time.monotonic()
     last = started
@@ -58,9 +58,10 @@ def log_progress(stage: str, unit: str) -> Callable[[int, int], None]:
         if done < total and now - last < REPORT_SECONDS:
             return
         last = now
-        left = (now - started) / max(done, 1) * (total - done)
-        minutes, seconds = divmod(round(left), 60)
-        log.info("%s: %s of %s %s, about %d:%02d min left", stage, done, total, unit, minutes, seconds)
+        spent = max(now - started, 1e-9)
+        speed = f"{clips * done / total / spent:.3g} clips/s"
+        left = duration(spent / max(done, 1) * (total - done))
+        log.info("%s: %s of %s %s, %s, about %s left", stage, done, total, unit, speed, left)
 
     return progress
 
@@ -177,7 +178,7 @@ def refuse_nonfinite(features: Tensor, clips: Sequence[PlannedClip]) -> None:
 
 def run_jobs(jobs: Sequence[Job], sides: Mapping[str, Side], detector: Detector, rule: FrameRule) -> None:
     """Extract and write ``jobs`` one after the other."""
-    progress = log_progress("extract", "parts")
+    progress = log_progress("extract", "parts", sum(len(job.clips) for job in jobs))
     for done, job in enumerate(jobs, start=1):
         write_rows(job.path, job.key, extract_rows(job.clips, sides[job.clips[0].side], detector, rule))
         progress(done, len(jobs))

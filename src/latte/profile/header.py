@@ -6,6 +6,7 @@ import time
 
 import torch
 
+from latte.checks import duration
 from latte.config.run import RunConfig
 from latte.data.datasets import Dataset
 from latte.files import size_text as size
@@ -13,7 +14,7 @@ from latte.model.denoiser import Denoiser
 from latte.profile.memory import states
 from latte.profile.plan import Batch, adapters, batches, memory
 from latte.runtime import resolve_dtype, threads_text, world_size
-from latte.training.callbacks import Callback, TrainEvent, duration
+from latte.training.callbacks import Callback, TrainEvent
 
 LOG = logging.getLogger(__name__)
 MEASURED_STEPS = 5  # after a first one, which sets everything up

@@ -23,6 +23,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as Bar
 from torch import Tensor, nn
 
+from latte.checks import duration
 from latte.files import commit_file, reported
 
 METRICS = ("loss", "mse", "vlb", "grad_norm")
@@ -280,11 +281,3 @@ class ProgressBar(Callback):
         if self.bar:
             with suppress(OSError):
                 self.bar.stop()
-
-
-def duration(seconds: float) -> str:
-    """Return '45 s', '3 min 05 s', '2 h 07 min' or '3 d 04 h'."""
-    for unit, name, smaller, part in ((86400, "d", 3600, "h"), (3600, "h", 60, "min"), (60, "min", 1, "s")):
-        if seconds >= unit:
-            return f"{int(seconds // unit)} {name} {int(seconds % unit // smaller):02d} {part}"
-    return f"{seconds:.0f} s"

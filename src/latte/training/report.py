@@ -11,11 +11,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from latte.checks import command_line, printable
+from latte.checks import command_line, duration, printable
 from latte.files import commit_file, reported
 from latte.page import html
 from latte.page.plots import Series, line_plot, smooth
-from latte.training.callbacks import Callback, TrainEvent, duration
+from latte.training.callbacks import Callback, TrainEvent
 from latte.training.history import SCORES, History, column, data_rows, environment_rows, read_history, text
 from latte.training.trackers import one_line
 
