@@ -7,6 +7,7 @@ it, so a lock is never stale; the file itself stays.
 
 import os
 import platform
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from typing import IO
 
 from latte.checks import InputError
 
+HOLDER = re.compile(r"process (\d+) on (.+)")
 LOCKED_BYTE = 1 << 30  # on Windows a locked byte cannot be read, so the lock is far behind the holder's name
 
 
@@ -54,8 +56,33 @@ def run_lock(run_dir: Path) -> Iterator[None]:
             file.truncate(0)
 
 
-def acquire(file: IO[str]) -> None:
-    """Lock the open ``file`` until it is closed; BlockingIOError when another process holds the lock."""
+def holder(run_dir: Path) -> tuple[int, str] | None:
+    """Return (process, machine) that train in ``run_dir``, None without any.
+
+    A process of this machine that was killed does not count; of another machine that is not known.
+    """
+    try:
+        file = (run_dir / ".lock").open("r+", encoding="utf-8")
+    except OSError:
+        return None
+    with file:
+        found = HOLDER.fullmatch(file.read().strip())
+        if found is None:
+            return None
+        if found[2] == platform.node():
+            try:
+                acquire(file, shared=True)
+            except OSError:
+                pass
+            else:
+                return None
+        return int(found[1]), found[2]
+
+
+def acquire(file: IO[str], shared: bool = False) -> None:
+    """Lock the open ``file`` until it is closed, ``shared`` with other such readers; BlockingIOError when
+    another process holds the lock.
+    """
     if sys.platform == "win32":
         import msvcrt
 
@@ -67,4 +94,5 @@ def acquire(file: IO[str]) -> None:
     else:
         import fcntl
 
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        kinds = {True: fcntl.LOCK_SH, False: fcntl.LOCK_EX}
+        fcntl.flock(file, kinds[shared] | fcntl.LOCK_NB)

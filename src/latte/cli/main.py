@@ -34,6 +34,7 @@ from latte.cli import (
     report,
     sample,
     train,
+    ui,
 )
 from latte.cli.options import DEBUG, OVERRIDABLE, Command, Group, print_note
 from latte.runtime import limit_threads
@@ -224,6 +225,7 @@ app.command("plan", cls=Command, context_settings=OVERRIDABLE)(plan.plan)
 app.command("convert", cls=Command)(convert.convert)
 app.command("ablate", cls=Command, context_settings=OVERRIDABLE)(ablate.ablate)
 app.command("report", cls=Command)(report.report)
+app.command("ui", cls=Command)(ui.ui)
 app.add_typer(data.app, name="data")
 app.add_typer(config.app, name="config")
 app.command("bench", cls=Command, context_settings=OVERRIDABLE)(bench.bench)
