@@ -636,6 +636,18 @@ def test_the_page_shows_every_setting_and_judges_every_claim(tmp_path):
     assert "latte train shapes model.variant=3 model.depth=2 run.seed=0 run.dir=runs/variant-3" in page
 
 
+def test_the_page_plays_clips_of_every_setting(tmp_path):
+    plan = plan_for(tmp_path, seeds=(0,), points=1, generated=6)
+    run(plan)
+    settings, left = make_settings(plan.base, plan.axes)
+    kept = {path.name for path in (plan.folder(settings[0], 0) / "clips").iterdir()}
+    assert kept == {"0.mp4", "1.mp4", "2.mp4", "3.mp4"}
+    page = parseString(show(plan, settings, left, CPU))
+    clips = [clip.getAttribute("src") for clip in page.getElementsByTagName("video")]
+    assert len(clips) == 4 * len(settings)
+    assert all(source.startswith("data:video/mp4;base64,") for source in clips)
+
+
 def test_a_metric_is_one_entry(tmp_path, monkeypatch):
     plan = plan_for(tmp_path, seeds=(0,), points=1)
     entry = Metric("mean brightness", lambda found: float(np.mean(found.clips[0])), "brightness_range")

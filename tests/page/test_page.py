@@ -117,7 +117,7 @@ def test_tick_labels_stand_at_their_values():
 def test_several_lines_have_a_legend_and_one_has_none():
     lines = [Series("ours", [0, 1], [0, 1]), Series("theirs", [0, 1], [1, 0])]
     shown = [
-        [span.find("svg").tail for span in tree(plots.line_plot("p", some, "x", "y")).iter("span")]
+        [span.find("i").tail for span in tree(plots.line_plot("p", some, "x", "y")).iter("span")]
         for some in (lines, lines[:1])
     ]
     assert shown == [["ours", "theirs"], []]

@@ -8,6 +8,7 @@ is held out by the hash of their keys. Axes: n held-out clips, f frames, c chann
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -23,6 +24,7 @@ from latte.data.clips import to_uint8
 from latte.data.datasets import DataConfig, Dataset, ProceduralDataset, build_dataset
 from latte.data.hold_out import in_hash_order, keys_of, subset
 from latte.data.order import permuted
+from latte.data.writers import write_mp4
 from latte.diffusion.config import build_process
 from latte.diffusion.guidance import conditional
 from latte.diffusion.loss import OBJECTIVES
@@ -32,6 +34,8 @@ from latte.inference.generate import autocast, generate
 from latte.model.denoiser import Denoiser
 from latte.runtime import generator, resolve_dtype
 
+CLIPS = "clips"  # in the folder of a run: what it generated at its newest point
+SHOWN = 4  # clips that are kept
 HELD_OUT_FRACTION = 0.1
 HELD_OUT_SEED = 9_000_000  # added to data.seed; no recipe uses seeds from there
 
@@ -325,12 +329,17 @@ METRICS: dict[str, Metric] = {
 
 
 def measure(
-    model: Denoiser, config: RunConfig, data: AblationData, num_clips: int
+    model: Denoiser, config: RunConfig, data: AblationData, num_clips: int, folder: Path | None = None
 ) -> dict[str, float | None]:
-    """Return every metric of METRICS, None for what cannot be measured here."""
+    """Return every metric of METRICS, None for what cannot be measured here; the first SHOWN clips are
+    written into ``folder``.
+    """
     clips: list[np.ndarray] = []
     if num_clips and data.codec is not None:
         clips = generate_clips(model, config, data.codec, num_clips)
+    if folder:
+        for index, clip in enumerate(clips[:SHOWN]):
+            write_mp4(folder / f"{index}.mp4", clip, config.sample.fps)
     found = Measured(model, config, data, clips)
     return {
         name: None if metric.unavailable(config, data, num_clips) else metric.measure(found)

@@ -11,11 +11,12 @@ import torch
 from latte import __version__
 from latte.ablate.axes import BASELINE, LeftOut, Setting
 from latte.ablate.claims import CONCLUSIONS, RULE, UNMEASURED, Claim, Conclusions, verdict
-from latte.ablate.metrics import METRICS, Metric
+from latte.ablate.metrics import CLIPS, METRICS, Metric
 from latte.ablate.plan import Plan, Points, read_points, summary
 from latte.page import html as page
 from latte.page import plots
 
+CLIP_WIDTH = 112  # pixels on the page
 Values = Mapping[int, float]
 """Seed -> value."""
 
@@ -179,6 +180,20 @@ def claims(
     return [judged(claim, settings, points, plan) for claim in conclusions.claims_about(names)]
 
 
+def clips(settings: Sequence[Setting], plan: Plan) -> list[page.Html]:
+    """Return the newest kept clips of every setting, those of the same seed and label in the same place."""
+    seed = plan.seeds[0]
+    rows = []
+    for setting in settings:
+        files = sorted((plan.folder(setting, seed) / CLIPS).glob("*.mp4"))
+        if files:
+            shown = (page.media(path, f"clip {path.stem}", width=CLIP_WIDTH) for path in files)
+            rows += [page.tag("h3", {}, label(setting)), page.gallery(*shown)]
+    if rows:
+        rows.insert(0, page.prose(f"Generated clips of training seed {seed}, the same seeds and labels:"))
+    return rows
+
+
 def axis_section(
     axis: str, settings: Sequence[Setting], left: Sequence[LeftOut], points: Points, plan: Plan
 ) -> page.Html:
@@ -188,7 +203,7 @@ def axis_section(
     parts: list[page.Html] = []
     if conclusions.note:
         parts.append(page.prose(conclusions.note))
-    parts += [*curves(points, chosen, plan), costs(chosen, summary(plan, chosen))]
+    parts += [*curves(points, chosen, plan), costs(chosen, summary(plan, chosen)), *clips(chosen, plan)]
     if rows := claims(conclusions, chosen, points, plan):
         parts.append(page.table(verdict_columns(), rows))
     else:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from latte.ablate.axes import Setting
-from latte.ablate.metrics import METRICS, AblationData, measure, open_ablation_data
+from latte.ablate.metrics import CLIPS, METRICS, AblationData, measure, open_ablation_data
 from latte.ablate.plan import (
     COMMON,
     RESULTS,
@@ -212,7 +212,7 @@ def measure_run(plan: Plan, run: Run, job: Job, data: AblationData, result: Mapp
     setting, seed = run
     checkpoint = load_checkpoint(Path(result["checkpoint"]), only={"ema"})
     job.model.load_state_dict(checkpoint.tensors["ema"])
-    values = measure(job.model, setting.config, data, plan.generated)
+    values = measure(job.model, setting.config, data, plan.generated, plan.folder(setting, seed) / CLIPS)
     return Point(setting.run, seed, result["step"], saved_metrics(checkpoint.state)["seconds"], values)
 
 

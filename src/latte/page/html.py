@@ -50,7 +50,7 @@ svg{display:block;width:100%;height:auto}svg text{font:12px system-ui,sans-serif
 .axis,.grid{stroke:var(--rule)}.grid{opacity:.6}
 .line{fill:none;stroke-width:2;stroke-linejoin:round;stroke-linecap:round}.faint{stroke-width:1;opacity:.35}
 .legend{display:flex;flex-wrap:wrap;gap:2px 16px;font-size:14px;color:var(--soft)}
-.legend svg{display:inline-block;width:18px;height:8px;margin-right:6px}
+.legend i{display:inline-block;width:18px;height:3px;margin-right:6px;vertical-align:4px}
 .switch{font-size:13px;color:var(--soft)}.toggle{margin:0 6px 0 0;vertical-align:-2px}
 .toggle:checked~.first,.toggle:not(:checked)~.second,[hidden]{display:none!important}
 .slides input{width:100%;accent-color:var(--s0)}.bad{color:var(--s4)}.good{color:var(--s2)}

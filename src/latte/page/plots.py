@@ -188,8 +188,7 @@ def _legend(series: Sequence[Series]) -> Html:
     for index, one in enumerate(series):
         if not one.name or len(series) < 2:
             continue
-        look = {"class": LOOK[one.faint], "style": _colour(one, index)}
-        dash = tag("svg", {"viewBox": "0 0 18 8"}, tag("path", {**look, "d": "M1 4h16"}))
+        dash = tag("i", {"style": _colour(one, index).replace("stroke", "background")})
         items.append(tag("span", {}, dash, one.name))
     if not items:
         return Html()
