@@ -496,3 +496,13 @@ def test_start_up_is_compared_with_the_import_of_torch(benchmark, capsys):
     assert json.loads(capsys.readouterr().out) == line
     assert line["import_torch_seconds"] > 0
     assert 0 < line["processor"]["config show"] < 1, "settings must not import torch"
+
+
+def test_the_cost_of_watching_is_a_share_of_the_run(benchmark, capsys):
+    pytest.importorskip("tensorboard")
+    words = ["train.steps=4", "train.log_every=1", "train.global_batch=2", "model.depth=2", "model.width=16"]
+    line = benchmark("watching").main(["shapes-tiny", *words, "--report-steps", "500", "--clip-bytes", "10"])
+    assert json.loads(capsys.readouterr().out) == line
+    assert set(line["shares"]) == {"off", "tensorboard", "report"}
+    assert all(0 < share < 1 for share in line["shares"].values())
+    assert 0 < line["report"]["mb"] < 1

@@ -2,15 +2,19 @@
 """Scores while training: exact across stops, refused before the run where data or model do not fit."""
 
 import json
+import os
+import socket
 from pathlib import Path
 
 import pytest
+import torch
 
 from latte.build import build
 from latte.checks import InputError
 from latte.config.run import load_run
 from latte.scoring import Scorer
 from tiny import WORDS
+from tiny_runs import FORKS
 
 SCORED = [
     *(word for word in WORDS if not word.startswith(("data.frames", "data.resolution"))),
@@ -80,6 +84,36 @@ def test_without_enough_held_out_clips_scores_go_without_memorisation(tmp_path, 
     train(tmp_path, "data.hold_out=0.025", until=2)
     assert "memorisation is not measured" in caplog.text
     assert set(lines(tmp_path)[0]) == {"step", "score/fvd", "score/kvd"}
+
+
+def one_of_two(rank: int, port: int, folder: str, pipe) -> None:
+    """A process of two that trains and scores, as torchrun would start it."""
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
+    try:
+        pipe.send(train(Path(folder), "data.hold_out=0.2", until=2)["step"])
+    except BaseException as error:
+        pipe.send(repr(error))
+        raise
+
+
+@pytest.mark.nightly  # two more processes, each of which builds the run
+def test_scores_of_two_processes_are_those_of_one(tmp_path):
+    train(tmp_path / "one", "data.hold_out=0.2", until=2)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ends = [FORKS.Pipe() for _ in range(2)]
+    for rank, (_, theirs) in enumerate(ends):
+        words = (rank, port, str(tmp_path / "two"), theirs)
+        FORKS.Process(target=one_of_two, args=words, daemon=True).start()
+    assert all(ours.poll(200) for ours, _ in ends)
+    assert [ours.recv() for ours, _ in ends] == [2, 2]
+    (found,), (expected,) = (lines(tmp_path / name) for name in ("two", "one"))
+    assert found.keys() == expected.keys() == {"step", "score/fvd", "score/kvd", "score/memorisation"}
+    assert found == pytest.approx(expected, rel=1e-4), "gradients are summed in another order"
+    assert (tmp_path / "two" / "report.html").is_file()
 
 
 def test_a_text_model_is_scored_with_the_captions_of_its_data(tmp_path):
