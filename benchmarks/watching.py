@@ -28,6 +28,7 @@ from latte.training.callbacks import MetricsAccumulator, MetricsFile, ProgressBa
 from latte.training.report import RunReport, write_report
 from latte.training.trackers import Tracker
 
+START = "start"
 EVENTS = ("on_start", "on_step", "on_validation", "on_samples", "on_checkpoint", "on_end")
 WATCHERS = {  # what is timed: name in the result, methods
     MetricsAccumulator: ("off", ("add", "line")),
@@ -55,7 +56,7 @@ def timed(seconds: dict[str, float], name: str, method: Callable) -> Callable:
 def cost_of_watching(recipe: str, words: Sequence[str], folder: Path) -> dict[str, Any]:
     """Return the share of the run's processor time that each way of watching takes, and the run's steps.
 
-    The time of samples, scores and held-out losses is not part of either: they are what is watched.
+    What happens once, at the start, is given in seconds. The time of samples, scores and held-out losses is not part of either: they are what is watched.
     """
     fixed = ["train.trackers=[tensorboard]", f"run.dir={folder}"]
     job = build(load_run(recipe, [*words, *fixed])[0], "cpu")
@@ -64,14 +65,18 @@ def cost_of_watching(recipe: str, words: Sequence[str], folder: Path) -> dict[st
         for kind, (name, methods) in WATCHERS.items():
             for method in methods:
                 if method in vars(kind):
-                    new = timed(seconds, name, vars(kind)[method])
+                    counted = f"{name} {START}" if method == "on_start" else name
+                    new = timed(seconds, counted, vars(kind)[method])
                     patches.enter_context(patch.object(kind, method, new))
         start = time.process_time()
         job.train()
         total = time.process_time() - start
     steps = job.config.train.steps
-    shares = {name: round(value / total, 5) for name, value in seconds.items()}
-    return {"steps": steps, "processor_seconds_per_step": round(total / steps, 4), "shares": shares}
+    once = {name: round(value, 3) for name, value in seconds.items() if name.endswith(START)}
+    total -= sum(once.values())
+    shares = {name: round(value / total, 5) for name, value in seconds.items() if name not in once}
+    per_step = round(total / steps, 4)
+    return {"steps": steps, "processor_seconds_per_step": per_step, "shares": shares, "once": once}
 
 
 def made_up_run(folder: Path, steps: int, clip_bytes: int) -> Path:

@@ -105,8 +105,8 @@ def test_scores_of_two_processes_are_those_of_one(tmp_path):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     ends = [FORKS.Pipe() for _ in range(2)]
-    for rank, (_, theirs) in enumerate(ends):
-        words = (rank, port, str(tmp_path / "two"), theirs)
+    for rank, (_, remote) in enumerate(ends):
+        words = (rank, port, str(tmp_path / "two"), remote)
         FORKS.Process(target=one_of_two, args=words, daemon=True).start()
     assert all(ours.poll(200) for ours, _ in ends)
     assert [ours.recv() for ours, _ in ends] == [2, 2]
