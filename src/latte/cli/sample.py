@@ -128,6 +128,14 @@ Compile = Annotated[
         "--compile", help="torch.compile the model: faster after the first call, equal to rounding."
     ),
 ]
+Ema = Annotated[
+    float | None,
+    typer.Option(
+        metavar="WIDTH",
+        help="EMA weights of a run that was trained with train.ema_widths: a stored width, or one that the "
+        "stored ones combine to.",
+    ),
+]
 LoraFolder = Annotated[
     Path | None, typer.Option("--lora", metavar="FOLDER", help="LoRA adapters to merge first.")
 ]
@@ -164,6 +172,7 @@ def sample(
     text_bits: TextBits = None,
     decoder: Decoder = None,
     lora: LoraFolder = None,
+    ema: Ema = None,
     offload: Offload = False,
     compiled: Compile = False,
     device: Device = "auto",
@@ -178,7 +187,7 @@ def sample(
     configure_logging()
     check_before_loading(out, window, {"--overlap": overlap, "--longer": longer})
     model, texts = read_texts(model, prompt, prompts)
-    parts = {"codec_path": codec_path, "text_encoder_path": text_encoder, "compile": compiled}
+    parts = {"codec_path": codec_path, "text_encoder_path": text_encoder, "compile": compiled, "ema": ema}
     parts |= {"decoder": decoder, "lora": lora, "offload": offload, "device": device, "dtype": dtype}
     pipe = load(model, texts, negative, {**parts, "text_bits": text_bits})
     unread = {"--negative": negative, "--text-encoder": text_encoder, "--text-bits": text_bits}
@@ -186,13 +195,20 @@ def sample(
     chosen = {"sampler": sampler, "guidance": guidance, "eta": eta, "batch": batch, "fps": fps}
     chosen |= {"order": order, "guidance_interval": read_interval(guidance_interval), "cache": cache}
     options = {"config": pipe.settings(quality, steps=read_steps(steps), **chosen), "frames": frames}
-    options |= {"size": (frame_size := read_size(size)), "dtype": pipe.dtype}
-    options |= {"window": window, "overlap": overlap, "longer": longer or "freenoise"}
+    options |= {"size": (frame_size := read_size(size)), "dtype": pipe.dtype, "window": window}
+    options |= {"overlap": overlap, "longer": longer or "freenoise"}
     options["conditioning_frames"] = read_conditioning_frames(first, last, pipe.frame_size(frame_size))
     folder, sheet, gif = write(pipe, requests, out, negative, clip_facts(pipe, options, negative), options)
-    result = {"clips": [describe(request, folder) for request in requests], "sheet": str(sheet)}
-    result |= {"gif": str(gif), "model": pipe.name, "weights_sha256": pipe.weights}
-    print_result(result, as_json, [*(clip["path"] for clip in result["clips"]), str(sheet), str(gif)])
+    clips = [describe(request, folder) for request in requests]
+    print_clips(pipe, clips, str(sheet), str(gif), as_json)
+
+
+def print_clips(
+    pipe: "VideoPipeline", clips: list[dict[str, Any]], sheet: str, gif: str, as_json: bool
+) -> None:
+    """Print the paths of all files, or the result as JSON."""
+    result = {"clips": clips, "sheet": sheet, "gif": gif, "model": pipe.name, "weights_sha256": pipe.weights}
+    print_result(result, as_json, [*(clip["path"] for clip in clips), sheet, gif])
 
 
 def read_texts(argument: str, prompt: list[str] | None, file: Path | None) -> tuple[str, list[str]]:

@@ -105,6 +105,7 @@ class VideoPipeline(Conditioned):
         offload: bool = False,
         compile: bool = False,
         prompts: Sequence[str] = (),
+        ema: float | None = None,
     ) -> Self:
         """Load a model of the package, a run folder or one of its checkpoints, a weights folder, an external
         checkpoint or a hub id. InputError when a part is missing, altered or does not fit the model.
@@ -113,11 +114,11 @@ class VideoPipeline(Conditioned):
         moved; ``codec`` and ``diffusion`` supply parts that the source does not record. ``decoder``: path or
         hub id of a KL autoencoder that decodes instead. ``text_bits`` 8 holds a T5 in int8. ``lora``:
         adapters to merge. ``offload``: as ``enable_model_cpu_offload``. ``compile``: torch.compile of the
-        blocks. ``prompts`` are encoded now, before the denoiser takes its memory; others later.
+        blocks. ``prompts`` are encoded now; others later. ``ema``: a width of a run's EMA weights.
         """
         work = resolve_device(device)
         home = offload_home(work) if offload else work
-        stored = open_source(source, codec_path, text_encoder_path, codec is not None)
+        stored = open_source(source, codec_path, text_encoder_path, codec is not None, ema)
         diffusion = stored.diffusion or diffusion
         check_complete(stored, diffusion, codec)
         assert diffusion is not None

@@ -7,6 +7,7 @@ run made from Python may leave sections out.
 """
 
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 import yaml
 
 from latte.autoencoder.codec import CodecConfig
+from latte.checkpoint.ema import read_ema
 from latte.checkpoint.record import RENAMED_KEYS
 from latte.checkpoint.run import Checkpoint, load_checkpoint, load_latest
 from latte.checks import InputError, check, command_line
@@ -43,6 +45,7 @@ from latte.text.encoders import TextEncoderConfig
 
 RUN_FILE = "config.yaml"
 MAX_CONFIG_BYTES = 1 << 20
+LOG = logging.getLogger(__name__)
 
 
 def run_of(path: Path) -> Path | None:
@@ -58,26 +61,33 @@ def open_source(
     codec_path: str | None = None,
     text_encoder_path: str | None = None,
     own_codec: bool = False,
+    ema: float | None = None,
 ) -> StoredModel:
     """Describe the model at any source that ``from_pretrained`` accepts; InputError for anything else.
 
-    ``own_codec``: the caller supplies the codec, so its record is not read.
+    ``own_codec``: the caller supplies the codec, so its record is not read. ``ema``: see ``read_ema``.
     """
     found = resolve(source)
     if found.run is not None:
-        return open_run(found.path, own_codec)
+        return open_run(found.path, own_codec, ema)
+    check(ema is None, f"--ema chooses EMA weights of a run, but {source} is none; leave it out")
     if found.kind == "weights":
         return open_weights_folder(found.path, found.name, own_codec)
     return open_external_model(found, codec_path, text_encoder_path)
 
 
-def open_run(path: Path, own_codec: bool = False) -> StoredModel:
+def open_run(path: Path, own_codec: bool = False, ema: float | None = None) -> StoredModel:
     """Describe the model of a run folder (its newest good checkpoint) or of one of its checkpoints.
 
     ``own_codec``: the caller supplies the codec, so its section is not read. InputError for a run without a
     checkpoint, and for a config.yaml that contradicts the checkpoint.
     """
-    return stored_run(*read_run(path), own_codec)
+    folder, sections, checkpoint = read_run(path)
+    if ema is not None:
+        checkpoint.tensors["ema"], error = read_ema(checkpoint.path, ema)
+        if error:
+            LOG.info("EMA weights of width %g, combined from stored ones; error %.1f %%", ema, 100 * error)
+    return stored_run(folder, sections, checkpoint, own_codec)
 
 
 def stored_run(

@@ -113,7 +113,10 @@ def step(parts: Parts) -> Question:
     config = parts.config
     batch = batches(config, 1, None)
     needed = memory(
-        config, batch, states(config.network, adapters(config), config.train.optimizer), parts.device
+        config,
+        batch,
+        states(config.network, adapters(config), config.train.optimizer, 1 + len(config.train.ema_widths)),
+        parts.device,
     )
     room = memory_of(parts.device)
     check(

@@ -29,7 +29,7 @@ def header(
     network = config.network
     processes = world_size()
     batch = batches(config, processes, dataset)
-    state = states(network, adapters(config), train.optimizer)
+    state = states(network, adapters(config), train.optimizer, 1 + len(train.ema_widths))
     held = memory(config, batch, state, device)
     dtype = str(resolve_dtype(train.dtype, device)).removeprefix("torch.")
     parameters = sum(parameter.numel() for parameter in model.parameters())

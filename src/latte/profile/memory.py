@@ -77,8 +77,10 @@ def fresh(config: DenoiserConfig, adapt: Adapt | None) -> Denoiser:
     return model
 
 
-def states(config: DenoiserConfig, adapt: Adapt | None = None, optimizer: str = "adamw") -> States:
-    """Return what training with ``optimizer``, a name in OPTIMIZERS, and an EMA holds beside activations."""
+def states(
+    config: DenoiserConfig, adapt: Adapt | None = None, optimizer: str = "adamw", num_emas: int = 1
+) -> States:
+    """Return what training with ``optimizer``, a name in OPTIMIZERS, and EMAs holds beside activations."""
     with without_memory():
         model = fresh(config, adapt)
     weights = sum(parameter.numel() * FLOAT32 for parameter in model.parameters())
@@ -86,7 +88,7 @@ def states(config: DenoiserConfig, adapt: Adapt | None = None, optimizer: str = 
     size = sum(parameter.numel() * FLOAT32 for parameter in trained.values())
     state_bytes = OPTIMIZERS[optimizer].state_bytes
     kept = sum(state_bytes(name, parameter.shape) for name, parameter in trained.items())
-    return States(weights, size, kept, size)
+    return States(weights, size, kept, num_emas * size)
 
 
 def activations(

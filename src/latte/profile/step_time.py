@@ -50,6 +50,7 @@ class TrainingStep:
             lr=config.lr,
             weight_decay=config.weight_decay,
             ema_decay=config.ema_decay,
+            ema_widths=config.ema_widths,
             optimizer=config.optimizer,
         )
         self.task = Task(

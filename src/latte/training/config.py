@@ -43,6 +43,8 @@ TRACKERS: Table[str, type["Writer"]] = Table(
 
 MAX_LAYER_SYNC = 10.0
 FEWEST_BLOCKS = 4  # of LayerSync
+SMALLEST_WIDTH = 0.001  # of EMA weights, relative to the steps of training
+LARGEST_WIDTH = 0.28
 
 # Settings that may change when a run is resumed, with a notice.
 CHANGEABLE = (
@@ -82,6 +84,7 @@ class TrainConfig:
     warmup_steps: int = 0  # first steps, over which the learning rate rises from 0
     decay_steps: int = 0  # the last steps, over which the learning rate falls to 0; the paper's is constant
     ema_decay: float = 0.9999  # decay of the EMA weights per step, in [0, 1)
+    ema_widths: tuple[float, ...] = ()  # more EMA weights, by relative width (EDM2), for latte sample --ema
     ema_warmup: bool = False  # a smaller decay first, so that early samples do not come from initial weights
     clip_norm: float | None = 0.1  # null: the gradient norm is only measured
     clip_start: int = 0  # steps before clipping begins
@@ -175,7 +178,7 @@ class TrainConfig:
         check_name("train.init_mapping", self.init_mapping, MAPPINGS)
         for name in self.trackers:
             check_name("train.trackers", name, TRACKERS)
-        for name in ("init_gaps", "trackers"):
+        for name in ("init_gaps", "trackers", "ema_widths"):
             object.__setattr__(self, name, tuple(getattr(self, name)))  # JSON and YAML have lists
 
     def _check_best(self) -> None:
@@ -198,6 +201,12 @@ class TrainConfig:
             f"train.layer_sync is {self.layer_sync}, but it must be in [0, {MAX_LAYER_SYNC:g}]; give a "
             "weight such as 0.2, or 0 for none",
         )
+        for width in self.ema_widths:
+            check(
+                SMALLEST_WIDTH <= width <= LARGEST_WIDTH and self.ema_widths.count(width) == 1,
+                f"train.ema_widths is {', '.join(map(str, self.ema_widths))}, but each must be in "
+                f"[{SMALLEST_WIDTH}, {LARGEST_WIDTH}] and stand once; give e.g. 0.05,0.1",
+            )
         check(
             0 < self.timestep_shift < float("inf"),
             f"train.timestep_shift is {self.timestep_shift}, but it must be positive and finite; 1 shifts "

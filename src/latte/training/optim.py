@@ -7,7 +7,7 @@ norm is only measured.
 """
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from latte.checkpoint.ema import decay_at, group_name
 from latte.checks import InputError, RunError, choose
 from latte.training.config import OPTIMIZERS as OPTIMIZERS
 from latte.training.distributed import Group
@@ -27,11 +28,6 @@ Parameters = Mapping[str, nn.Parameter]
 FUSED_DEVICES = ("cpu", "cuda", "mps")
 FLOAT32 = 4  # bytes
 STEP_BYTES = FLOAT32  # the step counter that torch's optimizers keep for each parameter
-TENSOR_GROUPS = {
-    "model": "the model's weights",
-    "ema": "the EMA weights",
-    "optimizer": "the optimizer's state",
-}
 
 
 class OptimizerKind(NamedTuple):
@@ -173,13 +169,19 @@ class EMA:
     Frozen parameters are shared with the original model. Buffers stay as they were copied; the training
     loop changes the time gate of text models in both. With a ``skeleton``, a copy of the model without
     weights, each process keeps the parts that it has of ``model``, and ``.model`` has weights only inside
-    ``gathered()``.
+    ``gathered()``. With a ``width``, the decay is that of ``latte.checkpoint.ema``; step 1 replaces the copy.
     """
 
     def __init__(
-        self, model: nn.Module, decay: float, warmup: bool = False, skeleton: nn.Module | None = None
+        self,
+        model: nn.Module,
+        decay: float,
+        warmup: bool = False,
+        skeleton: nn.Module | None = None,
+        width: float | None = None,
     ):
         self.decay = decay
+        self.width = width
         self.warmup = warmup
         self.parts: dict[str, Tensor] = {}
         if skeleton is not None:
@@ -202,6 +204,8 @@ class EMA:
         decay = self.decay
         if self.warmup:
             decay = min(decay, (1 + step) / (10 + step))
+        if self.width is not None:
+            decay = decay_at(step, self.width)
         averages = [local_part(average) for average in self.averages]
         weights = [local_part(weight) for weight in self.weights]
         torch._foreach_lerp_(averages, weights, 1 - decay)  # pyright: ignore
@@ -244,9 +248,13 @@ class TrainState:
         ema_warmup: bool = False,
         optimizer: str = "adamw",
         skeleton: nn.Module | None = None,
+        ema_widths: Sequence[float] = (),
     ):
         self.model = model
         self.ema = EMA(model, ema_decay, ema_warmup, skeleton)
+        self.emas = {"ema": self.ema}  # by the groups of a checkpoint
+        for width in ema_widths:
+            self.emas[group_name(width)] = EMA(model, ema_decay, skeleton=skeleton, width=width)
         self.optimizer_name = optimizer
         self.optimizer = build_optimizer(model, lr, weight_decay, optimizer)
         self.parameters = list(trainable_parameters(model).values())
@@ -272,16 +280,17 @@ class TrainState:
             settings["lr"] = lr
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self.ema.update(step)
+        for ema in self.emas.values():
+            ema.update(step)
         return metrics
 
     def parts(self) -> dict[str, dict[str, Tensor]]:
         """Return what this process has of all tensors that are not frozen, by the groups of a checkpoint:
-        model, ema, optimizer.
+        model, ema and those by width, optimizer.
         """
         return {
             "model": self.trained(self.model.state_dict()),
-            "ema": self.trained(self.ema.tensors()),
+            **{group: self.trained(ema.tensors()) for group, ema in self.emas.items()},
             "optimizer": optimizer_tensors(self.model, self.optimizer),
         }
 
@@ -301,7 +310,8 @@ class TrainState:
         model = self.model.state_dict()
         split = {name: split_like(tensor, model.get(name)) for name, tensor in tensors["model"].items()}
         self.model.load_state_dict({**self.only_frozen(model), **split})
-        self.ema.load({**self.only_frozen(self.ema.model.state_dict()), **tensors["ema"]})
+        for group, ema in self.emas.items():
+            ema.load({**self.only_frozen(ema.model.state_dict()), **tensors[group]})
         load_optimizer_tensors(self.model, self.optimizer, tensors["optimizer"])
 
     def trained(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -53,7 +53,9 @@ def check_disk(run_dir: Path, state: TrainState, keep_last: int) -> None:
     size_of = OPTIMIZERS[state.optimizer_name].state_bytes
     tensors = state.parts()
     size = sum(
-        tensor.numel() * tensor.itemsize for group in ("model", "ema") for tensor in tensors[group].values()
+        tensor.numel() * tensor.itemsize
+        for group in ("model", *state.emas)
+        for tensor in tensors[group].values()
     )
     size += sum(size_of(name, part.shape) for name, part in trainable_parameters(state.model).items())
     try:

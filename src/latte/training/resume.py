@@ -30,6 +30,7 @@ ABSENT = "nothing"
 # Facts that are only recorded when they are not the default.
 DEFAULTS = {
     "train.optimizer": json.dumps(TrainConfig.optimizer),
+    "train.ema_widths": json.dumps(TrainConfig.ema_widths),
     **{name: json.dumps(getattr(TrainConfig, name)) for name in RECORDED_IF_CHANGED},
     **{f"model.{name}": json.dumps(value) for name, value in OPTIONS.items()},
 }
@@ -55,6 +56,8 @@ def run_facts(
     train: dict[str, Any] = {"global_batch": config.global_batch}
     if config.optimizer != TrainConfig.optimizer:  # the default is not recorded: 0.1.0 had no other
         train["optimizer"] = config.optimizer
+    if config.ema_widths:
+        train["ema_widths"] = list(config.ema_widths)
     return {
         "model": model.config.stored(),
         "codec": made_with,

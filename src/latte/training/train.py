@@ -172,6 +172,7 @@ def train(
             ema_warmup=config.ema_warmup,
             optimizer=config.optimizer,
             skeleton=parallel.skeleton,
+            ema_widths=config.ema_widths,
         )
         group.run_on_rank0(check_disk, run_dir, state, config.keep_last)
 
@@ -182,7 +183,7 @@ def train(
         files = getattr(clips, "files", {})
         saved, checkpoint = restore(run_dir, state, run, settings, group, allow_data_change, files)
         step = saved_step = first_step = saved.get("step", 0)
-        gates: list[Any] = [model, state.ema.model] if gated else []
+        gates: list[Any] = [model, *(ema.model for ema in state.emas.values())] if gated else []
         initial_opening = gates[0].opened if gates else 1.0
         if group.rank == 0:
             record = record or run_record(model, codec, diffusion, config, lora, seed)
