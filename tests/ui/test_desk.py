@@ -122,7 +122,7 @@ def test_a_failure_is_recorded_and_the_desk_goes_on(desk):
     "error",
     [
         InputError("/home/someone/secret/runs/mine/checkpoints/step-3 is damaged; restore it"),
-        RunError("'/srv/data set/x/clip.mp4' cannot be read"),
+        RunError("'/srv/data set/someone/clip.mp4' cannot be read; 1 of 2 in '/home/someone/my films' fail"),
         InputError("weights: C:\\Users\\someone\\secret\\model.safetensors is damaged"),
         FileNotFoundError(2, "No such file", "/home/someone/secret/x"),
         KeyError("/home/someone/secret"),

@@ -14,6 +14,7 @@ from latte.checks import InputError, RunError
 
 LOG = logging.getLogger(__name__)
 MAX_WAITING = 8
+QUOTED = re.compile(r"(?<=['\"])(?:[A-Za-z]:)?[/\\](?:[^'\"/\\]+[/\\])*([^'\"/\\]*)(?=['\"])")
 FOLDERS = re.compile(r"(?<![\w.<])(?:[A-Za-z]:)?[/\\](?:[^\s'\",;:()/\\]+[/\\])+")
 
 
@@ -133,13 +134,18 @@ def run(job: Job) -> None:
         job.error = explain(error)
 
 
+def without_folders(text: str) -> str:
+    """Return ``text`` with the last part alone of every absolute path, quoted or without spaces."""
+    return FOLDERS.sub("", QUOTED.sub(r"\1", text))
+
+
 def explain(error: Exception) -> str:
     """Return the line about ``error`` that a visitor of the page may read: no folder of this machine.
 
     What is a fault of ours goes to the log, with its traceback.
     """
     if isinstance(error, InputError | RunError):
-        return FOLDERS.sub("", str(error))
+        return without_folders(str(error))
     if isinstance(error, OSError):
         LOG.warning("%s", error)
         return f"a file of the server could not be used ({error.strerror}); its log says which"

@@ -13,7 +13,7 @@ from latte.checks import InputError, RunError, check, printable
 from latte.config.run import RUN_FILE
 from latte.data.config import PROCEDURAL
 from latte.page import html
-from latte.ui.desk import FOLDERS
+from latte.ui.desk import without_folders
 from latte.ui.views import animation
 
 GENERATED = "procedural: "  # before the names of sets without files
@@ -204,7 +204,7 @@ def open_data(name: str, root: Path | None) -> DataSet:
         try:
             captions = read_captions(found, AUTO)
         except InputError as error:
-            fault = FOLDERS.sub("", str(error))
+            fault = without_folders(str(error))
     sizes = sorted({(clip.info.width, clip.info.height) for clip in found.clips})
     shown = ", ".join(f"{width} x {height}" for width, height in sizes[:6])
     more = f" and {len(sizes) - 6} more" * (len(sizes) > 6)
@@ -256,7 +256,7 @@ def skipped_table(data: DataSet) -> html.Html:
     if data.skipped and data.root:
         root = os.path.abspath(data.root)
         rows = [
-            (printable(os.path.relpath(bad["path"], root)), FOLDERS.sub("", bad["reason"]))
+            (printable(os.path.relpath(bad["path"], root)), without_folders(bad["reason"]))
             for bad in data.skipped[:MAX_SKIPPED]
         ]
         parts.append(html.table(["skipped file", "reason"], rows))

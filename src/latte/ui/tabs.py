@@ -29,6 +29,7 @@ from latte.ui.shelf import DataSet, Shelf, UiConfig, open_data
 
 POLL = 0.15  # seconds between two looks at a job
 OWN = "the model's own"
+EXAMPLE = "a red ball bounces over a blue floor, moving right"
 PER_PAGE = 12
 LIVE: dict[str, Any] = {"concurrency_limit": None, "show_progress": "hidden"}
 QUICK: dict[str, Any] = {"show_progress": "hidden"}
@@ -168,7 +169,7 @@ def generate_tab(page: Page, blocks: gr.Blocks) -> None:
             model = gr.Dropdown(list(page.shelf.models()), label="Model", filterable=False)
             about = gr.HTML(views.note("loading the model"), padding=False)
             prompt = gr.Textbox(
-                label="Prompt", placeholder="a red circle moves left", max_length=MAX_PROMPT, visible=False
+                label="Prompt", value=EXAMPLE, placeholder=EXAMPLE, max_length=MAX_PROMPT, visible=False
             )
             label = gr.Radio([], label="Class", visible=False)
             with gr.Row():
@@ -189,7 +190,7 @@ def generate_tab(page: Page, blocks: gr.Blocks) -> None:
         request: gr.Request, name, prompt, label, seed, count, image, *own
     ) -> AsyncIterator[Any]:
         try:
-            settings = page.settings(name, prompt or label, image, *own)
+            settings = page.settings(name, label or prompt, image, *own)
             numbers = seeds(whole("the seed", seed), whole("the number of clips", count))
         except Exception as error:
             yield views.fault(explain(error))
@@ -234,12 +235,12 @@ async def described(page: Page, name: str, owner: str) -> AsyncIterator[tuple[An
         yield views.fault(str(error)), keep, keep
 
 
-def compare_tab(page: Page) -> None:
+def compare_tab(page: Page, tab: gr.Tab) -> None:
     """Build the tab that generates one seed with two settings."""
     names = list(page.shelf.models())
     with gr.Row():
         condition = gr.Textbox(
-            label="Prompt or class", placeholder="a red circle moves left", max_length=MAX_PROMPT, scale=4
+            label="Prompt or class", value=EXAMPLE, placeholder=EXAMPLE, max_length=MAX_PROMPT, scale=4
         )
         seed = gr.Number(0, label="Seed", minimum=0, precision=0, scale=1)
     sides = []
@@ -277,6 +278,11 @@ def compare_tab(page: Page) -> None:
         async for shown in page.stage(work, request.session_hash or "", show):
             yield shown
 
+    def names_now(name: str | None) -> Any:
+        return offered(name, page.shelf.models())
+
+    for side in sides:
+        tab.select(names_now, side[0], side[0], **QUICK)
     fields = [condition, seed, *sides[0], *sides[1]]
     start.click(compare, fields, stage, **LIVE)
     condition.submit(compare, fields, stage, **LIVE)

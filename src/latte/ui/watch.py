@@ -41,8 +41,8 @@ def build(page: Page) -> gr.Blocks:
     with gr.Blocks(title="Latte", analytics_enabled=False, delete_cache=(600, 3600)) as blocks:
         with gr.Tab("Generate"):
             generate_tab(page, blocks)
-        with gr.Tab("Compare"):
-            compare_tab(page)
+        with gr.Tab("Compare") as compare:
+            compare_tab(page, compare)
         with gr.Tab("Gallery") as gallery:
             gallery_tab(page, gallery)
         with gr.Tab("Follow a run") as follow:
