@@ -58,8 +58,9 @@ fill:var(--soft)}
 .latte .legend svg{display:inline-block;width:18px;height:8px;margin-right:6px}
 .latte .switch{font-size:13px;color:var(--soft)}.latte .toggle{margin:0 6px 0 0;vertical-align:-2px}
 .latte .toggle:checked~.first,.latte .toggle:not(:checked)~.second,.latte [hidden]{display:none!important}
-.latte .scroll{overflow-x:auto}.latte table{border-collapse:collapse;font-size:13px}
-.latte th,.latte td{padding:4px 16px 4px 0;border-bottom:1px solid var(--rule);text-align:left;
+.latte .scroll{overflow-x:auto;margin-top:16px}
+.latte table,.latte tr,.latte th,.latte td{border:0!important;font-size:13px;border-collapse:collapse}
+.latte th,.latte td{padding:4px 16px 4px 0;border-bottom:1px solid var(--rule)!important;text-align:left;
 vertical-align:top}
 .latte .report{width:100%;height:75vh;border:1px solid var(--rule);border-radius:8px;background:var(--card)}
 """
