@@ -56,7 +56,8 @@ def timed(seconds: dict[str, float], name: str, method: Callable) -> Callable:
 def cost_of_watching(recipe: str, words: Sequence[str], folder: Path) -> dict[str, Any]:
     """Return the share of the run's processor time that each way of watching takes, and the run's steps.
 
-    What happens once, at the start, is given in seconds. The time of samples, scores and held-out losses is not part of either: they are what is watched.
+    What happens once, at the start, is given in seconds. The time of samples, scores and held-out losses is
+    not part of the shares: they are what is watched.
     """
     fixed = ["train.trackers=[tensorboard]", f"run.dir={folder}"]
     job = build(load_run(recipe, [*words, *fixed])[0], "cpu")
