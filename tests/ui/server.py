@@ -48,7 +48,8 @@ def serve(folder: Path, auth: str) -> None:
 
     Studio.make = make
     Studio.describe = describe
-    config = UiConfig(("builtin-shapes",), out=folder / "out", port=0, auth=auth)
+    runs = tuple(path for path in [folder / "runs"] if path.is_dir())
+    config = UiConfig(("builtin-shapes",), runs=runs, out=folder / "out", port=0, auth=auth)
     app.serve(config, lambda address: print(address, flush=True))
 
 
