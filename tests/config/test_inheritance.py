@@ -76,7 +76,7 @@ def test_a_file_of_an_ablation_that_cannot_be_is_one_line(tmp_path, text, messag
         make_settings(base, [str(tmp_path / "none.yaml")])
 
 
-def test_the_fast_recipe_is_shapes_with_another_optimizer_and_autoencoder():
+def test_the_fast_recipe_changes_optimizer_layers_and_autoencoder_of_shapes():
     config, _ = load_run("fast")
     parent, _ = load_run("shapes")
     changed = {key for key, value in flat(config).items() if value != flat(parent)[key]}
@@ -87,5 +87,6 @@ def test_the_fast_recipe_is_shapes_with_another_optimizer_and_autoencoder():
         "train.lr",
         "run.dir",
         "model.num_frames",
+        "model.mlp",
         "model.latent_channels",
     }
