@@ -150,9 +150,10 @@ def saved_bytes(run: Callable[[], Any], weights: set[int]) -> int:
 def activations(model: Latte, options: argparse.Namespace) -> None:
     """Print the bytes of activations of every way as shares of plain.py's."""
     steps = step_ways(model, False, options.batch)
-    changed = copied(model, recompute=True)
-    changed.gradient_checkpointing = True
-    steps["bf16 checkpointed"] = Step(changed, changed, torch.bfloat16, options.batch)
+    for name, stages in (("bf16 checkpointed", True), ("bf16 checkpointed pairs", "pairs")):
+        changed = copied(model, recompute=True)
+        changed.gradient_checkpointing = stages
+        steps[name] = Step(changed, changed, torch.bfloat16, options.batch)
     sizes = {}
     for name, step in steps.items():
         weights = {p.untyped_storage().data_ptr() for p in step.network.parameters()}

@@ -297,13 +297,14 @@ def test_label_dropout_is_all_or_none_per_clip_and_at_its_rate():
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_gradient_checkpointing_changes_nothing(variant):
+@pytest.mark.parametrize("stages", [True, "pairs"])
+def test_gradient_checkpointing_changes_nothing(variant, stages):
     model = tiny(variant)
     z, t = noise(2, 4, 3, 4, 6), torch.tensor([3, 4])
     model(z, t).square().sum().backward()
     plain = [p.grad.clone() for p in model.parameters()]
     model.zero_grad()
-    model.gradient_checkpointing = True
+    model.gradient_checkpointing = stages
     model(z, t).square().sum().backward()
     for a, b in zip(plain, model.parameters(), strict=True):
         torch.testing.assert_close(a, b.grad, rtol=1e-5, atol=1e-5)

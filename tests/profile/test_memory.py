@@ -85,6 +85,15 @@ def test_checkpointing_keeps_less_and_one_block_is_recomputed_at_a_time():
     )
 
 
+def test_pairs_of_blocks_keep_half_as_many_inputs_and_recompute_two_blocks():
+    single, pairs = (memory.activations(TINY, 3, checkpointing=stages) for stages in (True, "pairs"))
+    assert pairs.kept == pytest.approx(truly_saved(TINY, 3, checkpointing="pairs"), rel=1e-3)
+    tokens = 3 * TINY.num_tokens * TINY.dimensions[1] * memory.FLOAT32
+    assert single.kept - pairs.kept == pytest.approx(2 * tokens, rel=0.05), "two of the four inputs"
+    assert pairs.recomputed == pytest.approx(2 * single.recomputed, rel=0.05)
+    assert pairs.plain == single.plain
+
+
 def test_activations_grow_with_the_clips_and_the_blocks():
     one, two, deep = (
         memory.activations(replace(TINY, depth=depth), clips).plain

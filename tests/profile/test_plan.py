@@ -89,6 +89,15 @@ def test_epochs_are_counted_when_the_data_are_there(tmp_path):
     assert (batch.clips_seen, batch.clips, batch.epochs) == (24, 3, 8.0)
 
 
+def test_pairs_of_blocks_are_planned():
+    one, pairs = (
+        plan(config(*WORDS, "model.depth=6", f"train.gradient_checkpointing={stages}"), "cpu").memory
+        for stages in ("true", "pairs")
+    )
+    assert pairs.activations != one.activations
+    assert pairs.activations == pairs.with_checkpointing
+
+
 def test_memory_adds_up_and_checkpointing_lowers_it():
     plain, saving = (
         plan(config(*WORDS, "model.depth=6", f"train.gradient_checkpointing={on}"), "cpu").memory

@@ -29,6 +29,10 @@ def condition_shape(clips: int, num_images: int) -> tuple[int, ...]:
     return (clips,)
 
 
+CHECKPOINTED_BLOCKS: dict[bool | str, int] = {False: 1, True: 1, "pairs": 2}
+"""``gradient_checkpointing`` -> the blocks of a stage: with pairs half as many inputs are kept."""
+
+
 class Denoiser(nn.Module, SavedModel):
     """A model that predicts noise (or velocity) from noisy latents. Abstract: Latte and LatteText.
 
@@ -46,7 +50,7 @@ class Denoiser(nn.Module, SavedModel):
     def __init__(self, config: Any):
         super().__init__()
         self.config = config
-        self.gradient_checkpointing = False
+        self.gradient_checkpointing: bool | str = False  # a key of CHECKPOINTED_BLOCKS
         self.trained_extent: tuple[int, int, int] = (config.num_frames, *config.grid_size)
 
     def trained_on(self, shapes: Iterable[Sequence[int]]) -> None:
@@ -109,19 +113,34 @@ class Denoiser(nn.Module, SavedModel):
             block.recompute = enabled
 
     def run_block(self, block: nn.Module, *inputs: Any, first: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Return tokens and the first attention's values, None without ``value_residual``.
+        """Return tokens and the first attention's values, None without ``value_residual``."""
+        if self.config.value_residual:
+            return block(*inputs, first)
+        return block(*inputs), None
 
-        ``block(*inputs, first)``, recomputed in the backward pass with ``gradient_checkpointing``.
+    def run_blocks(
+        self, part: range, x: Tensor, first: Tensor | None, *condition: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return tokens (b f n d) after the blocks of indices ``part``, and ``first``, see ``run_block``."""
+        raise NotImplementedError
+
+    def run_all_blocks(self, x: Tensor, *condition: Any) -> Tensor:
+        """Return tokens (b f n d) after all blocks.
+
+        With ``gradient_checkpointing`` only the inputs of every stage, a block or a pair of them, are kept,
+        and the backward pass computes the stage again.
         """
-        if self.config.value_residual:
-            inputs = (*inputs, first)
-        if self.gradient_checkpointing and torch.is_grad_enabled():
-            output: Any = checkpoint(block, *inputs, use_reentrant=False)
-        else:
-            output = block(*inputs)
-        if self.config.value_residual:
-            return output
-        return output, None
+        size = CHECKPOINTED_BLOCKS.get(self.gradient_checkpointing, 1)
+        first = None  # the first attention's values, with value_residual
+        for start in range(0, len(self.blocks), size):
+            part = range(start, min(start + size, len(self.blocks)))
+            inputs = (part, x, first, *condition)
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                output: Any = checkpoint(self.run_blocks, *inputs, use_reentrant=False)
+            else:
+                output = self.run_blocks(*inputs)
+            x, first = output
+        return x
 
     def embed_time(self, t: Tensor) -> Tensor:
         """Return the embedding (b 1 d) of timesteps (b,), or (b f d) of a timestep per frame (b f)."""

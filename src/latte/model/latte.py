@@ -11,6 +11,7 @@ channels.
 
 import warnings
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -105,14 +106,22 @@ class Latte(Denoiser):
         x = self.patch.embed(z, images).to(z.dtype)  # (b f n d)
         x = x + spatial_table(*grid, x.shape[-1]).to(x)
         x = self.conditioning.enter(x, c)  # (b f n d), n+1 with all_tokens
-        first = None  # the first attention's values (b f n h k), with value_residual
-        for index, block in enumerate(self.blocks):
-            if index == self.time_enters and not images:
-                x = self.position.add(x)
-            x, first = self.run_block(block, x, c, images, first=first)
+        x = self.run_all_blocks(x, c, images)
         x = self.final_norm(self.conditioning.leave(x))  # (b f n d)
         x = self.final_linear(modulate(x, *self.final_modulation(c)))  # (b f n ppo)
         return self.patch.unembed(x, grid, images)  # (b f o h w)
+
+    def run_blocks(
+        self, part: range, x: Tensor, first: Tensor | None, *condition: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return tokens (b f n d) after some blocks; ``condition``: c (b f|1 d), and whether x are images."""
+        c, images = condition
+        for index in part:
+            block = self.blocks[index]
+            if index == self.time_enters and not images:
+                x = self.position.add(x)
+            x, first = self.run_block(block, x, c, images, first=first)
+        return x, first
 
     def warn_about_size(self, z: Tensor, num_images: int) -> None:
         """Warn outside the range of training: more frames, or larger latents."""

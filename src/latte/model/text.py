@@ -159,16 +159,25 @@ class LatteText(Denoiser):
         x = x + scaled_table(*grid, self.config.spans, x.shape[-1]).to(x)
         shared = self.modulation(c)  # 6 chunks, each (b 1 1 d)
         text = self.caption(text)  # (b g l d)
-        first = None  # the first attention's values (b f n d), with value_residual
-        for index, (space, time) in enumerate(zip(self.space_blocks, self.time_blocks, strict=True)):
-            x, first = self.run_block(space, x, shared, text, mask, first=first)
-            if temporal:
-                if index == 0 and x.shape[1] > 1:
-                    x = self.add_time(x)
-                x, first = self.run_block(time, x, shared, first=first)
+        x = self.run_all_blocks(x, shared, text, mask, temporal)
         shift, scale = (c[:, :, None] + row for row in self.final_table)  # each (b 1 1 d)
         x = self.final_linear(modulate(self.final_norm(x), shift, scale))  # (b f n ppo)
         return self.patch.unembed(x, grid)  # (b f o h w)
+
+    def run_blocks(
+        self, part: range, x: Tensor, first: Tensor | None, *condition: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return tokens (b f n d) after some blocks, spatial and temporal ones in turn."""
+        shared, text, mask, temporal = condition
+        for index in part:
+            block = self.blocks[index]
+            if index % 2 == 0:
+                x, first = self.run_block(block, x, shared, text, mask, first=first)
+            elif temporal:
+                if index == 1 and x.shape[1] > 1:
+                    x = self.add_time(x)
+                x, first = self.run_block(block, x, shared, first=first)
+        return x, first
 
     def add_time(self, x: Tensor) -> Tensor:
         """Return tokens (b f n d) plus the table of their frame; warns beyond the frames of training."""

@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from latte.model.denoiser import Denoiser, DenoiserConfig
+from latte.model.denoiser import CHECKPOINTED_BLOCKS, Denoiser, DenoiserConfig
 from latte.tensors import without_memory
 from latte.training.optim import OPTIMIZERS, trainable_parameters
 
@@ -61,7 +61,7 @@ class Activations:
 
     plain: int  # without gradient checkpointing
     kept: int  # with it: the inputs of the blocks
-    recomputed: int  # with it: one block at a time on top
+    recomputed: int  # with it: one block, or one pair, at a time on top
 
     @property
     def checkpointed(self) -> int:
@@ -98,8 +98,10 @@ def activations(
     dtype: torch.dtype = torch.float32,
     tokens: int = 1,
     adapt: Adapt | None = None,
+    checkpointing: bool | str = True,
 ) -> Activations:
-    """Return what a forward pass of ``clips`` clips with ``num_images`` images each saves.
+    """Return what a forward pass of ``clips`` clips with ``num_images`` images each saves, without gradient
+    checkpointing and with ``checkpointing``.
 
     Matrix products are in ``dtype``. Weights do not count, their copies in ``dtype`` do; the objective's own
     tensors, of the latents' size, do not. ``tokens`` are those of a text model's caption, with its padding.
@@ -116,10 +118,12 @@ def activations(
 
     with OnDevice(dtype):
         plain, per_block = saved_bytes(model, forward)
-    model.gradient_checkpointing = True
+    model.gradient_checkpointing = checkpointing
     with OnDevice(dtype):
         kept, _ = saved_bytes(model, forward)
-    return Activations(plain, kept, max(per_block))
+    size = CHECKPOINTED_BLOCKS[checkpointing]
+    recomputed = max(sum(per_block[start : start + size]) for start in range(0, len(per_block), size))
+    return Activations(plain, kept, recomputed)
 
 
 def saved_bytes(model: Denoiser, forward: Callable[[], Any]) -> tuple[int, list[int]]:

@@ -267,8 +267,9 @@ def memory(
 
     inputs = (config.network, batch.micro_batch, train.num_images, dtype, config.text.tokens)
     counter = counter or Counter()
-    adapted = (config.lora, train.recompute)
-    found = counter(Activations, lambda: activations(*inputs, adapt), *inputs, *adapted)
+    stages = train.gradient_checkpointing or True
+    adapted = (config.lora, train.recompute, stages)
+    found = counter(Activations, lambda: activations(*inputs, adapt, stages), *inputs, *adapted)
     held = found.plain
     if train.gradient_checkpointing:
         held = found.checkpointed

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from latte.training.parallel import Parallelism
     from latte.training.trackers import Writer
 
+CHECKPOINTING = (False, True, "pairs")
 DEFAULT_TIMEOUT = 300.0  # seconds
 # fp16 gradients underflow without loss scaling, so fp16 is not among them.
 TRAINING_DTYPES = ("auto", FASTEST, "fp32", "bf16")
@@ -99,7 +100,9 @@ class TrainConfig:
     dtype: str = "auto"  # of matrix products; auto: bf16 on a GPU that has it, else fp32; fastest: measured
     compile: bool = False  # torch.compile every block
     recompute: bool = False  # recompute norms, modulation, GELU and gates in backward: half the activations
-    gradient_checkpointing: bool = False  # keep only the inputs of blocks, recompute the rest in backward
+    gradient_checkpointing: bool | str = (
+        False  # keep only the inputs of blocks (true) or of pairs of blocks (pairs), recompute the rest
+    )
     init: str | None = None  # pretrained weights (file, folder, hub id, run or builtin) of a fresh run
     init_mapping: str = "all"  # for a DiT: which of our blocks its blocks initialise
     init_gaps: tuple[str, ...] = ()  # patterns of our names that may be missing in init or have another shape
@@ -175,6 +178,7 @@ class TrainConfig:
         check_name("train.timesteps", self.timesteps, TIMES)
         check_name("train.optimizer", self.optimizer, OPTIMIZERS)
         check_name("train.dtype", self.dtype, TRAINING_DTYPES)
+        check_name("train.gradient_checkpointing", self.gradient_checkpointing, CHECKPOINTING)
         check_name("train.init_mapping", self.init_mapping, MAPPINGS)
         for name in self.trackers:
             check_name("train.trackers", name, TRACKERS)
