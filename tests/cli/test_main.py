@@ -20,7 +20,7 @@ from latte.cli.options import TABLES
 from tiny import ROOT
 from tiny import latte as program
 
-COMMANDS = ["demo", "train", "sample", "plan", "convert", "data", "config", "bench", "doctor"]
+COMMANDS = ["demo", "train", "launch", "sample", "plan", "convert", "data", "config", "bench", "doctor"]
 
 
 def test_help_is_quick_and_imports_no_torch():

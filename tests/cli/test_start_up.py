@@ -48,6 +48,7 @@ def imported(*words: str) -> tuple[int, set[str]]:
         (["bench", "shapes", "train.lr=-1"], 2),
         (["train", "shapes", "model.sise=S"], 2),
         (["train", "shapes", "train.lr=-1"], 2),
+        (["launch", "slurm", "shapes", "--gpus", "2"], 0),
         (["plan", "ffs", "data.frames=three"], 2),
         (["ablate", "no-such-recipe"], 2),
     ],

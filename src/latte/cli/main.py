@@ -30,6 +30,7 @@ from latte.cli import (
     distill,
     doctor,
     evaluate,
+    launch,
     plan,
     report,
     sample,
@@ -37,7 +38,7 @@ from latte.cli import (
     ui,
 )
 from latte.cli.options import DEBUG, OVERRIDABLE, Command, Group, print_note
-from latte.runtime import limit_threads
+from latte.runtime import limit_threads, rank, world_size
 
 ADVICE = {
     errno.ENOSPC: "make room there, then run the same command again",
@@ -186,8 +187,11 @@ class Guarded(Group):
             if ctx.meta.get(DEBUG):
                 traceback.print_exc()
             message, code = describe(error)
+            place = ""
+            if world_size() > 1:
+                place = f"rank {rank()}: "
             for line in message.splitlines() or [""]:
-                print_note(f"error: {line}")
+                print_note(f"error: {place}{line}")
             raise typer.Exit(code) from None
 
 
@@ -218,6 +222,7 @@ def _start(
 
 app.command("demo", cls=Command)(demo.demo)
 app.command("train", cls=Command, context_settings=OVERRIDABLE)(train.train)
+app.command("launch", cls=Command, context_settings=OVERRIDABLE)(launch.launch)
 app.command("sample", cls=Command)(sample.sample)
 app.command("distill", cls=Command)(distill.distill)
 app.command("evaluate", cls=Command)(evaluate.evaluate)

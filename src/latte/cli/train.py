@@ -42,12 +42,14 @@ def train(
     Ctrl-C, SIGTERM, SIGUSR1 and a closed terminal save a checkpoint first.
     """
     from latte.config.run import load_run
-    from latte.runtime import rank
+    from latte.data.buckets import check_world
+    from latte.runtime import rank, world_size
 
     configure_logging()
     options = {"run.dir": out, "train.dtype": dtype, "run.seed": seed}
     given = [f"{key}={value}" for key, value in options.items() if value is not None]
     config, _ = load_run(run, [*(overrides or []), *given])
+    check_world(config.train.global_batch, world_size(), config.buckets)
     from latte.build import build  # torch, after the settings were found good
 
     job = build(config, device)

@@ -272,10 +272,12 @@ class TrainState:
         is None, and checks for NaN/Inf.
         Returns (loss, mse, vlb, gradient norm before clipping) (4,) on the device.
         """
-        group.all_reduce([losses])
+        bad_ranks = torch.zeros(group.size, device=losses.device)
+        bad_ranks[group.rank] = ~torch.isfinite(losses).all()
+        group.all_reduce([losses, bad_ranks])
         norm = clip_gradients(self.parameters, max_norm).to(losses.device)
         metrics = torch.cat([losses, norm[None]])  # (4)
-        self.guard.watch(step, metrics)
+        self.guard.watch(step, metrics, bad_ranks)
         for settings in self.optimizer.param_groups:
             settings["lr"] = lr
         self.optimizer.step()
@@ -333,12 +335,17 @@ class FiniteGuard:
 
     def __init__(self, device: torch.device, immediate: bool):
         self.first_bad_step = torch.zeros((), dtype=torch.int64, device=device)  # 0: none
+        self.bad_ranks = torch.zeros(1, device=device)
         self.immediate = immediate
 
-    def watch(self, step: int, metrics: Tensor) -> None:
-        """Record whether all ``metrics`` of ``step`` are finite."""
-        bad = ~torch.isfinite(metrics).all()
-        self.first_bad_step = torch.where(bad & (self.first_bad_step == 0), step, self.first_bad_step)
+    def watch(self, step: int, metrics: Tensor, bad_ranks: Tensor | None = None) -> None:
+        """Record whether all ``metrics`` of ``step`` are finite; ``bad_ranks`` (processes,) is 0 for those
+        whose own loss was.
+        """
+        first = ~torch.isfinite(metrics).all() & (self.first_bad_step == 0)
+        self.first_bad_step = torch.where(first, step, self.first_bad_step)
+        if bad_ranks is not None:
+            self.bad_ranks = torch.where(first, bad_ranks, self.bad_ranks)
         if self.immediate:
             self.check()
 
@@ -346,8 +353,18 @@ class FiniteGuard:
         """RunError naming the first step with a NaN/Inf loss or gradient, if there was one."""
         if step := int(self.first_bad_step):
             raise RunError(
-                f"loss or gradient of step {step} is NaN or Inf, and nothing of that step was saved; lower "
-                "train.lr, clip earlier (train.clip_norm, train.clip_start), set train.dtype=fp32, or "
-                "check the "
-                "clips of that step, then run the same command again to resume from the last checkpoint"
+                f"loss or gradient of step {step} is NaN or Inf{self.place()}, and nothing of that step was "
+                "saved; lower train.lr, clip earlier (train.clip_norm, train.clip_start), set "
+                "train.dtype=fp32, or check the clips of that step, then run the same command again to "
+                "resume from the last checkpoint"
             )
+
+    def place(self) -> str:
+        """Return the ranks of several whose loss was the first that is not finite, as text."""
+        size = len(self.bad_ranks)
+        ranks = ", ".join(str(rank) for rank, bad in enumerate(self.bad_ranks.tolist()) if bad)
+        if size == 1:
+            return ""
+        if not ranks:
+            return f" (the sum of the gradients; the loss of each of {size} ranks is finite)"
+        return f" on rank {ranks} of {size}"
