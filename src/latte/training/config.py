@@ -178,7 +178,6 @@ class TrainConfig:
         check_name("train.timesteps", self.timesteps, TIMES)
         check_name("train.optimizer", self.optimizer, OPTIMIZERS)
         check_name("train.dtype", self.dtype, TRAINING_DTYPES)
-        check_name("train.gradient_checkpointing", self.gradient_checkpointing, CHECKPOINTING)
         check_name("train.init_mapping", self.init_mapping, MAPPINGS)
         for name in self.trackers:
             check_name("train.trackers", name, TRACKERS)
@@ -198,7 +197,10 @@ class TrainConfig:
         )
 
     def _check_options(self) -> None:
-        """InputError for values of noise levels and LayerSync that are out of range or exclude each other."""
+        """InputError for values of noise levels, LayerSync and checkpointing that are out of range or exclude
+        each other.
+        """
+        check_name("train.gradient_checkpointing", self.gradient_checkpointing, CHECKPOINTING)
         self._check_parallel()
         check(
             0 <= self.layer_sync <= MAX_LAYER_SYNC,
