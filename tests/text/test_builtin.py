@@ -91,7 +91,7 @@ def test_a_chinese_prompt_that_is_too_long_is_refused_with_its_count():
 
 def test_text_without_ideographs_is_split_as_by_the_first_version():
     first = re.compile(r"[^\W_]+|[^\w\s]|_")
-    shapes, world = (DataConfig(kind="procedural", scenes=name).scene_set.captions for name in PROCEDURAL)
+    sets = [DataConfig(kind="procedural", scenes=name).scene_set.captions for name in PROCEDURAL]
     odd = [
         "",
         "Left, a square moves: RED!",
@@ -100,7 +100,7 @@ def test_text_without_ideographs_is_split_as_by_the_first_version():
         "アカ 가나 x²",
         "🎈a\tb\n",
     ]
-    prompts = [*shapes, *world, *odd]
+    prompts = [*(caption for captions in sets for caption in captions), *odd]
     assert len(prompts) > 700
     for prompt in prompts:
         assert WORD.findall(prompt.lower()) == first.findall(prompt.lower()), prompt

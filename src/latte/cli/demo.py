@@ -21,54 +21,50 @@ from latte.cli.options import (
     progress_line,
 )
 
-Small = Annotated[
+Tuning = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[KEY=VALUE]...", help="Settings of the small model, e.g. model.depth=4."),
+    typer.Argument(metavar="[KEY=VALUE]...", help="Settings of the fine-tuning, e.g. train.lr=1e-3."),
 ]
 Out = Annotated[
     str | None,
     typer.Option(metavar="FOLDER", help="By default the first unused of runs/demo, runs/demo-2, ..."),
 ]
 Model = Annotated[
-    str, typer.Option(metavar="MODEL", help="A model of moving shapes: builtin-shapes, a run, weights.")
+    str, typer.Option(metavar="MODEL", help="A model of recipe builtin: builtin, a run or a weights folder.")
 ]
-Count = Annotated[int, typer.Option(help="Clips to write, labels in turn.")]
-Graded = Annotated[int, typer.Option(help="Clips to generate and grade, the written ones included.")]
-Seconds = Annotated[float, typer.Option(help="Training time of the small model.")]
+Graded = Annotated[int, typer.Option(help="Clips of combinations held out of training to grade.")]
+Seconds = Annotated[float, typer.Option(help="Training time of the fine-tuning.")]
 Seed = Annotated[int, typer.Option(help="Seed of the first clip and of the training.")]
 
 
 def demo(
-    overrides: Small = None,
+    overrides: Tuning = None,
     out: Out = None,
-    model: Model = "builtin-shapes",
-    count: Count = 16,
-    graded: Graded = 64,
-    seconds: Seconds = 60.0,
+    model: Model = "builtin",
+    graded: Graded = 27,
+    seconds: Seconds = 50.0,
     seed: Seed = 0,
     device: Device = "auto",
     dtype: Dtype = "auto",
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Generate labelled clips, grade them, train a small model for a minute, and write one page about it."""
+    """Generate clips from sentences and an image, grade them, fine-tune for a minute, and write one page."""
     os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported, so before everything else
-    from latte.demo import DemoConfig, run_demo
+    from latte.demo.run import DemoConfig, run_demo
     from latte.inference.outputs import check_output_folder
 
-    configure_logging()
+    configure_logging(quiet=True)
     folder = unused_folder() if out is None else check_output_folder(out)
-    config = DemoConfig(
-        folder, model, count, max(graded, count), seconds=seconds, seed=seed, overrides=tuple(overrides or ())
-    )
+    config = DemoConfig(folder, model, graded, seconds, seed, tuple(overrides or ()))
     result = run_demo(config, device, dtype, partial(progress_line, unit="steps"), print_note)
     low, high = result["interval"]
-    accuracy = (
-        f"{result['label_accuracy']:.1%} of {result['graded']} clips move in the direction of their label"
-    )
+    share = f"{result['label_accuracy']:.0%} of {result['graded']} clips of unseen combinations"
+    before, after = result["loss"]
     lines = [
-        f"{accuracy} ({low:.1%} to {high:.1%}); {result['consistency']:.1%} keep colour, size and outline",
-        f"loss of the small model: {result['loss'][0]:.3f} at first, {result['loss'][1]:.3f} at the end",
+        f"{share} show kind, colour and direction of their sentence ({low:.0%} to {high:.0%})",
+        f"{result['consistency']:.0%} are the same scene throughout",
+        f"held-out loss of the new motion: {before:.3f}, after {result['steps']} steps {after:.3f}",
         *(f"{name}: {result[name]}" for name in ("sheet", "gif", "run")),
         f"clips: {Path(result['clips'][0]['path']).parent}",
         f"see: {result['report']}  ({result['seconds']:.0f} s)",

@@ -19,6 +19,7 @@ PROCEDURAL: Table[str, Callable[["DataConfig"], "SceneSet"]] = Table(
     {
         "shapes": Later("latte.data.procedural:ShapeScenes"),
         "world": Later("latte.data.world.dataset:WorldScenes"),
+        "circles": Later("latte.data.world.circles:CircleScenes"),
     }
 )
 
@@ -48,8 +49,8 @@ class DataConfig:
     seed: int = 0  # of procedural clips
     num_clips: int | None = None  # number of procedural clips; null: unlimited
     hold_out: int | float | str = 0  # a share or a file list of videos; N: of procedural captions, 1 in N
-    scenes: str = "shapes"  # of procedural clips: shapes (moving shapes) or world (nine kinds of scenes)
-    language: str | None = None  # of the captions of data.scenes=world: en, zh or mixed; null: en
+    scenes: str = "shapes"  # of procedural clips: shapes, world (nine kinds) or circles (for fine-tuning)
+    language: str | None = None  # of captions of scenes of the world: en, zh or mixed; null: en
     captions: str | None = None  # where the captions of a folder are, see caption_files.py
     workers: int | None = (
         None  # processes that load clips; null: 0 on the CPU, otherwise 4; 0: the training process

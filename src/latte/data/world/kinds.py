@@ -258,6 +258,11 @@ def star(
         if direction in ("left", "right")
         else (across * canvas.width, steady)
     )
+    paint_star(canvas, centre, radius, colour)
+
+
+def paint_star(canvas: Canvas, centre: tuple[float, float], radius: float, colour: Colour) -> None:
+    """Paint a five-pointed star that stands on two of its points."""
     x, y = canvas.x - centre[0], canvas.y - centre[1]
     sector = np.arctan2(x, -y) / (2 * math.pi / 5)
     angle = abs(sector - np.rint(sector)) * (2 * math.pi / 5)
