@@ -147,11 +147,10 @@ class TrainConfig:
         ):
             value = getattr(self, name)
             check(value >= 0, f"train.{name} is {value}, but it must be at least 0")
-        micro_batch = self.micro_batch
         check(
-            micro_batch is None or micro_batch >= 1,
-            f"train.micro_batch is {micro_batch}, but it must be at least 1, or null for the whole batch "
-            "at once",
+            self.micro_batch is None or self.micro_batch >= 1,
+            f"train.micro_batch is {self.micro_batch}, but it must be at least 1, or null for the whole "
+            "batch at once",
         )
         check(
             0 < self.lr < float("inf"),
