@@ -4,6 +4,7 @@ sentences.
 """
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,11 +15,11 @@ from latte.checks import InputError
 from latte.data.shape_grading import DIRECTIONS, read_motion
 from latte.data.world.captions import caption, vocabulary
 from latte.data.world.grading import grade
-from latte.data.world.scenes import sample_scene
+from latte.data.world.scenes import render, sample_scene
 from latte.inference.pipeline import VideoPipeline
 from latte.interop.readers import BUILTIN, PACKAGE
 from tiny import tiny_text
-from tools import package_model
+from tools import package_model, world_sheets
 
 MOST_BYTES = 24_000_000  # all weights of the package together
 RECIPES = {"builtin": "latte train builtin", "builtin-shapes": "latte train shapes"}
@@ -97,3 +98,29 @@ def test_packaging_records_the_scenes_and_takes_numbers_of_the_same_weights_only
     results.write_text(json.dumps({**line, "weights_sha256": "other"}))
     with pytest.raises(InputError, match="no line of the weights"):
         package_model.main([*words, "--results", str(results)])
+
+
+def test_sheets_show_48_clips_in_order_with_what_was_read_from_each(tmp_path, monkeypatch, capsys):
+    class True48:
+        weights = "none"
+
+        def generate(self, seeds, prompts):
+            for seed, prompt in zip(seeds, prompts, strict=True):
+                scene = sample_scene(0, seed)
+                assert caption(scene) == prompt
+                other = replace(scene, colour="red" if scene.colour != "red" else "blue")
+                yield seed, render(other if seed == 5 else scene, 17, 64, 64)
+
+    monkeypatch.setattr(world_sheets.VideoPipeline, "from_pretrained", lambda *_, **__: True48())
+    world_sheets.main([str(tmp_path)])
+    right = json.loads(capsys.readouterr().out)["right"]
+    assert 46 <= right <= 47, "the grader misreads one true clip in a hundred"
+    assert sorted(path.name for path in tmp_path.glob("*.png")) == [
+        "world-1.png",
+        "world-2.png",
+        "world-3.png",
+    ]
+    rows = (tmp_path / "world-clips.md").read_text("utf-8").splitlines()[2:]
+    assert len(rows) == 48
+    assert sum(row.endswith("| right |") for row in rows) == right
+    assert "colour read as" in rows[5]
