@@ -193,6 +193,7 @@ class Stand:
     def __init__(self, data, spoil=lambda scene, seed: scene):
         self.about = {"data": {"kind": "procedural", **data}}
         self.spoil = spoil
+        self.asked = []
 
 
 class Shapes(Stand):
@@ -215,6 +216,7 @@ class World(Stand):
     def generate(self, seeds, labels, prompts, config):
         scenes = [sample_scene(100, index, 8, held) for held in (True, False) for index in range(18)]
         known = {caption(scene, "mixed"): scene for scene in scenes}
+        self.asked.append(list(prompts))
         for seed, prompt in zip(seeds, prompts, strict=True):
             yield seed, render_world(self.spoil(known[prompt], seed), 17, 64, 64)
 
@@ -245,9 +247,14 @@ def test_prompts_of_moving_shapes_are_graded_part_by_part(benchmark, capsys, mon
 def test_captions_of_the_world_are_graded_for_combinations_held_out_and_trained(benchmark, monkeypatch):
     obedience = benchmark("obedience")
     data = {"scenes": "world", "language": "mixed", "hold_out": 8}
-    monkeypatch.setattr(obedience.VideoPipeline, "from_pretrained", lambda source, **_: World(data))
+    model = World(data)
+    monkeypatch.setattr(obedience.VideoPipeline, "from_pretrained", lambda source, **_: model)
     words = ["model", "--count", "18", "--seed", "100"]
     line = obedience.main(words)
+    expected = [
+        [caption(sample_scene(100, index, 8, held), "mixed") for index in range(18)] for held in (True, False)
+    ]
+    assert model.asked == expected, "the held-out ones first"
     for side in ("held_out", "trained"):
         assert share(line, side, "kind", "colour", "direction", "consistent", "all") == [1] * 5
         assert line[side]["all"]["interval"][1] == 1 > line[side]["all"]["interval"][0] > 0.7
