@@ -95,6 +95,15 @@ def test_the_targets_compare_equal_models(benchmark, capsys):
     assert lines["growth"]["tokens"]["operations"] > 3
 
 
+def test_a_second_score_is_measured_by_its_parts(benchmark, capsys):
+    line = benchmark("second_score").main(["--clips", "2", "--size", "32", "--rounds", "1"])
+    assert json.loads(capsys.readouterr().out) == line
+    assert line["score"] > 1
+    assert line["real_side"] > 1
+    assert 0 < line["real_share"] < 1
+    assert 0 < line["bf16_relative_rms_one_clip"] < 0.1
+
+
 def test_latent_clips_are_counted_for_both_ways_of_reading(benchmark, capsys):
     line = benchmark("latent_clips").main(["--clips", "20", "--rounds", "2"])
     assert json.loads(capsys.readouterr().out) == line

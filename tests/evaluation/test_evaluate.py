@@ -126,6 +126,50 @@ def test_any_number_of_processes_gives_the_same_bits(folders, tmp_path, monkeypa
     assert not list((tmp_path / "2" / "shards").iterdir())
 
 
+def test_workers_that_decode_give_the_same_bits(folders, finished, tmp_path):
+    out, result, report = finished
+    other, again = run(folders, tmp_path, replace(CONFIG, workers=2))
+    assert other["values"] == result["values"]
+    for name in ("real.safetensors", "fake.safetensors"):
+        assert (tmp_path / name).read_bytes() == (out / name).read_bytes()
+    assert again["manifest_hash"] == report["manifest_hash"]
+    assert "workers" not in report["replay"]["config"]
+
+
+def test_a_worker_that_cannot_read_a_clip_names_it(folders, tmp_path):
+    root = shutil.copytree(folders["real"], tmp_path / "real")
+    sides = opened({**folders, "real": root}, tmp_path / "probes")
+    clips = make_plan(TINY, {side: sides[side].sources for side in sides}).side("real")
+    for file in root.iterdir():
+        file.unlink()
+    with pytest.raises(InputError, match="cannot be used"):
+        list(feature_files.read_clips(clips, sides, TINY.frame, workers=1))
+
+
+def test_bf16_features_come_with_their_error(folders, finished, tmp_path):
+    _, result, report = finished
+    other, again = run(folders, tmp_path, replace(CONFIG, dtype="bf16"))
+    assert "precision" not in result
+    found = other["precision"]
+    assert (found["dtype"], found["clips"]) == ("bfloat16", 6)
+    assert 1e-5 < found["relative_rms"] < 0.1
+    assert other["value"] != result["value"]
+    assert other["value"] == pytest.approx(result["value"], rel=0.2)
+    assert any("computed in bfloat16: relative RMS error" in warning for warning in other["warnings"])
+    assert again["manifest"]["detector"]["dtype"] == "bfloat16"
+    assert again["manifest_hash"] != report["manifest_hash"]
+    assert EvaluateConfig.of(again["replay"]["config"], "here").dtype == "bf16"
+    assert EvaluateConfig.of(report["replay"]["config"], "here").dtype == "fp32"
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"), [({"dtype": "fp16"}, "--dtype is"), ({"workers": -1}, "--workers must")]
+)
+def test_unknown_precision_and_negative_workers_are_refused(changes, text):
+    with pytest.raises(InputError, match=text):
+        replace(CONFIG, **changes)
+
+
 def test_plan_and_rows_do_not_depend_on_group_or_order(folders, finished, tmp_path):
     out, result, _ = finished
     other, _ = run(folders, tmp_path, replace(CONFIG, group=4))

@@ -43,6 +43,10 @@ Processes = Annotated[
     int, typer.Option(help="Processes that extract features; any number gives the same bits.")
 ]
 Group = Annotated[int, typer.Option(help="Clips that go through the detector at once (8 or more on a GPU).")]
+Workers = Annotated[int, typer.Option(help="Processes that decode videos ahead; the same frames.")]
+DetectorDtype = Annotated[
+    str, typer.Option("--dtype", help="fp32, or bf16 with the measured error of the features in the result.")
+]
 Weights = Annotated[
     str | None, typer.Option("--detector", metavar="PATH", help="The weight file of the detector.")
 ]
@@ -94,6 +98,8 @@ def evaluate(
     from_manifest: From = None,
     held_out: HeldOut = None,
     cache: Cache = True,
+    workers: Workers = 0,
+    dtype: DetectorDtype = "fp32",
     device: Device = "auto",
     as_json: Json = False,
     debug: Debug = False,
@@ -110,20 +116,19 @@ def evaluate(
         for_videos |= {"--held-out": held_out, "--detector": detector, "--until": until != "score"}
         check_external(real, fake, protocol, [name for name, value in for_videos.items() if value])
         folder = out or Path("evaluations") / f"{Path(str(fake)).stem}-{EXTERNAL.name}"
-        result = score_files(str(real), str(fake), folder)
-        return print_result(result, as_json, lines(result))
+        return print_result(result := score_files(str(real), str(fake), folder), as_json, lines(result))
     before = read_report(from_manifest) if from_manifest else None
     other = read_report(compare) if compare else None
     if before:
-        config = replay_config(before, from_manifest, detector, processes, device)
+        config = replay_config(before, from_manifest, detector)
         past = before["replay"]
         real, fake = real or past["real"], fake or past["model"] or past["fake"]
         codec_path, sample_seed = codec_path or past["codec_path"], past["sample_seed"]
         held_out = held_out or past.get("held_out")
     else:
         config = EvaluateConfig(protocol, seed, clips, allow_fewer, allow_mixed, detector, detector_sha256)
-        config = replace(config, group=group, device=device, processes=processes)
-        config = replace(config, split=split, data_version=data_version)
+        config = replace(config, group=group, split=split, data_version=data_version, dtype=dtype)
+    config = replace(config, device=device, processes=processes, workers=workers)
     count = before["manifest"]["data"]["found"]["fake"] if before else None
     result = run(real, fake, config, out, until, codec_path, sample_seed, count, held_out, cache)
     if "value" in result and before:

@@ -7,6 +7,7 @@ Half of the disagreement between published FVDs comes from the choices in this f
 Axes: b clips, t frames, h w c height width channels, n single frames, k features.
 """
 
+import copy
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from latte.checks import InputError, check, choose
 from latte.evaluation.detector_files import Weights, find_weights, load_converted
@@ -211,13 +212,19 @@ def full_precision() -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # of the network
+
+
 class Detector:
     """Maps uint8 frames (b t h w c) to features (rows, k): one row per clip, or one per frame in clip order.
 
     Rows go through the network ``group`` at a time, the last group padded, so a row's bits depend on
     ``group`` but not on its batch or the number of processes. ``group`` 1 costs nothing on a CPU; use 8 or
-    more on a GPU.
+    more on a GPU. ``dtype`` is that of the network; published scores have float32.
     """
+
+    dtype: torch.dtype = torch.float32
+    reduced: nn.Module | None = None  # the network in ``dtype``, made when it is needed
 
     def __init__(
         self,
@@ -259,7 +266,7 @@ class Detector:
             "loader": "own network",
             "layer": self.layer,
             "dimension": self.dim,
-            "dtype": "float32",
+            "dtype": str(self.dtype).removeprefix("torch."),
             "pixels": self.pixels.describe(),
             "group": self.group,
         }
@@ -297,15 +304,41 @@ class Detector:
         if self.unit == "frame":
             frames = frames.flatten(0, 1).unsqueeze(1)  # (n 1 h w c)
         features = []
+        network = self.network
+        if self.dtype != torch.float32:
+            network = self.reduced = self.reduced or copy.deepcopy(network).to(self.dtype)
         with full_precision():
             for part in frames.split(self.group):
                 padding = part[-1:].expand(self.group - len(part), *part.shape[1:])
                 x = self.pixels.prepare(torch.cat([part, padding]).to(self.device))
                 if self.unit == "frame":
                     x = x.squeeze(2)  # (b c h w)
-                y = self.network(x) if len(self.spec.layers) == 1 else self.network(x, self.layer)
+                x = x.to(self.dtype)
+                y = network(x) if len(self.spec.layers) == 1 else network(x, self.layer)
                 features.append(y[: len(part)].float().cpu())
         return torch.cat(features)
+
+
+def relative_rms(detector: Detector, frames: np.ndarray) -> float:
+    """Return the RMS error of the features of frames (b t h w c) in ``detector.dtype``, against those in
+    float32, over the RMS of these about their mean.
+    """
+    found = detector(frames)
+    chosen = detector.dtype
+    detector.dtype = torch.float32
+    try:
+        exact = detector(frames)
+    finally:
+        detector.dtype = chosen
+    spread = exact - exact.mean(0) if len(exact) > 1 else exact
+    return float((found - exact).square().mean().sqrt() / spread.square().mean().sqrt().clamp_min(1e-12))
+
+
+def opened_in(dtype: str, open_detector: Callable[[], Detector]) -> Detector:
+    """Return the detector with its network in ``dtype``, a key of DTYPES."""
+    detector = open_detector()
+    detector.dtype = DTYPES[dtype]
+    return detector
 
 
 def build_detector(

@@ -19,11 +19,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from latte.checks import InputError, RunError, check, choose, printable
-from latte.evaluation.detectors import Detector, build_detector
-from latte.evaluation.features import extract, log_progress
+from latte.evaluation.detectors import DTYPES, Detector, build_detector, opened_in, relative_rms
+from latte.evaluation.features import extract, log_progress, read_clips
 from latte.evaluation.manifest import ADDED, GROUPS, make_manifest, manifest_hash, plain, write_report
 from latte.evaluation.memorisation import HeldOut, choose_held_out, measure
 from latte.evaluation.plan import SIDES, Plan, Source, make_plan
@@ -46,6 +48,8 @@ STAGES = {
     "extract": "also compute their features",
     "score": "also compute the scores",
 }
+ADDED_SETTINGS = {"dtype": "fp32", "workers": 0}  # later than the others; recorded unless at their default
+NUM_CHECKED = 8  # clips on which the error of reduced precision is measured
 TOLERANCE = 1e-4  # relative difference tolerated in a replay on another machine
 SAMPLES = "samples"  # folder of generated clips in OUT
 PROBES = "probes"  # folder of cached probes in OUT
@@ -70,10 +74,14 @@ class EvaluateConfig:
     processes: int = 1  # that extract features
     split: str | None = None  # of the data, for the manifest
     data_version: str | None = None
+    dtype: str = "fp32"  # of the detector's products, a key of detectors.DTYPES
+    workers: int = 0  # processes that decode ahead, for each that extracts features
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
 
     def __post_init__(self) -> None:
         check(self.processes >= 1, f"--processes must be at least 1, got {self.processes}")
+        check(self.workers >= 0, f"--workers must be at least 0, got {self.workers}")
+        choose("--dtype", self.dtype, DTYPES)
         check(self.group >= 1, f"--group must be at least 1, got {self.group}")
         check(
             self.clips is None or self.clips >= 2,
@@ -88,12 +96,15 @@ class EvaluateConfig:
             return protocol
         return nonstandard(protocol, clips=self.clips)
 
+    def recorded(self) -> dict[str, Any]:
+        """Return the config as plain data, without what a replay of an older version would not know."""
+        return {key: value for key, value in asdict(self).items() if ADDED_SETTINGS.get(key, ...) != value}
+
     @classmethod
     def of(cls, values: Mapping[str, Any], where: object) -> "EvaluateConfig":
-        """Return the config of plain data, as ``asdict`` gives it; InputError if the file ``where`` has other
-        keys.
-        """
-        if set(values) != {field.name for field in fields(cls)}:
+        """Return the config of what ``recorded`` gave; InputError if the file ``where`` has other keys."""
+        known = {field.name for field in fields(cls)}
+        if not known - {*ADDED_SETTINGS} <= set(values) <= known:
             raise InputError(
                 f"{where} was written by another version of latte: its settings are {', '.join(values)}; "
                 "evaluate again"
@@ -101,12 +112,9 @@ class EvaluateConfig:
         return cls(**values)
 
 
-def replay_config(
-    report: Mapping[str, Any], where: object, detector: str | None, processes: int, device: str
-) -> EvaluateConfig:
-    """Return the config of a manifest file's report, on this machine."""
+def replay_config(report: Mapping[str, Any], where: object, detector: str | None) -> EvaluateConfig:
+    """Return the config of a manifest file's report."""
     config = EvaluateConfig.of(report["replay"]["config"], where)
-    config = replace(config, processes=processes, device=device)
     if detector:
         config = replace(config, detector=detector)
     return config
@@ -158,14 +166,14 @@ def evaluate(
     if until == "plan":
         return planned(plan, out)
     detector = detector or open_detector()
-    features = extract(plan, sides, detector, open_detector, out, config.processes, kept)
+    features = extract(plan, sides, detector, open_detector, out, config.processes, kept, config.workers)
     if until == "extract":
         paths = {side: str(out / f"{side}.safetensors") for side in SIDES}
         return {**planned(plan, out), "features": paths, "banks": paths}  # banks: the key of 0.1.0
     notes = {side: {"split": config.split, "version": config.data_version} for side in SIDES}
     notes["generation"] = generation
     run = {"processes": config.processes, "wall_seconds": round(time.monotonic() - started, 3)}
-    replay |= {"real": real.root, "fake": fake.root, "config": asdict(config)}
+    replay |= {"real": real.root, "fake": fake.root, "config": config.recorded()}
     about: dict[str, Any] = {"notes": notes, "run": run, "replay": replay}
     if unseen:
         replay["held_out"] = unseen.side.root
@@ -200,6 +208,8 @@ def score_features(
     """
     copied = (held_out, measure(plan, features, held_out)) if held_out else None
     scores = score(features["real"], features["fake"], plan.protocol)
+    precision = precision_of(plan, sides, detector)
+    scores = replace(scores, warnings=(*scores.warnings, *precision_warnings(precision)))
     for warning in scores.warnings:
         log.warning("warning: %s", warning)
     manifest = make_manifest(plan, sides, detector, scores, notes, run)
@@ -207,6 +217,7 @@ def score_features(
         **planned(plan, out),
         "title": plan.protocol.title(scores.metric),
         **plain(scores),
+        **precision,
         **({"memorisation": copied[1].plain()} if copied else {}),
         "manifest": manifest,
         "manifest_hash": manifest_hash(manifest),
@@ -229,7 +240,7 @@ def refuse_several_processes() -> None:
 def detector_opener(build: BuildDetector, config: EvaluateConfig) -> Callable[[], Detector]:
     """Return a function that builds the detector of ``config``, in this process or another."""
     protocol = config.chosen_protocol
-    return partial(
+    opener = partial(
         build,
         protocol.detector,
         resolve_device(config.device),
@@ -239,6 +250,32 @@ def detector_opener(build: BuildDetector, config: EvaluateConfig) -> Callable[[]
         protocol.layer,
         config.group,
     )
+    if config.dtype == "fp32":
+        return opener
+    return partial(opened_in, config.dtype, opener)
+
+
+def precision_of(plan: Plan, sides: Mapping[str, Side], detector: Detector) -> dict[str, Any]:
+    """Return {"precision": dtype of the detector and the error of some clips' features}; {} for float32."""
+    if detector.dtype == torch.float32:
+        return {}
+    clips = plan.side("fake")[:NUM_CHECKED]
+    video = list(read_clips(clips, sides, plan.protocol.frame))
+    video = [frames for frames in video if frames.shape == video[0].shape]
+    error = float(f"{relative_rms(detector, np.stack(video)):.3g}")
+    dtype = str(detector.dtype).removeprefix("torch.")
+    return {"precision": {"dtype": dtype, "relative_rms": error, "clips": len(video)}}
+
+
+def precision_warnings(precision: Mapping[str, Any]) -> list[str]:
+    """Return the line that a score with reduced precision comes with."""
+    if not precision:
+        return []
+    found = precision["precision"]
+    return [
+        f"features are computed in {found['dtype']}: relative RMS error {found['relative_rms']:.2g} on "
+        f"{found['clips']} clips; compare only with scores in {found['dtype']}"
+    ]
 
 
 def plan_sides(sides: Mapping[str, Side], config: EvaluateConfig) -> Plan:

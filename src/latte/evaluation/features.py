@@ -14,15 +14,17 @@ import io
 import json
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from importlib.metadata import version
-from itertools import pairwise
+from itertools import islice, pairwise
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import safetensors
@@ -40,6 +42,7 @@ from latte.files import commit_file, keep_newest, reported, source_sha256
 
 SHARD = 32  # clips
 KEPT = 64  # files of features of real sides
+AHEAD = 2  # clips that each worker decodes ahead of their use
 REPORT_SECONDS = 10.0  # least time between two progress lines
 OpenDetector = Callable[[], Detector]
 log = logging.getLogger(__name__)
@@ -146,22 +149,71 @@ def read_rows(path: Path, key: str) -> Tensor | None:
     return None
 
 
-def extract_rows(clips: Sequence[PlannedClip], side: Side, detector: Detector, rule: FrameRule) -> Tensor:
-    """Return the rows of ``clips``, float32 (n k); frames of one size go through the detector ``group`` at a
-    time.
+def extract_rows(clips: Sequence[PlannedClip], video: Iterator[np.ndarray], detector: Detector) -> Tensor:
+    """Return the rows of ``clips``, float32 (n k), whose frames ``video`` yields; frames of one size go
+    through the detector ``group`` at a time.
 
     InputError naming the clip whose features have NaN or Inf.
     """
     rows = []
     for start in range(0, len(clips), detector.group):
         group = clips[start : start + detector.group]
-        frames = [apply_frame_rule(side.read(clip.id, clip.indices), rule) for clip in group]
+        frames = list(islice(video, len(group)))
         one_size = len({part.shape for part in frames}) == 1
         batches = [np.stack(frames)] if one_size else [part[None] for part in frames]
         features = torch.cat([detector(batch) for batch in batches])
         refuse_nonfinite(features, group)
         rows.append(features)
     return torch.cat(rows)
+
+
+def read_clips(
+    clips: Sequence[PlannedClip], sides: Mapping[str, Side], rule: FrameRule, workers: int = 0
+) -> Generator[np.ndarray]:
+    """Yield the frames of ``clips`` in order, uint8 (t h w c), after ``rule``, decoded by ``workers``
+    processes ahead of their use; 0: by this one. The frames are the same.
+    """
+    if not workers:
+        for clip in clips:
+            yield apply_frame_rule(sides[clip.side].read(clip.id, clip.indices), rule)
+        return
+    settings = (dict(sides), rule, torch.get_num_threads())
+    with ProcessPoolExecutor(workers, get_context("spawn"), Reader.set_up, settings) as pool:
+        waiting: deque[Future[np.ndarray | str]] = deque()
+        try:
+            for index in range(len(clips) + AHEAD * workers):
+                if index < len(clips):
+                    waiting.append(pool.submit(Reader.read, clips[index]))
+                if index >= AHEAD * workers and waiting:
+                    frames = waiting.popleft().result()
+                    if isinstance(frames, str):
+                        raise InputError(frames)
+                    yield frames
+        finally:
+            for future in waiting:
+                future.cancel()
+
+
+class Reader:
+    """What a worker process reads clips from."""
+
+    sides: ClassVar[Mapping[str, Side]]
+    rule: ClassVar[FrameRule]
+
+    @classmethod
+    def set_up(cls, sides: Mapping[str, Side], rule: FrameRule, threads: int) -> None:
+        """Keep the sides in this process; ``threads`` are those of the parent: the same bits."""
+        cls.sides = sides
+        cls.rule = rule
+        torch.set_num_threads(threads)
+
+    @classmethod
+    def read(cls, clip: PlannedClip) -> np.ndarray | str:
+        """Return the frames of a clip, or the message of an InputError."""
+        try:
+            return apply_frame_rule(cls.sides[clip.side].read(clip.id, clip.indices), cls.rule)
+        except InputError as error:
+            return str(error)
 
 
 def refuse_nonfinite(features: Tensor, clips: Sequence[PlannedClip]) -> None:
@@ -176,21 +228,29 @@ def refuse_nonfinite(features: Tensor, clips: Sequence[PlannedClip]) -> None:
     )
 
 
-def run_jobs(jobs: Sequence[Job], sides: Mapping[str, Side], detector: Detector, rule: FrameRule) -> None:
-    """Extract and write ``jobs`` one after the other."""
+def run_jobs(
+    jobs: Sequence[Job], sides: Mapping[str, Side], detector: Detector, rule: FrameRule, workers: int = 0
+) -> None:
+    """Extract and write ``jobs`` one after the other; ``workers`` processes decode ahead."""
     progress = log_progress("extract", "parts", sum(len(job.clips) for job in jobs))
-    for done, job in enumerate(jobs, start=1):
-        write_rows(job.path, job.key, extract_rows(job.clips, sides[job.clips[0].side], detector, rule))
-        progress(done, len(jobs))
+    with closing(read_clips([clip for job in jobs for clip in job.clips], sides, rule, workers)) as video:
+        for done, job in enumerate(jobs, start=1):
+            write_rows(job.path, job.key, extract_rows(job.clips, video, detector))
+            progress(done, len(jobs))
 
 
 def run_jobs_in_process(
-    jobs: Sequence[Job], sides: Mapping[str, Side], open_detector: OpenDetector, rule: FrameRule, threads: int
+    jobs: Sequence[Job],
+    sides: Mapping[str, Side],
+    open_detector: OpenDetector,
+    rule: FrameRule,
+    threads: int,
+    workers: int = 0,
 ) -> str | None:
     """Do ``run_jobs`` in another process; return the message of an InputError, None on success."""
     torch.set_num_threads(threads)
     try:
-        run_jobs(jobs, sides, open_detector(), rule)
+        run_jobs(jobs, sides, open_detector(), rule, workers)
     except InputError as error:
         return str(error)
     return None
@@ -202,6 +262,7 @@ def run_jobs_in_parallel(
     open_detector: OpenDetector,
     rule: FrameRule,
     processes: int,
+    workers: int = 0,
 ) -> None:
     """Divide ``jobs`` among ``processes``; InputError with the first message of any of them."""
     bounds = [len(jobs) * i // processes for i in range(processes + 1)]
@@ -209,7 +270,8 @@ def run_jobs_in_parallel(
     threads = torch.get_num_threads()
     with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
         futures = [
-            pool.submit(run_jobs_in_process, part, sides, open_detector, rule, threads) for part in parts
+            pool.submit(run_jobs_in_process, part, sides, open_detector, rule, threads, workers)
+            for part in parts
         ]
         messages = [future.result() for future in futures]
     for message in filter(None, messages):
@@ -224,13 +286,14 @@ def extract(
     out: Path,
     processes: int = 1,
     kept: Path | None = None,
+    workers: int = 0,
 ) -> dict[str, Tensor]:
     """Return the features {"real": (n k), "fake": (m k)} of ``plan``; they are kept in out/real.safetensors,
     out/fake.safetensors, and those of the real side in the folder ``kept``, which is read before they are
     computed; None computes them.
 
-    ``open_detector`` builds the same detector again in each of ``processes``; InputError for a clip that can
-    no longer be read.
+    ``open_detector`` builds the same detector again in each of ``processes``, each with ``workers`` that
+    decode; InputError for a clip that can no longer be read.
     """
     jobs = plan_jobs(plan, detector, out)
     keys = {side: digest([job.key for job in jobs if job.clips[0].side == side]) for side in SIDES}
@@ -244,9 +307,9 @@ def extract(
     needed = [job for job in jobs if features[job.clips[0].side] is None]
     missing = [job for job in needed if read_rows(job.path, job.key) is None]
     if processes == 1 or len(missing) < 2:
-        run_jobs(missing, sides, detector, plan.protocol.frame)
+        run_jobs(missing, sides, detector, plan.protocol.frame, workers)
     else:
-        run_jobs_in_parallel(missing, sides, open_detector, plan.protocol.frame, processes)
+        run_jobs_in_parallel(missing, sides, open_detector, plan.protocol.frame, processes, workers)
     found = {}
     for side in SIDES:
         rows = features[side]

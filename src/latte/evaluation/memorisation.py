@@ -21,7 +21,7 @@ from torch import Tensor
 
 from latte.checks import check, printable
 from latte.evaluation.detectors import Detector
-from latte.evaluation.features import bits_of, extract_rows, keep_rows, read_rows
+from latte.evaluation.features import bits_of, extract_rows, keep_rows, read_clips, read_rows
 from latte.evaluation.plan import Plan, PlannedClip, choose_clip, choose_videos
 from latte.evaluation.protocols import FrameRule, Protocol
 from latte.evaluation.scores import LEVEL
@@ -56,7 +56,8 @@ class Unseen:
         path = kept and kept / f"held-out-{key[:16]}.safetensors"
         rows = read_rows(path, key) if path else None
         if rows is None:
-            rows = extract_rows(self.clips, self.side, detector, rule)
+            video = read_clips(self.clips, {"real": self.side}, rule)
+            rows = extract_rows(self.clips, video, detector)
             if path:
                 keep_rows(path, key, rows)
         return HeldOut(self.side, self.clips, clip_rows(rows, len(self.clips)))
