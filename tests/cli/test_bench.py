@@ -42,7 +42,7 @@ def test_every_question_is_answered_in_a_line_of_its_own(latte):
     assert step["clips_per_second"] == pytest.approx(2 / step["median_s"], rel=1e-2)
     sample = lines["sample"]
     assert (sample["steps"], sample["guided_steps"], sample["steps_run"]) == (20, 20, 2)
-    assert sample["denoising_s"] == pytest.approx(10 * sample["median_s"], rel=1e-3)
+    assert sample["denoising_s"] == pytest.approx(10 * sample["median_s"], rel=1e-2)
     assert sample["clip_s"] == pytest.approx(sample["denoising_s"] + lines["decode"]["median_s"], rel=1e-2)
 
 

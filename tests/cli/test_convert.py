@@ -311,7 +311,7 @@ def test_what_is_known_of_a_run_is_on_its_card(latte, run_folder, tmp_path):
     assert (tmp_path / "again" / "README.md").read_text() == card
     assert latte("convert", run_folder, "plain").code == 0
     assert (
-        "| data | kind procedural, resolution 16, frames 3, interval 1 |"
+        "| data | kind procedural, resolution 16, frames 3, interval 1, scenes shapes |"
         in (tmp_path / "plain" / "README.md").read_text()
     )
 

@@ -250,7 +250,7 @@ def test_another_codec_than_the_weights_learned_is_announced(tmp_path, capsys):
 def test_the_model_in_the_package_is_a_start_by_name(tmp_path):
     words = [
         f"run.dir={tmp_path / 'run'}",
-        "train.init=builtin",
+        "train.init=builtin-shapes",
         "train.steps=1",
         "train.decay_steps=0",
         "train.global_batch=1",

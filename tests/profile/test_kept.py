@@ -64,7 +64,7 @@ def test_a_second_plan_counts_nothing_and_says_the_same(cache, counted, recipe):
         (["train.recompute=true"], {"activations"}),
         (["train.dtype=bf16"], {"activations"}),
         (["train.optimizer=muon"], {"states"}),
-        (["lora.rank=2", "train.init=builtin"], {"states", "activations"}),
+        (["lora.rank=2", "train.init=builtin-shapes"], {"states", "activations"}),
         (["sample.batch=3"], {"staging"}),
         (["codec.chunk=2"], {"staging", "encoding_operations"}),
         (["model.depth=4"], {*COUNTS}),

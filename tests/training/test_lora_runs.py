@@ -185,7 +185,7 @@ def test_adapters_without_a_base_are_refused_before_anything_is_built(tmp_path):
     ):
         load_run("shapes", [*WORDS, "lora.rank=2"])
     with pytest.raises(InputError, match=r"without lora.rank there are no adapters"):
-        load_run("shapes", [*WORDS, "lora.targets=mlp", "train.init=builtin"])
+        load_run("shapes", [*WORDS, "lora.targets=mlp", "train.init=builtin-shapes"])
 
 
 def test_fresh_adapters_on_a_base_of_half_precision(tmp_path):
