@@ -15,6 +15,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from statistics import median
 from typing import Any
 
@@ -39,10 +40,12 @@ def training_step(options: argparse.Namespace, group: Group, after_backward: boo
     """Return a training step of the processes in ``group`` on fixed random latents."""
     config = measure.model_config(options)
     model = measure.busy_model(config, CPU).train()
-    forward = model if after_backward else Replicated(model, group, TrainConfig(), CPU, torch.float32).forward
     process = build_process(DiffusionConfig())
     objective = OBJECTIVES["paper"]
-    task = Task(model, forward, process, objective, None, 0, options.batch, None, CPU, torch.float32)
+    task = Task(model, model, process, objective, None, 0, options.batch, None, CPU, torch.float32)
+    if not after_backward:
+        parallel = Replicated(model, group, TrainConfig(), CPU, torch.float32)
+        task = replace(task, forward=parallel.forward, loss_scale=parallel.loss_scale)
     state = TrainState(model, 1e-4, 0.0, 0.9999)
     positions = share_of(options.batch, group.rank, group.size)
     video = torch.randn(len(positions), config.num_frames, config.latent_channels, *config.grid_size)

@@ -12,7 +12,6 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -32,6 +31,7 @@ class Parallelism(Protocol):
 
     forward: Callable[..., Tensor]  # what stands for the model in a training step
     accumulate: Callable[[], AbstractContextManager[Any]]  # inside, backward may leave gradients unsummed
+    loss_scale: float  # by which the loss is multiplied, so that gradients are summed, not averaged
     skeleton: nn.Module | None  # where weights are split: a second model without weights, for the EMA
 
     def __init__(
@@ -43,7 +43,8 @@ class Replicated:
     """Every process holds the whole model (DistributedDataParallel).
 
     Gradients are summed over the processes in buckets of BUCKET_MIB while the backward pass computes the
-    others, once a step.
+    others, once a step. torch averages them; a hook that sums would leave Python objects to gloo's threads,
+    which hang when those are released as the process group ends.
     """
 
     skeleton = None
@@ -52,6 +53,7 @@ class Replicated:
         self, model: Denoiser, group: Group, config: TrainConfig, device: torch.device, dtype: torch.dtype
     ):
         self.forward: Callable[..., Tensor] = model
+        self.loss_scale = 1.0
         self.accumulate: Callable[[], AbstractContextManager[Any]] = nullcontext
         if group.size == 1:
             return
@@ -64,19 +66,9 @@ class Replicated:
                 bucket_cap_mb=BUCKET_MIB,
                 gradient_as_bucket_view=True,  # no second copy of the gradients
             )
-        wrapped.register_comm_hook(None, sum_bucket)
         self.forward = wrapped
+        self.loss_scale = float(group.size)
         self.accumulate = wrapped.no_sync
-
-
-def sum_bucket(
-    state: None,
-    bucket: dist.GradBucket,  # pyright: ignore[reportPrivateImportUsage]
-) -> torch.futures.Future[torch.Tensor]:
-    """Start the sum of a bucket over the processes; DistributedDataParallel's own hook returns the mean."""
-    work = dist.all_reduce(bucket.buffer(), async_op=True)
-    assert work is not None
-    return work.get_future().then(lambda future: future.value()[0])
 
 
 def without_weights(model: nn.Module) -> nn.Module:

@@ -34,6 +34,7 @@ class Sharded:
         self, model: Denoiser, group: Group, config: TrainConfig, device: torch.device, dtype: torch.dtype
     ):
         self.forward: Callable[..., Tensor] = model
+        self.loss_scale = 1.0
         self.accumulate: Callable[[], AbstractContextManager[Any]] = nullcontext
         self.skeleton: nn.Module | None = None
         check_sharded(model, config, device)

@@ -71,6 +71,7 @@ class Task:
     options: StepOptions = PLAIN
     # Around every micro batch but the last: gradients are added up in this process only.
     accumulate: Callable[[], AbstractContextManager[Any]] = nullcontext
+    loss_scale: float = 1.0  # see ``latte.training.parallel``
 
 
 def set_up_blocks(model: Denoiser, config: TrainConfig, device: torch.device) -> None:
@@ -128,7 +129,7 @@ def backward(
             summed = task.accumulate
         with summed():
             loss = micro_batch_loss(task, step, positions[part], video[part], condition.part(part))
-            (loss.total.sum() / clips).backward()
+            (loss.total.sum() * task.loss_scale / clips).backward()
         total += torch.stack([term.detach().float().sum() for term in loss]) / clips  # (3)
     return total
 

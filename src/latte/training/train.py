@@ -208,6 +208,7 @@ def train(
             num_images=config.num_images,
             options=step_options(config),
             accumulate=parallel.accumulate,
+            loss_scale=parallel.loss_scale,
         )
         order = order_of(clips, seed, config.global_batch, group.size)
         seen = order.clips_before(step)
