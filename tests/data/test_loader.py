@@ -7,6 +7,7 @@ import gc
 import math
 import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -354,6 +355,8 @@ def test_workers_survive_ctrl_c_and_never_outlive_the_program(tmp_path, end):
         assert out == "[1, 2, 3, 4, 5, 6, 7, 8, 9]\n"
     # torch's native threads rarely print this while a process ends; nothing of ours is running any more
     errors = errors.replace("terminate called without an active exception\n", "")
+    # nor is this: Python's tracker of semaphores, when program and worker end at the same moment
+    errors = re.sub(r".*resource_tracker.*\n  warnings\.warn.*\n", "", errors)
     assert errors == "" or (end == "kill" and "Traceback" not in errors)
     deadline = time.monotonic() + 20  # torch's worker looks for its parent every 5 seconds
     while any(map(alive, pids)) and time.monotonic() < deadline:
