@@ -44,7 +44,7 @@ def group_name(width: float) -> str:
 
 
 def overlaps(some: Sequence[Snapshot], others: Sequence[Snapshot]) -> np.ndarray:
-    """Return the inner products (i j) float64 of the profiles of snapshots i and j (EDM2, appendix on post-hoc EMA)."""
+    """Return the inner products (i j) float64 of the profiles of snapshots i and j (EDM2, App. C)."""
     steps, widths = np.array(some, dtype=np.float64).T[:, :, None]  # (i 1)
     other_steps, other_widths = np.array(others, dtype=np.float64).T[:, None]  # (1 j)
     g = np.vectorize(exponent)(widths)
