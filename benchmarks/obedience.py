@@ -21,7 +21,7 @@ import measure
 import numpy as np
 import torch
 
-from latte.checkpoint.run import list_checkpoints
+from latte.checkpoint.run import list_checkpoints, step_of
 from latte.checks import InputError, check
 from latte.data.procedural import caption_of, split_combinations
 from latte.data.shape_grading import DIRECTIONS, read_motion
@@ -194,8 +194,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     if options.every:
         found = list_checkpoints(Path(options.model))
         check(bool(found), f"--every is for a run, but {options.model} has no checkpoints; leave it out")
-        for path in sorted(found, key=lambda path: int(path.name.split("-")[1])):
-            spent = effort(Path(options.model), int(path.name.split("-")[1]))
+        for path in sorted(found, key=step_of):
+            spent = effort(Path(options.model), step_of(path))
             curve.append(evaluate(path, options) | spent)
     last = curve[-1] if curve else evaluate(options.model, options)
     line = {"what": Path(__file__).stem, **last, "commit": measure.commit()}

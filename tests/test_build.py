@@ -188,3 +188,21 @@ def test_samples_of_training_are_the_files_that_sampling_from_the_checkpoint_wri
         assert all((folder / name).read_bytes() == (again / name).read_bytes() for name in names)
     first, last = (tmp_path / "run" / "samples" / f"step-{step:07d}" / names[0] for step in (2, 4))
     assert first.read_bytes() != last.read_bytes()
+
+
+def test_samples_of_other_ema_weights_are_those_of_their_width(tmp_path):
+    words = [*WORDS, "train.steps=4", "train.sample_every=4", f"run.dir={tmp_path / 'run'}", "train.lr=0.01"]
+    build(load_run("shapes", [*words, "train.ema_widths=0.05,0.15"])[0], "cpu").train()
+    samples = tmp_path / "run" / "samples"
+    assert len(list(samples.glob("step-0000004*.png"))) == 3
+    clips = {}
+    for width in (None, 0.05, 0.15):
+        pipe = VideoPipeline.from_pretrained(tmp_path / "run", dtype="fp32", device="cpu", ema=width)
+        again = tmp_path / f"again-{width}"
+        pipe.write_clips(class_requests(pipe, None, 4, 0), again, facts={})
+        folder = samples / ("step-0000004" + (f"-ema-{width}" if width else ""))
+        names = sorted(path.name for path in folder.iterdir())
+        assert names == sorted(path.name for path in again.glob("*.mp4"))
+        assert all((folder / name).read_bytes() == (again / name).read_bytes() for name in names)
+        clips[width] = (folder / names[0]).read_bytes()
+    assert len(set(clips.values())) == 3, "the weights differ"

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from latte.autoencoder.codec import Codec, build_codec
 from latte.autoencoder.config import compression_at
@@ -320,9 +319,10 @@ def sheet_prompts(config: RunConfig, dataset: Dataset) -> list[str]:
     return [*evenly_spaced(dataset.captions, room), *evenly_spaced(held_out, room)]
 
 
-def sample_sheets(job: Job, codec: Codec, folder: Path) -> Callable[[nn.Module, int], list[Path]]:
+def sample_sheets(job: Job, codec: Codec, folder: Path) -> Callable[..., list[Path]]:
     """Return what training calls now and then: the same few clips, generated into ``folder``/step-N.png,
-    one row per clip, and as videos into ``folder``/step-N/. With buckets the rows take their shapes in turn.
+    one row per clip, and as videos into ``folder``/step-N/; with the name of other EMA weights that is
+    step-N-NAME. With buckets the rows take their shapes in turn.
 
     RunError when a sheet cannot be written.
     """
@@ -343,7 +343,7 @@ def sample_sheets(job: Job, codec: Codec, folder: Path) -> Callable[[nn.Module, 
     captions = row_captions(names, parts, num_clips)
     requests = sheet_requests(labels, names, num_clips)
 
-    def write_sheet(model: Any, step: int) -> list[Path]:
+    def write_sheet(model: Any, step: int, name: str | None = None) -> list[Path]:
         found: dict[int, Any] = {}
         for part in parts:
             found |= generate(
@@ -359,7 +359,8 @@ def sample_sheets(job: Job, codec: Codec, folder: Path) -> Callable[[nn.Module, 
                 prompts=prompts and prompts.select(part.clips),
             )
         clips = [found[seed] for seed in range(num_clips)]
-        path = folder / f"step-{step:07d}.png"
+        stem = "-".join(filter(None, [f"step-{step:07d}", name]))
+        path = folder / f"{stem}.png"
         with reported("samples", folder):
             folder.mkdir(parents=True, exist_ok=True)
             contact_sheet(clips, captions=captions).save(path)

@@ -17,7 +17,7 @@ from latte.checks import InputError
 from latte.data.writers import write_mp4
 from latte.training.callbacks import Callback
 from latte.training.config import TrainConfig
-from latte.training.trackers import TRACKERS, check_trackers
+from latte.training.trackers import TRACKERS, check_trackers, media_name
 from tiny_runs import SHORT, curve, run
 
 
@@ -190,3 +190,15 @@ def test_callbacks_from_python_see_the_run_and_its_settings(tmp_path):
     assert recorder.seen[-1] == ("end", 4)
     assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0])["step"] == 1
     assert torch.is_grad_enabled()
+
+
+def test_names_of_samples_keep_the_weights_apart(tmp_path):
+    folder = tmp_path / "samples"
+    names = {
+        folder / "step-0000100.png": "sheet",
+        folder / "step-0000100" / "seed-0001.mp4": "seed-0001",
+        folder / "step-0000100-ema-0.05.png": "ema-0.05/sheet",
+        folder / "step-0000100-ema-0.05" / "seed-0001.mp4": "ema-0.05/seed-0001",
+        tmp_path / "elsewhere" / "7.mp4": "7",
+    }
+    assert {path: media_name(path, 100) for path in names} == names

@@ -40,7 +40,7 @@ def wait_for(condition, seconds: float = 10.0) -> None:
 
 def test_a_generation_streams_its_steps_and_ends_with_a_clip(address, folder):
     visitor = Visitor(address, "first")
-    assert visitor.click("generate", fields(40)) == 200
+    assert visitor.click("generate", fields(1000)) == 200  # a second: several looks
     text = visitor.listen()
     assert "image/webp" in text
     assert "video/mp4" in text

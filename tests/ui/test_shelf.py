@@ -6,8 +6,10 @@ import pytest
 
 from latte.checks import InputError
 from latte.data.media import write_mp4
+from latte.page import html
 from latte.ui import shelf as shelves
 from latte.ui.shelf import GENERATED, Shelf, UiConfig, clips_table, open_data, report_frame, skipped_table
+from latte.ui.views import STYLE
 
 CLIP = np.random.default_rng(0).integers(0, 255, (4, 16, 24, 3), dtype=np.uint8)
 
@@ -101,3 +103,7 @@ def test_a_report_is_shown_in_a_frame_that_reaches_nothing(tmp_path, monkeypatch
     monkeypatch.setattr(shelves, "MAX_REPORT_BYTES", 5)
     with pytest.raises(InputError, match="bytes"):
         report_frame(report)
+
+
+def test_the_page_draws_plots_in_the_colours_and_the_look_of_reports():
+    assert all(part in STYLE for part in (html.LIGHT, html.DARK, html.PLOTS))

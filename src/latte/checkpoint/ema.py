@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from latte.checkpoint.run import list_checkpoints, load_checkpoint, read_manifest
+from latte.checkpoint.run import list_checkpoints, load_checkpoint, read_manifest, step_of
 from latte.checks import InputError
 
 GROUP = re.compile(r"ema-(0\.\d+)\.safetensors")
@@ -104,11 +104,6 @@ def read_ema(checkpoint: Path, width: float) -> tuple[dict[str, Tensor], float]:
             "(train.keep_last)"
         )
     return combined(places, stored, factors), error
-
-
-def step_of(checkpoint: Path) -> int:
-    """Return N of a folder step-N."""
-    return int(checkpoint.name.partition("-")[2])
 
 
 def combined(places: dict[int, Path], stored: Sequence[Snapshot], factors: np.ndarray) -> dict[str, Tensor]:

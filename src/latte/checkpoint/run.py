@@ -186,6 +186,11 @@ def damaged(path: Path, reason: str) -> InputError:
     )
 
 
+def step_of(checkpoint: Path) -> int:
+    """Return N of a checkpoint folder step-N."""
+    return int(checkpoint.name.removeprefix("step-"))
+
+
 def list_checkpoints(run_dir: Path) -> list[Path]:
     """Return the committed checkpoint folders of a run, oldest first, not verified."""
     found = {
@@ -279,7 +284,7 @@ def prune(run_dir: Path, step: int, keep: int, protected: Collection[int] = ()) 
     steps stay: they can only be checkpoints that a resume skipped as damaged, and training will replace
     them.
     """
-    steps = {path: int(path.name.removeprefix("step-")) for path in list_checkpoints(run_dir)}
+    steps = {path: step_of(path) for path in list_checkpoints(run_dir)}
     earlier = [path for path in steps if steps[path] < step]
     earlier.sort(key=lambda path: (has_listed_sizes(path), steps[path]), reverse=True)
     for path in earlier[max(keep - 1, 0) :]:

@@ -19,12 +19,23 @@ from latte.checks import check
 
 VOID = {"br", "img", "input", "link", "meta"}
 
+# Colours of the lines of plots, and the look of plots on any page that defines --soft and --rule.
+LIGHT = "--s0:#2f6fde;--s1:#d9730d;--s2:#2b9357;--s3:#8a4fd3;--s4:#cf3f4a;--s5:#138a9e"
+DARK = "--s0:#7aa8ff;--s1:#ffa24d;--s2:#63cf92;--s3:#c09bff;--s4:#ff8089;--s5:#55c7da"
+PLOTS = """
+svg{display:block;width:100%;height:auto}svg text{font:12px system-ui,sans-serif;fill:var(--soft)}
+.axis,.grid{stroke:var(--rule)}.grid{opacity:.6}
+.line{fill:none;stroke-width:2;stroke-linejoin:round;stroke-linecap:round}.faint{stroke-width:1;opacity:.35}
+.legend{display:flex;flex-wrap:wrap;gap:2px 16px;font-size:14px;color:var(--soft)}
+.legend i{display:inline-block;width:18px;height:3px;margin-right:6px;vertical-align:4px}
+.switch{font-size:13px;color:var(--soft)}.toggle{margin:0 6px 0 0;vertical-align:-2px}
+.toggle:checked~.first,.toggle:not(:checked)~.second,[hidden]{display:none!important}
+"""
+COLOURS = f":root{{{LIGHT}}}@media(prefers-color-scheme:dark){{:root{{{DARK}}}}}"
 STYLE = """
-:root{color-scheme:light dark;--ground:#fbfaf8;--card:#fff;--ink:#23211e;--soft:#6d6860;--rule:#e3dfd8;
---s0:#2f6fde;--s1:#d9730d;--s2:#2b9357;--s3:#8a4fd3;--s4:#cf3f4a;--s5:#138a9e}
+:root{color-scheme:light dark;--ground:#fbfaf8;--card:#fff;--ink:#23211e;--soft:#6d6860;--rule:#e3dfd8}
 @media(prefers-color-scheme:dark){:root{
---ground:#191817;--card:#222120;--ink:#ebe8e2;--soft:#a09a90;--rule:#3a3835;
---s0:#7aa8ff;--s1:#ffa24d;--s2:#63cf92;--s3:#c09bff;--s4:#ff8089;--s5:#55c7da}}
+--ground:#191817;--card:#222120;--ink:#ebe8e2;--soft:#a09a90;--rule:#3a3835}}
 *{box-sizing:border-box}
 body{margin:0;background:var(--ground);color:var(--ink);font:16px/1.55 system-ui,sans-serif}
 main{max-width:860px;margin:0 auto;padding:40px 20px 72px}
@@ -46,13 +57,6 @@ th,td{padding:5px 18px 5px 0;border-bottom:1px solid var(--rule);text-align:left
 td:last-child{overflow-wrap:anywhere}
 .number{text-align:right;font-variant-numeric:tabular-nums}
 pre{overflow-x:auto;font:14px/1.5 ui-monospace,monospace}summary{cursor:pointer}
-svg{display:block;width:100%;height:auto}svg text{font:12px system-ui,sans-serif;fill:var(--soft)}
-.axis,.grid{stroke:var(--rule)}.grid{opacity:.6}
-.line{fill:none;stroke-width:2;stroke-linejoin:round;stroke-linecap:round}.faint{stroke-width:1;opacity:.35}
-.legend{display:flex;flex-wrap:wrap;gap:2px 16px;font-size:14px;color:var(--soft)}
-.legend i{display:inline-block;width:18px;height:3px;margin-right:6px;vertical-align:4px}
-.switch{font-size:13px;color:var(--soft)}.toggle{margin:0 6px 0 0;vertical-align:-2px}
-.toggle:checked~.first,.toggle:not(:checked)~.second,[hidden]{display:none!important}
 .slides input{width:100%;accent-color:var(--s0)}.bad{color:var(--s4)}.good{color:var(--s2)}
 """
 # Shows one slide at a time. Without < and &, so that it is the same text in HTML and XML.
@@ -142,7 +146,7 @@ def media(
     known = kind.startswith(("image/", "video/"))
     check(known, f"{path.name!r} is neither an image nor a video; give a png, jpg, gif or mp4 file")
     if beside is None:
-        source = f"data:{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"
+        source = data_uri(kind, path.read_bytes())
     else:
         source = quote(path.resolve().relative_to(beside.resolve()).as_posix())
     looks = {"src": source, "width": width, "class": "pixels" if width else None}
@@ -155,6 +159,11 @@ def media(
     if caption:
         return tag("figure", {}, shown, tag("figcaption", {}, caption))
     return tag("figure", {}, shown)
+
+
+def data_uri(kind: str, content: bytes) -> str:
+    """Return a file's ``content`` of MIME type ``kind`` as an address that holds it."""
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
 
 def slides(name: str, parts: Sequence[tuple[str, Html]]) -> Html:
@@ -215,7 +224,7 @@ def page(title: str, lead: str, *parts: Html) -> Html:
         tag("meta", {"name": "viewport", "content": "width=device-width, initial-scale=1"}),
         tag("title", {}, title),
         tag("link", {"rel": "icon", "href": "data:,"}),  # else a browser asks the server for one
-        tag("style", {}, Html(STYLE)),
+        tag("style", {}, Html(COLOURS + STYLE + PLOTS)),
     )
     script = [tag("script", {}, Html(SCRIPT))] if any('class="slides"' in part for part in parts) else []
     main = tag("main", {}, tag("h1", {}, title), tag("p", {"class": "lead"}, lead), *parts)

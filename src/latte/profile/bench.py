@@ -234,7 +234,8 @@ def measure(
     chosen = [name for name in questions if not only or name in only]
     for name in chosen:
         try:
-            asked.setdefault(name, asked.get(name) or questions[name](parts))
+            if name not in asked:
+                asked[name] = questions[name](parts)
         except (InputError, OSError) as error:
             if name in only:
                 raise

@@ -256,8 +256,17 @@ def run_id(event: TrainEvent) -> str:
 
 
 def media_name(path: Path, step: int) -> str:
-    """Return the name of a file of samples without its step: samples/step-0000100/7.mp4 gives 7."""
-    return "sheet" if f"{step:07d}" in path.stem else path.stem
+    """Return the name of a file of samples without its step: samples/step-0000100/7.mp4 gives 7, and
+    samples/step-0000100-ema-0.05/7.mp4 gives ema-0.05/7.
+    """
+    start = f"step-{step:07d}"
+    is_sheet = path.stem.startswith(start)
+    weights = ""
+    for holder in (path.stem, path.parent.name):
+        if holder.startswith(start):
+            weights = holder.removeprefix(f"{start}-").removeprefix(start)
+    name = "sheet" if is_sheet else path.stem
+    return f"{weights}/{name}" if weights else name
 
 
 def one_line(error: BaseException) -> str:

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from latte.autoencoder.codec import Codec
 from latte.checkpoint.lock import run_lock
@@ -59,7 +58,7 @@ from latte.training.trackers import Tracker
 from latte.training.validation import Score, Validation, Watch, check_watching
 
 DATA_FAILED = 1  # in the place of a signal's exit code: a process could not load its clips
-Sample = Callable[[nn.Module, int], Sequence[Path] | None]
+Sample = Callable[..., Sequence[Path] | None]
 
 __all__ = ["TrainConfig", "train"]
 
@@ -102,7 +101,7 @@ def train(
         lora: with a rank, the weights are frozen and adapters are trained; checkpoints hold the adapters
             only.
         sample: called as sample(ema_model, step) in rank 0 every ``config.sample_every`` steps and after
-            the last one.
+            the last one, and for each of ``config.ema_widths`` as sample(ema_model, step, "ema-WIDTH").
         held_out: clips that are not trained on, for ``config.validate_every``.
         score: called as score(ema_model, step) in rank 0 every ``config.score_every`` steps and after the
             last one; returns values by names such as score/fvd, the first of which decides
@@ -285,14 +284,18 @@ def train(
                         for callback in watching:
                             callback.on_checkpoint(event, checkpoint)
 
-                # Generate samples with the EMA model.
+                # Generate samples with the EMA models.
                 due = config.sample_every and (step % config.sample_every == 0 or step == config.steps)
                 if sample and due and step > first_step:
                     state.guard.check()
-                    with accumulator.pause(), reported("samples", run_dir), state.ema.gathered():
-                        paths = group.run_on_rank0(sample, state.ema.model, step)
+                    with accumulator.pause(), reported("samples", run_dir):
+                        paths: list[Path] = []
+                        for name, ema in state.emas.items():
+                            width = () if ema is state.ema else (name,)
+                            with ema.gathered():
+                                paths += group.run_on_rank0(sample, ema.model, step, *width) or []
                         for callback in watching:
-                            callback.on_samples(event, paths or [])
+                            callback.on_samples(event, paths)
 
                 if done or batch is None:
                     break

@@ -25,12 +25,11 @@ from latte.ui.clips import (
     whole,
 )
 from latte.ui.desk import Desk, Job, explain
-from latte.ui.shelf import DataSet, Shelf, UiConfig, open_data
+from latte.ui.shelf import PER_PAGE, DataSet, Shelf, UiConfig, open_data
 
 POLL = 0.15  # seconds between two looks at a job
 OWN = "the model's own"
 EXAMPLE = "a red ball bounces over a blue floor, moving right"
-PER_PAGE = 12
 LIVE: dict[str, Any] = {"concurrency_limit": None, "show_progress": "hidden"}
 QUICK: dict[str, Any] = {"show_progress": "hidden"}
 Show = Callable[[list[Output]], html.Html]

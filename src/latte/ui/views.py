@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the page shows, as HTML: the state of a job, clips that play, cards, and the style of all of it."""
 
-import base64
 import io
 import time
 from collections.abc import Sequence
@@ -19,11 +18,13 @@ if TYPE_CHECKING:
 
 PREVIEW_FPS = 8
 
-STYLE = """
-.gradio-container{--soft:var(--body-text-color-subdued);--rule:var(--border-color-primary);
---card:var(--background-fill-primary);--s0:#2f6fde;--s1:#d9730d;--s2:#2b9357;--s3:#8a4fd3;
-max-width:1180px!important}
-.dark .gradio-container,.gradio-container.dark{--s0:#7aa8ff;--s1:#ffa24d;--s2:#63cf92;--s3:#c09bff}
+STYLE = (
+    f"""
+.gradio-container{{{html.LIGHT}}}.dark .gradio-container,.gradio-container.dark{{{html.DARK}}}
+.latte{{{html.PLOTS}}}
+"""
+    + """.gradio-container{--soft:var(--body-text-color-subdued);--rule:var(--border-color-primary);
+--card:var(--background-fill-primary);max-width:1180px!important}
 .latte{color:var(--body-text-color);font-size:14px;line-height:1.5;margin:2px 0 10px}
 .latte .soft,.latte .caption+.soft,.latte th,.latte details,.latte .plots figcaption{color:var(--soft);
 font-size:13px}
@@ -49,21 +50,13 @@ user-select:all}
 .latte .plots section{display:grid;gap:16px;
 grid-template-columns:repeat(auto-fit,minmax(min(400px,100%),1fr))}.latte .plots h2{display:none}
 .latte .plots section>*{margin:0;padding:12px 14px;border:1px solid var(--rule);border-radius:8px;min-width:0}
-.latte svg{display:block;width:100%;height:auto}.latte svg text{font:12px system-ui,sans-serif;
-fill:var(--soft)}
-.latte .axis,.latte .grid{stroke:var(--rule)}.latte .grid{opacity:.6}
-.latte .line{fill:none;stroke-width:2;stroke-linejoin:round;stroke-linecap:round}
-.latte .faint{stroke-width:1;opacity:.35}
-.latte .legend{display:flex;flex-wrap:wrap;gap:2px 16px;color:var(--soft);font-size:13px}
-.latte .legend svg{display:inline-block;width:18px;height:8px;margin-right:6px}
-.latte .switch{font-size:13px;color:var(--soft)}.latte .toggle{margin:0 6px 0 0;vertical-align:-2px}
-.latte .toggle:checked~.first,.latte .toggle:not(:checked)~.second,.latte [hidden]{display:none!important}
 .latte .scroll{overflow-x:auto;margin-top:16px}
 .latte table,.latte tr,.latte th,.latte td{border:0!important;font-size:13px;border-collapse:collapse}
 .latte th,.latte td{padding:4px 16px 4px 0;border-bottom:1px solid var(--rule)!important;text-align:left;
 vertical-align:top}
 .latte .report{width:100%;height:75vh;border:1px solid var(--rule);border-radius:8px;background:var(--card)}
 """
+)
 
 
 def wrap(*parts: object) -> html.Html:
@@ -107,7 +100,7 @@ def player(file: Path, alt: str = "") -> html.Html:
         content = file.read_bytes()
     except OSError:
         return html.tag("div", {"class": "empty"}, "This clip was deleted.")
-    return html.tag("video", {"src": data_uri("video/mp4", content), **play, "aria-label": alt})
+    return html.tag("video", {"src": html.data_uri("video/mp4", content), **play, "aria-label": alt})
 
 
 def clip(output: "Output", folder: Path) -> html.Html:
@@ -119,7 +112,7 @@ def clip(output: "Output", folder: Path) -> html.Html:
     when = f"{age} min ago" if age else "now"
     link = html.tag("span", {})
     try:
-        content = data_uri("video/mp4", (folder / output.file).read_bytes())
+        content = html.data_uri("video/mp4", (folder / output.file).read_bytes())
         link = html.tag("a", {"href": content, "download": f"latte-{output.id[:8]}.mp4"}, "download")
     except OSError:
         pass  # the player has said so
@@ -140,7 +133,7 @@ def sample_cards(paths: Sequence[Path]) -> html.Html:
     for path in paths:
         shown = player(path, path.stem)
         if path.suffix == ".png":
-            shown = html.tag("img", {"src": data_uri("image/png", path.read_bytes()), "alt": path.stem})
+            shown = html.tag("img", {"src": html.data_uri("image/png", path.read_bytes()), "alt": path.stem})
         cards.append(html.tag("div", {"class": "card"}, shown, html.tag("div", {"class": "soft"}, path.stem)))
     return wrap(html.tag("div", {"class": "cards small"}, *cards))
 
@@ -161,9 +154,4 @@ def animation(frames: "np.ndarray", side: int = 256) -> str:
         quality=60,
         method=0,
     )
-    return data_uri("image/webp", file.getvalue())
-
-
-def data_uri(kind: str, content: bytes) -> str:
-    """Return ``content`` as a data URI."""
-    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
+    return html.data_uri("image/webp", file.getvalue())

@@ -2,14 +2,10 @@
 """Captions of the procedural world: a small grammar with paraphrases, in English and Chinese.
 
 Every template names kind and colour, and the direction where the kind has one; some name the background too.
-A new kind adds its templates here. ``vocabulary`` lists all words, so that a prompt with unknown words can be
-recognised.
+A new kind adds its templates here.
 """
 
-import re
-
 from latte.checks import InputError
-from latte.data.world.kinds import BACKGROUNDS, COLOURS, KINDS
 from latte.data.world.scenes import Scene
 
 TEMPLATES = {
@@ -107,21 +103,3 @@ def caption(scene: Scene, language: str = "en") -> str:
         number %= 1
     choices = paraphrases(scene, language)
     return choices[int(number * len(choices))]
-
-
-def words_of(text: str) -> list[str]:
-    """Split a sentence into lower-case words; a Chinese character counts as a word."""
-    return re.findall(r"[\u4e00-\u9fff]|[^\W_]+", text.lower())
-
-
-def vocabulary() -> set[str]:
-    """Return every word that a caption can contain, in both languages."""
-    found: set[str] = set()
-    for language, kinds in TEMPLATES.items():
-        for name, templates in kinds.items():
-            for text in templates:
-                found.update(words_of(re.sub(r"\{\w+\}", " ", text)))
-            names = [*COLOURS, *BACKGROUNDS, *KINDS[name].directions]
-            shown = names if language == "en" else [CHINESE[word] for word in names]
-            found.update(word for text in shown for word in words_of(text))
-    return found - {"none"}

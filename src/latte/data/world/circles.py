@@ -127,8 +127,9 @@ def render_frame(pair: Pair, numbers: list[float], time: float, height: int, wid
     radius = between(0.11, 0.14, numbers[1])
     ring = between(0.20, 0.28, numbers[2])
     margin = ring + radius + 0.02
-    centre = between(margin, canvas.width - margin, numbers[3]), between(
-        margin, canvas.height - margin, numbers[4]
+    centre = (
+        between(margin, canvas.width - margin, numbers[3]),
+        between(margin, canvas.height - margin, numbers[4]),
     )
     angle = 2 * math.pi * (numbers[5] + time / PERIOD)
     place = centre[0] + ring * math.cos(angle), centre[1] + ring * math.sin(angle)
