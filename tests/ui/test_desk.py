@@ -101,6 +101,7 @@ def test_the_owner_is_compared_and_others_stay(desk):
     work = Blocking()
     jobs = [desk.submit(work, owner) for owner in "aba"]
     assert desk.cancel_all("a") == 2
+    assert jobs[0].finished.wait(5)  # it looks at its next step, before the gate opens
     work.gate.set()
     assert all(job.finished.wait(5) for job in jobs)
     assert [job.state for job in jobs] == ["cancelled", "done", "cancelled"]
