@@ -6,6 +6,7 @@ not imported yet are its facts: attributes of the object, written a second time 
 compares them with the object's own.
 """
 
+import inspect
 from collections.abc import Iterator, Mapping, MutableMapping
 from importlib import import_module
 from typing import Any, Generic, TypeVar
@@ -15,10 +16,13 @@ Entry = TypeVar("Entry")
 
 
 class Later:
-    """The place of an entry, ``"module:name"``, and the facts that are known before it is imported."""
+    """The place of an entry, ``"module:name"``, one line about it, and the facts that are known before it is
+    imported.
+    """
 
-    def __init__(self, place: str, **facts: Any):
+    def __init__(self, place: str, about: str = "", **facts: Any):
         self.place = place
+        self.about = about
         self.facts = facts
 
     def load(self) -> Any:
@@ -65,6 +69,15 @@ class Table(MutableMapping[Name, Entry], Generic[Name, Entry]):
         """Return attribute ``fact`` of the entry ``name``, without importing the entry."""
         entry = self._entries[name]
         return entry.facts[fact] if isinstance(entry, Later) else getattr(entry, fact)
+
+    def about(self, name: Name) -> str:
+        """Return one line about the entry ``name``: that of its place, or how the docstring of an object
+        begins.
+        """
+        entry = self._entries[name]
+        if isinstance(entry, Later):
+            return entry.about
+        return (inspect.getdoc(entry) or "").partition("\n")[0]
 
     def declared(self) -> dict[Name, Later]:
         """Return the entries that are given by their place."""

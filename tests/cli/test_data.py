@@ -63,7 +63,10 @@ def test_synth_writes_the_world_as_the_data_set_shows_it(latte, language, ascii)
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("--scenes", "wold"), "data.scenes is 'wold', which is not one of shapes, world, circles; did you mean"),
+        (
+            ("--scenes", "wold"),
+            "data.scenes is 'wold', which is not one of shapes, world, circles; did you mean",
+        ),
         (
             ("--language", "zh"),
             "data.language is 'zh', but the captions of moving shapes are in English only",

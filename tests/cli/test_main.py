@@ -296,11 +296,3 @@ def test_an_entry_added_to_a_table_is_in_the_error_message(latte, monkeypatch):
 def test_no_placeholder_is_left_in_any_help(latte):
     for words in commands():
         assert "{" not in latte(*words, "--help").out.partition("\n")[2], words
-
-
-def test_config_list_has_a_line_for_every_key(latte):
-    keys = latte("config", "list", "--json").json
-    assert keys["train.lr"]["default"] == 1e-4
-    assert keys["train.lr"]["type"] == "a number"
-    lines = latte("config", "list").out.splitlines()
-    assert [line.split()[0] for line in lines] == list(keys) == list(latte("config", "show", "--json").json)

@@ -39,7 +39,11 @@ def imported(*words: str) -> tuple[int, set[str]]:
     [
         (["config", "show", "ffs-joint"], 0),
         (["config", "show", "shapes-text", "codec.name=builtin_temporal", "data.frames=17"], 0),
-        (["config", "list"], 0),
+        (["config", "list", "keys"], 0),
+        (["config", "list", "recipes"], 0),
+        (["config", "list", "samplers"], 0),
+        (["config", "list", "codecs"], 0),
+        (["config", "list", "no-such-kind"], 2),
         (["plan", "--help"], 0),
         (["train", "--help"], 0),
         (["sample", "--help"], 0),

@@ -19,33 +19,50 @@ MAX_CHUNK = 10_000
 STABLE_DIFFUSION = Compression(channels=4, spatial_factor=8)
 
 
-def _of_files(place: str) -> Later:
+def _of_files(place: str, about: str) -> Later:
     """Return the entry of a codec whose weights decide its compression."""
-    return Later(f"latte.autoencoder.{place}", tileable=True)
+    return Later(f"latte.autoencoder.{place}", about, tileable=True)
 
 
-def _fixed(place: str, compression: Compression, tileable: bool = False) -> Later:
+def _fixed(place: str, about: str, compression: Compression, tileable: bool = False) -> Later:
     """Return the entry of a codec that has one compression."""
-    return Later(f"latte.autoencoder.{place}", compression=compression, tileable=tileable)
+    return Later(f"latte.autoencoder.{place}", about, compression=compression, tileable=tileable)
 
 
 CODECS: Table[str, type["Codec"]] = Table(
     {
-        "kl": _fixed("kl:KLCodec", STABLE_DIFFUSION, tileable=True),
-        "kl_temporal": _fixed("kl:TemporalCodec", STABLE_DIFFUSION),
-        "taef2": _fixed("taef2:Taef2Codec", Compression(channels=32, spatial_factor=8)),
-        "pixels": _fixed("base:PixelCodec", Compression(channels=3, spatial_factor=1)),
-        "builtin": _fixed("builtin:BuiltinCodec", Compression(channels=4, spatial_factor=8)),
+        "kl": _fixed(
+            "kl:KLCodec", "Stable Diffusion's autoencoder, as in the paper", STABLE_DIFFUSION, tileable=True
+        ),
+        "kl_temporal": _fixed(
+            "kl:TemporalCodec", "the same encoder, with the temporal decoder of SVD", STABLE_DIFFUSION
+        ),
+        "taef2": _fixed(
+            "taef2:Taef2Codec",
+            "a small image autoencoder, weights of 5.4 MB at codec.path",
+            Compression(channels=32, spatial_factor=8),
+        ),
+        "pixels": _fixed(
+            "base:PixelCodec", "no autoencoder: pixels", Compression(channels=3, spatial_factor=1)
+        ),
+        "builtin": _fixed(
+            "builtin:BuiltinCodec",
+            "packaged, for procedural clips, frame by frame",
+            Compression(channels=4, spatial_factor=8),
+        ),
         "builtin_temporal": _fixed(
             "builtin_temporal:BuiltinTemporalCodec",
+            "packaged, compresses time 4 times",
             Compression(channels=16, spatial_factor=8, temporal_factor=4),
         ),
-        "ltx": _of_files("external:LTXCodec"),
-        "wan": _of_files("external:WanCodec"),
-        "cogvideox": _of_files("external:CogVideoXCodec"),
-        "hunyuan": _of_files("external:HunyuanCodec"),
-        "dc": _of_files("external:DCCodec"),
-        "diffusers": _of_files("any_diffusers:AnyDiffusersCodec"),
+        "ltx": _of_files("external:LTXCodec", "LTX-Video's autoencoder, compresses time"),
+        "wan": _of_files("external:WanCodec", "Wan's autoencoder, compresses time"),
+        "cogvideox": _of_files("external:CogVideoXCodec", "CogVideoX's autoencoder, compresses time"),
+        "hunyuan": _of_files("external:HunyuanCodec", "HunyuanVideo's autoencoder, compresses time"),
+        "dc": _of_files("external:DCCodec", "the image autoencoder of DC-AE, 32 or 64 times smaller"),
+        "diffusers": _of_files(
+            "any_diffusers:AnyDiffusersCodec", "any autoencoder class of diffusers, found out by probing"
+        ),
     }
 )
 
@@ -65,7 +82,7 @@ def compression_at(name: str, path: str | None) -> Compression:
 class CodecConfig:
     """Which codec, and where its weights are."""
 
-    name: str = "kl"  # key of CODECS
+    name: str = "kl"  # the autoencoder, see latte config list codecs
     path: str | None = (
         None  # folder, file or hub id, as the codec needs it; null: the packaged weights or none
     )

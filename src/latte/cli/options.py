@@ -96,6 +96,12 @@ def _scenes() -> Iterable[str]:
     return PROCEDURAL
 
 
+def _kinds() -> Iterable[str]:
+    from latte.config.describe import KINDS
+
+    return (*KINDS, "keys")
+
+
 TABLES: dict[str, Callable[[], Iterable[str]]] = {
     "samplers": _samplers,
     "qualities": _qualities,
@@ -109,6 +115,7 @@ TABLES: dict[str, Callable[[], Iterable[str]]] = {
     "training_dtypes": _training_dtypes,
     "latent_dtypes": _latent_dtypes,
     "scenes": _scenes,
+    "kinds": _kinds,
 }
 
 

@@ -1,22 +1,32 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What each key of the run config means: the comment of its field, read from the source of its class. And
-which settings of a run differ from those of its recipe.
+"""What each key of the run config means (the comment of its field, read from the source of its class), and
+one line about every recipe, protocol, sampler, codec, ... And which settings of a run differ from those of
+its recipe.
 """
 
 import ast
 import inspect
 import io
+import re
 import shlex
 import tokenize
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, NamedTuple, get_type_hints
 
 import yaml
 
+from latte.autoencoder.config import CODECS
 from latte.checks import InputError
 from latte.config.layers import type_name
 from latte.config.run import RunConfig, load_run, recipes
+from latte.data.config import PROCEDURAL
+from latte.diffusion.config import LONG_VIDEO_METHODS, OBJECTIVES, SAMPLERS, TIMES
+from latte.model.config import CONDITIONINGS, MLPS, PATCHES, TEMPORAL_POSITIONS
+from latte.tables import Table
+from latte.text.config import TEXT_ENCODERS
+from latte.training.config import OPTIMIZERS, PARALLELISMS, TRACKERS
 
 
 @dataclass(frozen=True)
@@ -68,6 +78,78 @@ def field_comments(source: str) -> dict[str, str]:
             if text := " ".join(own or above):
                 found[node.target.id] = text
     return found
+
+
+class Kind(NamedTuple):
+    """A kind of choice: where a name of it is given, and a function that returns name -> a line about it."""
+
+    where: str
+    describe: Callable[[], Mapping[str, str]]
+
+
+def _of_table(entries: Table[Any, Any]) -> Callable[[], Mapping[str, str]]:
+    """Return the function that describes the entries of a Table, which it does not import."""
+    return lambda: {str(name): entries.about(name) for name in entries}
+
+
+def about_recipes() -> dict[str, str]:
+    """Return recipe -> the first sentence of the comment at the top of its file."""
+    return {name: first_sentence(path.read_text("utf-8")) for name, path in recipes().items()}
+
+
+def first_sentence(text: str) -> str:
+    """Return the first sentence of the comment that ``text`` begins with, without its full stop."""
+    lines = []
+    for line in text.splitlines():
+        if not line.startswith("# ") or line.startswith("#  "):
+            break
+        lines.append(line.removeprefix("# "))
+    return re.split(r"\.(?= [A-Z]|$)", " ".join(lines))[0]
+
+
+def about_protocols() -> dict[str, str]:
+    """Return protocol -> the first sentence of its note."""
+    from latte.evaluation.protocols import PROTOCOLS  # torch
+
+    notes = {name: re.split(r"\.(?= [A-Z]|$)", entry.note)[0] for name, entry in PROTOCOLS.items()}
+    return notes | {"external": "scores between files of features or of mu and sigma, see latte evaluate"}
+
+
+def about_variants() -> dict[str, str]:
+    """Return variant -> how its blocks are arranged."""
+    from latte.model.variants import VARIANTS
+
+    return {str(key): variant.name for key, variant in VARIANTS.items()}
+
+
+def about_qualities() -> dict[str, str]:
+    """Return quality -> its sampler and number of steps."""
+    from latte.inference.quality import QUALITIES
+
+    return {name: f"{quality.sampler}, {quality.steps} steps" for name, quality in QUALITIES.items()}
+
+
+KINDS: dict[str, Kind] = {
+    "recipes": Kind("latte train RECIPE", about_recipes),
+    "samplers": Kind("sample.sampler, --sampler", _of_table(SAMPLERS)),
+    "qualities": Kind("latte sample --quality", about_qualities),
+    "longer": Kind("latte sample --longer", _of_table(LONG_VIDEO_METHODS)),
+    "protocols": Kind("latte evaluate --protocol, train.score_protocol", about_protocols),
+    "codecs": Kind("codec.name", _of_table(CODECS)),
+    "text_encoders": Kind("text.name", _of_table(TEXT_ENCODERS)),
+    "variants": Kind("model.variant", about_variants),
+    "patches": Kind("model.patch", _of_table(PATCHES)),
+    "conditionings": Kind("model.conditioning", _of_table(CONDITIONINGS)),
+    "temporal_positions": Kind("model.temporal_position", _of_table(TEMPORAL_POSITIONS)),
+    "mlps": Kind("model.mlp", _of_table(MLPS)),
+    "objectives": Kind("diffusion.objective", _of_table(OBJECTIVES)),
+    "timesteps": Kind("train.timesteps", _of_table(TIMES)),
+    "optimizers": Kind("train.optimizer", _of_table(OPTIMIZERS)),
+    "parallelisms": Kind("train.parallel", _of_table(PARALLELISMS)),
+    "trackers": Kind("train.trackers", _of_table(TRACKERS)),
+    "scenes": Kind("data.scenes, latte data synth --scenes", _of_table(PROCEDURAL)),
+}
+"""Kinds of choices of ``latte config list``. To add one: one entry."""
 
 
 def changed_settings(run_dir: Path) -> tuple[str, list[tuple[str, str, str]]]:

@@ -52,7 +52,7 @@ class RunSection:
     """Where the run is stored, and the seed of its random draws."""
 
     dir: str | None = None  # folder of the run; runs/<name of the recipe or file> if unset
-    seed: int = 0  # of weights, batches, timesteps and noise, in [0, 2^63)
+    seed: int = 0  # seed of weights, batches, timesteps and noise, in [0, 2^63)
     allow_data_change: bool = False  # resume although files of the data changed; never saved with the run
 
     __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
@@ -66,7 +66,7 @@ class RunSection:
 class RunConfig:
     """Everything that decides a run."""
 
-    version: int = VERSION  # of the file's format
+    version: int = VERSION  # version of the format of the file
     model: ModelConfig = field(default_factory=ModelConfig)
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     codec: CodecConfig = field(default_factory=CodecConfig)

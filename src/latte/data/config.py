@@ -17,9 +17,11 @@ if TYPE_CHECKING:
 # Value of data.scenes -> the clips of data.kind=procedural.
 PROCEDURAL: Table[str, Callable[["DataConfig"], "SceneSet"]] = Table(
     {
-        "shapes": Later("latte.data.procedural:ShapeScenes"),
-        "world": Later("latte.data.world.dataset:WorldScenes"),
-        "circles": Later("latte.data.world.circles:CircleScenes"),
+        "shapes": Later("latte.data.procedural:ShapeScenes", "one shape that moves up, down, left or right"),
+        "world": Later("latte.data.world.dataset:WorldScenes", "nine kinds of scenes, English and Chinese"),
+        "circles": Later(
+            "latte.data.world.circles:CircleScenes", "stars that go round in circles, for fine-tuning"
+        ),
     }
 )
 
@@ -31,12 +33,12 @@ class DataConfig:
     A key that the kind does not read must be left out (table UNREAD).
     """
 
-    kind: str = "folder"  # folder, latents (made by latte data encode), procedural, or a set of layouts.py
+    kind: str = "folder"  # folder, latents, procedural, faceforensics, skytimelapse, ucf101 or taichi
     root: str | None = None  # the folder of videos or of latents
     resolution: int | tuple[int, int] = 256  # side, or (height, width), of the frames in pixels
     frames: int = 16  # frames per clip
     interval: int = 1  # distance of two frames of a clip, in source frames
-    rule: str | None = None  # how frames are chosen, see clip_rule.ClipRule; null: by time if rates differ
+    rule: str | None = None  # how frames are chosen: strict, linspace or time; null: time if rates differ
     fps: float | None = None  # frame rate of a clip, for rule "time"
     buckets: tuple[str, ...] | None = None  # frames x height x width of a batch's clips, a list or auto
     bucket_pixels: int | None = None  # height x width of auto buckets; null: that of data.resolution
@@ -46,12 +48,12 @@ class DataConfig:
     bucket_lengths: tuple[int, ...] | None = None  # frames of auto buckets; null: data.frames, 1/2 and 1/4
     flip: bool = False  # mirror half of the clips at random
     labels: bool = True  # classes from <root>/<class>/<clip>
-    seed: int = 0  # of procedural clips
+    seed: int = 0  # seed of procedural clips
     num_clips: int | None = None  # number of procedural clips; null: unlimited
     hold_out: int | float | str = 0  # a share or a file list of videos; N: of procedural captions, 1 in N
-    scenes: str = "shapes"  # of procedural clips: shapes, world (nine kinds) or circles (for fine-tuning)
-    language: str | None = None  # of captions of scenes of the world: en, zh or mixed; null: en
-    captions: str | None = None  # where the captions of a folder are, see caption_files.py
+    scenes: str = "shapes"  # what procedural clips show: shapes, world or circles
+    language: str | None = None  # captions of scenes of the world: en, zh or mixed; null: en
+    captions: str | None = None  # auto, or a csv or jsonl file of captions; null: none are read
     workers: int | None = (
         None  # processes that load clips; null: 0 on the CPU, otherwise 4; 0: the training process
     )

@@ -26,36 +26,62 @@ MIN_STEPS = 4  # of a step cache: two evaluations give the first k, and the last
 
 OBJECTIVES: Table[str, "Objective"] = Table(
     {
-        "paper": Later("latte.diffusion.loss:PAPER", straight_path=False),
-        "v": Later("latte.diffusion.loss:V", straight_path=False),
-        "rectified_flow": Later("latte.diffusion.loss:RECTIFIED_FLOW", straight_path=True),
-        "min_snr": Later("latte.diffusion.loss:MIN_SNR", straight_path=False),
-        "v_min_snr": Later("latte.diffusion.loss:V_MIN_SNR", straight_path=False),
-        "z0": Later("latte.diffusion.loss:Z0", straight_path=False),
+        "paper": Later(
+            "latte.diffusion.loss:PAPER", "noise and its variance, as in the paper", straight_path=False
+        ),
+        "v": Later("latte.diffusion.loss:V", "velocity v between noise and data", straight_path=False),
+        "rectified_flow": Later(
+            "latte.diffusion.loss:RECTIFIED_FLOW",
+            "velocity of the straight path from noise to data",
+            straight_path=True,
+        ),
+        "min_snr": Later(
+            "latte.diffusion.loss:MIN_SNR", "noise, weighted by min(SNR, 5)", straight_path=False
+        ),
+        "v_min_snr": Later(
+            "latte.diffusion.loss:V_MIN_SNR", "velocity v, weighted by min(SNR, 5)", straight_path=False
+        ),
+        "z0": Later("latte.diffusion.loss:Z0", "the clean latent z_0", straight_path=False),
     }
 )
 TIMES: Table[str, Callable[..., "Tensor"]] = Table(
     {
-        "uniform": Later("latte.diffusion.loss:uniform_times"),
-        "logit_normal": Later("latte.diffusion.loss:logit_normal_times"),
+        "uniform": Later("latte.diffusion.loss:uniform_times", "every noise level equally often"),
+        "logit_normal": Later(
+            "latte.diffusion.loss:logit_normal_times", "middle noise levels more often (logit-normal)"
+        ),
     }
 )
 """Distributions of the noise level in training, as fractions of the path: 0 is clean, 1 is noise."""
 SAMPLERS: Table[str, "Sampler"] = Table(
     {
-        "ddpm": Later("latte.diffusion.samplers:DDPM", orders=()),
-        "ddim": Later("latte.diffusion.samplers:DDIM", orders=()),
-        "flow": Later("latte.diffusion.samplers:FLOW", orders=()),
-        "dpmpp": Later("latte.diffusion.samplers:DPMPP", orders=(2, 1, 3)),
-        "unipc": Later("latte.diffusion.samplers:UNIPC", orders=(2, 1, 3)),
-        "euler": Later("latte.diffusion.samplers:EULER", orders=()),
-        "heun": Later("latte.diffusion.samplers:HEUN", orders=()),
+        "ddpm": Later(
+            "latte.diffusion.samplers:DDPM", "random steps, as in the paper (250 of them)", orders=()
+        ),
+        "ddim": Later(
+            "latte.diffusion.samplers:DDIM", "deterministic steps; sample.eta adds noise to them", orders=()
+        ),
+        "flow": Later(
+            "latte.diffusion.samplers:FLOW", "Euler steps of a rectified flow, no other model", orders=()
+        ),
+        "dpmpp": Later(
+            "latte.diffusion.samplers:DPMPP", "DPM-Solver++ of several steps, for 10 to 30", orders=(2, 1, 3)
+        ),
+        "unipc": Later(
+            "latte.diffusion.samplers:UNIPC",
+            "UniPC, a predictor and a corrector, for 10 to 20",
+            orders=(2, 1, 3),
+        ),
+        "euler": Later("latte.diffusion.samplers:EULER", "DPM-Solver++ of first order", orders=()),
+        "heun": Later("latte.diffusion.samplers:HEUN", "second order, two evaluations a step", orders=()),
     }
 )
 LONG_VIDEO_METHODS: Table[str, Callable[..., "Tensor"]] = Table(
     {
-        "freenoise": Later("latte.diffusion.long_video:freenoise"),
-        "chained": Later("latte.diffusion.long_video:chained"),
+        "freenoise": Later(
+            "latte.diffusion.long_video:freenoise", "FreeNoise: all windows denoised together"
+        ),
+        "chained": Later("latte.diffusion.long_video:chained", "each window continues the one before it"),
     }
 )
 
@@ -67,9 +93,9 @@ class DiffusionConfig:
     InputError on construction for an impossible combination.
     """
 
-    schedule: str = "linear"  # key of SCHEDULES; rectified_flow has its own straight path and takes no other
+    schedule: str = "linear"  # of noise: linear or squared_cosine; rectified_flow needs linear
     num_steps: int = 1000  # timesteps in training
-    objective: str = "paper"  # key of OBJECTIVES
+    objective: str = "paper"  # what the model learns to predict, see latte config list objectives
 
     __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
 

@@ -16,13 +16,13 @@ class SampleConfig:
 
     __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
 
-    sampler: str = "ddpm"  # a name in SAMPLERS
-    steps: int | str = 250  # a count, or a respacing such as "ddim50"
+    sampler: str = "ddpm"  # sampler, see latte config list samplers
+    steps: int | str = 250  # of denoising: a count, or a respacing such as "ddim50"
     guidance: float = 1.0  # classifier-free guidance scale; 1: without guidance
     eta: float = 0.0  # noise of ddim, from 0 (deterministic) to 1 (as ddpm)
     batch: int = 4  # clips generated at once
     fps: float = 8.0  # frame rate of the files
-    order: int | None = None  # of dpmpp and unipc, 1 to 3; null: the sampler's own, 2
+    order: int | None = None  # order of dpmpp and unipc, 1 to 3; null: the sampler's own, 2
     guidance_interval: tuple[float, float] | None = (
         None  # noise levels noise / signal that are guided; null: all
     )

@@ -38,9 +38,9 @@ class LoraConfig:
 
     __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
 
-    rank: int | None = None  # None: no adapters, the whole model is trained
+    rank: int | None = None  # of the adapters; null: no adapters, the whole model is trained
     alpha: float = 8.0  # alpha / rank scales what an adapter adds
-    targets: tuple[str, ...] = ("qkv", "proj")  # entries of TARGETS
+    targets: tuple[str, ...] = ("qkv", "proj")  # layers with adapters, some of qkv, proj, cross, mlp
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "targets", tuple(self.targets))  # JSON and YAML have lists

@@ -60,24 +60,33 @@ def tube_frames(config: Any) -> int:
 
 PATCHES: Table[str, Callable[["ModelConfig", int], "UniformPatch | CompressionPatch"]] = Table(
     {
-        "uniform": Later("latte.model.patches:UniformPatch", frames_per_token=one_frame),
-        "compression": Later("latte.model.patches:CompressionPatch", frames_per_token=tube_frames),
+        "uniform": Later(
+            "latte.model.patches:UniformPatch", "a token is a patch of one frame", frames_per_token=one_frame
+        ),
+        "compression": Later(
+            "latte.model.patches:CompressionPatch",
+            "a token is a patch of model.tube frames",
+            frames_per_token=tube_frames,
+        ),
     }
 )
 CONDITIONINGS: Table[str, type["Conditioning"]] = Table(
     {
-        "s_adaln": Later("latte.model.conditioning:SAdaLN"),
-        "all_tokens": Later("latte.model.conditioning:AllTokens"),
+        "s_adaln": Later("latte.model.conditioning:SAdaLN", "timestep and class scale and shift every block"),
+        "all_tokens": Later("latte.model.conditioning:AllTokens", "timestep and class are two more tokens"),
     }
 )
 TEMPORAL_POSITIONS: Table[str, Callable[[int], "AbsoluteTime | RotaryTime"]] = Table(
     {
-        "absolute": Later("latte.model.positions:AbsoluteTime"),
-        "rotary": Later("latte.model.positions:RotaryTime"),
+        "absolute": Later("latte.model.positions:AbsoluteTime", "sine and cosine of the frame, added once"),
+        "rotary": Later("latte.model.positions:RotaryTime", "rotary (RoPE), in every temporal attention"),
     }
 )
 MLPS: Table[str, Callable[[int], "MLP | SwiGLU"]] = Table(
-    {"gelu": Later("latte.model.blocks:MLP"), "swiglu": Later("latte.model.blocks:SwiGLU")}
+    {
+        "gelu": Later("latte.model.blocks:MLP", "two layers with GELU between, as in the paper"),
+        "swiglu": Later("latte.model.blocks:SwiGLU", "gated by SiLU, with as many weights"),
+    }
 )
 
 
@@ -244,16 +253,16 @@ class ModelConfig(DenoiserConfig):
 
     __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
 
-    size: str = "XL"  # key of SIZES (Table 4): depth, width and heads unless given below
+    size: str = "XL"  # S, B, L or XL (Table 4): depth, width and heads unless given below
     depth: int | None = None  # blocks; null: as many as fit the parameters of the size (28 -> 23)
     width: int | None = None  # channels of a token, a multiple of 4
     heads: int | None = None  # attention heads, a divisor of width
-    variant: int | str = 1  # key of VARIANTS: 1 to 4 (Fig. 2), or joint
-    patch: str = "uniform"  # key of PATCHES: uniform or compression (Sec. 3.3.1)
+    variant: int | str = 1  # arrangement of the blocks: 1 to 4 (Fig. 2), or joint
+    patch: str = "uniform"  # how frames become tokens: uniform or compression (Sec. 3.3.1)
     patch_size: int = 2  # latent rows and columns of one patch
     tube: int = 2  # latent frames of one patch, with compression patches only
-    conditioning: str = "s_adaln"  # key of CONDITIONINGS: s_adaln or all_tokens (Sec. 3.3.2)
-    temporal_position: str = "absolute"  # key of TEMPORAL_POSITIONS: absolute or rotary (Sec. 3.3.3)
+    conditioning: str = "s_adaln"  # of timestep and class: s_adaln or all_tokens (Sec. 3.3.2)
+    temporal_position: str = "absolute"  # position of frames: absolute or rotary (Sec. 3.3.3)
     num_frames: int = 16  # latent frames of a training clip
     latent_size: int | tuple[int, int] = 32  # (rows, columns) of the latent; one number for a square
     latent_channels: int = 4  # channels of the latent, those of the autoencoder
@@ -262,7 +271,7 @@ class ModelConfig(DenoiserConfig):
     learn_sigma: bool = True  # whether the output has variance channels beside the noise
     qk_norm: bool = False  # RMS norm of queries and keys, before positions
     value_residual: bool = False  # every attention mixes in the values of the first one
-    mlp: str = "gelu"  # key of MLPS: gelu, or swiglu with as many weights
+    mlp: str = "gelu"  # layers of a block's MLP: gelu, or swiglu with as many weights
 
     gated_time: ClassVar[bool] = False
 
@@ -314,7 +323,7 @@ class TextConfig(DenoiserConfig):
     reads_text: ClassVar[bool] = True
     num_classes: ClassVar[None] = None
 
-    size: str = "XL"  # key of SIZES (Table 4): depth, width and heads unless given below
+    size: str = "XL"  # S, B, L or XL (Table 4): depth, width and heads unless given below
     depth: int | None = None  # pairs of a spatial and a temporal block
     width: int | None = None  # channels of a token, a multiple of 4
     heads: int | None = None  # attention heads, a divisor of width
@@ -327,7 +336,7 @@ class TextConfig(DenoiserConfig):
     learn_sigma: bool = True  # whether the output has variance channels beside the noise
     qk_norm: bool = False  # RMS norm of queries and keys, before positions
     value_residual: bool = False  # every attention mixes in the values of the first one
-    mlp: str = "gelu"  # key of MLPS: gelu, or swiglu with as many weights
+    mlp: str = "gelu"  # layers of a block's MLP: gelu, or swiglu with as many weights
     gated_time: bool = False  # whether the temporal table has a gate that opens from 0 to 1 in training
 
     def __post_init__(self) -> None:

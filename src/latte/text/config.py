@@ -14,9 +14,19 @@ if TYPE_CHECKING:
 TEXT_ENCODERS: Table[str, type["TextEncoder"]] = Table(
     {
         "builtin": Later(
-            "latte.text.builtin:BuiltinEncoder", has_weights=False, bits_allowed=(), default_length=16
+            "latte.text.builtin:BuiltinEncoder",
+            "a fixed random vector per word, no weights",
+            has_weights=False,
+            bits_allowed=(),
+            default_length=16,
         ),
-        "t5": Later("latte.text.t5:T5Encoder", has_weights=True, bits_allowed=(8,), default_length=120),
+        "t5": Later(
+            "latte.text.t5:T5Encoder",
+            "T5 v1.1 encoder (extra t2v), weights at text.path",
+            has_weights=True,
+            bits_allowed=(8,),
+            default_length=120,
+        ),
     }
 )
 
@@ -27,14 +37,13 @@ class TextEncoderConfig:
 
     __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
 
-    name: str | None = None  # an entry of TEXT_ENCODERS; None: the model reads no captions
+    name: str | None = None  # encoder of captions, builtin or t5; null: the model reads no captions
     path: str | None = None  # folder or hub id of the weights, for an encoder that has any
-    length: int | None = None  # maximum number of tokens of a prompt; None: the encoder's default
-    bits: int | None = None  # 8: int8 weights; None: the precision that the encoder computes in
+    length: int | None = None  # maximum number of tokens of a prompt; null: the encoder's default
+    bits: int | None = None  # 8: int8 weights; null: the precision that the encoder computes in
     dropout: float = 0.1  # fraction of training clips that get the empty caption, in [0, 1)
-    # The next two are for a model that starts from an image model, see latte.model.text.TextConfig. One that
-    # starts from PixArt needs the gate; training has opened it at step train.gate_steps.
-    gated_time: bool = False
+    # The next two are for a model that starts from an image model, see latte.model.text.TextConfig.
+    gated_time: bool = False  # temporal blocks begin closed and open by train.gate_steps, as PixArt needs
     table_size: int | None = None  # side of the grid that positions are scaled to; null: latent_size
 
     def __post_init__(self) -> None:

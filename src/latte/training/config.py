@@ -22,23 +22,25 @@ DEFAULT_TIMEOUT = 300.0  # seconds
 TRAINING_DTYPES = ("auto", FASTEST, "fp32", "bf16")
 OPTIMIZERS: Table[str, "OptimizerKind"] = Table(
     {
-        "adamw": Later("latte.training.optim:ADAMW"),
-        "adafactor": Later("latte.training.optim:ADAFACTOR"),
-        "muon": Later("latte.training.optim:MUON"),
+        "adamw": Later("latte.training.optim:ADAMW", "AdamW, as in the paper"),
+        "adafactor": Later("latte.training.optim:ADAFACTOR", "Adafactor: almost no optimizer state"),
+        "muon": Later("latte.training.optim:MUON", "Muon on matrices of blocks, AdamW on the rest"),
     }
 )
 PARALLELISMS: Table[str, type["Parallelism"]] = Table(
     {
-        "ddp": Later("latte.training.parallel:Replicated"),
-        "fsdp": Later("latte.training.sharded:Sharded"),
-        "hsdp": Later("latte.training.sharded:HybridSharded"),
+        "ddp": Later("latte.training.parallel:Replicated", "every process has a whole copy"),
+        "fsdp": Later("latte.training.sharded:Sharded", "weights and states split over all processes"),
+        "hsdp": Later("latte.training.sharded:HybridSharded", "split within a machine, copied across"),
     }
 )
 TRACKERS: Table[str, type["Writer"]] = Table(
     {
-        "tensorboard": Later("latte.training.trackers:TensorBoard"),
-        "wandb": Later("latte.training.trackers:WeightsAndBiases"),
-        "trackio": Later("latte.training.trackers:Trackio"),
+        "tensorboard": Later(
+            "latte.training.trackers:TensorBoard", "event files in tensorboard/ of the run folder"
+        ),
+        "wandb": Later("latte.training.trackers:WeightsAndBiases", "Weights & Biases"),
+        "trackio": Later("latte.training.trackers:Trackio", "Trackio, stored on this machine"),
     }
 )
 
@@ -74,12 +76,12 @@ class TrainConfig:
 
     __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
 
-    steps: int = 150_000  # where the paper's curves end
+    steps: int = 150_000  # optimizer steps; at 150000 the paper's curves end
     global_batch: int = 8  # clips per step, over all processes
     micro_batch: int | None = (
         None  # clips per forward pass in one process; null: its whole share of the batch
     )
-    optimizer: str = "adamw"  # a name in OPTIMIZERS
+    optimizer: str = "adamw"  # adamw, adafactor or muon
     lr: float = 1e-4  # peak learning rate, constant between warm-up and decay
     weight_decay: float = 0.0  # decoupled, as in AdamW
     warmup_steps: int = 0  # first steps, over which the learning rate rises from 0
@@ -87,17 +89,17 @@ class TrainConfig:
     ema_decay: float = 0.9999  # decay of the EMA weights per step, in [0, 1)
     ema_widths: tuple[float, ...] = ()  # more EMA weights, by relative width (EDM2), for latte sample --ema
     ema_warmup: bool = False  # a smaller decay first, so that early samples do not come from initial weights
-    clip_norm: float | None = 0.1  # null: the gradient norm is only measured
+    clip_norm: float | None = 0.1  # largest norm of the gradients; null: it is only measured
     clip_start: int = 0  # steps before clipping begins
     gate_steps: int = (
         1000  # with text.gated_time: the step at which the temporal position table has full effect
     )
     num_images: int = 0  # images behind every clip (joint training, Sec. 3.3.4)
     layer_sync: float = 0.0  # weight of LayerSync: an early block's tokens follow a deeper one's; 0: off
-    timesteps: str = "uniform"  # distribution of the noise level in training, a key of TIMES
+    timesteps: str = "uniform"  # distribution of the noise level in training: uniform or logit_normal
     timestep_shift: float = 1.0  # above 1: more noise, for clips of many tokens (Esser et al. 2024, eq. 23)
     frame_noise: float = 0.0  # share of the clips whose frames have one of two noise levels each
-    dtype: str = "auto"  # of matrix products; auto: bf16 on a GPU that has it, else fp32; fastest: measured
+    dtype: str = "auto"  # precision; auto: bf16 on a GPU that has it, else fp32; fastest: measured
     compile: bool = False  # torch.compile every block
     recompute: bool = False  # recompute norms, modulation, GELU and gates in backward: half the activations
     gradient_checkpointing: bool | str = (
@@ -108,15 +110,15 @@ class TrainConfig:
     init_gaps: tuple[str, ...] = ()  # patterns of our names that may be missing in init or have another shape
     checkpoint_every: int = 10_000  # steps between checkpoints; the last step always has one
     keep_last: int = 3  # checkpoints kept, the newest ones
-    sample_every: int = 0  # 0: no samples during training
+    sample_every: int = 0  # steps between samples during training; 0: none
     validate_every: int = 0  # steps between measurements of the loss on clips of data.hold_out; 0: none
     validate_clips: int = 64  # held-out clips that it is measured on, at most
     score_every: int = 0  # steps between scores of generated clips; 0: none
-    score_protocol: str = "builtin"  # what they are, see latte evaluate
+    score_protocol: str = "builtin"  # protocol of these scores, see latte config list protocols
     score_clips: int | None = None  # clips per side; null: as many as the protocol takes
     keep_best: str | None = None  # loss or score: by which the best checkpoint is kept beside the newest
     log_every: int = 50  # steps between lines of metrics.jsonl and of the log
-    trackers: tuple[str, ...] = ()  # names in TRACKERS that get metrics and samples
+    trackers: tuple[str, ...] = ()  # tensorboard, wandb or trackio, which get metrics and samples
     report: bool = True  # write report.html into the run folder as the run goes
     parallel: str = "ddp"  # how processes share the model: ddp copies it, fsdp and hsdp split it
     shard_size: int | None = None  # with hsdp: processes that share one copy; null: those of a machine
