@@ -25,8 +25,8 @@ import torch
 from latte.data.loader import share_of
 from latte.diffusion.config import DiffusionConfig, build_process
 from latte.diffusion.loss import OBJECTIVES
+from latte.distributed import Group, process_group
 from latte.training.config import TrainConfig
-from latte.training.distributed import Group, process_group
 from latte.training.optim import TrainState
 from latte.training.parallel import Replicated
 from latte.training.step import Task, backward

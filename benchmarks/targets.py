@@ -23,11 +23,11 @@ from torch.autograd.graph import saved_tensors_hooks
 from latte.diffusion.config import DiffusionConfig, build_process
 from latte.diffusion.guidance import guided
 from latte.diffusion.loss import OBJECTIVES
+from latte.distributed import Group
 from latte.inference.generate import autocast
 from latte.model.compiled import compile_blocks
 from latte.model.latte import Latte
 from latte.profile.flops import count
-from latte.training.distributed import Group
 from latte.training.optim import TrainState
 
 Ways = dict[str, Callable[[], object]]

@@ -9,9 +9,9 @@ import torch
 
 from latte.diffusion.config import DiffusionConfig, build_process
 from latte.diffusion.loss import OBJECTIVES
+from latte.distributed import Group
 from latte.model.latte import Latte
 from latte.profile.flops import count
-from latte.training.distributed import Group
 from latte.training.optim import TrainState
 from latte.training.step import Task, backward
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from latte.training import distributed
+from latte import distributed
 from tiny_runs import FORKS
 
 SECONDS = 240  # until a process that does not answer fails the test

@@ -25,7 +25,7 @@ FILES = sorted(path.relative_to(SOURCE).as_posix() for path in SOURCE.rglob("*.p
 FREE = ("checks", "tables")
 STOREYS = (
     ("checks", "tables", "runtime", "files", "page", "tensors"),
-    ("model", "diffusion", "autoencoder", "text", "checkpoint"),
+    ("model", "diffusion", "autoencoder", "text", "checkpoint", "distributed"),
     ("data", "interop"),
     ("evaluation", "training", "inference"),
     ("config", "recipes"),

@@ -33,6 +33,7 @@ DTYPES: Table[str, "torch.dtype"] = Table(
 )
 
 LIMITED = "LATTE_LIMITED_THREADS"  # what limit_threads has set, for threads_text
+DEFAULT_TIMEOUT = 300.0  # seconds to wait for another process
 FASTEST = "fastest"  # instead of a dtype: measured for a model, see latte.model.fastest
 
 

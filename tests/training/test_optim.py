@@ -15,8 +15,8 @@ from torch import nn
 
 from latte.checkpoint.run import load_checkpoint
 from latte.checks import InputError, RunError
+from latte.distributed import Group
 from latte.training.config import learning_rate
-from latte.training.distributed import Group
 from latte.training.optim import (
     EMA,
     OPTIMIZERS,

@@ -13,10 +13,10 @@ from latte.checkpoint.run import Checkpoint, load_latest
 from latte.checks import InputError, RunError
 from latte.diffusion.config import DiffusionConfig, build_process
 from latte.diffusion.loss import OBJECTIVES
+from latte.distributed import process_group
 from latte.training import parallel
 from latte.training.callbacks import Callback, TrainEvent
 from latte.training.config import PARALLELISMS, TrainConfig
-from latte.training.distributed import process_group
 from latte.training.optim import TrainState
 from latte.training.parallel import local_part
 from latte.training.step import Task, backward

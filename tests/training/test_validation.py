@@ -12,9 +12,9 @@ from latte.checkpoint.run import list_checkpoints, load_checkpoint
 from latte.checks import InputError
 from latte.diffusion.config import DiffusionConfig, build_process
 from latte.diffusion.loss import OBJECTIVES
+from latte.distributed import Group
 from latte.runtime import generator
 from latte.training.config import TrainConfig
-from latte.training.distributed import Group
 from latte.training.step import Task
 from latte.training.validation import RANGES, Validation, range_bounds
 from tiny_runs import SHORT, Latents, curve, run, tiny_model

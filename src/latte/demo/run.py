@@ -30,6 +30,7 @@ from latte.data.writers import contact_sheet, write_gif, write_mp4
 from latte.demo.page import Clips, Result, Tuned, report
 from latte.diffusion.config import build_process
 from latte.diffusion.loss import OBJECTIVES
+from latte.distributed import Group
 from latte.files import reported
 from latte.inference.generate import changed
 from latte.inference.outputs import check_output_folder
@@ -39,7 +40,6 @@ from latte.inference.sheets import evenly_spaced
 from latte.model.denoiser import Denoiser
 from latte.runtime import resolve_device, resolve_dtype
 from latte.training.condition import CaptionReader
-from latte.training.distributed import Group
 from latte.training.step import Task
 from latte.training.validation import Validation
 

@@ -13,11 +13,11 @@ import torch
 
 from latte.diffusion.loss import OBJECTIVES
 from latte.diffusion.process import NoisePath
+from latte.distributed import Group
 from latte.model.denoiser import Denoiser, condition_shape
 from latte.runtime import generator, resolve_dtype
 from latte.training.condition import Captions
 from latte.training.config import TrainConfig
-from latte.training.distributed import Group
 from latte.training.optim import TrainState
 from latte.training.step import Task, backward, set_up_blocks, step_options
 

@@ -8,7 +8,7 @@ from latte.checks import InputError, check, check_name
 from latte.diffusion.config import TIMES
 from latte.interop.config import MAPPINGS, Start
 from latte.model.config import DenoiserConfig
-from latte.runtime import FASTEST
+from latte.runtime import DEFAULT_TIMEOUT, FASTEST
 from latte.tables import Later, Table
 
 if TYPE_CHECKING:
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from latte.training.trackers import Writer
 
 CHECKPOINTING = (False, True, "pairs")
-DEFAULT_TIMEOUT = 300.0  # seconds
 # fp16 gradients underflow without loss scaling, so fp16 is not among them.
 TRAINING_DTYPES = ("auto", FASTEST, "fp32", "bf16")
 OPTIMIZERS: Table[str, "OptimizerKind"] = Table(

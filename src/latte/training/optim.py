@@ -17,8 +17,8 @@ from torch.optim import Optimizer
 
 from latte.checkpoint.ema import decay_at, group_name
 from latte.checks import InputError, RunError, choose
+from latte.distributed import Group
 from latte.training.config import OPTIMIZERS as OPTIMIZERS
-from latte.training.distributed import Group
 from latte.training.muon import MuonWithAdamW, is_block_matrix
 from latte.training.parallel import local_part, on_meta, split_like, whole
 

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from latte.distributed import Group
 from latte.model.denoiser import Denoiser
 from latte.training.config import PARALLELISMS as PARALLELISMS
 from latte.training.config import TrainConfig
-from latte.training.distributed import Group
 
 BUCKET_MIB = 25  # gradients that are summed in one operation
 

@@ -11,10 +11,10 @@ from latte.checks import RunError, check
 from latte.data.buckets import check_world
 from latte.data.datasets import Dataset
 from latte.data.joint import check_images
+from latte.distributed import Group
 from latte.model.denoiser import Denoiser
 from latte.training.config import TrainConfig, check_network
 from latte.training.custom import CustomDataset, check_first_clip
-from latte.training.distributed import Group
 from latte.training.optim import OPTIMIZERS, TrainState, trainable_parameters
 from latte.training.trackers import check_trackers
 

@@ -15,11 +15,11 @@ from latte.checks import InputError, printable
 from latte.data.datasets import Dataset
 from latte.data.fingerprint import changed_files, combined, read_listing
 from latte.data.joint import JointDataset
+from latte.distributed import Group
 from latte.files import sweep_checkpoints
 from latte.model.config import OPTIONS
 from latte.model.denoiser import Denoiser
 from latte.training.config import RECORDED_IF_CHANGED, TrainConfig
-from latte.training.distributed import Group
 from latte.training.optim import TrainState
 
 LATER_FACTS = ("diffusion", "classes")  # runs made from Python by 0.1.0 do not record them

@@ -16,9 +16,9 @@ from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from latte.checks import check
+from latte.distributed import Group, limit_on
 from latte.model.denoiser import Denoiser
 from latte.training.config import TrainConfig
-from latte.training.distributed import Group, limit_on
 from latte.training.optim import OPTIMIZERS
 from latte.training.parallel import without_weights
 

@@ -28,6 +28,7 @@ from latte.data.loader import Batch, Loader, default_workers, share_of
 from latte.data.order import order_of
 from latte.diffusion.config import DiffusionConfig, build_process
 from latte.diffusion.loss import OBJECTIVES, Loss
+from latte.distributed import process_group
 from latte.files import reported
 from latte.interop.init import adapt, start_from
 from latte.interop.lora import LoraConfig
@@ -46,7 +47,6 @@ from latte.training.callbacks import (
 from latte.training.condition import CaptionReader
 from latte.training.config import TrainConfig, check_schedule, gate_opening, learning_rate
 from latte.training.custom import as_dataset, run_record
-from latte.training.distributed import process_group
 from latte.training.optim import TrainState
 from latte.training.parallel import PARALLELISMS
 from latte.training.parts import check_disk, check_parts

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from latte.checks import RunError, check
 from latte.data.datasets import Clip, Dataset
+from latte.distributed import Group
 from latte.runtime import generator
 from latte.training.condition import CaptionReader
 from latte.training.config import TrainConfig
-from latte.training.distributed import Group
 from latte.training.step import Task, condition_for, encode_joint
 
 RANGES = 4  # of timesteps; the first has the least noise

@@ -15,10 +15,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from latte import distributed
 from latte.checkpoint.run import latest_checkpoint, load_checkpoint
 from latte.checks import RunError
-from latte.training import distributed
-from latte.training.distributed import Group
+from latte.distributed import Group
 from tiny_runs import FORKS, SHORT, Latents, curve, run
 
 # Adam turns rounding of the smallest gradients into a share of the rate.

@@ -21,8 +21,7 @@ from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
 from latte.checks import InputError, RunError
-from latte.runtime import rank, world_size
-from latte.training.config import DEFAULT_TIMEOUT as DEFAULT_TIMEOUT
+from latte.runtime import DEFAULT_TIMEOUT, rank, world_size
 
 T = TypeVar("T")
 STARTUP_TIMEOUT = timedelta(minutes=30)  # until all processes have read their data and meet
