@@ -22,7 +22,7 @@ from latte.model.latte import Latte
 from latte.model.positions import AbsoluteTime
 from latte.model.text import LatteText
 from latte.profile.flops import count
-from latte.training.layer_sync import captured
+from latte.training.between_blocks import captured
 from tiny_runs import TINY, run, tiny_model
 
 ALL: dict[str, Any] = {"qk_norm": True, "value_residual": True, "mlp": "swiglu"}

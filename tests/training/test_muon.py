@@ -12,7 +12,7 @@ from torch import nn
 from latte.checks import InputError
 from latte.model.latte import Latte
 from latte.model.text import LatteText, TextConfig
-from latte.training.muon import is_block_matrix
+from latte.training.muon import is_block_matrix, is_branch_matrix
 from latte.training.optim import build_optimizer
 from tiny_runs import TINY
 
@@ -86,6 +86,27 @@ def test_the_matrices_of_a_class_model_are_those_of_its_blocks():
     }
     assert chosen == linear
     assert len(chosen) == 5 * TINY.dimensions[0]
+    branches = {name for name, part in model.named_parameters() if is_branch_matrix(name, part.shape)}
+    assert chosen - branches == {name for name in chosen if name.endswith("modulation.linear.weight")}
+    assert len(branches) == 4 * TINY.dimensions[0]
+
+
+def test_without_adaln_the_modulation_takes_adamws_steps():
+    steps = {}
+    for name in ("muon", "muon_no_adaln", "adamw"):
+        torch.manual_seed(0)
+        model = Latte(replace(TINY, num_classes=3))
+        give_gradients(model, 1)
+        build_optimizer(model, 1e-2, 0.0, name).step()
+        steps[name] = model.state_dict()
+    modulations = 0
+    for name, weight in steps["muon_no_adaln"].items():
+        of_modulation = name.startswith("blocks.") and name.endswith("modulation.linear.weight")
+        modulations += of_modulation
+        expected = steps["adamw" if of_modulation else "muon"][name]
+        assert torch.equal(weight, expected), name
+        assert torch.equal(weight, steps["muon"][name]) != of_modulation, name
+    assert modulations == TINY.dimensions[0]
 
 
 def test_the_tables_of_a_text_models_blocks_are_no_matrices():

@@ -16,7 +16,7 @@ from latte.diffusion.config import DiffusionConfig, build_process
 from latte.diffusion.loss import OBJECTIVES, UNIFORM, TimestepDraw, draw_timesteps, two_levels
 from latte.model.text import LatteText, TextConfig
 from latte.runtime import generator
-from latte.training.config import check_network
+from latte.training.between_blocks import check_network
 from latte.training.step import StepOptions, Task, frame_timesteps
 from tiny_runs import SHORT, TINY, run, tiny_model
 

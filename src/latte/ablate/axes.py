@@ -143,6 +143,8 @@ AXES: dict[str, Callable[[RunConfig], dict[str, Overrides]]] = {
     "timesteps": partial(one_each, "train.timesteps", TIMES),
     "frame_noise": partial(with_and_without, "train.frame_noise", 0.5),
     "layer_sync": partial(with_and_without, "train.layer_sync", 0.2),
+    "codec_align": partial(with_and_without, "train.codec_align", 0.5),
+    "route": partial(with_and_without, "train.route", 0.5),
     "joint": image_counts,
     "interval": intervals,
     "size": sizes,

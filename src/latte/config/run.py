@@ -39,7 +39,7 @@ from latte.inference.config import SampleConfig
 from latte.interop.config import LoraConfig
 from latte.model.config import PATCHES, ModelConfig, TextConfig
 from latte.text.config import TextEncoderConfig
-from latte.training.config import TrainConfig, check_network
+from latte.training.config import TrainConfig
 
 VERSION = 1
 RUN_FILE = "config.yaml"
@@ -106,7 +106,9 @@ class RunConfig:
             raise InputError("\n".join(problems))
         compression = compression_at(self.codec.name, self.codec.path)
         check_images(self.train.num_images, compression, self.codec.name)
-        if self.train.layer_sync or self.train.frame_noise:  # a text model's configuration imports torch
+        if self.train.depends_on_network:  # which imports torch
+            from latte.training.between_blocks import check_network
+
             check_network(self.train, self.network)
 
     @property

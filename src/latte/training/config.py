@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from latte.checks import InputError, check, check_name
 from latte.diffusion.config import TIMES
 from latte.interop.config import MAPPINGS, Start
-from latte.model.config import DenoiserConfig
 from latte.runtime import DEFAULT_TIMEOUT, FASTEST
 from latte.tables import Later, Table
 
@@ -24,6 +23,9 @@ OPTIMIZERS: Table[str, "OptimizerKind"] = Table(
         "adamw": Later("latte.training.optim:ADAMW", "AdamW, as in the paper"),
         "adafactor": Later("latte.training.optim:ADAFACTOR", "Adafactor: almost no optimizer state"),
         "muon": Later("latte.training.optim:MUON", "Muon on matrices of blocks, AdamW on the rest"),
+        "muon_no_adaln": Later(
+            "latte.training.optim:MUON_NO_ADALN", "Muon, with modulation layers left to AdamW: shorter steps"
+        ),
     }
 )
 PARALLELISMS: Table[str, type["Parallelism"]] = Table(
@@ -43,8 +45,9 @@ TRACKERS: Table[str, type["Writer"]] = Table(
     }
 )
 
-MAX_LAYER_SYNC = 10.0
-FEWEST_BLOCKS = 4  # of LayerSync
+MAX_LAYER_SYNC = 10.0  # and of the alignment with the codec
+MAX_ROUTE = 0.9
+BETWEEN_BLOCKS = ("layer_sync", "codec_align", "route")
 SMALLEST_WIDTH = 0.001  # of EMA weights, relative to the steps of training
 LARGEST_WIDTH = 0.28
 
@@ -62,7 +65,7 @@ CHANGEABLE = (
 
 BEST_BY = {"loss": "validate_every", "score": "score_every"}  # value of keep_best -> what measures it
 # Those that a checkpoint only records when they are not at their default, which versions without them had.
-RECORDED_IF_CHANGED = ("layer_sync", "timesteps", "timestep_shift", "frame_noise")
+RECORDED_IF_CHANGED = (*BETWEEN_BLOCKS, "timesteps", "timestep_shift", "frame_noise")
 
 
 @dataclass(frozen=True)
@@ -95,6 +98,8 @@ class TrainConfig:
     )
     num_images: int = 0  # images behind every clip (joint training, Sec. 3.3.4)
     layer_sync: float = 0.0  # weight of LayerSync: an early block's tokens follow a deeper one's; 0: off
+    codec_align: float = 0.0  # weight of the alignment of early tokens with the clean latent (SRA 2); 0: off
+    route: float = 0.0  # share of a frame's tokens that pass by the middle half of the blocks (TREAD); 0: off
     timesteps: str = "uniform"  # distribution of the noise level in training: uniform or logit_normal
     timestep_shift: float = 1.0  # above 1: more noise, for clips of many tokens (Esser et al. 2024, eq. 23)
     frame_noise: float = 0.0  # share of the clips whose frames have one of two noise levels each
@@ -202,11 +207,7 @@ class TrainConfig:
         """
         check_name("train.gradient_checkpointing", self.gradient_checkpointing, CHECKPOINTING)
         self._check_parallel()
-        check(
-            0 <= self.layer_sync <= MAX_LAYER_SYNC,
-            f"train.layer_sync is {self.layer_sync}, but it must be in [0, {MAX_LAYER_SYNC:g}]; give a "
-            "weight such as 0.2, or 0 for none",
-        )
+        self._check_between_blocks()
         for width in self.ema_widths:
             check(
                 SMALLEST_WIDTH <= width <= LARGEST_WIDTH and self.ema_widths.count(width) == 1,
@@ -227,10 +228,35 @@ class TrainConfig:
             f"train.frame_noise is {self.frame_noise} and train.num_images is {self.num_images}, but images "
             "have the noise level of their clip; set one of both to 0",
         )
+
+    def _check_between_blocks(self) -> None:
+        """InputError for values out of range of what acts between blocks, and what excludes it."""
+        for name in ("layer_sync", "codec_align"):
+            value = getattr(self, name)
+            check(
+                0 <= value <= MAX_LAYER_SYNC,
+                f"train.{name} is {value}, but it must be in [0, {MAX_LAYER_SYNC:g}]; give a "
+                "weight such as 0.2, or 0 for none",
+            )
         check(
-            not (self.layer_sync and self.compile),
-            "train.layer_sync reads the tokens between blocks, which train.compile hides; turn one off",
+            0 <= self.route <= MAX_ROUTE,
+            f"train.route is {self.route}, a fraction of the tokens, but it must be in [0, {MAX_ROUTE}]",
         )
+        chosen = [name for name in BETWEEN_BLOCKS if getattr(self, name)]
+        check(
+            not (chosen and self.compile),
+            f"train.{' and train.'.join(chosen)} needs the tokens between blocks, which train.compile hides; "
+            "turn one off",
+        )
+        if self.route:
+            with_it = {"gradient_checkpointing": self.gradient_checkpointing, "num_images": self.num_images}
+            with_it |= {name: getattr(self, name) for name in ("layer_sync", "codec_align")}
+            for name, value in with_it.items():
+                check(
+                    not value,
+                    f"train.route takes tokens around blocks, which does not go with train.{name}={value}; "
+                    "turn one off",
+                )
 
     def _check_parallel(self) -> None:
         """InputError for settings of a parallelism that is not chosen."""
@@ -256,36 +282,16 @@ class TrainConfig:
         return found
 
     @property
+    def depends_on_network(self) -> bool:
+        """Whether a setting needs a check against the model."""
+        return any(getattr(self, name) for name in (*BETWEEN_BLOCKS, "frame_noise"))
+
+    @property
     def start(self) -> Start | None:
         """The pretrained weights that a fresh run starts from; None for random weights."""
         if self.init is None:
             return None
         return Start(self.init, self.init_mapping, self.init_gaps)
-
-
-def check_network(config: TrainConfig, network: DenoiserConfig) -> None:
-    """InputError for settings that a model of ``network`` cannot be trained with."""
-    if config.layer_sync:
-        layer_pair(network.num_blocks)
-    tube = network.frames_per_token
-    check(
-        not config.frame_noise or tube == 1,
-        f"train.frame_noise is {config.frame_noise}, but a token of this model covers {tube} latent frames, "
-        "which have one noise level; give model.patch=uniform, or train.frame_noise=0",
-    )
-
-
-def layer_pair(depth: int) -> tuple[int, int]:
-    """Return the indices of the aligned blocks and of their target: after 2/7 and 4/7 of ``depth`` blocks.
-
-    InputError for fewer than FEWEST_BLOCKS blocks, among which there is no such pair.
-    """
-    if depth < FEWEST_BLOCKS:
-        raise InputError(
-            f"train.layer_sync aligns two blocks inside the model, but it has {depth}; "
-            f"give a model of at least {FEWEST_BLOCKS} blocks, or train.layer_sync=0"
-        )
-    return max(2 * depth // 7, 1) - 1, 4 * depth // 7 - 1
 
 
 def learning_rate(step: int, lr: float, warmup_steps: int, decay_steps: int = 0, steps: int = 0) -> float:

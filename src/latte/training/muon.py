@@ -7,7 +7,7 @@ columns)), so that they have the RMS of AdamW's and both take one learning rate 
 2025, arXiv 2502.16982, Sec. 2.2). Embeddings, first and last layer, biases and tables stay with AdamW.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -25,22 +25,34 @@ def is_block_matrix(name: str, shape: torch.Size) -> bool:
     return inside and name.endswith(".weight") and len(shape) == 2
 
 
+def is_branch_matrix(name: str, shape: torch.Size) -> bool:
+    """Return whether parameter ``name`` is such a matrix, but not a modulation's: those cost most."""
+    return is_block_matrix(name, shape) and "modulation" not in name.split(".")
+
+
 class MuonWithAdamW(Optimizer):
-    """torch.optim.Muon over the block matrices of ``named`` and AdamW over the other parameters.
+    """torch.optim.Muon over those of ``named`` that are ``chosen``, AdamW over the other parameters.
 
     Both share ``state`` and ``param_groups`` with this object, which is what is saved and loaded, and whose
     groups hold the learning rate. InputError for a model without matrices in blocks.
     """
 
-    def __init__(self, named: Mapping[str, nn.Parameter], lr: float, weight_decay: float, fused: bool):
-        matrices = [parameter for name, parameter in named.items() if is_block_matrix(name, parameter.shape)]
+    def __init__(
+        self,
+        named: Mapping[str, nn.Parameter],
+        lr: float,
+        weight_decay: float,
+        fused: bool,
+        chosen: Callable[[str, torch.Size], bool] = is_block_matrix,
+    ):
+        matrices = [parameter for name, parameter in named.items() if chosen(name, parameter.shape)]
         if not matrices:
             raise InputError(
                 "train.optimizer is muon, but no trainable parameter is a matrix of a block; "
                 "give train.optimizer=adamw"
             )
-        chosen = {id(parameter) for parameter in matrices}
-        others = [parameter for parameter in named.values() if id(parameter) not in chosen]
+        taken = {id(parameter) for parameter in matrices}
+        others = [parameter for parameter in named.values() if id(parameter) not in taken]
         settings: dict[str, Any] = {"lr": lr, "weight_decay": weight_decay}
         self.parts: list[Optimizer] = [torch.optim.Muon(matrices, adjust_lr_fn="match_rms_adamw", **settings)]
         if others:

@@ -19,7 +19,7 @@ from latte.checkpoint.ema import decay_at, group_name
 from latte.checks import InputError, RunError, choose
 from latte.distributed import Group
 from latte.training.config import OPTIMIZERS as OPTIMIZERS
-from latte.training.muon import MuonWithAdamW, is_block_matrix
+from latte.training.muon import MuonWithAdamW, is_block_matrix, is_branch_matrix
 from latte.training.parallel import local_part, on_meta, split_like, whole
 
 Parameters = Mapping[str, nn.Parameter]
@@ -83,9 +83,22 @@ def muon_bytes(name: str, shape: torch.Size) -> int:
     return adamw_bytes(name, shape)
 
 
+def build_muon_no_adaln(parameters: Parameters, lr: float, weight_decay: float) -> Optimizer:
+    """Muon for the matrices of the blocks without those of their modulations, AdamW for the rest."""
+    return MuonWithAdamW(parameters, lr, weight_decay, has_fused(parameters), is_branch_matrix)
+
+
+def muon_no_adaln_bytes(name: str, shape: torch.Size) -> int:
+    """One float32 momentum per weight of a matrix that Muon takes; AdamW's state for the rest."""
+    if is_branch_matrix(name, shape):
+        return FLOAT32 * shape.numel()
+    return adamw_bytes(name, shape)
+
+
 ADAMW = OptimizerKind(build_adamw, adamw_bytes, elementwise=True)
 ADAFACTOR = OptimizerKind(build_adafactor, adafactor_bytes)
 MUON = OptimizerKind(build_muon, muon_bytes)
+MUON_NO_ADALN = OptimizerKind(build_muon_no_adaln, muon_no_adaln_bytes)
 
 
 def build_optimizer(model: nn.Module, lr: float, weight_decay: float, name: str = "adamw") -> Optimizer:

@@ -13,7 +13,8 @@ from latte.data.datasets import Dataset
 from latte.data.joint import check_images
 from latte.distributed import Group
 from latte.model.denoiser import Denoiser
-from latte.training.config import TrainConfig, check_network
+from latte.training.between_blocks import check_network
+from latte.training.config import TrainConfig
 from latte.training.custom import CustomDataset, check_first_clip
 from latte.training.optim import OPTIMIZERS, TrainState, trainable_parameters
 from latte.training.trackers import check_trackers

@@ -9,7 +9,7 @@ Axes: b batch, f frames, f' latent frames, i images, c channels, h height, w wid
 
 import logging
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,9 +28,17 @@ from latte.model.denoiser import Denoiser
 from latte.model.fastest import CANDIDATES, fastest
 from latte.model.latte import ModelConfig
 from latte.runtime import FASTEST, generator, world_size
+from latte.training.between_blocks import (
+    captured,
+    distance_to_latent,
+    kept_tokens,
+    layer_pair,
+    misalignment,
+    routed,
+    routed_blocks,
+)
 from latte.training.condition import Captions, Condition, Labels
-from latte.training.config import TrainConfig, layer_pair
-from latte.training.layer_sync import captured, misalignment
+from latte.training.config import TrainConfig
 
 LOG = logging.getLogger(__name__)
 
@@ -42,6 +50,13 @@ class StepOptions:
     layer_sync: float = 0.0  # weight of LayerSync in the loss
     timesteps: TimestepDraw = UNIFORM
     frame_noise: float = 0.0  # share of the clips whose frames have one of two timesteps each
+    codec_align: float = 0.0  # weight of the alignment with the codec in the loss
+    route: float = 0.0  # share of the tokens that pass by the middle blocks
+
+    @property
+    def between_blocks(self) -> bool:
+        """Whether anything is done with the tokens between blocks."""
+        return bool(self.layer_sync or self.codec_align or self.route)
 
 
 PLAIN = StepOptions()
@@ -50,7 +65,7 @@ PLAIN = StepOptions()
 def step_options(config: TrainConfig) -> StepOptions:
     """Return the settings of ``config`` that change a training step."""
     draw = TimestepDraw(config.timesteps, config.timestep_shift)
-    return StepOptions(config.layer_sync, draw, config.frame_noise)
+    return StepOptions(config.layer_sync, draw, config.frame_noise, config.codec_align, config.route)
 
 
 @dataclass(frozen=True)
@@ -165,12 +180,32 @@ def micro_batch_loss(
 
     t = to_device(t, task.device)
     eps = to_device(eps, task.device)
-    if not task.options.layer_sync:
+    if not task.options.between_blocks:
         return task.objective(denoise, task.process, z0, t, eps)
-    with captured(task.model, layer_pair(task.model.config.num_blocks)) as (early, deep):
-        loss = task.objective(denoise, task.process, z0, t, eps)
-        penalty = misalignment(early, deep)  # (b)
-    return loss._replace(total=loss.total + task.options.layer_sync * penalty)
+    return loss_between_blocks(task, z0, streams, lambda: task.objective(denoise, task.process, z0, t, eps))
+
+
+def loss_between_blocks(
+    task: Task, z0: Tensor, streams: Sequence[torch.Generator], objective: Callable[[], Loss]
+) -> Loss:
+    """Return ``objective()`` with the options that act between blocks, each term (b,); z0 (b f' c h w)."""
+    config = task.model.config
+    options = task.options
+    early, deep = layer_pair(config.num_blocks)
+    with ExitStack() as stack:
+        if options.route:
+            tokens = z0.shape[-2] * z0.shape[-1] // config.patch_size**2
+            kept = kept_tokens(options.route, tokens, streams)  # (b k)
+            stack.enter_context(routed(task.model, routed_blocks(config.num_blocks), kept))
+        of_early, of_deep = stack.enter_context(captured(task.model, (early, deep)))
+        loss = objective()
+    total = loss.total
+    if options.layer_sync:
+        total = total + options.layer_sync * misalignment(of_early, of_deep)
+    if options.codec_align:
+        distance = distance_to_latent(of_early, z0, config.patch_size, config.frames_per_token)
+        total = total + options.codec_align * distance
+    return loss._replace(total=total)
 
 
 def frame_timesteps(task: Task, t: Tensor, num_frames: int, streams: Sequence[torch.Generator]) -> Tensor:
