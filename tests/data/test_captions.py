@@ -36,7 +36,7 @@ from latte.data.joint import JointDataset
 from latte.data.latents import LatentDataset
 from latte.data.loader import load_batch
 from latte.data.shards import CAPTIONS, MANIFEST, PLAN, SINGLE, read_manifest
-from latte.text.builtin import BuiltinEncoder
+from latte.text.encoders import BuiltinEncoder
 
 
 class Counting(BuiltinEncoder):
@@ -239,7 +239,7 @@ sys.path[:0] = sys.argv[1:2]
 from encoded import SHAPES, pixels
 from latte.data import shards
 from latte.data.encode import encode_dataset
-from latte.text.builtin import BuiltinEncoder
+from latte.text.encoders import BuiltinEncoder
 save = shards.save_file
 def dying(tensors, path, **more):
     if "captions-00002" in str(path):

@@ -26,7 +26,7 @@ from latte.inference.pipeline import VideoPipeline
 from latte.interop.readers import BUILTIN
 from latte.model.latte import Latte
 from latte.model.text import LatteText
-from latte.text.builtin import BuiltinEncoder
+from latte.text.encoders import BuiltinEncoder
 from tiny import CLASSES, WORDS, tiny_trained
 
 

@@ -17,8 +17,7 @@ from latte.diffusion.samplers import SAMPLERS, sample
 from latte.inference.generate import SampleConfig, condition
 from latte.inference.prompts import PromptReader
 from latte.runtime import SampleNoise
-from latte.text.builtin import BuiltinEncoder
-from latte.text.encoders import TextEncoderConfig
+from latte.text.encoders import BuiltinEncoder, TextEncoderConfig
 from tiny import tiny_text, tiny_trained
 from tiny_pipeline import tiny_t5
 

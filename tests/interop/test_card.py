@@ -8,8 +8,7 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 
-from latte.interop.card import card_text, cell
-from latte.interop.export import publish, save_ours, score_of
+from latte.interop.export import card_text, cell, publish, save_ours, score_of
 from latte.model.latte import Latte, ModelConfig
 from latte.model.text import LatteText, TextConfig
 from latte.tensors import tensors_sha256

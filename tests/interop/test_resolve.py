@@ -9,8 +9,8 @@ from reference.official import released_state
 
 from latte.checks import InputError
 from latte.interop.export import save_ours
+from latte.interop.load import KINDS, resolve
 from latte.interop.readers import BUILTIN
-from latte.interop.resolve import KINDS, resolve
 from latte.model.latte import Latte, ModelConfig
 
 SMALL = {"depth": 2, "width": 16, "heads": 2, "num_frames": 4, "latent_size": 4}

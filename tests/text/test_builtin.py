@@ -9,7 +9,7 @@ import torch
 
 from latte.checks import InputError
 from latte.data.base import PROCEDURAL, DataConfig
-from latte.text.builtin import WORD, BuiltinEncoder
+from latte.text.encoders import WORD, BuiltinEncoder
 
 PROMPTS = ["a red square moves left", "", "Left, a square moves: RED!"]
 

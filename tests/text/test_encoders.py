@@ -10,8 +10,13 @@ from latte.checks import InputError
 from latte.data.captions import encode_captions
 from latte.profile.sampling_memory import reading
 from latte.text import encoders
-from latte.text.builtin import BuiltinEncoder
-from latte.text.encoders import TEXT_ENCODERS, TextEncoderConfig, build_text_encoder, weights_bytes
+from latte.text.encoders import (
+    TEXT_ENCODERS,
+    BuiltinEncoder,
+    TextEncoderConfig,
+    build_text_encoder,
+    weights_bytes,
+)
 
 CPU = torch.device("cpu")
 

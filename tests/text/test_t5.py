@@ -15,8 +15,13 @@ from safetensors.torch import load_file, save_file
 from support import shared
 
 from latte.checks import InputError
-from latte.text.builtin import BuiltinEncoder
-from latte.text.encoders import TextEncoderConfig, build_text_encoder, same_weights, weights_bytes
+from latte.text.encoders import (
+    BuiltinEncoder,
+    TextEncoderConfig,
+    build_text_encoder,
+    same_weights,
+    weights_bytes,
+)
 from latte.text.t5 import T5Encoder, has_protobuf, load_t5, load_tokenizer, width_of
 from tiny_pipeline import seeded, tiny_t5
 

@@ -13,7 +13,7 @@ from latte.diffusion.config import DiffusionConfig, build_process
 from latte.diffusion.loss import OBJECTIVES
 from latte.model.text import LatteText, TextConfig
 from latte.runtime import generator
-from latte.text.builtin import BuiltinEncoder
+from latte.text.encoders import BuiltinEncoder
 from latte.training.condition import CaptionReader
 from latte.training.step import Task, backward
 

@@ -9,7 +9,7 @@ from support import wake
 
 from latte.checks import InputError
 from latte.diffusion.config import DiffusionConfig, build_process
-from latte.diffusion.distilled import STUDENT_SAMPLERS, Distilled
+from latte.diffusion.guidance import STUDENT_SAMPLERS, Distilled
 from latte.diffusion.samplers import SAMPLERS, indices, sample
 from latte.inference.generate import SampleConfig
 from latte.model.latte import Latte

@@ -23,8 +23,7 @@ from latte.data.procedural import caption_of, split_combinations
 from latte.inference.pipeline import VideoPipeline
 from latte.model.text import LatteText
 from latte.profile.plan import plan
-from latte.text.builtin import BuiltinEncoder
-from latte.text.encoders import build_text_encoder
+from latte.text.encoders import BuiltinEncoder, build_text_encoder
 from latte.text.t5 import T5Encoder
 from tiny import WORDS
 from tiny_pipeline import tiny_t5

@@ -10,7 +10,7 @@ from latte.cli.options import Debug, Json, configure_logging, print_result
 
 if TYPE_CHECKING:
     from latte.interop.coverage import Coverage
-    from latte.interop.resolve import Source as ResolvedSource
+    from latte.interop.load import Source as ResolvedSource
     from latte.model.denoiser import Denoiser
 
 SOURCES = "A weight file, a model's folder, a hub id (OWNER/NAME or OWNER/NAME/FILE), or a run folder."
@@ -67,8 +67,8 @@ def convert(
     """Convert weights from any known layout to another, with a report of every tensor."""
     from latte.checks import printable
     from latte.interop.export import export
+    from latte.interop.load import resolve
     from latte.interop.lora import load_lora, lora_layers, merged
-    from latte.interop.resolve import resolve
 
     configure_logging()
     check_options(destination, to, lora, text_encoder)

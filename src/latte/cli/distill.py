@@ -59,7 +59,7 @@ def distill(
     Sample from the folder as from any run: it has its own steps.
     """
     from latte.checks import check, command_line
-    from latte.diffusion.distilled import Distilled
+    from latte.diffusion.guidance import Distilled
     from latte.inference.pipeline import VideoPipeline
     from latte.inference.trajectories import Teacher
     from latte.training.config import TrainConfig
@@ -106,7 +106,7 @@ def distil(
     progress: Callable[[int, int], None],
 ) -> dict[str, Any]:
     """Write the teacher's trajectories and train the student; return what ``latte.train`` returns."""
-    from latte.diffusion.distilled import STUDENT_SAMPLERS
+    from latte.diffusion.guidance import STUDENT_SAMPLERS
     from latte.interop.coverage import build
     from latte.training.custom import run_record
     from latte.training.distill import IntervalObjective, Trajectories, write_trajectories

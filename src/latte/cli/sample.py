@@ -217,7 +217,7 @@ def read_texts(argument: str, prompt: list[str] | None, file: Path | None) -> tu
     InputError for prompts beside a first argument that is one, and for those that no model can read.
     """
     from latte.inference.requests import check_prompt, read_prompts, split_prompt
-    from latte.text.padding import shorten
+    from latte.text.encoders import shorten
 
     model, sentence = split_prompt(argument)
     if sentence is None:

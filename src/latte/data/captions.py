@@ -25,8 +25,7 @@ from torch import Tensor
 from latte.checkpoint.record import read_fingerprint
 from latte.checks import InputError, RunError, check, printable
 from latte.data.shards import AGAIN, CAPTIONS, PLAN, SINGLE, check_sizes, save
-from latte.text.encoders import TextEncoder
-from latte.text.padding import pad_features, shorten
+from latte.text.encoders import TextEncoder, pad_features, shorten
 
 LOG = logging.getLogger(__name__)
 AT_ONCE = 32  # captions per call of the encoder

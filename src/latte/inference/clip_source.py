@@ -14,8 +14,8 @@ from latte.checkpoint.run import latest_checkpoint
 from latte.checks import InputError, check
 from latte.inference.pipeline import VideoPipeline
 from latte.inference.requests import SampleRequest, class_requests
+from latte.interop.load import kind_of_path, resolve
 from latte.interop.readers import BUILTIN
-from latte.interop.resolve import kind_of_path, resolve
 
 MODELS = ("run", "checkpoint", "weights", "pipeline")  # kinds of a path, not of a folder of videos
 

@@ -19,7 +19,7 @@ import torch
 from latte.autoencoder.codec import Codec, CodecConfig, decoder_for
 from latte.checks import check, choose
 from latte.diffusion.config import DiffusionConfig, build_process
-from latte.diffusion.distilled import Distilled
+from latte.diffusion.guidance import Distilled
 from latte.inference.callback import Callback, step_options
 from latte.inference.clip_shape import latent_shapes, recorded_extras
 from latte.inference.generate import SampleConfig, generate

@@ -16,9 +16,14 @@ from torch import Tensor
 from latte.checks import check
 from latte.data.captions import EMPTY, CaptionFeatures, encode_captions
 from latte.data.config import DataConfig
-from latte.text.builtin import WORD
-from latte.text.encoders import TextEncoder, TextEncoderConfig, build_text_encoder, same_weights
-from latte.text.padding import shorten
+from latte.text.encoders import (
+    WORD,
+    TextEncoder,
+    TextEncoderConfig,
+    build_text_encoder,
+    same_weights,
+    shorten,
+)
 
 LOG = logging.getLogger(__name__)
 LISTED = 5  # unknown words in one warning

@@ -24,11 +24,10 @@ from latte.data.clips import centre_crop_resize
 from latte.data.frame_folder import IMAGE_SUFFIXES, read_image
 from latte.data.media import probe, read_frames
 from latte.inference.prompts import PromptReader
+from latte.interop.load import why_unknown
 from latte.interop.readers import BUILTIN
-from latte.interop.resolve import why_unknown
 from latte.model.denoiser import Denoiser
-from latte.text.builtin import HAN
-from latte.text.padding import shorten
+from latte.text.encoders import HAN, shorten
 
 Image = str | Path | PillowImage.Image | np.ndarray | Tensor
 MAX_CLIPS = 100_000  # of one call: twice the largest set that a published score needs

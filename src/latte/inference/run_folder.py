@@ -21,7 +21,7 @@ from latte.checkpoint.record import RENAMED_KEYS
 from latte.checkpoint.run import Checkpoint, load_checkpoint, load_latest
 from latte.checks import InputError, check, command_line
 from latte.diffusion.config import DiffusionConfig
-from latte.diffusion.distilled import Distilled
+from latte.diffusion.guidance import Distilled
 from latte.inference.clip_shape import recorded_extras
 from latte.inference.generate import SampleConfig
 from latte.inference.stored import (
@@ -35,8 +35,8 @@ from latte.inference.stored import (
 )
 from latte.interop.coverage import Coverage
 from latte.interop.init import Start, rebuild
+from latte.interop.load import resolve
 from latte.interop.lora import LoraConfig, merged
-from latte.interop.resolve import resolve
 from latte.model.config import OPTIONS
 from latte.model.denoiser import Denoiser
 from latte.model.text import config_class

@@ -23,14 +23,13 @@ from latte.autoencoder.codec import Codec, CodecConfig, build_codec, kind_at
 from latte.checkpoint.record import read_fingerprint
 from latte.checks import InputError, check
 from latte.diffusion.config import DiffusionConfig
-from latte.diffusion.distilled import Distilled
+from latte.diffusion.guidance import Distilled
 from latte.files import stamp
 from latte.inference.generate import SampleConfig
 from latte.inference.prompts import PromptReader, Vocabulary
 from latte.interop.coverage import Coverage, build
-from latte.interop.load import Loaded, load_external
+from latte.interop.load import Loaded, Source, load_external, resolve
 from latte.interop.readers import read_tensors
-from latte.interop.resolve import Source, resolve
 from latte.model.config import OPTIONS
 from latte.model.denoiser import Denoiser, DenoiserConfig
 from latte.model.pretrained import file_tensors_sha256

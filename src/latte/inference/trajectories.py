@@ -12,7 +12,7 @@ from torch import Tensor
 
 from latte.checks import check
 from latte.diffusion.config import build_process
-from latte.diffusion.distilled import STUDENT_SAMPLERS, Distilled
+from latte.diffusion.guidance import STUDENT_SAMPLERS, Distilled
 from latte.diffusion.samplers import SAMPLERS, indices, sample
 from latte.inference.generate import condition
 from latte.inference.pipeline import VideoPipeline

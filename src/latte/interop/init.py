@@ -25,10 +25,9 @@ from latte.files import commit_file, reported
 from latte.interop.config import Start as Start
 from latte.interop.coverage import LABELS, Coverage, Understanding, build, compare, relabelled, some
 from latte.interop.dit import init_from_dit
-from latte.interop.load import load_external
+from latte.interop.load import Source, load_external, resolve
 from latte.interop.lora import LoraConfig, add_lora, lora_state
 from latte.interop.pixart import init_from_pixart
-from latte.interop.resolve import Source, resolve
 from latte.model.denoiser import Denoiser, DenoiserConfig
 from latte.model.latte import Latte
 from latte.model.text import LatteText, config_class

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 TEXT_ENCODERS: Table[str, type["TextEncoder"]] = Table(
     {
         "builtin": Later(
-            "latte.text.builtin:BuiltinEncoder",
+            "latte.text.encoders:BuiltinEncoder",
             "a fixed random vector per word, no weights",
             has_weights=False,
             bits_allowed=(),

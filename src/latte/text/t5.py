@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from latte.checks import InputError, check
 from latte.tensors import without_memory
-from latte.text.padding import check_num_tokens, pad_features
+from latte.text.encoders import check_num_tokens, pad_features
 
 CONFIG = "config.json"
 XXL = {
