@@ -1,31 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The README is true: its two commands, what .ci/run runs, every ``latte`` line, file and Python block."""
+"""The README is true: its two commands, what .ci/run runs, its Python blocks. Its other commands and links:
+test_book.py.
+"""
 
 import os
 import re
-import shlex
 import subprocess
 from pathlib import Path
 
 import pytest
-import typer
+
+from book import blocks
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 INSTALL_AND_RUN = "python3 -m venv .venv && .venv/bin/python -m pip install -q -e . && .venv/bin/latte demo"
 INSTALL_AND_TEST = "python3 -m venv .venv && .venv/bin/python -m pip install -q -e '.[test]' && .venv/bin/python -m pytest -q"
-
-
-def blocks(text: str, language: str) -> list[str]:
-    """Contents of the fenced blocks of one language."""
-    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
-
-
-def commands(text: str) -> list[str]:
-    """Every line of the shell blocks and every inline `latte ...`, without comments and environment."""
-    lines = [line for block in blocks(text, "(?:sh|bash|console)?") for line in block.splitlines()]
-    lines += re.findall(r"`(latte [^`]*)`", text)
-    return [line.split("#")[0].strip().replace(".venv/bin/latte", "latte") for line in lines if line.strip()]
 
 
 def ci_steps(script: str) -> list[str]:
@@ -64,54 +54,6 @@ def test_drift_is_noticed(old, new):
     script = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
     assert drift(README, script.replace(old, new)) != []
     assert drift(README.replace(old, new), script) != []
-
-
-def unknown(line: str) -> str | None:
-    """The command or option in a ``latte ...`` line that does not exist; None when all exist."""
-    from latte.cli.main import app
-
-    here, words = typer.main.get_command(app), shlex.split(line)[1:]
-    while hasattr(here, "commands") and words and not words[0].startswith("-"):
-        name = words.pop(0)
-        if name not in here.commands:
-            return name
-        here = here.commands[name]
-    options = {
-        option for parameter in here.params for option in (*parameter.opts, *parameter.secondary_opts)
-    } | {"--help"}
-    given = [word.split("=")[0] for word in words if word.startswith("--") and "." not in word]
-    return next((word for word in given if word not in options), None)
-
-
-def test_every_latte_line_exists():
-    lines = [
-        part.strip()
-        for line in commands(README)
-        for part in line.split("&&")
-        if part.strip().startswith("latte ")
-    ]
-    assert len(lines) >= 5
-    assert [(line, unknown(line)) for line in lines if unknown(line)] == []
-
-
-def test_a_line_that_does_not_exist_is_noticed():
-    assert unknown("latte brew") == "brew"
-    assert unknown("latte demo --sugar 2") == "--sugar"
-    assert unknown("latte data brew x") == "brew"
-    assert unknown("latte --help") is None
-
-
-def test_every_file_that_the_documents_name_exists():
-    for page in (
-        "README.md",
-        "README.zh-CN.md",
-        "CONTRIBUTING.md",
-        "docs/architecture.md",
-        "docs/results.md",
-    ):
-        text = (ROOT / page).read_text(encoding="utf-8")
-        named = re.findall(r"\]\((?!http|#)([^)#]+)", text)
-        assert [name for name in named if not (ROOT / page).parent.joinpath(name).exists()] == [], page
 
 
 def test_the_architecture_page_is_complete():
