@@ -73,7 +73,7 @@ def settings_page() -> str:
         "",
         "Made from the settings classes. A value comes from the last place that names it: default, recipe or",
         "YAML file, environment (`LATTE_TRAIN_LR=3e-4`), command line (`train.lr=3e-4`).",
-        "`latte config show RUN` prints the values of a run with their origin, `latte config list` this list.",
+        "`latte config show RUN` prints the values of a run with their origin, `latte config list` this one.",
     ]
     rows: dict[str, list[tuple[str, str, str]]] = {}
     for key in describe_keys():
