@@ -37,7 +37,7 @@ def table(text: str) -> list[list[str]]:
 
 def test_scan_prints_the_buckets_of_a_folder(latte, videos):
     words = ("data", "scan", "videos", SHAPES, "data.frames=4", "data.resolution=32", "data.labels=false")
-    found = latte(*words, "codec.name=builtin")
+    found = latte(*words, "codec.name=builtin", "--out", "skipped.jsonl")
     assert found.code == 0, found.err
     assert table(found.out)[1:4] == [
         ["4x32x32", "3", "0.0%", "0", "8", "16"],

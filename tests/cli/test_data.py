@@ -90,13 +90,15 @@ def test_scan_lists_the_readable_and_skips_the_rest(latte, videos):
     assert [Path(bad["path"]).name for bad in found.json["skipped"]] == ["broken.mp4"]
     assert found.json["quarantined"] == found.json["skipped"], "the key of 0.1.0"
     assert found.json["files"][0]["frames"] == 5
-    assert json.loads(Path("skipped.jsonl").read_text())["reason"].startswith("not-a-video")
-    assert "8 clips, 4 classes" in latte("data", "scan", videos).out
+    assert {path.name for path in Path().iterdir()} == {"cache", videos.name}, "nothing is written unasked"
+    shown = latte("data", "scan", videos, "--out", "lists/skipped.jsonl").out
+    assert json.loads(Path("lists/skipped.jsonl").read_text())["reason"].startswith("not-a-video")
+    assert shown.splitlines()[0] == "8 clips in 4 classes, 1 skipped"
 
 
 def test_scan_asks_for_long_enough_clips_only_when_a_length_is_given(latte, videos):
     assert latte("data", "scan", videos, "data.frames=3", "data.interval=2", "--json").json["clips"] == 8
-    found = latte("data", "scan", videos, "data.frames=3", "data.interval=3")
+    found = latte("data", "scan", videos, "data.frames=3", "data.interval=3", "--out", "skipped.jsonl")
     assert found.code == 2
     assert "too-short" in found.errors[0]
     assert len(Path("skipped.jsonl").read_text().splitlines()) == 8
@@ -118,7 +120,7 @@ def test_a_class_without_a_usable_clip_is_no_class(latte, videos):
     found = latte("data", "scan", videos, "--json")
     assert found.json["classes"] == ["down", "left", "right", "up"]
     assert found.json["empty_classes"] == ["zigzag"]
-    lines = latte("data", "scan", videos).out.splitlines()
+    lines = latte("data", "scan", videos, "--out", "skipped.jsonl").out.splitlines()
     assert lines[-2:] == ["no usable clip in class zigzag", "skipped files and their reasons: skipped.jsonl"]
 
 
@@ -154,6 +156,7 @@ def test_scan_and_inspect_read_a_folder_of_latents(latte, videos):
         "width": 24,
         "class": "down",
     }
+    assert found.json["captions"] == {"clips": 0, "different": 0}
     found = latte("data", "scan", "shards", "data.frames=6")
     assert found.code == 2
     assert "too-short" in found.errors[0]
@@ -212,7 +215,7 @@ def test_inspect_checks_its_destination_first(latte, videos):
 
 def test_names_reach_the_terminal_escaped(latte, videos):
     (videos / "up" / "red\x1b[31m\n.mp4").write_bytes((videos / "up/00000.mp4").read_bytes())
-    found = latte("data", "scan", videos)
+    found = latte("data", "scan", videos, "--files")
     assert found.code == 0
     assert "red\\x1b[31m\\n.mp4  5 frames" in found.out
     assert "\x1b" not in found.out + found.err
@@ -317,3 +320,28 @@ def test_encode_reads_captions_first_and_refuses_them_before_anything_is_encoded
     assert not [
         line for line in latte("data", "encode", *words[:-1], "plain").err.splitlines() if "data.flip" in line
     ]
+
+
+def test_scan_writes_a_page_where_it_is_asked_to(latte, videos):
+    found = latte("data", "scan", videos, "--page", "pages/clips.html", "--json")
+    assert found.code == 0, found.err
+    assert found.json["page"] == "pages/clips.html"
+    assert found.json["summary"]["classes"] == {"down": 2, "left": 2, "right": 2, "up": 2}
+    assert Path("pages/clips.html").read_text().count("data:image/webp") == 8
+    for page, message in (
+        ("clips.txt", "is no .html file"),
+        (".", "is no .html file"),
+        ("d.html", "a folder"),
+    ):
+        Path("d.html").mkdir(exist_ok=True)
+        found = latte("data", "scan", videos, "--page", page)
+        assert (found.code, len(found.errors)) == (2, 1)
+        assert message in found.errors[0]
+
+
+def test_a_manifest_of_something_else_beside_videos_is_no_latents(latte, videos):
+    for content in ("[]", "{}", "nonsense"):
+        (videos / "manifest.json").write_text(content)
+        found = latte("data", "scan", videos, "--json")
+        assert found.code == 0, found.err
+        assert found.json["clips"] == 8

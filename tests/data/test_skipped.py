@@ -14,7 +14,7 @@ from PIL import Image
 from encoded import folder_config, pixels
 from latte.checks import InputError
 from latte.data.encode import encode_dataset
-from latte.data.skipped import describe_clips, require_clips, scan, write_skipped
+from latte.data.skipped import file_lines, remarks, require_clips, scan, write_skipped
 from latte.evaluation.sources import open_side
 from videos import encode, numbered
 
@@ -42,7 +42,7 @@ def test_damage_is_shown_by_the_scan_and_recorded(root, caplog):
     assert [bad["path"] for bad in found.damaged] == ["cut.mkv"]
     assert found.damaged[0]["reason"].startswith("damaged: ")
     assert [note["path"] for note in found.notes] == [str(root / "cut.mkv")]
-    text = "\n".join(describe_clips(found))
+    text = "\n".join(remarks(found))
     assert "1 clips with note damaged, first cut.mkv: " in text
     assert "1 clips with note damaged" in caplog.text
     again = scan(root)
@@ -85,14 +85,15 @@ def test_names_that_are_not_utf8_are_skipped_at_the_scan_with_the_reason(root, t
     assert {bad["reason"] for bad in found.skipped} == {"unsupported: its name is not valid UTF-8; rename it"}
     assert len(found.skipped) == 2
     assert write_skipped(tmp_path / "skipped.jsonl", found.skipped) == 2
-    "\n".join(describe_clips(found)).encode("utf-8")
+    "\n".join(file_lines(found)).encode("utf-8")
 
 
 def test_escape_characters_and_line_breaks_in_names_are_shown_escaped(root):
     (root / "red\x1b[31m\nline.mp4").write_bytes(b"nothing")
     (root / "whole.mkv").rename(root / "clip\x1b]0;title\x07.mkv")
     (root / "file.bad\x1b[2J").write_bytes(b"?")
-    lines = describe_clips(scan(root))
+    found = scan(root)
+    lines = [*file_lines(found), *remarks(found)]
     assert all(line.isprintable() for line in lines), lines
     assert any("red\\x1b[31m\\nline.mp4  skipped: not-a-video" in line for line in lines)
     (root / "only").mkdir()
@@ -108,9 +109,7 @@ def test_files_that_are_not_read_are_counted_by_suffix(root):
     Image.new("RGB", (8, 8)).save(root / "cover.png")
     found = scan(root)
     assert found.ignored == {".xyz": 2, ".part": 1, "": 1, ".png": 1}
-    assert "5 files are not read, by suffix: 1 without a suffix, 1 .part, 1 .png, 2 .xyz" in describe_clips(
-        found
-    )
+    assert "5 files are not read, by suffix: 1 without a suffix, 1 .part, 1 .png, 2 .xyz" in remarks(found)
     empty = root.parent / "none"
     empty.mkdir()
     (empty / "a.xyz").write_text("something")

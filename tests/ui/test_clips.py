@@ -14,7 +14,7 @@ from latte.data.media import write_mp4
 from latte.ui.clips import ClipSettings, Output, Studio, decode_image, new_id, seeds, whole
 from latte.ui.desk import CancelledJob, Job
 from latte.ui.shelf import Shelf, UiConfig
-from latte.ui.views import animation
+from latte.page.html import animation
 
 CLIP = np.random.default_rng(0).integers(0, 255, (4, 16, 16, 3), dtype=np.uint8)
 

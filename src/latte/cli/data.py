@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from latte.config.run import RunConfig
     from latte.data.skipped import ScanResult
 
+    Scanned = tuple[ScanResult, dict[str, Any], list[str], dict[str, str] | None]
+
 SHOWN = 5  # skipped videos in the summary of ``encode``; all are in the manifest
 MAX_CLIPS = 100_000  # that ``synth`` writes; training generates any number without files
 MAX_CLIP_BYTES = 1 << 30  # of the frames of one clip
@@ -70,63 +72,85 @@ def load_source(source: str, overrides: list[str] | None) -> tuple["RunConfig", 
 def scan_folder(
     source: Source,
     overrides: Overrides = None,
-    out: Annotated[Path, typer.Option(help="File that lists the skipped videos with the reasons.")] = Path(
-        "skipped.jsonl"
-    ),
+    page: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE.html", help="Write a page with previews of the clips; one file."),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE.jsonl", help="Write the list of the skipped files and the reasons."),
+    ] = None,
+    files: Annotated[bool, typer.Option("--files", help="Print a line for each file, too.")] = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """List the usable clips, and write the others with the reasons to skipped.jsonl.
+    """Summarise the clips of a folder: sizes, rates, lengths, classes, captions, duplicates, what is skipped
+    and why. Nothing is written unless --page or --out is given.
 
     Clips too short for a run are skipped when SOURCE is one, or when data.frames, data.interval or
     data.buckets are given; with buckets it also shows how many clips each has and what is cropped.
     """
     from latte.config.run import DEFAULT
-    from latte.data.skipped import check_folder, describe_clips, require_clips, write_skipped
-    from latte.files import reported
+    from latte.data.skipped import file_lines, require_clips, write_skipped
+    from latte.data.summary import lines_of, page_of, scan_result, summarise
+    from latte.files import commit_file, reported
 
-    configure_logging()
+    configure_logging(quiet=True)  # what a scan logs stands in the summary
+    check_page(page)
     config, origins = load_source(source, overrides)
-    data = config.data
-    latents = None
     keys = ("frames", "interval", "rule", "fps", "buckets")
     ruled = any(origins[f"data.{key}"] != DEFAULT for key in keys)
-    extra: dict[str, Any] = {}
-    lines: list[str] = []
-    if data.kind == "latents":
-        from latte.data.latents import count_latents, scan_latents
-
-        found = scan_latents(check_folder(data.root or ""), data.clip_rule if ruled else None)
-        latents = count_latents(data.root or "")
-    else:
-        found, extra, lines = scan_videos(config, ruled)
-    if found.skipped:
+    look = scan_latent_folder if config.data.kind == "latents" else scan_videos
+    found, extra, lines, captions = look(config, ruled)
+    if out and found.skipped:
         with reported("the list of skipped videos", out):
             write_skipped(out, found.skipped)
     require_clips(found)
-    result = {**scan_result(found), **extra}
-    lines = [*describe_clips(found), *lines]
-    if latents:
-        result["latents"] = latents
-        lines.append(latents_line(latents))
+    summary = summarise(found, captions)
+    result = {**scan_result(found, summary), **extra}
+    lines = [*(file_lines(found) if files else ()), *lines_of(found, summary), *lines]
     if result["empty_classes"]:
         lines.append(f"no usable clip in class {', '.join(result['empty_classes'])}")
-    if found.skipped:
+    if out and found.skipped:
         lines.append(f"skipped files and their reasons: {printable(out)}")
+    if page:
+        with reported("the page", page):
+            page.parent.mkdir(parents=True, exist_ok=True)
+            commit_file(page, page_of(found, summary, f"Clips of {printable(Path(found.root).name)}"))
+        result["page"] = str(page)
+        lines.append(f"see: {page}")
     print_result(result, as_json, lines)
 
 
-def latents_line(latents: dict[str, Any]) -> str:
-    """Return what ``count_latents`` counted, for people."""
-    windows = ""
-    if latents["windows"]:
-        windows = f" in {latents['windows']} windows of {latents['window']['frames']} frames"
-    counts = f"{latents['frames']} frames of video{windows}, {latents['latent_frames']} latent frames"
-    return f"latents of codec {latents['codec']}: {counts}"
+def scan_latent_folder(config: "RunConfig", ruled: bool) -> "Scanned":
+    """Return ``scan_videos`` for a folder of latents, which has its captions with it."""
+    from latte.data.latents import count_latents, latent_captions, scan_latents
+    from latte.data.skipped import check_folder
+    from latte.data.summary import latents_line
+
+    root = check_folder(config.data.root or "")
+    found = scan_latents(root, config.data.clip_rule if ruled else None)
+    counts = count_latents(root)
+    return found, {"latents": counts}, [latents_line(counts)], latent_captions(root)
 
 
-def scan_videos(config: "RunConfig", ruled: bool) -> tuple["ScanResult", dict[str, Any], list[str]]:
-    """Return the clips of a folder, how a run chooses frames and buckets as plain data, and that for people.
+def check_page(page: Path | None) -> None:
+    """InputError unless ``page`` is None or can be the file of a page."""
+    from latte.checks import check
+
+    check(
+        page is None or page.suffix.lower() in (".html", ".htm"),
+        f"--page is {printable(page or '')}, which is no .html file; give e.g. --page clips.html",
+    )
+    check(
+        page is None or not page.is_dir(),
+        f"--page is {printable(page or '')}, which is a folder; give a file in it, e.g. clips.html",
+    )
+
+
+def scan_videos(config: "RunConfig", ruled: bool) -> "Scanned":
+    """Return the clips of a folder, how a run chooses frames and buckets as plain data, that for people, and
+    captions that are known beforehand (none).
 
     With ``ruled``, clips that do not fit are among the skipped, and the buckets are counted.
     """
@@ -144,40 +168,10 @@ def scan_videos(config: "RunConfig", ruled: bool) -> tuple["ScanResult", dict[st
     if not ruled:
         rules = settle(data, [clip.info for clip in found.clips])
         data = rules.settled(data)
-        return found, {"rule": data.rule, "fps": data.fps}, [rules.notice] if rules.notice else []
+        return found, {"rule": data.rule, "fps": data.fps}, [rules.notice] if rules.notice else [], None
     selection = select(data, found, buckets)
     global_batch = config.train.global_batch
-    return selection.found, facts(selection, global_batch), report(selection, global_batch)
-
-
-def scan_result(found: "ScanResult") -> dict:
-    """Return the result of ``latte data scan`` as plain data. ``classes`` have a usable clip,
-    ``empty_classes`` have none.
-    """
-    names = list(found.classes)
-    used = {clip.label for clip in found.clips}
-    files = [
-        {
-            "path": clip.info.path,
-            "frames": clip.info.frames,
-            "height": clip.info.height,
-            "width": clip.info.width,
-            "fps": clip.info.fps,
-            "class": None if clip.label is None else names[clip.label],
-            "notes": list(clip.info.notes),
-        }
-        for clip in found.clips
-    ]
-    skipped = list(found.skipped)
-    return {
-        "clips": len(files),
-        "classes": [name for label, name in enumerate(names) if label in used],
-        "empty_classes": [name for label, name in enumerate(names) if label not in used],
-        "skipped": skipped,
-        "quarantined": skipped,  # the key of 0.1.0, for one version
-        "files": files,
-        "ignored": found.ignored,
-    }
+    return selection.found, facts(selection, global_batch), report(selection, global_batch), None
 
 
 @app.command("inspect", cls=Command, context_settings=OVERRIDABLE)

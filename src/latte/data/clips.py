@@ -77,3 +77,12 @@ def to_uint8(video: Tensor) -> np.ndarray:
     """
     levels = video.detach().to("cpu", torch.float32).add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8)
     return levels.movedim(-3, -1).contiguous().numpy()  # (... f h w c)
+
+
+def shrink(frames: np.ndarray, side: int) -> np.ndarray:
+    """Return frames, uint8 (t h w c), with sides of at most ``side`` pixels, for pictures of a page."""
+    height, width = frames.shape[1:3]
+    scale = min(1.0, side / max(height, width))
+    if scale == 1.0:
+        return frames
+    return centre_crop_resize(frames, max(1, round(height * scale)), max(1, round(width * scale)))

@@ -273,6 +273,12 @@ def scan_latents(root: str | os.PathLike, rule: ClipRule | None = None) -> ScanR
     return ScanResult(os.fspath(root), tuple(clips), tuple(manifest["classes"]), tuple(skipped), tried)
 
 
+def latent_captions(root: str | os.PathLike) -> dict[str, str]:
+    """Return the captions that were encoded with the videos, by key."""
+    records = map(Record.of, read_manifest(Path(root))["videos"])
+    return {record.key: record.caption for record in records if record.caption is not None}
+
+
 def count_latents(root: str | os.PathLike) -> dict[str, Any]:
     """Return what a complete folder of latents holds: codec, frames of video, windows, latent frames, and the
     settings of a window (None when every frame is encoded by itself).

@@ -100,8 +100,15 @@ def check_path(path: Path, field: str) -> None:
 
 
 def is_encoded(root: Path) -> bool:
-    """Return whether ``root`` is a folder of latents."""
-    return (root / MANIFEST).is_file()
+    """Return whether ``root`` is a folder of latents: it has shards, or a manifest of ours."""
+    path = root / MANIFEST
+    if not path.is_file():
+        return False
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return any(root.glob(SHARDS))
+    return any(root.glob(SHARDS)) or (isinstance(manifest, dict) and manifest.get("format") == FORMAT)
 
 
 def read_manifest(root: Path) -> dict[str, Any]:

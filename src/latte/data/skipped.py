@@ -146,22 +146,15 @@ def remarks(found: ScanResult) -> list[str]:
     return lines
 
 
-def describe_clips(found: ScanResult) -> list[str]:
-    """Return a line per clip (frames, size, rate, notes), a line per skipped file, the remarks and a summary,
-    for people.
-    """
+def file_lines(found: ScanResult) -> list[str]:
+    """Return a line per clip (frames, size, rate, notes) and per skipped file, for people."""
     lines = []
     for clip in found.clips:
         info = clip.info
         notes = "".join(f"; {note}" for note in info.notes)
         size = f"{info.frames} frames of {info.width}x{info.height}, {info.fps:g} fps"
         lines.append(f"{printable(info.path)}  {size}{notes}")
-    lines += [f"{printable(bad['path'])}  skipped: {bad['reason']}" for bad in found.skipped]
-    names = ""
-    if found.classes:
-        names = f": {', '.join(printable(name) for name in found.classes)}"
-    counts = f"{len(found.clips)} clips, {len(found.classes)} classes{names}; {len(found.skipped)} skipped"
-    return [*lines, *remarks(found), counts]
+    return lines + [f"{printable(bad['path'])}  skipped: {bad['reason']}" for bad in found.skipped]
 
 
 def check_folder(root: str | os.PathLike, field: str = "data.root") -> str:

@@ -7,12 +7,14 @@ files beside it.
 """
 
 import base64
+import io
 import math
 import mimetypes
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 from latte.checks import check
@@ -156,14 +158,29 @@ def media(
         shown = tag("video", {**looks, **play}, caption)
     else:
         shown = tag("img", {**looks, "alt": caption})
-    if caption:
-        return tag("figure", {}, shown, tag("figcaption", {}, caption))
-    return tag("figure", {}, shown)
+    return framed(shown, caption)
+
+
+def framed(shown: Html, caption: str = "") -> Html:
+    """Return a picture or video in a frame, over its caption if it has one."""
+    return tag("figure", {}, shown, *([tag("figcaption", {}, caption)] if caption else []))
 
 
 def data_uri(kind: str, content: bytes) -> str:
     """Return a file's ``content`` of MIME type ``kind`` as an address that holds it."""
     return f"data:{kind};base64,{base64.b64encode(content).decode()}"
+
+
+def animation(frames: Iterable[Any], fps: float = 8) -> str:
+    """Return frames, uint8 (h w c) each, as the data URI of a picture that plays."""
+    from PIL import Image
+
+    pictures = [Image.fromarray(frame) for frame in frames]
+    file = io.BytesIO()
+    delay = max(round(1000 / fps), 20)
+    moving = {"save_all": True, "append_images": pictures[1:], "duration": delay, "loop": 0}
+    pictures[0].save(file, "WEBP", quality=60, method=0, **moving)
+    return data_uri("image/webp", file.getvalue())
 
 
 def slides(name: str, parts: Sequence[tuple[str, Html]]) -> Html:

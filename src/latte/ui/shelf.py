@@ -14,7 +14,6 @@ from latte.config.run import RUN_FILE
 from latte.data.config import PROCEDURAL
 from latte.page import html
 from latte.ui.desk import without_folders
-from latte.ui.views import animation
 
 GENERATED = "procedural: "  # before the names of sets without files
 MAX_DEPTH = 4  # folders below a root that are searched
@@ -160,6 +159,7 @@ class DataSet:
 
     def _file(self, index: int) -> Shown:
         """Return clip ``index`` of a folder."""
+        from latte.data.clips import shrink
         from latte.data.media import Unreadable, read_frames
 
         clip = self.source.clips[index]
@@ -174,13 +174,13 @@ class DataSet:
             return Shown(
                 clip.key, facts + notes, caption, fault=f"can no longer be read ({type(error).__name__})"
             )
-        return Shown(clip.key, facts + notes, caption, animation(shrink(frames)))
+        return Shown(clip.key, facts + notes, caption, html.animation(shrink(frames, MAX_SIDE)))
 
     def _scene(self, index: int) -> Shown:
         """Return clip ``index`` of a procedural set."""
         frames = self.source.render_clip(index)
         facts = f"class {self.source.classes[self.source.label(index)]}"
-        return Shown(f"clip {index}", facts, self.source.caption(index), animation(frames))
+        return Shown(f"clip {index}", facts, self.source.caption(index), html.animation(frames))
 
 
 def open_data(name: str, root: Path | None) -> DataSet:
@@ -213,17 +213,6 @@ def open_data(name: str, root: Path | None) -> DataSet:
     parts.append(f"{len(found.skipped)} skipped" + f" ({reasons(found.skipped)})" * bool(found.skipped))
     ignored = ", ".join(f"{count} {suffix or 'without a suffix'}" for suffix, count in found.ignored.items())
     return DataSet(name, root, "; ".join(parts), len(found.clips), found.skipped, ignored, found, captions)
-
-
-def shrink(frames: Any) -> Any:
-    """Return frames, uint8 (t h w c), with sides of at most MAX_SIDE."""
-    from latte.data.clips import centre_crop_resize
-
-    height, width = frames.shape[1:3]
-    scale = min(1.0, MAX_SIDE / max(height, width))
-    if scale == 1.0:
-        return frames
-    return centre_crop_resize(frames, max(1, round(height * scale)), max(1, round(width * scale)))
 
 
 def clips_table(shown: Sequence[Shown]) -> html.Html:

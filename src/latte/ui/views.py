@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the page shows, as HTML: the state of a job, clips that play, cards, and the style of all of it."""
 
-import io
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,11 +11,7 @@ from latte.page import html
 from latte.ui.desk import Job
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from latte.ui.clips import Output
-
-PREVIEW_FPS = 8
 
 STYLE = (
     f"""
@@ -88,7 +83,7 @@ def progress(job: Job, before: int) -> html.Html:
     words = f"step {job.step} of {job.steps}" if job.steps else "loading the model"
     picture = html.tag("div", {"class": "empty"}, "Preview after the first step")
     if job.shown is not None:
-        picture = html.tag("img", {"class": "pixels", "src": animation(job.shown), "alt": "preview"})
+        picture = html.tag("img", {"class": "pixels", "src": html.animation(job.shown), "alt": "preview"})
     state = html.tag("div", {"class": "soft"}, words)
     return wrap(html.tag("div", {"class": "stage"}, picture, bar, state))
 
@@ -136,22 +131,3 @@ def sample_cards(paths: Sequence[Path]) -> html.Html:
             shown = html.tag("img", {"src": html.data_uri("image/png", path.read_bytes()), "alt": path.stem})
         cards.append(html.tag("div", {"class": "card"}, shown, html.tag("div", {"class": "soft"}, path.stem)))
     return wrap(html.tag("div", {"class": "cards small"}, *cards))
-
-
-def animation(frames: "np.ndarray", side: int = 256) -> str:
-    """Return frames, uint8 (t h w c), as the data URI of an animated picture."""
-    from PIL import Image
-
-    pictures = [Image.fromarray(frame) for frame in frames]
-    file = io.BytesIO()
-    pictures[0].save(
-        file,
-        "WEBP",
-        save_all=True,
-        append_images=pictures[1:],
-        duration=1000 // PREVIEW_FPS,
-        loop=0,
-        quality=60,
-        method=0,
-    )
-    return html.data_uri("image/webp", file.getvalue())
