@@ -8,6 +8,7 @@ import av
 import numpy as np
 
 LEVEL = 6  # grey levels between one frame and the next
+COLORS = ((200, 60, 60), (60, 200, 60), (60, 60, 200), (200, 200, 60), (60, 200, 200))
 
 
 def numbered(t: int, height: int = 48, width: int = 64) -> np.ndarray:
@@ -24,6 +25,18 @@ def number_of(frame: np.ndarray) -> int:
     """Which frame of ``numbered`` this is (modulo 38), from its lower right part."""
     h, w, _ = frame.shape
     return round((float(frame[h // 2 :, w // 2 :].mean()) - 20) / LEVEL)
+
+
+def shots(*lengths: int, height: int = 48, width: int = 64) -> np.ndarray:
+    """uint8 (t h w c): a colour per shot, with a bar that moves by one pixel a frame."""
+    frames = []
+    for number, length in enumerate(lengths):
+        for t in range(length):
+            frame = np.full((height, width, 3), COLORS[number % len(COLORS)], np.uint8)
+            frame[:, t % (width - 4) : t % (width - 4) + 4] = 128
+            frame[: height // 2, : width // 2] //= 2 + number % 3
+            frames.append(frame)
+    return np.stack(frames)
 
 
 def encode(

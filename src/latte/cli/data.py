@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from latte.checks import printable
+from latte.cli import footage
 from latte.cli.options import (
     OVERRIDABLE,
     Command,
@@ -386,3 +387,6 @@ def synth(
         commit_file(out / "captions.csv", table.getvalue())
     result = {"out": str(out), "clips": count, "classes": list(clips.classes)}
     print_result(result, as_json, [f"{count} clips in {out}"])
+
+
+app.command("split", cls=Command)(footage.split)

@@ -7,7 +7,7 @@ the requested span. Axes: t frames, h height, w width, c channels (RGB).
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
@@ -110,9 +110,12 @@ class MediaInfo:
         return [index / self.fps for index in range(self.frames)]
 
 
-def probe(path: str | os.PathLike) -> MediaInfo:
+def probe(
+    path: str | os.PathLike, look: Callable[[Any], None] | None = None, max_frames: int | None = None
+) -> MediaInfo:
     """Decode a video file, a folder of numbered frames or an image once and return what is really there.
 
+    ``look`` is called with each decoded frame of a video file, of which ``max_frames`` (MAX_FRAMES) are read.
     Unreadable when no frame can be used.
     """
     path = os.fspath(path)
@@ -122,7 +125,7 @@ def probe(path: str | os.PathLike) -> MediaInfo:
     if is_image(path):
         height, width, notes = measure_image(path)
         return MediaInfo(path, 1, 0.0, height, width, "image", notes=notes)
-    return _probe_video(path)
+    return _probe_video(path, look, max_frames or MAX_FRAMES)
 
 
 def is_image(path: str) -> bool:
@@ -145,8 +148,8 @@ class _Survey:
     promised: int = 0
 
 
-def _probe_video(path: str) -> MediaInfo:
-    found = _survey(path)
+def _probe_video(path: str, look: Callable[[Any], None] | None, max_frames: int) -> MediaInfo:
+    found = _survey(path, look, max_frames)
     if found.pixels is None:
         raise Unreadable(path, "no-frames", "the stream holds no frame that decodes")
     num_frames = len(found.stamps)
@@ -177,8 +180,8 @@ def _probe_video(path: str) -> MediaInfo:
     return info
 
 
-def _survey(path: str) -> _Survey:
-    """Decode ``path`` up to its end, its first damage, a change of size or MAX_FRAMES."""
+def _survey(path: str, look: Callable[[Any], None] | None, max_frames: int) -> _Survey:
+    """Decode ``path`` up to its end, its first damage, a change of size or ``max_frames``."""
     from av.video.reformatter import VideoReformatter
 
     found = _Survey()
@@ -204,8 +207,8 @@ def _survey(path: str) -> _Survey:
                     new_size = f"{frame.width}x{frame.height}"
                     stop = f"size-change: frames are {new_size} from there, not {size[0]}x{size[1]}"
                     break
-                if len(found.stamps) == MAX_FRAMES:
-                    stop = f"limit: more than {MAX_FRAMES} frames are not read"
+                if len(found.stamps) == max_frames:
+                    stop = f"limit: more than {max_frames} frames are not read"
                     break
                 num_pixels += size[0] * size[1]
                 if num_pixels > budget:
@@ -216,6 +219,8 @@ def _survey(path: str) -> _Survey:
                     found.keys.append(len(found.stamps))
                     last_key = (stream, frame)
                 found.stamps.append(frame.pts)
+                if look:
+                    look(frame)
             if last_key:
                 found.key_pixels = to_rgb(path, *last_key, reformatter)
     except Unreadable as error:

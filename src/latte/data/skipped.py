@@ -93,7 +93,7 @@ def scan(
     """
     base = os.path.abspath(check_folder(root))
     ignored: Counter[str] = Counter()
-    paths = sorted(_candidates(base, ignored, images))
+    paths = sorted(candidates(base, ignored, images))
     keys = [Path(path).relative_to(base).as_posix() for path in paths]
     classes = []
     if labels:
@@ -216,7 +216,7 @@ def write_skipped(path: str | os.PathLike, records: Iterable[dict[str, str]]) ->
     return len(new)
 
 
-def _candidates(
+def candidates(
     folder: str, ignored: Counter[str], singles: bool = False, ancestors: frozenset[str] = frozenset()
 ) -> Iterator[str]:
     """Yield video files, and folders that hold images and no clip otherwise; count in ``ignored`` what no
@@ -237,7 +237,7 @@ def _candidates(
     folders = [path for path in paths if os.path.isdir(path)]
     files = [path for path in paths if path not in set(folders)]
     videos = [path for path in files if is_video_name(path)]
-    below = [found for path in folders for found in _candidates(path, ignored, singles, ancestors | {here})]
+    below = [found for path in folders for found in candidates(path, ignored, singles, ancestors | {here})]
     yield from videos + below
     images = [path for path in files if path.lower().endswith(IMAGE_SUFFIXES)]
     used = set(videos)

@@ -34,6 +34,8 @@ VIDEO_SUFFIXES = (
     *(".ts", ".mts", ".m2ts", ".wmv", ".asf", ".flv", ".ogv", ".gif"),
 )
 DEMUXERS = "mov,mp4,avi,matroska,webm,mpeg,mpegts,asf,flv,ogg,gif"
+LIMIT = {"max_pixels": str(MAX_PIXELS)}
+OPENING = {"format_whitelist": DEMUXERS, "protocol_whitelist": "file", **LIMIT}  # options of every container
 MAX_ASPECT = (
     5.0  # pixels that are more stretched than this, either way, are taken for a mistake of the header
 )
@@ -79,8 +81,6 @@ def decode_stream(path: str, seek: int | None = None) -> Generator[tuple[Any, An
     from av.error import FFmpegError
 
     check_file(path)
-    limit = {"max_pixels": str(MAX_PIXELS)}
-    options = {"format_whitelist": DEMUXERS, "protocol_whitelist": "file", **limit}
     stream_found = False
     errors = (
         FFmpegError,
@@ -93,11 +93,11 @@ def decode_stream(path: str, seek: int | None = None) -> Generator[tuple[Any, An
         ValueError,
     )
     try:
-        with av.open(os.path.abspath(path), options=options, metadata_errors="replace") as container:
+        with av.open(os.path.abspath(path), options=OPENING, metadata_errors="replace") as container:
             stream = choose_stream(path, container)
             stream_found = True
             check_stream(path, stream)
-            stream.codec_context.options = limit
+            stream.codec_context.options = LIMIT
             stream.codec_context.thread_count = 1
             if seek is not None:
                 container.seek(seek, stream=stream)

@@ -9,7 +9,7 @@ import os
 import re
 import socket
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from fractions import Fraction
 from pathlib import Path
@@ -103,23 +103,41 @@ def write_mp4(path: str | os.PathLike, frames: np.ndarray, fps: float = 8) -> No
     An odd last row or column is repeated once, because yuv420p has even sizes only. InputError for other
     arrays, RunError when the file cannot be written.
     """
+    check_frames(frames, fps)
+    encode_mp4(path, frames, fps)
+
+
+def encode_mp4(
+    path: str | os.PathLike,
+    frames: Iterable[np.ndarray],
+    fps: float,
+    ticks: Sequence[int] = (),
+    time_base: Fraction | None = None,
+) -> None:
+    """Write frames uint8 (h w c) of one size one after another, as ``write_mp4`` does.
+
+    Frame i is shown after ``ticks[i]`` times ``time_base`` seconds; without ``ticks`` at the even rate
+    ``fps``. RunError when the file cannot be written.
+    """
     import av
 
-    check_frames(frames, fps)
-    height, width = frames.shape[1:3]
-    frames = np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
     with (
         complete_file(path) as partial,
         av.open(partial, "w", format="mp4", options={"movflags": "+faststart"}) as container,
     ):
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
-        stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = "yuv420p"
         stream.options = X264
         context = stream.codec_context
         context.color_primaries = context.color_trc = context.colorspace = BT709
         context.color_range = 1  # limited, 16 to 235
-        for array in frames:
+        if ticks:
+            context.time_base = time_base
+        for index, array in enumerate(frames):
+            height, width = array.shape[:2]
+            array = np.pad(array, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")  # (h w c)
+            if index == 0:
+                stream.height, stream.width = array.shape[:2]
             rgb = av.VideoFrame.from_ndarray(np.ascontiguousarray(array), format="rgb24")
             yuv = rgb.reformat(
                 format="yuv420p",
@@ -129,6 +147,9 @@ def write_mp4(path: str | os.PathLike, frames: np.ndarray, fps: float = 8) -> No
                 dst_color_primaries=BT709,
                 threads=1,
             )
+            if ticks:
+                yuv.pts = ticks[index]
+                yuv.time_base = time_base
             container.mux(stream.encode(yuv))
         container.mux(stream.encode())
 
