@@ -19,27 +19,22 @@ class MovingSquares(torch.utils.data.Dataset):
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
         label = index % 2
-        direction = 1 if label else -1
         row = index // 2 % 24
         video = np.zeros((8, 32, 32, 3), np.uint8)
         for frame in range(8):
-            column = 12 + 2 * direction * (frame - 4)
+            column = 12 + 2 * (2 * label - 1) * (frame - 4)
             video[frame, row : row + 8, column : column + 8] = (255, 200, 0)
         return video, label
 
 
-def main(steps: int = 400, run_dir: str = "runs/squares") -> None:
+if __name__ == "__main__":
+    steps, run_dir = (*sys.argv[1:], *("400", "runs/squares")[len(sys.argv) - 1 :])
     codec = latte.build_codec(latte.CodecConfig(name="builtin"))
-    size = latte.ModelConfig(
-        depth=4, width=96, heads=4, num_frames=8, latent_size=4, latent_channels=codec.channels, num_classes=2
-    )  # 32 x 32 pixels are latents of 4 x 4
-    config = latte.TrainConfig(steps=steps, global_batch=16, lr=1e-3, ema_decay=0.98, clip_norm=1.0)
-    latte.train(model=latte.Latte(size), dataset=MovingSquares(), codec=codec, config=config, run_dir=run_dir)
+    config = latte.TrainConfig(steps=int(steps), global_batch=16, lr=1e-3, ema_decay=0.98, clip_norm=1.0)
+    sizes = {"num_frames": 8, "latent_size": 4, "latent_channels": codec.channels}  # of 32 x 32 pixels
+    model = latte.Latte(latte.ModelConfig(depth=4, width=96, heads=4, num_classes=2, **sizes))
+    latte.train(model=model, dataset=MovingSquares(), codec=codec, config=config, run_dir=run_dir)
     pipe = latte.VideoPipeline.from_pretrained(run_dir)
     videos = pipe(class_labels=["left", "right"], num_inference_steps=50, seed=0, output_type="uint8").frames
     latte.export_to_video(videos[0], f"{run_dir}/left.mp4", fps=8)
     print(f"{videos.dtype} {videos.shape}")
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else 400, *sys.argv[2:3])
