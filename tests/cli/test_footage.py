@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``latte data split``: what it prints, and its exit codes."""
+"""``latte data split`` and ``latte data caption``: what they print, and their exit codes."""
 
 import json
 
@@ -43,3 +43,26 @@ def test_split_of_nothing_usable_fails(video, tmp_path):
     missing = run("data", "split", tmp_path / "nothing", "--out", tmp_path / "out")
     assert missing.exit_code == 2
     assert "no such folder" in missing.stderr
+
+
+def test_caption_reports_counts_and_every_clip_that_failed(video, monkeypatch):
+    class Fake:
+        frames = None
+
+        def __init__(self, *arguments):
+            self.calls = 0
+
+        def __call__(self, frames):
+            self.calls += 1
+            return "a clip"
+
+    monkeypatch.setattr("latte.data.captioner.Captioner", Fake)
+    found = run("data", "caption", video.parent, "--model", "tiny/model", "--json")
+    assert found.exit_code == 0, found.output
+    result = json.loads(found.stdout.splitlines()[-1])
+    assert (result["clips"], result["captioned"], result["kept"]) == (1, 1, 0)
+    assert result["skipped"][0]["path"].endswith("broken.mp4")
+    again = run("data", "caption", video.parent, "--model", "tiny/model")
+    assert "1 videos, 0 captions written, 1 kept" in again.stdout
+    assert "broken.mp4 (not-a-video: " in again.stdout
+    assert run("data", "caption", "nowhere", "--model", "tiny/model").exit_code == 2

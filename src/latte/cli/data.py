@@ -390,3 +390,4 @@ def synth(
 
 
 app.command("split", cls=Command)(footage.split)
+app.command("caption", cls=Command)(footage.caption)

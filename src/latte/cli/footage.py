@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from latte.checks import printable
-from latte.cli.options import Debug, Json, configure_logging, print_result, progress_line
+from latte.cli.options import Debug, Device, Json, configure_logging, print_result, progress_line
 
 SHOWN = 5  # skipped files in the summary; all are in the manifest
 
@@ -64,6 +64,43 @@ def split_result(record: dict[str, Any], out: Path) -> dict[str, Any]:
         "rules": dict(Counter(clip["rule"] for clip in clips)),
         "skipped": [{"path": key, "reason": reason} for key, reason in record["skipped"].items()],
     }
+
+
+def caption(
+    folder: Annotated[str, typer.Argument(metavar="DIR", help="A folder of videos.")],
+    model: Annotated[
+        str, typer.Option(metavar="MODEL", help="An image captioning model: a hub id or a folder.")
+    ],
+    frames: Annotated[int, typer.Option(help="Frames of each video that the model describes.")] = 1,
+    prompt: Annotated[str, typer.Option(metavar="TEXT", help="The words that a caption begins with.")] = "",
+    max_tokens: Annotated[int, typer.Option(metavar="N", help="Longest caption in tokens.")] = 40,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace captions that are there.")] = False,
+    device: Device = "auto",
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Write the missing captions of a folder of videos with a captioning model (extra t2v).
+
+    The model sees the middle frame, or several frames of which the most frequent caption counts. Run it again
+    to continue after an interruption.
+    """
+    from latte.data.captioner import Captioner, caption_folder
+    from latte.data.skipped import check_folder
+    from latte.runtime import resolve_device
+
+    configure_logging()
+    check_folder(folder, "DIR")
+    describe = Captioner(model, resolve_device(device), max_tokens, prompt)
+    num_frames = describe.frames or frames
+    about = {"model": model, "frames": num_frames, "prompt": prompt, "max_tokens": max_tokens}
+    result = caption_folder(
+        folder, describe, about, num_frames, overwrite, progress_line("caption", 0, 1, "videos")
+    )
+    skipped = {bad["path"]: bad["reason"] for bad in result["skipped"]}
+    counts = f"{result['clips']} videos, {result['captioned']} captions written, {result['kept']} kept"
+    print_result(result, as_json, [counts, *skipped_lines(skipped)])
+    if skipped and not (result["captioned"] or result["kept"]):
+        raise typer.Exit(1)
 
 
 def skipped_lines(skipped: dict[str, str]) -> list[str]:
