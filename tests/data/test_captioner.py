@@ -173,8 +173,8 @@ def test_a_tiny_model_of_transformers_describes_videos(folder, kind, tmp_path_fa
 
 @pytest.mark.filterwarnings("ignore")
 def test_a_model_that_cannot_be_loaded_is_one_line(tmp_path):
-    with pytest.raises(InputError, match="--model 'nobody/nothing' cannot be loaded"):
-        Captioner("nobody/nothing", torch.device("cpu"))
+    with pytest.raises(InputError, match="--model 'owner/nothing' cannot be loaded"):
+        Captioner("owner/nothing", torch.device("cpu"))
     with pytest.raises(InputError, match=r"--model .* cannot be loaded"):
         Captioner(str(tmp_path), torch.device("cpu"))
     with pytest.raises(InputError, match=r"--max-tokens must be in 1\.\.\.512"):
