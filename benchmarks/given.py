@@ -24,8 +24,7 @@ from numpy import ndarray
 from latte.checks import check
 from latte.data.clips import centre_crop_resize, to_float, to_uint8
 from latte.data.media import VIDEO_SUFFIXES, probe, read_frames
-from latte.data.procedural import Scene, draw_scene, render
-from latte.data.shape_grading import read_motion
+from latte.data.procedural import Scene, draw_scene, read_motion, render
 from latte.diffusion.frame_conditioning import DEFAULT_STRENGTH
 from latte.inference.pipeline import VideoPipeline
 

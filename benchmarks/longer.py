@@ -21,8 +21,7 @@ import numpy as np
 from given import add_arguments, condition_of, load, procedural, steps, videos
 from numpy import ndarray
 
-from latte.data.procedural import draw_scene
-from latte.data.shape_grading import read_motion
+from latte.data.procedural import draw_scene, read_motion
 from latte.data.writers import contact_sheet
 from latte.diffusion.long_video import LONG_VIDEO_METHODS
 from latte.inference.pipeline import VideoPipeline

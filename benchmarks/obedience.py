@@ -23,11 +23,9 @@ import torch
 
 from latte.checkpoint.run import list_checkpoints, step_of
 from latte.checks import InputError, check
-from latte.data.procedural import caption_of, split_combinations
-from latte.data.shape_grading import DIRECTIONS, read_motion
-from latte.data.world.captions import caption
+from latte.data.procedural import DIRECTIONS, caption_of, read_motion, split_combinations
 from latte.data.world.grading import Share, grade
-from latte.data.world.scenes import sample_scene
+from latte.data.world.scenes import caption, sample_scene
 from latte.inference.generate import changed
 from latte.inference.pipeline import VideoPipeline
 

@@ -20,8 +20,7 @@ import numpy as np
 import torch
 
 from latte.data.base import DataConfig
-from latte.data.procedural import ShapeScenes
-from latte.data.shape_grading import read_motion
+from latte.data.procedural import ShapeScenes, read_motion
 from latte.evaluation.detectors import Detector, build_detector
 from latte.evaluation.frechet import frechet_distance
 from latte.inference.generate import SampleConfig, changed

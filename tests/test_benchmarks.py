@@ -17,9 +17,8 @@ from latte.autoencoder.codec import CodecConfig, build_codec
 from latte.checks import InputError
 from latte.data.media import write_mp4
 from latte.data.procedural import DIRECTIONS, draw_scene, render
-from latte.data.world.captions import caption
+from latte.data.world.scenes import caption, sample_scene
 from latte.data.world.scenes import render as render_world
-from latte.data.world.scenes import sample_scene
 from latte.inference.generate import SampleConfig
 from latte.profile import timing
 from temporal import time_codec

@@ -22,8 +22,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from latte.autoencoder.base import fill_network, read_tensors
 from latte.autoencoder.builtin_temporal import BuiltinTemporalAutoencoder, to_frames, to_spans
-from latte.autoencoder.files import fill_network, read_tensors
 from latte.data.world.kinds import KINDS
 from latte.data.world.scenes import FPS
 from latte.runtime import generator

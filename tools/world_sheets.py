@@ -13,9 +13,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from latte.data.world.captions import caption
 from latte.data.world.grading import Grade, grade
-from latte.data.world.scenes import Scene, sample_scene
+from latte.data.world.scenes import Scene, caption, sample_scene
 from latte.data.writers import contact_sheet
 from latte.inference.pipeline import VideoPipeline
 

@@ -12,8 +12,7 @@ from support import noise
 
 from latte.autoencoder.builtin import WEIGHTS, BuiltinCodec
 from latte.data.clips import to_float, to_uint8
-from latte.data.procedural import draw_scene, render
-from latte.data.shape_grading import read_motion
+from latte.data.procedural import draw_scene, read_motion, render
 from tools.train_autoencoder import (
     TRAIN_SEED,
     AutoencoderConfig,

@@ -12,8 +12,16 @@ import pytest
 import torch
 
 from latte.checks import InputError
-from latte.data.procedural import draw_scene, render, split_combinations
-from latte.data.shape_grading import COLOURS, DIRECTIONS, GROUND, SHAPES, read_motion
+from latte.data.procedural import (
+    COLOURS,
+    DIRECTIONS,
+    GROUND,
+    SHAPES,
+    draw_scene,
+    read_motion,
+    render,
+    split_combinations,
+)
 
 SIZES = [(8, 32, 32), (8, 64, 64), (16, 48, 40)]
 

@@ -56,7 +56,7 @@ def test_a_partly_damaged_video_is_not_whole_on_either_side_of_an_evaluation(
     source = root
     if stored:
         source = tmp_path / "latents"
-        monkeypatch.setattr("latte.evaluation.latent_side._codec", lambda *given: pixels())
+        monkeypatch.setattr("latte.evaluation.sources._codec", lambda *given: pixels())
         encode_dataset(folder_config(root, labels=False), pixels(), tmp_path / "latents", cache_dir=tmp_path)
         manifest = json.loads((tmp_path / "latents/manifest.json").read_text())
         assert [bad["path"] for bad in manifest["damaged"]] == ["cut.mkv"]

@@ -10,14 +10,7 @@ from reference.diffusion import betas, clip_loss
 from support import noise
 
 from latte.diffusion.config import DiffusionConfig, build_process
-from latte.diffusion.loss import (
-    OBJECTIVES,
-    bound,
-    discretised_log_likelihood,
-    draw_timesteps,
-    gaussian_kl,
-    min_snr,
-)
+from latte.diffusion.loss import OBJECTIVES, UNIFORM, bound, discretised_log_likelihood, gaussian_kl, min_snr
 from latte.diffusion.schedules import SCHEDULES
 from latte.runtime import generator
 
@@ -117,8 +110,8 @@ def test_the_discretised_likelihood_sums_to_one_over_the_bins():
 
 def test_timesteps_are_uniform_and_a_function_of_the_generator():
     process = build_process(DiffusionConfig(num_steps=50))
-    t = draw_timesteps(process, 50_000, generator(0, "t"))
-    assert torch.equal(t, draw_timesteps(process, 50_000, generator(0, "t")))
+    t = UNIFORM(process, 50_000, generator(0, "t"))
+    assert torch.equal(t, UNIFORM(process, 50_000, generator(0, "t")))
     assert t.dtype == torch.int64
     counts = torch.bincount(t, minlength=50)
     assert len(counts) == 50

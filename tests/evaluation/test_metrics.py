@@ -23,7 +23,6 @@ from latte.evaluation.metrics import (
     inception_score,
     jedi_distance,
     kernel_distance,
-    kernel_distance_subsets,
     numpy_permutation,
     polynomial_mmd,
     precision_recall,
@@ -116,19 +115,6 @@ def test_unbiased_kernel_distance_lies_around_zero_for_equal_distributions():
     assert min(values) < 0 < max(values)
     assert abs(np.mean(values)) < 3 * np.std(values) / math.sqrt(30)
     assert all(jedi_distance(noise(60, 8, seed=2 * i), noise(60, 8, seed=2 * i + 1)) > 0 for i in range(5))
-
-
-def test_kernel_distance_over_subsets():
-    x, y = random_features(50, 6), random_features(40, 6, seed=1, offset=1)
-    full = kernel_distance_subsets(x, y[:40], num_subsets=1, subset_size=40)
-    assert kernel_distance_subsets(x[:40], y, num_subsets=3, subset_size=40).std == pytest.approx(0, abs=1e-9)
-    assert kernel_distance_subsets(x[:40], y, 1, 40).mean == pytest.approx(
-        kernel_distance(x[:40], y), rel=1e-9
-    )
-    assert full == kernel_distance_subsets(x, y, num_subsets=1, subset_size=40)
-    assert kernel_distance_subsets(x, y, 40, 20).mean == pytest.approx(kernel_distance(x, y), rel=0.3)
-    with pytest.raises(InputError, match=r"subset_size must be .* got 1000"):
-        kernel_distance_subsets(x, y)
 
 
 # Precision and recall

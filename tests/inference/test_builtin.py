@@ -12,10 +12,9 @@ import pytest
 from latte.autoencoder.codec import CodecConfig, build_codec
 from latte.checkpoint.record import read_fingerprint
 from latte.checks import InputError
-from latte.data.shape_grading import DIRECTIONS, read_motion
-from latte.data.world.captions import caption
+from latte.data.procedural import DIRECTIONS, read_motion
 from latte.data.world.grading import grade
-from latte.data.world.scenes import render, sample_scene
+from latte.data.world.scenes import caption, render, sample_scene
 from latte.inference.pipeline import VideoPipeline
 from latte.interop.readers import BUILTIN, PACKAGE
 from tiny import tiny_text

@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 from support import noise, wake
 
 from latte.checks import InputError
+from latte.interop.coverage import translate
 from latte.interop.diffusers import TABLE, diffusers_config, diffusers_state, save_diffusers
-from latte.interop.key_maps import translate
 from latte.interop.load import load_external
 from latte.model.text import LatteText, TextConfig
 

@@ -10,7 +10,7 @@ from reference.official import released_latte, released_state
 from support import noise, wake
 
 from latte.checks import InputError, RunError
-from latte.interop.key_maps import PLACEHOLDERS, translate
+from latte.interop.coverage import PLACEHOLDERS, translate
 from latte.interop.load import load_external
 from latte.interop.official import TABLE, official_state, save_official, understand
 from latte.interop.readers import read_tensors

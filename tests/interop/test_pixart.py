@@ -9,8 +9,8 @@ import torch
 from support import noise
 
 from latte.checks import InputError
+from latte.interop.coverage import translate
 from latte.interop.diffusers import TABLE
-from latte.interop.key_maps import translate
 from latte.interop.load import load_external
 from latte.interop.pixart import from_pixart, init_from_pixart
 from latte.model.text import LatteText, TextConfig

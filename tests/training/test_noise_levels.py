@@ -13,7 +13,7 @@ from latte.checkpoint.run import load_checkpoint
 from latte.checks import InputError
 from latte.config.run import load_run
 from latte.diffusion.config import DiffusionConfig, build_process
-from latte.diffusion.loss import OBJECTIVES, UNIFORM, TimestepDraw, draw_timesteps, two_levels
+from latte.diffusion.loss import OBJECTIVES, UNIFORM, TimestepDraw, two_levels
 from latte.model.text import LatteText, TextConfig
 from latte.runtime import generator
 from latte.training.between_blocks import check_network
@@ -33,7 +33,6 @@ def task(options: StepOptions) -> Task:
 def test_the_default_draw_is_the_released_codes():
     found = UNIFORM(PROCESS, 100, generator(0))
     assert torch.equal(found, torch.randint(1000, (100,), generator=generator(0)))
-    assert torch.equal(found, draw_timesteps(PROCESS, 100, generator(0)))
 
 
 def test_logit_normal_has_the_quantiles_of_a_sigmoid_of_a_normal():

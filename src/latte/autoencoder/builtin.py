@@ -13,8 +13,7 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from latte.autoencoder.base import Compression, FrameCodec
-from latte.autoencoder.files import load_network
+from latte.autoencoder.base import Compression, FrameCodec, load_network
 from latte.tensors import without_memory
 
 WEIGHTS = Path(__file__).with_name("builtin.safetensors")

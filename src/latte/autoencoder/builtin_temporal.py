@@ -20,8 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from latte.autoencoder.base import Compression, VideoCodec
-from latte.autoencoder.files import load_network
+from latte.autoencoder.base import Compression, VideoCodec, load_network
 from latte.tensors import without_memory
 
 WEIGHTS = Path(__file__).with_name("builtin_temporal.safetensors")

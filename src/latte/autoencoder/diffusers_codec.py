@@ -17,8 +17,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from latte.autoencoder.base import Codec, Compression, VideoCodec
-from latte.autoencoder.files import fill_network, located, read_tensors
+from latte.autoencoder.base import Codec, Compression, VideoCodec, fill_network, located, read_tensors
 from latte.checks import InputError, check
 from latte.tensors import without_memory
 

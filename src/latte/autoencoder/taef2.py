@@ -13,8 +13,7 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from latte.autoencoder.base import Compression, FrameCodec
-from latte.autoencoder.files import load_network, located
+from latte.autoencoder.base import Compression, FrameCodec, load_network, located
 from latte.checks import InputError
 from latte.tensors import without_memory
 

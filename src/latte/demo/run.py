@@ -22,10 +22,9 @@ from latte.build import Job, build
 from latte.checks import InputError, check, command_line
 from latte.config.run import load_run
 from latte.data.datasets import ProceduralDataset
-from latte.data.world.captions import caption
 from latte.data.world.circles import CircleScenes
 from latte.data.world.grading import Share, grade
-from latte.data.world.scenes import Scene, render_frame, sample_scene
+from latte.data.world.scenes import Scene, caption, render_frame, sample_scene
 from latte.data.writers import contact_sheet, write_gif, write_mp4
 from latte.demo.page import Clips, Result, Tuned, report
 from latte.diffusion.config import build_process

@@ -70,11 +70,6 @@ class TimestepDraw:
 UNIFORM = TimestepDraw()
 
 
-def draw_timesteps(process: NoisePath, b: int, generator: torch.Generator) -> Tensor:
-    """Return b uniform indices of the process: (b,) int64 on the CPU."""
-    return UNIFORM(process, b, generator)
-
-
 def two_levels(first: Tensor, second: Tensor, num_frames: int, generator: torch.Generator) -> Tensor:
     """Return (f,) int64: every frame has one of two timesteps (1,), with equal probability.
 

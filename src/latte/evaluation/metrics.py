@@ -17,7 +17,6 @@ from torch import Tensor
 
 from latte.checks import check
 from latte.evaluation.frechet import check_features, check_pair, float64_chunks, frechet_distance
-from latte.runtime import generator
 
 if TYPE_CHECKING:
     from latte.evaluation.protocols import Protocol
@@ -122,26 +121,6 @@ def kernel_distance(real: Tensor, fake: Tensor) -> float:
     2018).
     """
     return polynomial_mmd(real, fake)
-
-
-def kernel_distance_subsets(
-    real: Tensor, fake: Tensor, num_subsets: int = 100, subset_size: int = 1000, seed: int = 0
-) -> Score:
-    """Return KID as torch-fidelity and StyleGAN report it: the mean over random subsets of ``subset_size``
-    rows of each side.
-    """
-    longest = min(len(real), len(fake))
-    check(
-        2 <= subset_size <= longest,
-        f"subset_size must be between 2 and the {longest} rows of the shorter side, got {subset_size}",
-    )
-
-    def subset(side: str, features: Tensor, i: int) -> Tensor:
-        order = torch.randperm(len(features), generator=generator(seed, "kid", side, i))
-        return features[order[:subset_size]]
-
-    pairs = ((subset("real", real, i), subset("fake", fake, i)) for i in range(num_subsets))
-    return mean_and_std([polynomial_mmd(*pair) for pair in pairs])
 
 
 def jedi_distance(real: Tensor, fake: Tensor) -> float:

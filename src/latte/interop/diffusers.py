@@ -16,8 +16,7 @@ from torch import Tensor
 
 from latte.checks import InputError, RunError, check
 from latte.files import check_replaceable, commit_folder, reported
-from latte.interop.coverage import Understanding, count_blocks, dimensions, learns_sigma, shape_of
-from latte.interop.key_maps import translate
+from latte.interop.coverage import Understanding, count_blocks, dimensions, learns_sigma, shape_of, translate
 from latte.model.config import COARSE
 from latte.model.text import LatteText, TextConfig
 from latte.tensors import check_finite

@@ -25,8 +25,18 @@ from torch import Tensor, nn
 
 from latte.checks import InputError, check, choose
 from latte.interop.config import MAPPINGS as MAPPINGS
-from latte.interop.coverage import Coverage, Understanding, compare, compare_table, count_blocks, some
-from latte.interop.key_maps import BRANCHES, Table, translate, unwrap
+from latte.interop.coverage import (
+    BRANCHES,
+    Coverage,
+    Table,
+    Understanding,
+    compare,
+    compare_table,
+    count_blocks,
+    some,
+    translate,
+    unwrap,
+)
 from latte.interop.official import TABLE, read_config
 from latte.interop.readers import fetch, read_tensors
 from latte.model.latte import SIZES, Latte

@@ -22,8 +22,17 @@ from torch import Tensor
 from latte.checks import InputError, nearest, printable
 from latte.files import source_sha256, stamp
 from latte.interop import diffusers, dit, official, pixart
-from latte.interop.coverage import Config, Coverage, Understanding, build, compare, expected_tensors, some
-from latte.interop.key_maps import BRANCHES, unwrap
+from latte.interop.coverage import (
+    BRANCHES,
+    Config,
+    Coverage,
+    Understanding,
+    build,
+    compare,
+    expected_tensors,
+    some,
+    unwrap,
+)
 from latte.interop.readers import (
     BUILTIN,
     HUB_ID,

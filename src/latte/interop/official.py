@@ -23,8 +23,8 @@ from latte.interop.coverage import (
     dimensions,
     learns_sigma,
     shape_of,
+    translate,
 )
-from latte.interop.key_maps import translate
 from latte.interop.readers import PICKLED
 from latte.model.latte import Latte, ModelConfig
 from latte.model.positions import spatial_table, temporal_table

@@ -17,8 +17,7 @@ from torch import Tensor
 
 from latte.checks import InputError, check
 from latte.interop import diffusers
-from latte.interop.coverage import Coverage, Understanding, build, compare, some
-from latte.interop.key_maps import BRANCHES, unwrap
+from latte.interop.coverage import BRANCHES, Coverage, Understanding, build, compare, some, unwrap
 from latte.interop.readers import fetch, read_card, read_tensors
 from latte.model.text import LatteText
 

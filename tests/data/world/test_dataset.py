@@ -17,9 +17,9 @@ from latte.data.datasets import DataConfig, LatentDataset, ProceduralDataset, bu
 from latte.data.encode import encode_dataset
 from latte.data.joint import JointDataset
 from latte.data.loader import load_batch
-from latte.data.world.captions import CHINESE
 from latte.data.world.dataset import WorldScenes
 from latte.data.world.kinds import KINDS
+from latte.data.world.scenes import CHINESE
 from latte.runtime import generator
 
 WORLD = DataConfig(kind="procedural", scenes="world", resolution=32, frames=4, num_clips=6, seed=3)

@@ -10,9 +10,19 @@ import pytest
 
 from latte.checks import InputError
 from latte.data.world.canvas import Canvas
-from latte.data.world.captions import CHINESE, LANGUAGES, TEMPLATES, caption, paraphrases
 from latte.data.world.kinds import COLOURS, KINDS
-from latte.data.world.scenes import combinations, render, render_frame, sample_scene, split_combinations
+from latte.data.world.scenes import (
+    CHINESE,
+    LANGUAGES,
+    TEMPLATES,
+    caption,
+    combinations,
+    paraphrases,
+    render,
+    render_frame,
+    sample_scene,
+    split_combinations,
+)
 
 CLIPS = len(KINDS)
 

@@ -12,11 +12,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from latte.checks import check, check_name
-from latte.data.shape_grading import MAX_COLOUR_CHANGE, MAX_GROWTH
+from latte.data.procedural import MAX_COLOUR_CHANGE, MAX_GROWTH
 from latte.data.world.canvas import Canvas
-from latte.data.world.captions import CHINESE, LANGUAGES, MIXED
 from latte.data.world.kinds import BACKGROUNDS, COLOURS, between, paint_star
-from latte.data.world.scenes import FPS
+from latte.data.world.scenes import CHINESE, FPS, LANGUAGES, MIXED
 from latte.runtime import generator
 
 if TYPE_CHECKING:

@@ -10,14 +10,17 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from latte.checks import check
-from latte.data.world.captions import LANGUAGES, MIXED, caption, paraphrases
 from latte.data.world.kinds import KINDS
 from latte.data.world.scenes import (
+    LANGUAGES,
     MIN_FRAMES,
+    MIXED,
     Combination,
     Scene,
     backgrounds_of,
+    caption,
     check_hold_out,
+    paraphrases,
     render,
     sample_scene,
     split_combinations,
