@@ -13,7 +13,7 @@ from latte.build import build
 
 
 class ShuffleCodec(FrameCodec):
-    """Squares of 4 x 4 pixels as 48 channels: nothing is lost, nothing is learned."""
+    """Squares of 4 x 4 pixels as 48 channels: lossless, and nothing to learn."""
 
     name = "shuffle"
     compression = Compression(channels=48, spatial_factor=4)

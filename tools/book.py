@@ -20,7 +20,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 NEEDED = ("zensical", "mkdocstrings_handlers.python")
-GENERATED = ("reference/commands.md", "reference/settings.md", "reference/python.md")
+GENERATED = ("reference/commands.md", "reference/settings.md", "reference/choices.md", "reference/python.md")
 LINK = re.compile(r"(?<!!)\[([^\]]*)\]\((?!https?:)([^)#\s]+)(#[^)\s]*)?\)")
 
 
@@ -73,7 +73,7 @@ def settings_page() -> str:
         "",
         "Made from the settings classes. A value comes from the last place that names it: default, recipe or",
         "YAML file, environment (`LATTE_TRAIN_LR=3e-4`), command line (`train.lr=3e-4`).",
-        "`latte config show RUN` prints the values of a run with their origin, `latte config list` this one.",
+        "`latte config show RUN` prints the values of a run, `latte config list keys` this list.",
     ]
     rows: dict[str, list[tuple[str, str, str]]] = {}
     for key in describe_keys():
@@ -82,6 +82,22 @@ def settings_page() -> str:
         rows.setdefault(section, []).append((key.name, default, f"{key.type}: {key.description}"))
     for section, found in rows.items():
         parts += ["", f"## {section}", "", *table(("key", "default", "meaning"), found)]
+    return "\n".join(parts) + "\n"
+
+
+def choices_page() -> str:
+    """Return the page of recipes, protocols, samplers, codecs and all other names, a table for each."""
+    from latte.config.describe import KINDS
+
+    parts = [
+        "# Names to choose from",
+        "",
+        "Made from the tables of the code; `latte config list` prints the same.",
+    ]
+    for kind, entry in KINDS.items():
+        place = entry.where[:1].upper() + entry.where[1:]
+        parts += ["", f"## {kind.replace('_', ' ')}", "", f"{place}.", ""]
+        parts += table(("name", "what it is"), dict(entry.describe()).items())
     return "\n".join(parts) + "\n"
 
 
@@ -109,7 +125,9 @@ def table(head: tuple[str, ...], rows: Any) -> list[str]:
 
 def generated() -> dict[str, str]:
     """Return path below docs/ -> text of the generated pages."""
-    return dict(zip(GENERATED, (commands_page(), settings_page(), python_page()), strict=True))
+    return dict(
+        zip(GENERATED, (commands_page(), settings_page(), choices_page(), python_page()), strict=True)
+    )
 
 
 def within(page: Path, text: str) -> str:
