@@ -27,3 +27,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def time_codecs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Put the codecs of ``temporal`` into the table of codecs for one test."""
     registered(monkeypatch)
+
+
+@pytest.fixture
+def quick_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Worker processes from a fork server that has imported torch already; ``spawn`` imports it for each."""
+    from latte.data import loader
+    from tiny_runs import FORKS
+
+    assert loader.START_METHOD == "spawn"
+    monkeypatch.setattr(loader, "START_METHOD", FORKS)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Resolve rank, device, dtype and random streams.
+"""Resolve rank, device, dtype and random streams; signals that stop a run.
 
 Every random number of the program comes from a ``torch.Generator`` made here from integers and names, never
 from global state: in training it is keyed by (seed, step, ...), in sampling by the sample's own seed.
@@ -10,10 +10,13 @@ import hashlib
 import math
 import os
 import platform
+import signal
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import FrameType
+from typing import TYPE_CHECKING, Any, Self
 
 from latte.checks import InputError, choose
 from latte.tables import Later, Table
@@ -264,3 +267,46 @@ class SampleNoise:
         import torch
 
         return torch.stack([torch.randn(tuple(shape), generator=g) for g in self.generators])
+
+
+# SIGHUP: the terminal was closed. SIGUSR1: SLURM's early warning before a time limit. Windows has neither.
+STOP_SIGNALS = tuple(
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)
+)
+
+
+class StopRequest:
+    """``with StopRequest() as stop``: ``stop.code`` is 0 until a signal arrives, then 128 + its number.
+
+    That is the exit code: 130 (SIGINT), 143 (SIGTERM), 129 (SIGHUP), 138 (SIGUSR1). SIGHUP stays ignored
+    where nohup ignores it. The previous handlers are restored on exit. Outside the main thread, where
+    Python allows no handlers, ``stop.code`` stays 0.
+    """
+
+    def __init__(self) -> None:
+        self.code = 0
+        self.previous: dict[int, Any] = {}
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():
+            for number in STOP_SIGNALS:
+                if not ignored_by_nohup(number):
+                    self.previous[number] = signal.signal(number, self.handle)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+    def handle(self, number: int, frame: FrameType | None) -> None:
+        """Record the first signal; exit at the second one without saving (committed checkpoints stay)."""
+        if self.code:
+            os._exit(128 + number)
+        self.code = 128 + number
+
+
+def ignored_by_nohup(number: int) -> bool:
+    """Is ``number`` SIGHUP, ignored by the command that started this process, so that closing the terminal
+    does not stop it?
+    """
+    return number == getattr(signal, "SIGHUP", None) and signal.getsignal(number) is signal.SIG_IGN

@@ -30,7 +30,6 @@ from latte.data.latents import LatentDataset
 from latte.data.loader import Loader, load_batch
 from latte.data.media import Unreadable
 from latte.data.order import items_of_step, permuted
-from tiny_runs import FORKS
 from videos import encode, numbered
 
 
@@ -150,13 +149,6 @@ def test_the_first_500_samples_are_the_same_for_every_rank_and_resume():
         assert ids(world, 0, 0, 25) == reference, world
     for resume in (1, 2, 3, 7, 12, 19, 24):
         assert ids(2, 0, 0, resume) + ids(4, 0, resume, 25) == reference, resume
-
-
-@pytest.fixture
-def quick_start(monkeypatch):
-    """Worker processes from a fork server that has imported torch already; ``spawn`` imports it for each."""
-    assert loader_module.START_METHOD == "spawn"
-    monkeypatch.setattr(loader_module, "START_METHOD", FORKS)
 
 
 @pytest.mark.usefixtures("quick_start")

@@ -8,12 +8,10 @@ import pytest
 import torch
 
 from latte.checks import InputError
-from latte.data import loader as loader_module
 from latte.data.base import Clip
 from latte.data.buckets import Bucket, Buckets
 from latte.data.loader import Loader, load_batch, share_of
 from latte.data.order import BucketOrder, PlainOrder, order_of
-from tiny_runs import FORKS
 
 WIDE = Bucket(4, 2, 6, (4, 2, 6), 48)
 SQUARE = Bucket(4, 4, 4, (4, 4, 4), 64)
@@ -73,12 +71,6 @@ def expected() -> list[tuple]:
 def test_processes_and_restarts_change_nothing(expected, world, start):
     assert len({video.shape for _, video in expected}) == len(SHAPES), "the steps show every bucket"
     assert_same(batches(world, 0, start, STOP), expected[start:])
-
-
-@pytest.fixture
-def quick_start(monkeypatch):
-    """Worker processes from a fork server that has imported torch already."""
-    monkeypatch.setattr(loader_module, "START_METHOD", FORKS)
 
 
 @pytest.mark.usefixtures("quick_start")

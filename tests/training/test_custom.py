@@ -142,7 +142,7 @@ def test_latents_need_no_codec_and_images_ride_behind_clips(tmp_path):
     assert load_run(tmp_path)[0].data.kind == "custom"
 
 
-def test_workers_change_no_bit(tmp_path):
+def test_workers_change_no_bit(tmp_path, quick_start):
     alone = train(tmp_path / "alone", workers=0)
     assert train(tmp_path / "workers", workers=1)["weights_sha256"] == alone["weights_sha256"]
 

@@ -171,7 +171,7 @@ def test_other_differences_are_never_allowed(tmp_path):
         run(tmp_path, dataset=Other(), allow_data_change=True)
 
 
-def test_the_curve_with_worker_processes_is_the_same(root):
+def test_the_curve_with_worker_processes_is_the_same(root, quick_start):
     train(root, until=3)
     without = curve(root.parent / "run")
     (root.parent / "run").rename(root.parent / "before")

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from latte.checkpoint.run import latest_checkpoint
-from latte.training.signals import STOP_SIGNALS, StopRequest
+from latte.runtime import STOP_SIGNALS, StopRequest
 from tiny import WORDS
 from tiny_runs import FORKS, SHORT, curve, run
 

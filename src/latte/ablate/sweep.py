@@ -38,8 +38,8 @@ from latte.data.datasets import DataConfig
 from latte.data.hold_out import Subset
 from latte.files import commit_file, reported
 from latte.interop.dit import init_from_dit
+from latte.runtime import StopRequest
 from latte.training.callbacks import saved_metrics
-from latte.training.signals import StopRequest
 
 Log = Callable[[str], None]
 Run = tuple[Setting, int]

@@ -20,7 +20,6 @@ from latte.autoencoder.codec import Codec, CodecConfig, decoder_for
 from latte.checks import check, choose
 from latte.diffusion.config import DiffusionConfig, build_process
 from latte.diffusion.guidance import Distilled
-from latte.inference.callback import Callback, step_options
 from latte.inference.clip_shape import latent_shapes, recorded_extras
 from latte.inference.generate import SampleConfig, generate
 from latte.inference.outputs import (
@@ -31,6 +30,7 @@ from latte.inference.outputs import (
     smallest_clip,
     write_clips,
 )
+from latte.inference.preview import Callback, step_options
 from latte.inference.prompts import PromptReader
 from latte.inference.quality import choose_settings
 from latte.inference.requests import (

@@ -1,12 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Previews of a clip that is still being denoised: latents to small frames by one linear map, no decoder.
+"""What can be seen of a clip that is still being denoised: the callback of a pipeline's call, and previews.
 
-The map, a 3 x 3 convolution to a block of BLOCK x BLOCK pixels for every latent pixel, is the least-squares
-fit to what the codec's encoder makes of procedural clips, solved once per codec and process.
+A preview turns latents into small frames by one linear map, no decoder. The map, a 3 x 3 convolution to a
+block of BLOCK x BLOCK pixels for every latent pixel, is the least-squares fit to what the codec's encoder
+makes of procedural clips, solved once per codec and process.
 Axes: b batch, f latent frames, t frames, c channels, h height, w width, k features, p side of a block.
 """
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from latte.autoencoder.codec import Codec
+from latte.checks import check
 from latte.data.base import DataConfig
 from latte.data.clips import to_float, to_uint8
 from latte.data.world.dataset import WorldScenes
@@ -82,3 +87,43 @@ def fit_preview(codec: Codec) -> LinearPreview:
     squares += RIDGE * squares.diagonal().mean() * torch.eye(len(squares), dtype=squares.dtype)
     solution = torch.linalg.solve(squares, table.T @ torch.cat(targets).double())  # (k 3*p*p)
     return LinearPreview(solution.float(), block)
+
+
+Callback = Callable[[Any, int, int, dict[str, Any]], Any]
+"""(pipeline, step, timestep, {} or {"preview": uint8 (b f H W 3)}) -> ignored."""
+
+
+@contextmanager
+def step_options(pipe: Any, callback: Callback | None, preview: bool) -> Iterator[dict[str, Any]]:
+    """Provide the options of ``generate`` by which ``callback`` is called after each step, {} without one.
+
+    It gets the timestep that the model last computed and, with ``preview``, the z_0 that the last output
+    implies, as the linear preview of the codec shows it. InputError for a preview without a callback.
+    """
+    check(
+        callback is not None or not preview,
+        "preview=True, but there is no callback_on_step_end to show it; pass one, or leave preview out",
+    )
+    if callback is None:
+        yield {}
+        return
+    timesteps: list[int] = []
+    estimates: list[Tensor] = []
+    show = preview_of(pipe.codec) if preview else None
+    handle = pipe.model.register_forward_pre_hook(
+        lambda _, inputs: timesteps.append(int(inputs[1].flatten()[0]))
+    )
+
+    def progress(done: int, of: int) -> None:
+        shown = {"preview": show(estimates[-1])} if show else {}
+        callback(pipe, done - 1, timesteps[-1], shown)
+        timesteps.clear()
+        estimates.clear()
+
+    options: dict[str, Any] = {"progress": progress}
+    if show:
+        options["estimates"] = estimates.append
+    try:
+        yield options
+    finally:
+        handle.remove()

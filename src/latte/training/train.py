@@ -33,7 +33,7 @@ from latte.files import reported
 from latte.interop.init import adapt, start_from
 from latte.interop.lora import LoraConfig
 from latte.model.denoiser import Denoiser
-from latte.runtime import resolve_device, resolve_dtype
+from latte.runtime import StopRequest, resolve_device, resolve_dtype
 from latte.tensors import tensors_sha256
 from latte.training.callbacks import (
     Callback,
@@ -46,13 +46,11 @@ from latte.training.callbacks import (
 )
 from latte.training.condition import CaptionReader
 from latte.training.config import TrainConfig, check_schedule, gate_opening, learning_rate
-from latte.training.custom import as_dataset, run_record
+from latte.training.custom import as_dataset, check_disk, check_parts, run_record
 from latte.training.optim import TrainState
 from latte.training.parallel import PARALLELISMS
-from latte.training.parts import check_disk, check_parts
 from latte.training.report import RunReport
 from latte.training.resume import restore, run_facts
-from latte.training.signals import StopRequest
 from latte.training.step import Task, backward, set_up_blocks, step_options, with_dtype
 from latte.training.trackers import Tracker
 from latte.training.validation import Score, Validation, Watch, check_watching
