@@ -46,9 +46,10 @@ from latte.training.callbacks import (
 )
 from latte.training.condition import CaptionReader
 from latte.training.config import TrainConfig, check_schedule, gate_opening, learning_rate
-from latte.training.custom import as_dataset, check_disk, check_parts, run_record
+from latte.training.custom import as_dataset, run_record
 from latte.training.optim import TrainState
 from latte.training.parallel import PARALLELISMS
+from latte.training.parts import check_disk, check_parts
 from latte.training.report import RunReport
 from latte.training.resume import restore, run_facts
 from latte.training.step import Task, backward, set_up_blocks, step_options, with_dtype
