@@ -31,6 +31,7 @@ from latte.data.datasets import Dataset, FolderDataset, build_dataset
 from latte.data.hold_out import Subset, split
 from latte.data.latents import LatentDataset
 from latte.data.media import contact_sheet
+from latte.data.mix import MixDataset, single_sets
 from latte.data.selection import report
 from latte.data.skipped import reasons, write_skipped
 from latte.data.writers import write_mp4
@@ -127,11 +128,26 @@ def data_lines(dataset: Dataset, global_batch: int) -> list[str]:
             *data_lines(dataset.dataset, global_batch),
             f"held out: {held:,} of {len(dataset.dataset):,} videos",
         ]
+    if isinstance(dataset, MixDataset):
+        return mix_lines(dataset, global_batch)
     if isinstance(dataset, FolderDataset):
         return report(dataset.selection, global_batch)
     if isinstance(dataset, LatentDataset) and dataset.rules.notice:
         return [dataset.rules.notice]
     return []
+
+
+def mix_lines(dataset: MixDataset, global_batch: int) -> list[str]:
+    """Return a line for each set of a mix with its share, and what was decided about its clips."""
+    lines = []
+    for part in dataset.all_sets:
+        group = dataset.images if part in dataset.images else dataset.sets
+        share = part.weight / sum(other.weight for other in group)
+        what = "images" if part in dataset.images else "clips"
+        lines.append(f"set {part.name}: {len(part.dataset):,} clips, {share:.2%} of the {what} of training")
+        if part not in dataset.images:
+            lines += [f"set {part.name}: {line}" for line in data_lines(part.dataset, global_batch)]
+    return lines
 
 
 def build(config: RunConfig, device: str = "auto") -> Job:
@@ -173,24 +189,30 @@ def open_data(config: RunConfig, device: torch.device) -> tuple[Dataset, Codec |
     dataset = build_dataset(
         config.data, codec_fingerprint=codec and codec.fingerprint, buckets=config.buckets
     )
-    if isinstance(dataset, LatentDataset):
-        name = dataset.settings["codec"]["name"]
-        check(
-            config.codec.name == name,
-            f"codec.name is {config.codec.name!r}, but the latents in {config.data.root} were made with "
-            f"codec {name!r}; "
-            f"give codec.name={name}, or encode again",
-        )
-        made = dataset.compression
-        given = compression_at(name, config.codec.path)
-        check(
-            (made.channels, made.spatial_factor, made.temporal_factor)
-            == (given.channels, given.spatial_factor, given.temporal_factor),
-            f"the latents in {config.data.root} are of another codec {name!r} ({made}) than this run's "
-            f"({given}); give codec.path, the weights that they were made with",
-        )
+    for part in single_sets(dataset):
+        if isinstance(part, LatentDataset):
+            check_latents(config, part)
+    if isinstance(dataset, LatentDataset | MixDataset):
         dataset.check_images(config.train.num_images)
     return dataset, codec
+
+
+def check_latents(config: RunConfig, dataset: LatentDataset) -> None:
+    """InputError for latents of another codec than the run's."""
+    name = dataset.settings["codec"]["name"]
+    check(
+        config.codec.name == name,
+        f"codec.name is {config.codec.name!r}, but the latents in {dataset.root} were made with "
+        f"codec {name!r}; give codec.name={name}, or encode again",
+    )
+    made = dataset.compression
+    given = compression_at(name, config.codec.path)
+    check(
+        (made.channels, made.spatial_factor, made.temporal_factor)
+        == (given.channels, given.spatial_factor, given.temporal_factor),
+        f"the latents in {dataset.root} are of another codec {name!r} ({made}) than this run's "
+        f"({given}); give codec.path, the weights that they were made with",
+    )
 
 
 def check_classes(num_classes: int | None, classes: list[str]) -> None:
@@ -247,6 +269,8 @@ def read_captions(config: RunConfig, dataset: Dataset, device: torch.device) -> 
             f"text.name is {config.text.name}, but the data have no captions; "
             "give data.captions=auto, encode again with them, or set text.name=null"
         )
+    if isinstance(dataset, MixDataset):
+        dataset.check_captions()
     if config.data.flip and rank() == 0:
         warn_of_sides(dataset.captions)
     if isinstance(dataset, LatentDataset):
@@ -274,6 +298,9 @@ def read_captions(config: RunConfig, dataset: Dataset, device: torch.device) -> 
 
 def caption_owners(dataset: Dataset) -> dict[str, str]:
     """Return caption -> one video that has it, where captions belong to videos."""
+    if isinstance(dataset, MixDataset):
+        owners = [(part.name, caption_owners(part.dataset)) for part in dataset.all_sets]
+        return {caption: f"{name}/{key}" for name, found in owners for caption, key in found.items()}
     if isinstance(dataset, FolderDataset):
         return {caption: key for key, caption in dataset.caption_of.items()}
     if isinstance(dataset, LatentDataset):

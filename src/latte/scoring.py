@@ -24,6 +24,7 @@ from latte.data.captions import CaptionFeatures
 from latte.data.clips import to_uint8
 from latte.data.datasets import Dataset
 from latte.data.hold_out import Subset, keys_of
+from latte.data.order import first_items
 from latte.data.writers import write_mp4
 from latte.evaluation.detectors import build_detector
 from latte.evaluation.evaluate import (
@@ -209,9 +210,9 @@ def write_real(dataset: Dataset, folder: Path, count: int) -> Path:
         f"train.score_clips={len(dataset)} or less",
     )
     folder.mkdir(parents=True, exist_ok=True)
-    for index in range(count):
+    for index, item in enumerate(first_items(dataset, count)):
         path = folder / f"{index:06d}.mp4"
         if not path.exists():
-            clip = dataset.clip(index, generator("score", folder.name, index))
+            clip = dataset.clip(item, generator("score", folder.name, index))
             write_mp4(path, np.asarray(to_uint8(clip.video)))
     return folder

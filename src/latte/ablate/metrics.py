@@ -86,6 +86,10 @@ def open_ablation_data(
     All ``configs`` have the same codec. Settings with other intervals can use other videos: all of them train
     on the videos that every one can use, less those held out.
     """
+    check(
+        not any(config.data.mix for config in configs),
+        "data.mix is given, but an ablation trains on one data set; give data.root instead",
+    )
     opened = {config.data: (config, *open_data(config, device)) for config in configs}
     keys = [keys_of(dataset) for _, dataset, _ in opened.values()]
     shared = set.intersection(*map(set, keys))

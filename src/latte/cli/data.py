@@ -91,6 +91,7 @@ def scan_folder(
     Clips too short for a run are skipped when SOURCE is one, or when data.frames, data.interval or
     data.buckets are given; with buckets it also shows how many clips each has and what is cropped.
     """
+    from latte.checks import check
     from latte.config.run import DEFAULT
     from latte.data.skipped import file_lines, require_clips, write_skipped
     from latte.data.summary import lines_of, page_of, scan_result, summarise
@@ -99,6 +100,11 @@ def scan_folder(
     configure_logging(quiet=True)  # what a scan logs stands in the summary
     check_page(page)
     config, origins = load_source(source, overrides)
+    check(
+        config.data.mix is None,
+        "data.mix is given, but a scan is of one folder; scan each by itself (latte data scan A), and see "
+        "latte plan for the clips and the share of every set",
+    )
     keys = ("frames", "interval", "rule", "fps", "buckets")
     ruled = any(origins[f"data.{key}"] != DEFAULT for key in keys)
     look = scan_latent_folder if config.data.kind == "latents" else scan_videos

@@ -44,6 +44,8 @@ def plan(
 
     planned = plan_of(config, device, processes, measure, kept=True)
     lines = table(rows(planned))
+    for row in planned.mix:
+        lines.append(mix_line(row))
     if planned.buckets:
         lines += table_lines(planned.buckets)
     print_result(asdict(planned), as_json, lines)
@@ -85,6 +87,14 @@ def rows(planned: "Plan") -> list[tuple[str, str]]:
         seconds = f"{planned.time.step_seconds:.3f} s per step on {planned.time.device}"
         lines.append(("time", f"{seconds}, {planned.time.hours:,.1f} hours in all"))
     return [*lines, *sampling_rows(planned.sampling)]
+
+
+def mix_line(row: dict[str, Any]) -> str:
+    """Return what a run takes of one set of its mix."""
+    line = f"set {row['set']}: {row['share']:.2%} of the clips"
+    if row["clips"] is not None:
+        line += f", {row['clips_seen']:,} seen, {row['epochs']:,.1f} epochs of {row['clips']:,}"
+    return line
 
 
 def encoding_text(planned: "Plan") -> str:

@@ -12,9 +12,9 @@ import math
 import re
 import types
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Union, get_args, get_origin
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -217,7 +217,16 @@ def _raw(node: yaml.Node) -> Any:
             return node.value
         return Plain(node.value)
     if isinstance(node, yaml.SequenceNode):
-        return [Plain(item.value) if isinstance(item, yaml.ScalarNode) else {} for item in node.value]
+        return [_raw_item(item) for item in node.value]
+    return {}
+
+
+def _raw_item(node: yaml.Node) -> Any:
+    """Return an item of a list as text, a mapping of texts as a dict of them, or an empty dict."""
+    if isinstance(node, yaml.ScalarNode):
+        return Plain(node.value)
+    if isinstance(node, yaml.MappingNode):
+        return {key.value: _raw(value) for key, value in node.value if isinstance(key, yaml.ScalarNode)}
     return {}
 
 
@@ -264,6 +273,8 @@ def read_value(raw: Any, hint: Any) -> Any:
     if (number := _number(text, kinds)) is not None:
         return number
     pattern = next((kind for kind in kinds if get_origin(kind) is tuple), None)
+    if pattern is not None and is_dataclass(get_args(pattern)[0]):
+        return _parts(raw, get_args(pattern)[0])
     listed = isinstance(raw, Plain) and (text[:1] in ("[", "(") or "," in text)
     if pattern is not None and (listed or isinstance(raw, list)):
         items = raw
@@ -278,6 +289,46 @@ def read_value(raw: Any, hint: Any) -> Any:
     if pattern is not None and get_args(pattern)[1:] == (Ellipsis,) and isinstance(raw, str):
         return (read_value(raw, get_args(pattern)[0]),)  # one item of a list of any length
     raise ValueError(raw)
+
+
+def unusable(value: Any) -> str:
+    """Return why a text cannot be a name, a path or part of a file, '' for every other value."""
+    texts = [item for item in (value if isinstance(value, tuple) else (value,)) if isinstance(item, str)]
+    if any("\0" in text for text in texts):
+        return "holds a NUL character"
+    if any("\ud800" <= character <= "\udfff" for text in texts for character in text):
+        return "is not valid UTF-8"
+    return ""
+
+
+def _parts(raw: Any, kind: Any) -> tuple[Any, ...]:
+    """Return a list of mappings as values of the dataclass ``kind``; ValueError if it is none, InputError for
+    a key or a value that does not fit.
+    """
+    if isinstance(raw, Plain):
+        try:
+            _check_bounds(str(raw), "the list")
+            raw = _raw(yaml.compose(str(raw), Loader=LOADER))
+        except (yaml.YAMLError, RecursionError) as error:
+            raise ValueError(raw) from error
+    if not isinstance(raw, list) or not all(isinstance(item, dict) and item for item in raw):
+        raise ValueError(raw)
+    hints = get_type_hints(kind)
+    known = [item.name for item in fields(kind)]
+    parts = []
+    for number, item in enumerate(raw, 1):
+        values = {}
+        for key, text in item.items():
+            check(key in known, f"entry {number}: unknown key {short(key)}{nearest(key[:100], known)}")
+            try:
+                values[key] = read_value(text, hints[key])
+            except ValueError:
+                expected = type_name(hints[key])
+                raise InputError(f"entry {number}: {key} must be {expected}, got {short(text)}") from None
+            reason = unusable(values[key])
+            check(not reason, f"entry {number}: {key} {reason}; give another one")
+        parts.append(kind(**values))
+    return tuple(parts)
 
 
 def _number(text: str, kinds: tuple[Any, ...]) -> int | float | None:
@@ -303,7 +354,13 @@ def kinds_of(hint: Any) -> tuple[Any, ...]:
 
 def type_name(hint: Any) -> str:
     """Return a type as people call it: 'a whole number, or null'."""
-    return ", or ".join(TYPE_NAMES.get(kind, "a list such as [32, 32]") for kind in kinds_of(hint))
+    names = []
+    for kind in kinds_of(hint):
+        example = "[32, 32]"
+        if get_args(kind) and is_dataclass(get_args(kind)[0]):
+            example = "[{root: A, weight: 3}, {root: B}]"
+        names.append(TYPE_NAMES.get(kind, f"a list such as {example}"))
+    return ", or ".join(names)
 
 
 def short(value: Any) -> str:

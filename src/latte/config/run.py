@@ -30,6 +30,7 @@ from latte.config.layers import (
     read_words,
     short,
     type_name,
+    unusable,
 )
 from latte.data.bucket_settings import Grid, buckets_of
 from latte.data.buckets import Buckets, check_world
@@ -98,10 +99,10 @@ class RunConfig:
             check_buckets(self)
         except InputError as error:
             problems.append(str(error))
+        problems += self.data.unused_images(self.train.num_images)
         if self.lora.rank is not None and self.train.init is None:
-            problems.append(
-                f"lora.rank is {self.lora.rank}, but adapters need trained weights; give train.init"
-            )
+            reason = "but adapters need trained weights; give train.init"
+            problems.append(f"lora.rank is {self.lora.rank}, {reason}")
         if problems:
             raise InputError("\n".join(problems))
         compression = compression_at(self.codec.name, self.codec.path)
@@ -216,8 +217,7 @@ _CODEC = TypeAdapter(CodecConfig)
 
 def recipes() -> dict[str, Path]:
     """Return name -> file of every recipe of the package."""
-    folder = Path(str(resources.files("latte.recipes")))
-    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+    return {path.stem: path for path in sorted(Path(str(resources.files("latte.recipes"))).glob("*.yaml"))}
 
 
 def load_run(
@@ -295,11 +295,14 @@ def _typed(entries: Mapping[str, Entry]) -> tuple[dict[str, Any], list[str]]:
         section, _, leaf = key.rpartition(".")
         try:
             value = read_value(entry.raw, HINTS[key])
-        except ValueError:
-            problems.append(f"{entry.origin}: {key} must be {type_name(HINTS[key])}, got {short(entry.raw)}")
+        except ValueError as error:
+            reason = f", {error}"
+            if not isinstance(error, InputError):
+                reason = f" must be {type_name(HINTS[key])}, got {short(entry.raw)}"
+            problems.append(f"{entry.origin}: {key}{reason}")
             bad.add(section or leaf)
             continue
-        if reason := _unusable(value):
+        if reason := unusable(value):
             problems.append(f"{entry.origin}: {key} is {short(value)}, which {reason}; give another one")
             bad.add(section or leaf)
         values = nested.setdefault(section, {}) if section else nested
@@ -307,16 +310,6 @@ def _typed(entries: Mapping[str, Entry]) -> tuple[dict[str, Any], list[str]]:
     if bad & {"data", "codec"}:
         bad.add("model")  # parts of it follow from these
     return {name: value for name, value in nested.items() if name not in bad}, problems
-
-
-def _unusable(value: Any) -> str:
-    """Return why a text cannot be a name, a path or part of a file, '' for every other value."""
-    texts = [item for item in (value if isinstance(value, tuple) else (value,)) if isinstance(item, str)]
-    if any("\0" in text for text in texts):
-        return "holds a NUL character"
-    if any("\ud800" <= character <= "\udfff" for text in texts for character in text):
-        return "is not valid UTF-8"
-    return ""
 
 
 def _derive(nested: dict[str, Any], entries: dict[str, Entry]) -> list[str]:
@@ -396,5 +389,5 @@ def flat(config: RunConfig) -> dict[str, Any]:
 
 def as_record(config: RunConfig) -> dict[str, Any]:
     """Return the content of a run's config.yaml: all values, of the model what it stores."""
-    recorded = replace(config, run=replace(config.run, allow_data_change=False))
-    return {**asdict(recorded), "model": config.model.stored()}
+    recorded = asdict(replace(config, run=replace(config.run, allow_data_change=False)))
+    return {**recorded, "data": config.data.stored(), "model": config.model.stored()}

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from latte.checks import InputError, check, choose
+from latte.checks import InputError, check, choose, printable
 from latte.data.base import UNREAD, Clip, ClipReadError, DataConfig, Dataset, SceneSet
 from latte.data.buckets import Bucket, Buckets
 from latte.data.caption_files import read_captions
@@ -24,6 +24,7 @@ from latte.data.fingerprint import combined, fingerprints
 from latte.data.latents import LatentDataset
 from latte.data.layouts import LAYOUTS, check_layout
 from latte.data.media import Unreadable, read_frames
+from latte.data.mix import MixDataset, MixedSet
 from latte.data.selection import select
 from latte.data.skipped import require_clips, scan
 
@@ -274,4 +275,36 @@ def build_dataset(
         "data.buckets needs the codec and the model, which decide what fits; take the dataset from "
         "latte.build.build, or pass RunConfig.buckets here",
     )
+    if config.mix is not None:
+        return mixed(config, cache_dir, codec_fingerprint)
     return choose("data.kind", config.kind, DATASETS)(config, cache_dir, codec_fingerprint, buckets)
+
+
+def mixed(
+    config: DataConfig, cache_dir: str | os.PathLike | None = None, codec_fingerprint: str | None = None
+) -> MixDataset:
+    """Return the sets of ``config.mix`` as one dataset.
+
+    InputError naming the set that cannot be used, and for latents of different codecs.
+    """
+    sets: dict[bool, list[MixedSet]] = {False: [], True: []}
+    codecs: dict[str, str] = {}  # codec -> the first set of its latents
+    for name, (part, own) in config.sets.items():
+        buckets = None
+        if part.images and own.kind not in ("latents", "procedural"):
+            frame = Bucket(1, *own.size, latent=(1, 1, 1), tokens=1)
+            buckets = Buckets(frame, (frame,))  # takes image files, too
+        try:
+            dataset = build_dataset(own, cache_dir, codec_fingerprint, buckets)
+        except InputError as error:
+            raise InputError(f"data.mix, set {printable(name)}: {error}") from error
+        sets[part.images].append(MixedSet(name, part.weight, dataset))
+        if isinstance(dataset, LatentDataset):
+            codecs.setdefault(dataset.codec_name, name)
+    if len(codecs) > 1:
+        (one, first), (other, second), *_ = codecs.items()
+        raise InputError(
+            f"data.mix: the latents of set {printable(first)} were made with codec {one} and those of set "
+            f"{printable(second)} with {other}; encode one of them again with the other's codec"
+        )
+    return MixDataset(sets[False], sets[True])

@@ -110,7 +110,12 @@ def encode_dataset(
 def open_source(
     config: DataConfig, cache_dir: str | os.PathLike | None, progress: Progress
 ) -> tuple[Source, FrameRules]:
-    """Return the videos to encode and how frames of clips are chosen; InputError for buckets."""
+    """Return the videos to encode and how frames of clips are chosen; InputError for buckets and a mix."""
+    check(
+        config.mix is None,
+        "data.mix is given, but a folder of latents holds one set; encode each set by itself, then train "
+        "with data.kind=latents and their folders in data.mix",
+    )
     check(
         config.buckets is None,
         "data.buckets is given, but one set of latents has one size; leave it out, or train on the videos "

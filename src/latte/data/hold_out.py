@@ -4,12 +4,13 @@
 ``data.hold_out`` is a share such as 0.1, or the path of a text file with one video a line. A share takes the
 videos of the smallest hash of their keys, whatever the seed and the order of the files, and leaves every
 class and every bucket at least one video to train on. Of procedural clips, which are independent of each
-other, it takes the last ones.
+other, it takes the last ones. Each set of a mix is split by itself.
 """
 
 import hashlib
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from latte.checks import InputError, check, nearest, printable
 from latte.data.base import Clip, Dataset
 from latte.data.datasets import FolderDataset, ProceduralDataset
 from latte.data.latents import LatentDataset
+from latte.data.mix import MixDataset, MixedSet
 
 MAX_LIST_BYTES = 64 << 20
 
@@ -103,12 +105,24 @@ def as_range(members: Sequence[int]) -> range:
 
 
 def keys_of(dataset: Dataset) -> list[str]:
-    """Return the key of every clip of a dataset of files; none for procedural clips."""
+    """Return the key of every clip of a dataset of files; none for procedural clips, and for a mix with
+    some.
+    """
+    if isinstance(dataset, MixDataset):
+        return keys_of_mix(dataset)
     if isinstance(dataset, FolderDataset):
         return [clip.key for clip in dataset.clips]
     if isinstance(dataset, LatentDataset):
         return [record.key for record in dataset.videos]
     return []
+
+
+def keys_of_mix(dataset: MixDataset) -> list[str]:
+    """Return SET/KEY of every clip of a mix; none when a set has no keys."""
+    found = [(part.name, keys_of(part.dataset)) for part in dataset.sets]
+    if not all(keys for _, keys in found):
+        return []
+    return [f"{name}/{key}" for name, keys in found for key in keys]
 
 
 def in_hash_order(keys: Sequence[str]) -> list[str]:
@@ -130,6 +144,8 @@ def split(dataset: Dataset, hold_out: float | str) -> tuple[Dataset, Dataset | N
     """
     if isinstance(hold_out, int) or hold_out == 0:
         return dataset, None
+    if isinstance(dataset, MixDataset):
+        return split_mix(dataset, hold_out)
     if isinstance(dataset, ProceduralDataset):
         return split_procedural(dataset, hold_out)
     keys = keys_of(dataset)
@@ -144,6 +160,43 @@ def split(dataset: Dataset, hold_out: float | str) -> tuple[Dataset, Dataset | N
         f"data.hold_out holds out all {len(keys)} videos, which leaves none to train on; hold out fewer",
     )
     return subset(dataset, set(keys) - held, facts), subset(dataset, held, facts)
+
+
+def split_mix(dataset: MixDataset, hold_out: float | str) -> tuple[Dataset, Dataset]:
+    """Return a mix of what is left of each set, and one of what is held out of each.
+
+    A list of files names clips as SET/KEY; sets without a listed clip are trained on whole. Sets of images
+    stay whole. InputError when a set has nothing left, or a share would hold out nothing of it.
+    """
+    train: list[MixedSet] = []
+    held: list[MixedSet] = []
+    listed: set[str] = set()
+    if isinstance(hold_out, str):
+        keys = [f"{part.name}/{key}" for part in dataset.sets for key in keys_of(part.dataset)]
+        listed = listed_keys(Path(hold_out), keys)
+    for part in dataset.sets:
+        own = {key.removeprefix(f"{part.name}/") for key in listed if key.startswith(f"{part.name}/")}
+        kept: Dataset = part.dataset
+        others: Dataset | None = None
+        if own:
+            keys = keys_of(part.dataset)
+            facts = {"hold_out": "a list of files"}
+            kept = subset(part.dataset, set(keys) - own, facts)
+            others = subset(part.dataset, own, facts)
+            check(
+                len(kept) > 0,
+                f"data.hold_out lists all {len(keys)} videos of set {printable(part.name)}, which leaves "
+                "none to train on; hold out fewer",
+            )
+        elif not listed:
+            try:
+                kept, others = split(part.dataset, hold_out)
+            except InputError as error:
+                raise InputError(f"data.mix, set {printable(part.name)}: {error}") from error
+        train.append(replace(part, dataset=kept))
+        if others is not None:
+            held.append(replace(part, dataset=others))
+    return MixDataset(train, dataset.images), MixDataset(held)
 
 
 def split_procedural(dataset: ProceduralDataset, hold_out: float | str) -> tuple[Dataset, Dataset]:

@@ -18,6 +18,7 @@ from latte.autoencoder.compression import check_images as check_images
 from latte.checks import check
 from latte.data.base import Clip, Dataset
 from latte.data.buckets import Buckets
+from latte.data.order import Shares
 
 
 def append_images(clip: Tensor, images: Tensor) -> Tensor:
@@ -71,6 +72,11 @@ class JointDataset:
         return getattr(self.dataset, "buckets", None)
 
     @property
+    def shares(self) -> Shares | None:
+        """Those of a mix."""
+        return getattr(self.dataset, "shares", None)
+
+    @property
     def members(self) -> tuple[Sequence[int], ...]:
         """The clips of each bucket."""
         return getattr(self.dataset, "members", ())
@@ -81,11 +87,10 @@ class JointDataset:
     def clip(self, index: int, generator: torch.Generator) -> Clip:
         """Return clip ``index`` of the dataset and, behind it, images of random clips.
 
-        With buckets they come from the clips of its frame size.
+        With buckets they come from the clips of its frame size, with a mix from its sets by their weights.
         """
         clip = self.dataset.clip(index, generator)
-        picks = torch.randint(self.pool_size(index), (self.num_images,), generator=generator).tolist()
-        images = [self.dataset.image(self.pooled(index, pick), generator) for pick in picks]
+        images = self.images(index, generator)
         video = append_images(clip.video, torch.cat([image.video for image in images]))
         changes: dict[str, Any] = {"video": video}
         if clip.label is not None:
@@ -93,6 +98,13 @@ class JointDataset:
         if clip.caption is not None:
             changes["caption"] = [clip.caption, *(image.caption for image in images)]
         return replace(clip, **changes)
+
+    def images(self, index: int, generator: torch.Generator) -> list[Clip]:
+        """Return the images that follow clip ``index``."""
+        if self.shares is not None:
+            return [self.dataset.random_image(generator) for _ in range(self.num_images)]  # type: ignore
+        picks = torch.randint(self.pool_size(index), (self.num_images,), generator=generator).tolist()
+        return [self.dataset.image(self.pooled(index, pick), generator) for pick in picks]
 
     def pool(self, index: int) -> list[Sequence[int]]:
         """Return the clips whose frames have the size of clip ``index``, in parts."""

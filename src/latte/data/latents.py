@@ -120,6 +120,12 @@ class LatentDataset:
             "take fewer frames or a smaller interval"
         )
 
+    @property
+    def codec_name(self) -> str:
+        """Name and fingerprint of the codec that made the latents."""
+        codec = self.settings["codec"]
+        return f"{codec['name']} {read_fingerprint(codec)}"
+
     def __len__(self) -> int:
         return len(self.videos)
 

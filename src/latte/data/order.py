@@ -5,6 +5,10 @@ The clips form a sequence without end: pass after pass, each a permutation of th
 that may span two passes. The permutation is a small Feistel network keyed by (seed, pass). It needs no memory
 and no state, so resuming at step k means asking for step k.
 
+Several sets with weights (``data.mix``) share that sequence: in every window of as many clips as the sum of
+the whole-number weights each set has exactly its weight, at places permuted by the seed. After k windows the
+clips that were taken of a set are the first k x weight of the order that it has by itself.
+
 With buckets every bucket has such a sequence of its own, cut into batches of its own size. The steps are
 grouped into rounds of about one pass over the data. A bucket of n clips in batches of B has taken
 ceil(r n / B) batches after r rounds: its share of the clips is exact to within one batch, however long the
@@ -12,6 +16,7 @@ run, and after r rounds every clip has been used at least r times. A round's bat
 """
 
 import hashlib
+import itertools
 import math
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
@@ -99,6 +104,59 @@ class PlainOrder:
 
 
 @dataclass(frozen=True)
+class Shares:
+    """The sets of a mix: their names, which key the permutations, whole-number weights and sizes."""
+
+    names: tuple[str, ...]
+    weights: tuple[int, ...]
+    sizes: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class MixOrder:
+    """The order of clips of several sets, whose indices follow each other, ``global_batch`` a step."""
+
+    seed: int
+    global_batch: int
+    shares: Shares
+
+    def place(self, position: int) -> tuple[int, int]:
+        """Return (set, place in the order of its clips) for ``position`` of the sequence without end."""
+        weights = self.shares.weights
+        ends = list(accumulate(weights))
+        window, offset = divmod(position, ends[-1])
+        slot = permuted(offset, ends[-1], self.seed, window, "mix")
+        number = bisect_right(ends, slot)
+        return number, window * weights[number] + slot - (ends[number] - weights[number])
+
+    def item(self, position: int) -> int:
+        """Return the dataset index of the clip at ``position``."""
+        number, turn = self.place(position)
+        size = self.shares.sizes[number]
+        epoch, offset = divmod(turn, size)
+        start = sum(self.shares.sizes[:number])
+        return start + permuted(offset, size, self.seed, epoch, f"set {self.shares.names[number]}")
+
+    def items(self, step: int) -> list[int]:
+        """Return the dataset indices of ``step``."""
+        first = step * self.global_batch
+        return [self.item(position) for position in range(first, first + self.global_batch)]
+
+    def clips_before(self, step: int) -> int:
+        """Return how many clips the steps before ``step`` take together."""
+        return step * self.global_batch
+
+    def counts_before(self, step: int) -> list[int]:
+        """Return how many clips of each set the steps before ``step`` take; counts through one window."""
+        window = sum(self.shares.weights)
+        whole, rest = divmod(self.clips_before(step), window)
+        counts = [whole * weight for weight in self.shares.weights]
+        for position in range(whole * window, whole * window + rest):
+            counts[self.place(position)[0]] += 1
+        return counts
+
+
+@dataclass(frozen=True)
 class BucketOrder:
     """The order of clips in buckets: ``members`` are the dataset indices of each, ``sizes`` its batch size,
     ``names`` key its permutations. No bucket may be empty.
@@ -158,12 +216,15 @@ class BucketOrder:
 
 
 def order_of(dataset: Any, seed: int, global_batch: int, world: int = 1) -> Order:
-    """Return the order of a dataset's clips, by buckets if it has any (``dataset.buckets`` and ``members``).
+    """Return the order of a dataset's clips, by buckets if it has any (``dataset.buckets`` and ``members``),
+    by weights if it is a mix (``dataset.shares``).
 
     InputError unless ``world`` processes can share every batch evenly.
     """
     buckets = getattr(dataset, "buckets", None)
     check_world(global_batch, world, buckets)
+    if shares := getattr(dataset, "shares", None):
+        return MixOrder(seed, global_batch, shares)
     if buckets is None:
         return PlainOrder(seed, global_batch, len(dataset))
     names = tuple(map(str, buckets.shapes))
@@ -171,7 +232,11 @@ def order_of(dataset: Any, seed: int, global_batch: int, world: int = 1) -> Orde
 
 
 def random_items(dataset: Any, seed: int, count: int) -> list[int]:
-    """Return at most ``count`` different clips at random; with buckets they are from each in turn."""
+    """Return at most ``count`` different clips at random, of a mix by the weights of its sets; with buckets
+    they are from each in turn.
+    """
+    if shares := getattr(dataset, "shares", None):
+        return mixed_items(MixOrder(seed, 1, shares), min(count, len(dataset)))
     buckets = getattr(dataset, "buckets", None)
     if buckets is None:
         return items_of_step(seed, 0, min(count, len(dataset)), len(dataset))
@@ -181,3 +246,20 @@ def random_items(dataset: Any, seed: int, count: int) -> list[int]:
         parts.append([members[i] for i in items_of_step(seed, 0, size, len(members), f"bucket {bucket}")])
     turns = (part[turn : turn + 1] for turn in range(count) for part in parts)
     return [item for found in turns for item in found][:count]
+
+
+def mixed_items(order: MixOrder, count: int) -> list[int]:
+    """Return the first ``count`` different clips of a mix."""
+    found: dict[int, None] = {}
+    for position in itertools.count():
+        if len(found) >= count:
+            break
+        found.setdefault(order.item(position))
+    return list(found)
+
+
+def first_items(dataset: Any, count: int) -> Sequence[int]:
+    """Return the first ``count`` clips; of a mix, the first by the weights of its sets."""
+    if shares := getattr(dataset, "shares", None):
+        return mixed_items(MixOrder(0, 1, shares), min(count, len(dataset)))
+    return range(count)

@@ -16,7 +16,7 @@ from latte.checks import check
 from latte.config.run import RunConfig
 from latte.data.buckets import check_world
 from latte.data.datasets import Dataset, FolderDataset, build_dataset
-from latte.data.order import order_of
+from latte.data.order import MixOrder, order_of
 from latte.data.selection import bucket_table
 from latte.diffusion.config import build_process
 from latte.interop.lora import add_lora
@@ -41,7 +41,7 @@ class Batch:
     micro_batch: int
     accumulation: int
     clips_seen: int  # in the whole training
-    clips: int | None  # of the dataset; None without data
+    clips: int | None  # of the dataset; None without data and for a mix
     epochs: float | None
 
     @property
@@ -113,6 +113,7 @@ class Plan:
     sampling: dict[str, Any]  # see latte.profile.sampling_memory
     encoding: Encoding
     buckets: list[dict[str, Any]]  # see latte.data.selection.bucket_table; [] without buckets
+    mix: list[dict[str, Any]]  # see mix_rows; [] without data.mix
 
 
 def plan(
@@ -163,6 +164,7 @@ def plan(
         sampling=sampling,
         encoding=counter(Encoding, lambda: encoding(config), model, config.codec, config.data),
         buckets=bucket_rows(config, dataset),
+        mix=mix_rows(config, dataset),
     )
 
 
@@ -199,7 +201,10 @@ def check_processes(global_batch: int, processes: int) -> None:
 
 def existing_data(config: RunConfig) -> Dataset | None:
     """Return the dataset of the run if its files are there, None otherwise and for procedural clips."""
-    if config.data.root is None or not Path(config.data.root).exists():
+    roots = [data.root for _, data in config.data.sets.values() if data.kind != "procedural"]
+    if config.data.mix is None:
+        roots = [config.data.root]
+    if not all(root and Path(root).exists() for root in roots):
         return None
     return build_dataset(config.data, buckets=config.buckets)
 
@@ -217,6 +222,30 @@ def bucket_rows(config: RunConfig, dataset: Dataset | None) -> list[dict[str, An
     ]
 
 
+def mix_rows(config: RunConfig, dataset: Dataset | None) -> list[dict[str, Any]]:
+    """Return a row per set of clips of ``data.mix``: weight, share, clips, those seen in training, epochs.
+
+    What needs the data is None without them. [] without a mix.
+    """
+    if config.data.mix is None:
+        return []
+    order = None
+    if dataset is not None:
+        order = order_of(dataset, config.run.seed, config.train.global_batch)
+    sets = {name: part for name, (part, _) in config.data.sets.items() if not part.images}
+    total = sum(part.weight for part in sets.values())
+    rows = []
+    for number, (name, part) in enumerate(sets.items()):
+        row = {"set": name, "weight": part.weight, "share": part.weight / total}
+        row |= dict.fromkeys(("clips", "clips_seen", "epochs"))
+        if isinstance(order, MixOrder):
+            clips = order.shares.sizes[number]
+            seen = order.counts_before(config.train.steps)[number]
+            row |= {"clips": clips, "clips_seen": seen, "epochs": seen / clips}
+        rows.append(row)
+    return rows
+
+
 def batches(config: RunConfig, processes: int, dataset: Dataset | None) -> Batch:
     """Return how the global batch is divided, and how often training sees the data."""
     train = config.train
@@ -224,7 +253,7 @@ def batches(config: RunConfig, processes: int, dataset: Dataset | None) -> Batch
     clips_seen = train.steps * train.global_batch
     micro_batch = min(train.micro_batch or share, share)
     clips = config.data.num_clips
-    if dataset is not None:
+    if dataset is not None and not config.data.mix:  # of a mix each set has epochs of its own
         clips = len(dataset)
         clips_seen = order_of(dataset, config.run.seed, train.global_batch).clips_before(train.steps)
     return Batch(

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from latte.checks import RunError, check
 from latte.data.datasets import Clip, Dataset
+from latte.data.order import first_items
 from latte.distributed import Group
 from latte.runtime import generator
 from latte.training.condition import CaptionReader
@@ -55,6 +56,7 @@ class Validation:
         self.held_out = held_out
         self.captions = captions
         self.clips = min(clips, len(held_out))
+        self.items = first_items(held_out, self.clips)
         self.group = group
         self.examples: dict[int, Example] = {}
 
@@ -96,7 +98,7 @@ class Validation:
     def _example(self, index: int) -> Example:
         """Return held-out clip ``index`` with its noise and timesteps."""
         task = self.task
-        clip = self.held_out.clip(index, generator(task.seed, "validation", "clip", index))
+        clip = self.held_out.clip(self.items[index], generator(task.seed, "validation", "clip", index))
         video = clip.video[None]  # (1 f c H W)
         if task.codec is not None:
             video = encode_joint(task.codec, video, 0, generator(task.seed, "validation", "encode", index))
