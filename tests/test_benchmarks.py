@@ -53,6 +53,18 @@ def benchmark(monkeypatch):
         del sys.modules[name]
 
 
+@pytest.mark.parametrize("name", sorted(path.stem for path in FOLDER.glob("*.py")))
+def test_every_benchmark_can_be_imported_and_describes_its_options(benchmark, capsys, name):
+    """Some run only in the nightly tests; what they import must be there all the same."""
+    module = benchmark(name)
+    if not hasattr(module, "main"):
+        return
+    with pytest.raises(SystemExit) as left:
+        module.main(["--help"])
+    assert left.value.code == 0
+    assert "usage" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("name", "more"),
     [
@@ -94,6 +106,7 @@ def test_the_targets_compare_equal_models(benchmark, capsys):
     assert lines["growth"]["tokens"]["operations"] > 3
 
 
+@pytest.mark.nightly
 def test_a_second_score_is_measured_by_its_parts(benchmark, capsys):
     line = benchmark("second_score").main(["--clips", "2", "--size", "32", "--rounds", "1"])
     assert json.loads(capsys.readouterr().out) == line
@@ -115,6 +128,7 @@ def test_a_training_step_counts_three_forward_passes_per_clip(benchmark, capsys)
     assert benchmark("train_step").main([*TINY, *MODEL, "--batch", "2"])["operations"] == 6 * forward
 
 
+@pytest.mark.nightly
 def test_processes_are_compared_with_one(benchmark, capsys):
     line = benchmark("processes").main([*MODEL, "--batch", "2", "--rounds", "2", "--steps", "1"])
     assert json.loads(capsys.readouterr().out) == line
@@ -154,6 +168,7 @@ def test_the_frechet_benchmark_prints_the_expected_value_beside_its_own(benchmar
     assert line["value"] == pytest.approx(line["expected"], rel=0.5)
 
 
+@pytest.mark.nightly
 def test_the_i3d_benchmark_compares_equal_networks(benchmark, capsys, monkeypatch):
     i3d = benchmark("i3d")
     monkeypatch.setattr(i3d.measure, "timed", one_round)
@@ -275,7 +290,8 @@ def test_captions_of_the_world_are_graded_for_combinations_held_out_and_trained(
     monkeypatch.setattr(obedience.VideoPipeline, "from_pretrained", lambda source, **_: unknown)
     with pytest.raises(InputError, match="--scenes world or shapes"):
         obedience.main(words)
-    line = obedience.main([*words, "--scenes", "world", "--hold-out", "8", "--language", "mixed"])
+    few = ["model", "--count", "4", "--seed", "100"]
+    line = obedience.main([*few, "--scenes", "world", "--hold-out", "8", "--language", "mixed"])
     assert share(line, "held_out", "all") == [1]
 
 
@@ -485,7 +501,7 @@ def test_the_step_cache_is_compared_with_as_many_plain_steps(benchmark, capsys):
 
 
 def test_more_steps_of_a_solver_are_nearer_to_the_limit(benchmark, capsys):
-    line = benchmark("solver_distance").main(["--count", "2", "--limit", "40", "--steps", "4", "16"])
+    line = benchmark("solver_distance").main(["--count", "1", "--limit", "24", "--steps", "2", "8"])
     assert json.loads(capsys.readouterr().out) == line
     assert {"euler", "dpmpp", "unipc --order 3"} <= set(line["distances"])
     assert all(few > many > 0 for few, many in line["distances"].values())
@@ -506,6 +522,7 @@ def test_ways_of_sampling_are_compared_and_their_clips_kept(benchmark, capsys, t
     assert kept == {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
 
 
+@pytest.mark.nightly
 def test_start_up_is_compared_with_the_import_of_torch(benchmark, capsys):
     line = benchmark("start_up").main(["--rounds", "1", "--commands", "config show"])
     assert json.loads(capsys.readouterr().out) == line
