@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-FOLDERS = ("src", "tests", "tools", "benchmarks", "examples", "docs")
+FOLDERS = ("src", "tests", "tools", "benchmarks", "examples", "integrations", "docs")
 SUFFIXES = {".py", ".md", ".yaml", ".html"}
 PAGES = ("README.md", "README.zh-CN.md", "CONTRIBUTING.md", "pyproject.toml")
 UNREAD = {"tests/test_language.py", "docs/LOG.md"}  # this list; the diary of measurements quotes old commands

@@ -7,13 +7,20 @@ Generators live on the CPU, so a seed means the same numbers on every device.
 """
 
 import hashlib
+import logging
 import math
 import os
 import platform
+<<<<<<< HEAD
 import signal
 import threading
+=======
+import re
+>>>>>>> 21e44c0 (Container, ComfyUI nodes, issue forms, SECURITY, NOTICE; a package version outside the tested range is logged once)
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Self
@@ -35,9 +42,44 @@ DTYPES: Table[str, "torch.dtype"] = Table(
     }
 )
 
+LOG = logging.getLogger(__name__)
+TESTED = {  # package: the oldest and the newest version that the tests ran with
+    "torch": ("2.11", "2.13"),
+    "numpy": ("1.26", "2.4"),
+    "av": ("17.1", "18.1"),
+    "diffusers": ("0.35", "0.42"),
+    "transformers": ("4.56", "5.24"),
+    "peft": ("0.17", "0.21"),
+}
 LIMITED = "LATTE_LIMITED_THREADS"  # what limit_threads has set, for threads_text
 DEFAULT_TIMEOUT = 300.0  # seconds to wait for another process
 FASTEST = "fastest"  # instead of a dtype: measured for a model, see latte.model.fastest
+
+
+def untested_versions() -> list[str]:
+    """Return a line for each installed package of TESTED whose version is outside its range."""
+    lines = []
+    for name, (oldest, newest) in TESTED.items():
+        try:
+            found = version(name)
+        except (PackageNotFoundError, KeyError):
+            continue
+        number = re.match(r"(\d+)\.(\d+)", found)
+        first, last = (tuple(map(int, bound.split("."))) for bound in (oldest, newest))
+        if number and not first <= tuple(map(int, number.groups())) <= last:
+            lines.append(
+                f"{name} {found} is outside the tested range, {oldest} to {newest}; if something fails, "
+                "install a version of that range"
+            )
+    return lines
+
+
+@cache
+def warn_untested() -> None:
+    """Log the lines of ``untested_versions``, once in a process, and in the first of several only."""
+    if rank() == 0:
+        for line in untested_versions():
+            LOG.warning("%s", line)
 
 
 def rank() -> int:
@@ -128,6 +170,7 @@ def resolve_device(device: "str | torch.device" = "auto") -> "torch.device":
     """
     import torch
 
+    warn_untested()
     available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     kind, _, number = str(device).partition(":")
     if kind == "auto":
