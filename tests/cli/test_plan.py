@@ -65,9 +65,10 @@ def test_a_latent_that_patches_do_not_divide_is_refused(latte):
 def test_config_show_gives_every_value_with_its_origin(latte, monkeypatch):
     monkeypatch.setenv("LATTE_TRAIN_LR", "1e-5")
     found = latte("config", "show", "shapes", "model.depth=6", "--json").json
-    assert found["train.lr"] == {"value": 1e-5, "origin": "environment LATTE_TRAIN_LR"}
-    assert found["model.depth"] == {"value": 6, "origin": "command line"}
-    assert found["model.num_frames"] == {"value": 8, "origin": "derived from data and codec"}
+    given = {key: (entry["value"], entry["origin"]) for key, entry in found.items()}
+    assert given["train.lr"] == (1e-5, "environment LATTE_TRAIN_LR")
+    assert given["model.depth"] == (6, "command line")
+    assert given["model.num_frames"] == (8, "derived from data and codec")
     assert found["train.steps"]["origin"].startswith("recipe shapes:")
     assert found["model.size"]["origin"] == "default"
     shown = latte("config", "show").out
@@ -104,3 +105,17 @@ def test_doctor_exits_with_1_when_something_is_missing(latte, monkeypatch):
     found = latte("doctor")
     assert found.code == 1
     assert found.out.count("problem: ") == 3
+
+
+def test_plan_ends_with_a_verdict_for_the_memory_at_hand(latte):
+    words = ("plan", "shapes", *WORDS, "train.global_batch=4", "--device", "cpu")
+    assert latte(*words).out.splitlines()[-1].startswith("verdict: fits: a step needs ")
+    needed = latte(*words, "--json").json["memory"]["total"]
+    found = latte(*words, "--memory", needed / 2**30, "--json").json["verdict"]
+    assert (found["fits"], found["needed"]) == (False, needed)
+    assert found["settings"] == ["train.micro_batch=2"]
+    checked = latte(*words, *found["settings"], "--json").json
+    assert checked["memory"]["total"] == found["needed_with"], "the setting needs what the verdict says"
+    assert "fits with train.micro_batch=2" in latte(*words, "--memory", needed / 2**30).out.splitlines()[-1]
+    wrong = latte(*words, "--memory", 0)
+    assert (wrong.code, len(wrong.errors)) == (2, 1)

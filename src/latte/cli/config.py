@@ -21,7 +21,11 @@ MaybeKind = Annotated[
     str | None, typer.Argument(metavar="[KIND]", help="One of {kinds}; all without it.", show_default=False)
 ]
 
-app = typer.Typer(cls=Group, help="Settings of a run, and the schema of the YAML file.", no_args_is_help=True)
+app = typer.Typer(
+    cls=Group,
+    help="Settings of a run, all choices by name, and the schema of the YAML file.",
+    no_args_is_help=True,
+)
 
 
 @app.command("show", cls=Command, context_settings=OVERRIDABLE)

@@ -23,6 +23,7 @@ from latte.checks import InputError, RunError
 from latte.cli import (
     ablate,
     bench,
+    completion,
     config,
     convert,
     data,
@@ -235,6 +236,7 @@ app.add_typer(data.app, name="data")
 app.add_typer(config.app, name="config")
 app.command("bench", cls=Command, context_settings=OVERRIDABLE)(bench.bench)
 app.command("doctor", cls=Command)(doctor.doctor)
+app.command("completion", cls=Command)(completion.completion)
 
 
 def main() -> None:

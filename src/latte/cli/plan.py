@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from latte.checks import check
 from latte.cli.options import OVERRIDABLE, Debug, Device, Json, Overrides, Run, print_result, table
 from latte.files import size_text as size
 
@@ -22,6 +23,15 @@ Processes = Annotated[
     int | None,
     typer.Option(metavar="N", help="Devices that will train together; those of torchrun by default."),
 ]
+MemoryGib = Annotated[
+    float | None,
+    typer.Option(
+        "--memory",
+        metavar="GIB",
+        help="Memory of a device, e.g. 80, for the verdict about one that is not here; by default this "
+        "machine's.",
+    ),
+]
 
 
 def plan(
@@ -29,25 +39,30 @@ def plan(
     overrides: Overrides = None,
     measure: Measure = False,
     processes: Processes = None,
+    memory: MemoryGib = None,
     device: Device = "auto",
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Show what a run costs: parameters and operations (exact, and counted as in the paper), memory, batches,
-    disk, time.
+    disk, time; at the end whether a step fits into the memory at hand, and a setting that does.
     """
     from latte.config.run import load_run
 
     config, _ = load_run(run, overrides or [])
     from latte.data.selection import table_lines  # torch, after the settings were found good
+    from latte.profile.fit import verdict_text
     from latte.profile.plan import plan as plan_of
 
-    planned = plan_of(config, device, processes, measure, kept=True)
+    check(memory is None or 0 < memory < 1e6, f"--memory must be in (0, 1e6) GiB, got {memory}; e.g. 80")
+    available = None if memory is None else round(memory * 2**30)
+    planned = plan_of(config, device, processes, measure, kept=True, available=available)
     lines = table(rows(planned))
     for row in planned.mix:
         lines.append(mix_line(row))
     if planned.buckets:
         lines += table_lines(planned.buckets)
+    lines.append(f"verdict: {verdict_text(planned.verdict)}")
     print_result(asdict(planned), as_json, lines)
 
 

@@ -21,12 +21,14 @@ from latte.data.selection import bucket_table
 from latte.diffusion.config import build_process
 from latte.interop.lora import add_lora
 from latte.model.denoiser import Denoiser
+from latte.profile.fit import Verdict, judge
 from latte.profile.flops import Cost, Table3, count, encoding_operations, table3
 from latte.profile.kept import Counter
 from latte.profile.memory import Activations, Adapt, States, activations, fresh, states
 from latte.profile.sampling_memory import staging
 from latte.profile.step_time import step_seconds
-from latte.runtime import FASTEST, resolve_device, resolve_dtype, world_size
+from latte.runtime import FASTEST, memory_of, resolve_device, resolve_dtype, world_size
+from latte.training.config import TrainConfig
 from latte.training.step import with_dtype
 
 
@@ -114,6 +116,7 @@ class Plan:
     encoding: Encoding
     buckets: list[dict[str, Any]]  # see latte.data.selection.bucket_table; [] without buckets
     mix: list[dict[str, Any]]  # see mix_rows; [] without data.mix
+    verdict: Verdict  # whether a step fits into the memory at hand
 
 
 def plan(
@@ -122,12 +125,14 @@ def plan(
     processes: int | None = None,
     measure: bool = False,
     kept: bool = False,
+    available: int | None = None,
 ) -> Plan:
     """Return what a run costs on ``processes`` devices like ``device`` (None: as many as torchrun started).
 
     ``measure`` trains a few steps on ``device``; without it the device need not exist, so a run on a GPU can
-    be planned on a laptop. ``kept``: counts of an earlier plan come from the user's cache. InputError for
-    processes that cannot share the global batch and for existing data that do not fit.
+    be planned on a laptop. ``kept``: counts of an earlier plan come from the user's cache. ``available``:
+    bytes of the device's memory, for the verdict; by default those of a device of that kind here. InputError
+    for processes that cannot share the global batch and for existing data that do not fit.
     """
     model = config.network
     train = config.train
@@ -148,6 +153,13 @@ def plan(
     state = counter(States, lambda: states(model, adapters(config), *trained), model, config.lora, *trained)
     dataset = existing_data(config)
     batch = batches(config, processes, dataset)
+    held = memory(config, batch, state, planned_device, counter)
+
+    def counted(changed: TrainConfig, clips: int) -> Memory:
+        tried = replace(batch, micro_batch=clips)
+        return memory(replace(config, train=changed), tried, state, planned_device, counter)
+
+    available = available or memory_here(planned_device)
     num_kept = min(train.keep_last, -(-train.steps // train.checkpoint_every))
     return Plan(
         parameters=cost.parameters,
@@ -157,7 +169,7 @@ def plan(
         latent=(model.num_frames, model.latent_channels, *model.grid_size),
         tokens=model.num_tokens,
         clips_seen=batch.clips_seen,
-        memory=memory(config, batch, state, planned_device, counter),
+        memory=held,
         batch=batch,
         disk=Disk(state.checkpoint, num_kept * state.checkpoint),
         time=measured_time(config, batch, planned_device) if measure else None,
@@ -165,7 +177,17 @@ def plan(
         encoding=counter(Encoding, lambda: encoding(config), model, config.codec, config.data),
         buckets=bucket_rows(config, dataset),
         mix=mix_rows(config, dataset),
+        verdict=judge(train, batch, held, planned_device, available, counted),
     )
+
+
+def memory_here(device: torch.device) -> int | None:
+    """Return the bytes of memory of ``device``; None for a GPU that this machine does not have."""
+    if device.type == "cuda" and not torch.cuda.is_available():
+        return None
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        return None
+    return memory_of(device)
 
 
 def encoding(config: RunConfig) -> Encoding:

@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The verdict about the memory at hand: it fits, or the first setting in order of cost that does."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from latte.profile.fit import ROOM, judge, on_each, verdict_text
+from latte.profile.plan import Batch, Memory
+from latte.training.config import TrainConfig
+
+STATES = 40
+HELD = Memory(10, 10, 10, 10, 160, 200, without_checkpointing=160, with_checkpointing=32, dtype="float32")
+BATCH = Batch(8, 1, 8, 1, clips_seen=8, clips=None, epochs=None)
+TRAIN = TrainConfig(global_batch=8)
+
+
+def count(train: TrainConfig, clips: int) -> Memory:
+    """A step of 20 bytes a clip: a fifth with checkpointing, half of that in bf16."""
+    saved = clips * (4 if train.gradient_checkpointing else 20) // (2 if train.dtype == "bf16" else 1)
+    return replace(HELD, activations=saved, total=STATES + saved)
+
+
+@pytest.mark.parametrize(
+    ("available", "settings", "processes", "needed"),
+    [
+        (230, None, None, 200),
+        (200, ("train.micro_batch=4",), None, 120),  # 200 leaves no room for the codec
+        (90, ("train.micro_batch=2",), None, 80),
+        (67, ("train.micro_batch=1",), None, 60),
+        (64, ("train.gradient_checkpointing=true", "train.micro_batch=4"), None, 56),
+        (49, ("train.gradient_checkpointing=true", "train.micro_batch=1"), None, 44),
+        (40, ("train.parallel=fsdp", "train.gradient_checkpointing=true", "train.micro_batch=4"), 2, 36),
+        (11, ("train.parallel=fsdp", "train.gradient_checkpointing=true", "train.micro_batch=1"), 8, 9),
+        (5, (), None, None),
+    ],
+)
+def test_the_setting_that_fits_is_the_cheapest_in_time(available, settings, processes, needed):
+    found = judge(TRAIN, BATCH, HELD, torch.device("cpu"), available, count)
+    assert found.fits == (settings is None)
+    assert found.settings == (settings or ())
+    assert found.processes == processes
+    assert (found.needed if settings is None else found.needed_with) == needed
+    if found.needed_with:
+        assert found.needed_with <= ROOM * available
+
+
+def test_bf16_is_for_gpus_and_comes_after_checkpointing():
+    found = judge(TRAIN, BATCH, HELD, torch.device("cuda"), 48, count)
+    assert found.settings == ("train.gradient_checkpointing=true", "train.dtype=bf16", "train.micro_batch=1")
+    assert judge(TRAIN, BATCH, HELD, torch.device("cpu"), 48, count).processes == 2
+
+
+def test_settings_that_exclude_each_other_are_not_proposed():
+    found = judge(replace(TRAIN, route=0.5), BATCH, HELD, torch.device("cpu"), 55, count)
+    assert "train.gradient_checkpointing=true" not in found.settings
+
+
+def test_states_are_split_by_the_parallelism():
+    assert on_each(HELD, "ddp", 8) == 200
+    assert on_each(HELD, "fsdp", 8) == 160 + 5
+    assert on_each(HELD, "hsdp", 8, shard_size=4) == 160 + 10
+
+
+def test_the_verdict_in_words():
+    def words(device: str, available: int | None) -> str:
+        return verdict_text(judge(TRAIN, BATCH, HELD, torch.device(device), available, count))
+
+    assert words("cpu", 1 << 30).startswith(
+        "fits: a step needs 0.0 MiB on each device, this machine has 1.00"
+    )
+    assert words("cuda", None).endswith("no cuda is here; give its memory in GiB, e.g. --memory 80")
+    assert "less than 10% to spare; fits with train.micro_batch=4: " in words("cpu", 201)
+    assert "on 8 devices" in words("cpu", 11)
+    assert words("cpu", 5).endswith("take a smaller model.size, data.frames or data.resolution")
