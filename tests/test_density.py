@@ -8,6 +8,7 @@ some files, or of the whole package: ``python tests/test_density.py [FILE ...]``
 
 import ast
 import sys
+from functools import lru_cache
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,12 @@ LONG_FUNCTIONS = ("training/train.py:",)  # train(): flat, its stages marked by 
 Found = list[tuple[int, str]]
 
 
+@lru_cache(2 * len(FILES))
+def nodes(text: str) -> tuple[ast.AST, ...]:
+    """Every node of a file's syntax tree."""
+    return tuple(ast.walk(ast.parse(text)))
+
+
 def long_lines(text: str) -> Found:
     """Lines of more than MAX_COLUMNS characters."""
     lines = enumerate(text.splitlines(), 1)
@@ -38,7 +45,7 @@ def long_lines(text: str) -> Found:
 def several_statements(text: str) -> Found:
     """Statements that begin on the line on which another one begins."""
     found = []
-    for node in ast.walk(ast.parse(text)):
+    for node in nodes(text):
         for name in ("body", "orelse", "finalbody"):
             body = getattr(node, name, None)
             if not isinstance(body, list) or not body:
@@ -53,7 +60,7 @@ def several_statements(text: str) -> Found:
 def long_functions(text: str) -> Found:
     """Functions of more than MAX_FUNCTION_LINES lines, decorators not counted."""
     found = []
-    for node in ast.walk(ast.parse(text)):
+    for node in nodes(text):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             lines = (node.end_lineno or node.lineno) - node.lineno + 1
             if lines > MAX_FUNCTION_LINES:
@@ -63,14 +70,14 @@ def long_functions(text: str) -> Found:
 
 def inline_conditionals(text: str) -> Found:
     """Conditional expressions, wherever they stand."""
-    nodes = (node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.IfExp))
-    return sorted((node.lineno, ast.unparse(node)) for node in nodes)
+    found = (node for node in nodes(text) if isinstance(node, ast.IfExp))
+    return sorted((node.lineno, ast.unparse(node)) for node in found)
 
 
 def nested_conditionals(text: str) -> Found:
     """Conditional expressions inside another one."""
     found = set()
-    for outer in ast.walk(ast.parse(text)):
+    for outer in nodes(text):
         if isinstance(outer, ast.IfExp):
             inner = (node for node in ast.walk(outer) if isinstance(node, ast.IfExp) and node is not outer)
             found |= {(node.lineno, ast.unparse(outer)) for node in inner}
@@ -80,7 +87,7 @@ def nested_conditionals(text: str) -> Found:
 def tuple_assignments(text: str) -> Found:
     """``a, b = x, y``: unrelated values assigned at once. A swap is no such thing."""
     found = []
-    for node in ast.walk(ast.parse(text)):
+    for node in nodes(text):
         if not isinstance(node, ast.Assign) or not isinstance(node.value, ast.Tuple):
             continue
         target = node.targets[0]
