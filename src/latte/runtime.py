@@ -11,12 +11,9 @@ import logging
 import math
 import os
 import platform
-<<<<<<< HEAD
+import re
 import signal
 import threading
-=======
-import re
->>>>>>> 21e44c0 (Container, ComfyUI nodes, issue forms, SECURITY, NOTICE; a package version outside the tested range is logged once)
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import cache
