@@ -49,7 +49,7 @@ def test_plan_answers_with_memory_batch_disk_and_on_request_the_time(latte):
     assert latte(*words, "--measure", "--json").json["time"].keys() >= {"step_seconds", "hours"}
 
 
-@pytest.mark.parametrize(("size", "parameters"), [("S", 32_480_672), ("B", 129_547_040)])
+@pytest.mark.parametrize(("size", "parameters"), [("S", 32_480_672)])
 def test_overrides_reach_the_plan_in_both_forms(latte, size, parameters):
     assert latte("plan", "ffs", f"model.size={size}", "--json").json["table3"]["parameters"] == parameters
     assert latte("plan", "ffs", "--model.size", size, "--json").json["parameters"] == parameters
