@@ -34,6 +34,10 @@ NCCL_GRACE = timedelta(
 REPORT_SECONDS = 5.0  # after a timeout, how long to wait for the other ranks to say that they are alive
 
 
+class ProcessLost(RunError):
+    """A collective operation failed: another process has stopped, died or lost its connection."""
+
+
 @dataclass(frozen=True)
 class Group:
     """The processes of this run. With one process, every method is a plain call."""
@@ -93,6 +97,26 @@ class Group:
             raise outcome[0]
         return outcome[0]
 
+    def together(self, function: Callable[..., T], *arguments: Any) -> T:
+        """Call ``function(*arguments)`` in every process and return its result there; when one raises an
+        InputError or RunError, all raise that of the first such rank, which is named.
+        """
+        if self.size == 1:
+            return function(*arguments)
+        result: Any = None
+        error: Exception | None = None
+        try:
+            result = function(*arguments)
+        except (InputError, RunError) as expected:
+            error = expected
+        errors: list[Any] = [None] * self.size
+        with self.collective():
+            dist.all_gather_object(errors, error, group=self.rank0_work)
+        for number, found in enumerate(errors):
+            if found is not None:
+                raise type(found)(f"rank {number} of {self.size}: {found}") from error
+        return result
+
     @contextmanager
     def collective(self) -> Iterator[None]:
         """Turn a failed collective operation into a RunError that names the ranks that did not answer."""
@@ -100,7 +124,7 @@ class Group:
             yield
         except RuntimeError as error:
             reason = str(error).splitlines()[0]
-            raise RunError(self.failure(self.silent_ranks(), reason)) from error
+            raise ProcessLost(self.failure(self.silent_ranks(), reason)) from error
 
     @contextmanager
     def computation(self) -> Iterator[None]:

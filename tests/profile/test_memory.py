@@ -113,7 +113,7 @@ def test_states_are_those_of_training(optimizer):
     train_state.optimizer.step()
     true = {
         group: sum(tensor.nbytes for tensor in tensors.values())
-        for group, tensors in train_state.tensors().items()
+        for group, tensors in train_state.parts().items()
     }
     found = memory.states(TINY, optimizer=optimizer)
     assert (found.weights, found.gradients, found.optimizer, found.ema) == (

@@ -132,7 +132,7 @@ def test_a_nan_or_inf_never_reaches_weights_or_average(bad, place):
         with_gradient(state.model, step)
         state.update(step, losses, 1e-2, 0.1, Group())
     before = {
-        group: {key: value.clone() for key, value in part.items()} for group, part in state.tensors().items()
+        group: {key: value.clone() for key, value in part.items()} for group, part in state.parts().items()
     }
     with_gradient(state.model, 3)
     if place == "loss":
@@ -141,7 +141,7 @@ def test_a_nan_or_inf_never_reaches_weights_or_average(bad, place):
         state.model.weight.grad[1, 2] = bad
     with pytest.raises(RunError, match="loss or gradient of step 3 is NaN or Inf"):
         state.update(3, losses, 1e-2, 0.1, Group())
-    for group, part in state.tensors().items():
+    for group, part in state.parts().items():
         assert all(torch.equal(value, before[group][key]) for key, value in part.items())
 
 

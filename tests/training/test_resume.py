@@ -8,6 +8,7 @@ import os
 import random
 import signal
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -19,7 +20,9 @@ from latte.checkpoint import run as checkpoints
 from latte.checkpoint.record import source_commit
 from latte.checkpoint.run import latest_checkpoint, list_checkpoints
 from latte.checks import InputError
-from latte.training import train as loop
+from latte.training import saving
+from latte.training.config import TrainConfig
+from several import started, together
 from tiny_runs import FORKS, SHORT, TINY, Latents, assert_same, curve, run, tiny_model
 
 
@@ -149,70 +152,148 @@ def test_the_optimisers_settings_may_change_and_it_is_said(tmp_path, capsys):
     assert curve(tmp_path)[-1]["lr"] == 5e-4
 
 
-COMMITS = replace(SHORT, steps=250, checkpoint_every=1, log_every=1)
+COMMITS = replace(SHORT, steps=4000, checkpoint_every=1, log_every=1)
+MODES = {"": COMMITS, "asynchronous": replace(COMMITS, async_save=True)}
+SHARDED = {
+    "sharded": replace(COMMITS, parallel="fsdp"),
+    "sharded, asynchronous": replace(COMMITS, parallel="fsdp", async_save=True),
+}
 
 
-def train_and_acknowledge(folder: Path, pipe: int) -> None:
-    """Train, and acknowledge every checkpoint once it is committed."""
+def train_and_acknowledge(folder: Path, config: TrainConfig) -> None:
+    """Train, and acknowledge every checkpoint once it is committed, in the file ``acknowledged``."""
+    log = os.open(folder / "acknowledged", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
 
     def acknowledged(*arguments):
         path = checkpoints.save_checkpoint(*arguments)
-        os.write(pipe, bytes([arguments[1]]))
+        os.write(log, f"{arguments[1]}\n".encode())
         return path
 
-    loop.save_checkpoint = acknowledged
-    run(folder, COMMITS)
+    saving.save_checkpoint = acknowledged
+    run(folder, config)
 
 
-def kill_again_and_again(folder: str, kills: int, results) -> None:
-    """Fork a run, let it commit, kill it, and so on; every second time just when a commit is seen to be
-    under way.
+def acknowledged_steps(folder: Path) -> list[int]:
+    """The steps whose checkpoints were acknowledged."""
+    try:
+        return [int(line) for line in (folder / "acknowledged").read_text().splitlines()]
+    except FileNotFoundError:
+        return []
 
-    For each: the last acknowledged step, whether it was killed, whether an unfinished commit was left, and
-    what is found afterwards.
+
+def wait_for(condition: Callable[[], object], seconds: float = 120) -> None:
+    """Return when ``condition()`` holds; the test fails when it does not."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "nothing happens"
+
+
+def wait_and_kill(folder: Path, kill: Callable[[], None], commit: bool, dice: random.Random) -> tuple:
+    """Kill a run once it has committed and a little later, with ``commit`` when one is seen to be under way.
+
+    Return the last acknowledged step, whether an unfinished commit was left, and the newest saved step.
     """
+    before = len(acknowledged_steps(folder))
+    wait_for(lambda: len(acknowledged_steps(folder)) > before)
+    time.sleep(dice.random() * 0.03)
+    if commit:
+        wait_for(lambda: list(folder.glob("checkpoints/.tmp-step-*")))
+    kill()
+    left = bool(list(folder.glob("checkpoints/.*")))
+    newest = latest_checkpoint(folder)
+    assert newest is not None
+    return acknowledged_steps(folder)[-1], left, int(newest.name.removeprefix("step-"))
+
+
+def kill_again_and_again(folder: str, kills: int, config: TrainConfig, results) -> None:
+    """Fork a run, let it commit, kill it, and so on; every second time inside a commit."""
     torch.set_num_threads(1)
     source_commit()  # asks git, once
-    dice, run_dir = random.Random(0), Path(folder)
+    dice = random.Random(0)
+    run_dir = Path(folder)
     for number in range(kills):
-        here, there = os.pipe()
         child = os.fork()
         if child == 0:
-            train_and_acknowledge(run_dir, there)
+            train_and_acknowledge(run_dir, config)
             os._exit(0)
-        os.close(there)
-        done = os.read(here, 1)
-        time.sleep(dice.random() * 0.03)
-        deadline = time.monotonic() + 10
-        while (
-            number % 2 == 0
-            and time.monotonic() < deadline
-            and not list(run_dir.glob("checkpoints/.tmp-step-*"))
-        ):
-            pass
-        os.kill(child, signal.SIGKILL)
-        killed = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
-        done += os.read(here, 1000)
-        os.close(here)
-        left = bool(list(run_dir.glob("checkpoints/.*")))
-        results.put((done[-1], killed, left, latest_checkpoint(run_dir).name))
+
+        def kill(child: int = child) -> None:
+            os.kill(child, signal.SIGKILL)
+            assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+
+        results.put(wait_and_kill(run_dir, kill, number % 2 == 0, dice))
     results.put(None)
 
 
-def test_killing_it_at_any_instant_loses_no_committed_step_and_no_bit(tmp_path):
+def check_kills(seen: list[tuple[int, bool, int]], kills: int) -> int:
+    """Nothing acknowledged was lost, at least a quarter of the kills hit a commit; return the last step."""
+    latest = [found for *_, found in seen]
+    assert all(found >= done for done, _, found in seen)
+    assert all(after > before for before, after in pairwise(latest))
+    torn = sum(left for _, left, _ in seen)
+    print(f"{len(seen)} kills, {torn} inside a commit, {latest[-1]} steps")
+    assert len(seen) == kills
+    assert torn >= kills // 4
+    return latest[-1]
+
+
+NIGHT = pytest.mark.nightly
+
+
+@pytest.mark.parametrize(
+    ("mode", "kills"),
+    [
+        ("", 18),
+        ("asynchronous", 16),
+        pytest.param("", 250, marks=(NIGHT, pytest.mark.timeout(5000))),
+        pytest.param("asynchronous", 170, marks=(NIGHT, pytest.mark.timeout(5000))),
+    ],
+)
+def test_killing_it_at_any_instant_loses_no_committed_step_and_no_bit(tmp_path, mode, kills):
     results = FORKS.SimpleQueue()
-    child = FORKS.Process(target=kill_again_and_again, args=(str(tmp_path), 20, results), daemon=True)
+    arguments = (str(tmp_path), kills, MODES[mode], results)
+    child = FORKS.Process(target=kill_again_and_again, args=arguments, daemon=True)
     child.start()
     seen = list(iter(results.get, None))
     child.join(20)
-    latest = [int(name.removeprefix("step-")) for *_, name in seen]
-    assert all(found >= done for found, (done, *_) in zip(latest, seen, strict=True))
-    assert all(after > before for before, after in pairwise(latest))
-    kills, torn = sum(killed for _, killed, _, _ in seen), sum(left for _, _, left, _ in seen)
-    print(f"{kills} kills, {torn} inside a commit, {latest[-1]} steps")
-    assert kills == 20
-    assert torn >= 5
-    steps = latest[-1] + 2
-    run(tmp_path, replace(COMMITS, steps=steps))
+    steps = check_kills(seen, kills) + 2
+    run(tmp_path, replace(MODES[mode], steps=steps))
     run(tmp_path / "straight", replace(COMMITS, steps=steps))
     assert_same(tmp_path, tmp_path / "straight")
+
+
+def part_of_a_run(rank: int, folder: Path, config: TrainConfig) -> None:
+    """One process of several that save their own parts."""
+    train_and_acknowledge(folder, config)
+
+
+@pytest.mark.parametrize(
+    ("mode", "kills"),
+    [
+        ("sharded, asynchronous", 6),
+        pytest.param("sharded", 40, marks=(NIGHT, pytest.mark.timeout(5000))),
+        pytest.param("sharded, asynchronous", 40, marks=(NIGHT, pytest.mark.timeout(5000))),
+    ],
+)
+def test_killing_processes_that_save_their_own_parts_loses_nothing_either(tmp_path, mode, kills):
+    """One process is killed at some instant, the other one a little later, as by torchrun."""
+    dice = random.Random(0)
+    seen = []
+    for number in range(kills):
+        with started(2, part_of_a_run, tmp_path, SHARDED[mode]) as (children, _):
+
+            def kill(children: list = children) -> None:
+                for child in dice.sample(children, 2):
+                    child.kill()
+                    child.join(60)
+                    assert child.exitcode == -signal.SIGKILL
+                    time.sleep(dice.random() * 0.02)
+
+            seen.append(wait_and_kill(tmp_path, kill, number % 2 == 0, dice))
+    steps = check_kills(seen, kills) + 2
+    config = replace(SHARDED[mode], steps=steps)
+    together(2, part_of_a_run, tmp_path, config)
+    straight = tmp_path / "straight"
+    straight.mkdir()
+    together(2, part_of_a_run, straight, replace(config, async_save=False))
+    assert_same(tmp_path, straight)

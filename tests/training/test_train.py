@@ -402,7 +402,7 @@ def overflow(state_group: str) -> dict:
         def update(self, step, *arguments):
             metrics = super().update(step, *arguments)
             if step == 3:
-                tensors = self.tensors()[state_group]
+                tensors = self.parts()[state_group]
                 tensors[sorted(tensors)[0]].view(-1)[0] = float("nan")
             return metrics
 

@@ -15,9 +15,10 @@ import numpy as np
 from torch import Tensor
 
 from latte.checkpoint.run import list_checkpoints, load_checkpoint, read_manifest, step_of
+from latte.checkpoint.split import groups_in
 from latte.checks import InputError
 
-GROUP = re.compile(r"ema-(0\.\d+)\.safetensors")
+GROUP = re.compile(r"ema-(0\.\d+)")
 LARGEST_WIDTH = 0.28  # all steps equal, g = 0, have 1 / sqrt(12) = 0.2887
 LARGEST_ERROR = 0.05  # of a combined profile, relative to its norm
 BUFFERS = ("time_gate",)  # tensors of a model that are no weights
@@ -68,7 +69,7 @@ def combination(stored: Sequence[Snapshot], target: Snapshot) -> tuple[np.ndarra
 
 def stored_widths(checkpoint: Path) -> list[float]:
     """Return the widths whose EMA weights ``checkpoint`` holds, ascending."""
-    found = [GROUP.fullmatch(name) for name in read_manifest(checkpoint)]
+    found = [GROUP.fullmatch(group) for group in groups_in(read_manifest(checkpoint))]
     return sorted(float(match[1]) for match in found if match)
 
 

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checkpoints of a run: committed atomically, verified byte for byte when read, safetensors and JSON only.
 
-``checkpoints/step-N/`` holds one safetensors file per group of tensors, state.json, and manifest.json with
-the size and SHA-256 of every other file. Neither safetensors nor torch notices a flipped bit in the
-weights, so nothing is used before its hash matches. Readers need no lock: a trainer may commit and remove
-checkpoints while they read.
+``checkpoints/step-N/`` holds the safetensors files of every group of tensors (one, or one of each process
+that saved a part, see ``latte.checkpoint.split``), state.json, and manifest.json with the size and SHA-256 of
+every other file. Neither safetensors nor torch notices a flipped bit in the weights, so nothing is used
+before its hash matches. Readers need no lock: a trainer may commit and remove checkpoints while they read.
 """
 
 import hashlib
@@ -14,35 +14,47 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
+from latte.checkpoint.split import file_name, groups_in, open_group, write_whole
 from latte.checks import InputError, RunError
-from latte.files import TEMPORARY, commit_folder, reported, unique_name
+from latte.files import TEMPORARY, commit_folder, reported, sync, unique_name
 from latte.tensors import find_nonfinite
 
 T = TypeVar("T")
+Tensors = Mapping[str, Mapping[str, Tensor]]
+"""Group -> name -> tensor."""
+
+Files = dict[str, dict]
+"""Name -> {bytes, sha256} of the files of a checkpoint."""
+
 FORMAT = 1
+SPLIT_FORMAT = 2  # a group in several files, which earlier versions cannot read
 MANIFEST = "manifest.json"
 STATE = "state.json"
-MAX_MANIFEST_BYTES = 1 << 20
+MAX_MANIFEST_BYTES = 1 << 24
 PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 LISTINGS = 20  # how often a reader lists the checkpoints again while a trainer changes them
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A verified checkpoint: ``tensors[group][name]`` on the CPU, and the JSON ``state``."""
+    """A verified checkpoint: ``tensors[group][name]`` on the CPU, or their ``Rows`` that are not read yet,
+    and the JSON ``state``.
+    """
 
     path: Path
     step: int
-    tensors: dict[str, dict[str, Tensor]]
+    tensors: dict[str, dict[str, Any]]
     state: dict
 
 
@@ -54,40 +66,34 @@ def print_warning(message: str) -> None:
 def save_checkpoint(
     run_dir: Path,
     step: int,
-    tensors: Mapping[str, Mapping[str, Tensor]],
+    tensors: Tensors,
     state: Mapping[str, object],
     keep: int | None = None,
     protected: Collection[int] = (),
+    count: int = 1,
+    others: Callable[[Path], Callable[[], Files]] | None = None,
 ) -> Path:
-    """Commit ``tensors`` (group -> name -> tensor) and ``state`` (plain data) as
-    ``run_dir``/checkpoints/step-``step``.
+    """Commit ``tensors`` and ``state`` (plain data) as ``run_dir``/checkpoints/step-``step``.
 
     With ``keep``, older checkpoints beyond the newest ``keep`` are removed afterwards, but not those of the
-    steps ``protected``. Raises RunError when
-    a tensor holds NaN/Inf (it is named), or when the disk refuses (with the path and the number of bytes
-    needed); every earlier checkpoint is then unchanged.
+    steps ``protected``. With ``count`` processes these are the parts of the first one: ``others(folder)``
+    lets the others write theirs into the uncommitted folder, and calling what it returns waits for them.
+    Raises RunError when a tensor holds NaN/Inf (it is named), or when the disk refuses (with the path and the
+    number of bytes needed); every earlier checkpoint is then unchanged.
     """
     run_dir = Path(run_dir)
     path = run_dir / "checkpoints" / f"step-{step}"
     earlier = list_checkpoints(run_dir)
     kept = f"; {earlier[-1]} is unchanged" if earlier else ""
-    for group, members in tensors.items():
-        found = find_nonfinite(members)
-        if found:
-            raise RunError(
-                f"the checkpoint of step {step} was not written: {group} tensor {found} (NaN or Inf){kept}; "
-                "lower train.lr, or resume from an earlier checkpoint"
-            )
+    check_parts(tensors, step, kept)
     text = json.dumps({**state, "step": step}, indent=1, allow_nan=False) + "\n"
     needed = sum(tensor.nbytes for members in tensors.values() for tensor in members.values()) + len(text)
 
     def write(folder: Path) -> None:
+        finished = others(folder) if others else dict
         (folder / STATE).write_text(text, encoding="utf-8")
-        for name, members in tensors.items():
-            stored = {key: tensor.detach().contiguous() for key, tensor in members.items()}
-            save_file(stored, folder / f"{name}.safetensors")
-        files = {file.name: fingerprint(file) for file in folder.iterdir()}
-        (folder / MANIFEST).write_text(manifest_text(files), encoding="utf-8")
+        files = write_parts(folder, tensors, 1, count) | {STATE: fingerprint(folder / STATE)}
+        (folder / MANIFEST).write_text(manifest_text(files | finished()), encoding="utf-8")
 
     with reported(f"the checkpoint of step {step}", path, needed, kept):
         commit_folder(path, write)
@@ -96,49 +102,123 @@ def save_checkpoint(
     return path
 
 
+def check_parts(tensors: Tensors, step: int, kept: str = "") -> None:
+    """RunError, naming the tensor, when one that is to be saved holds NaN/Inf."""
+    for group, members in tensors.items():
+        found = find_nonfinite(members)
+        if found:
+            raise RunError(
+                f"the checkpoint of step {step} was not written: {group} tensor {found} (NaN or Inf){kept}; "
+                "lower train.lr, or resume from an earlier checkpoint"
+            )
+
+
+def write_parts(folder: Path, tensors: Tensors, number: int, count: int) -> Files:
+    """Write what process ``number`` (1, 2, ...) of ``count`` has of every group; return its files."""
+    files: Files = {}
+    for group, members in tensors.items():
+        name = file_name(group, number, count)
+        stored = {key: tensor.detach().contiguous() for key, tensor in members.items()}
+        save_file(stored, folder / name)
+        if number > 1:  # the first one flushes the files of its own machine
+            sync(folder / name)
+        files[name] = fingerprint(folder / name)
+    return files
+
+
 def load_checkpoint(path: Path, only: Collection[str] | None = None) -> Checkpoint:
     """Read and verify a checkpoint folder; ``only`` limits which groups of tensors are read (and verified).
 
     Raises InputError naming the file when anything is missing, truncated, altered or not a checkpoint of
     ours, and naming the tensor when one holds NaN/Inf.
     """
+    verify(path, only)
+    found = open_checkpoint(path, only)
+    with readable(found.path):
+        tensors = {
+            group: {name: rows.read() for name, rows in members.items()}
+            for group, members in found.tensors.items()
+        }
+    return Checkpoint(found.path, found.step, tensors, found.state)
+
+
+def open_checkpoint(path: Path, only: Collection[str] | None = None) -> Checkpoint:
+    """Return a checkpoint that was verified before; its tensors are ``Rows``, read when they are needed.
+
+    InputError as for ``load_checkpoint``.
+    """
     path = Path(path)
-    files = verify(path, only)
-    try:
+    manifest = read_manifest(path)
+    with readable(path):
         state = json.loads((path / STATE).read_text(encoding="utf-8"))
-        tensors = {Path(name).stem: load_file(path / name) for name in files if name.endswith(".safetensors")}
-        checkpoint = Checkpoint(path, int(state["step"]), tensors, state)
+        files = groups_in(manifest)
+        chosen = files if only is None else {group: files[group] for group in only}
+        tensors = {group: open_group(path, names) for group, names in chosen.items()}
+        return Checkpoint(path, int(state["step"]), tensors, state)
+
+
+def merge_checkpoint(path: Path, out: Path) -> list[str]:
+    """Write the checkpoint ``path`` to the new folder ``out`` with one file per group, tensor by tensor: no
+    more than one tensor is in memory. Return the names of the groups.
+
+    InputError as for ``load_checkpoint``, RunError when the disk refuses.
+    """
+    verify(path)
+    tensors = open_checkpoint(path).tensors
+
+    def write(folder: Path) -> None:
+        shutil.copyfile(path / STATE, folder / STATE)
+        for group, rows in tensors.items():
+            write_whole(rows, folder / file_name(group))
+        files = {file.name: fingerprint(file) for file in folder.iterdir()}
+        (folder / MANIFEST).write_text(manifest_text(files), encoding="utf-8")
+
+    with readable(path), reported("the merged checkpoint", out):
+        commit_folder(out, write)
+    return sorted(tensors)
+
+
+@contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """Turn what reading a damaged checkpoint raises into one InputError."""
+    try:
+        yield
+    except (InputError, RunError):
+        raise
     except (OSError, SafetensorError, RuntimeError, ValueError, KeyError, TypeError) as error:
         raise damaged(path, f"it cannot be read ({error})") from error
-    for group, members in tensors.items():
-        found = find_nonfinite(members)
-        if found:
-            raise InputError(
-                f"checkpoint {path} cannot be used: {group} tensor {found} (NaN or Inf); use an earlier "
-                "checkpoint"
-            )
-    return checkpoint
 
 
 def verify(path: Path, only: Collection[str] | None = None) -> list[str]:
-    """Check size and SHA-256 of the state and of the groups in ``only`` (None: of every file); return the
-    names.
+    """Check size and SHA-256 of the state and of the groups in ``only`` (None: of every file), several files
+    at a time; return the names.
     """
+    path = Path(path)
     manifest = read_manifest(path)
-    names = manifest if only is None else {STATE, *(f"{group}.safetensors" for group in only)}
-    for name in names:
-        if name not in manifest:
-            raise damaged(path, f"{MANIFEST} lists no {name}")
-        try:
-            found = fingerprint(path / name)
-        except FileNotFoundError:
-            raise damaged(path, f"{name} is missing, but {MANIFEST} lists it") from None
-        except OSError as error:
-            raise damaged(path, f"{name} cannot be read ({error.strerror})") from error
-        for key, value in found.items():
-            if value != manifest[name][key]:
-                raise damaged(path, f"{name} has {key} {value}, but {MANIFEST} lists {manifest[name][key]}")
-    return sorted(names)
+    names = set(manifest)
+    if only is not None:
+        names = {STATE}
+        for group in only:
+            if group not in (groups := groups_in(manifest)):
+                raise damaged(path, f"{MANIFEST} lists no {file_name(group)}")
+            names.update(groups[group])
+    ordered = sorted(names)
+    with ThreadPoolExecutor(min(len(ordered), os.cpu_count() or 1)) as pool:
+        list(pool.map(lambda name: verify_file(path, name, manifest[name]), ordered))
+    return ordered
+
+
+def verify_file(path: Path, name: str, listed: Mapping[str, Any]) -> None:
+    """InputError unless file ``name`` of the checkpoint ``path`` has the ``listed`` size and SHA-256."""
+    try:
+        found = fingerprint(path / name)
+    except FileNotFoundError:
+        raise damaged(path, f"{name} is missing, but {MANIFEST} lists it") from None
+    except OSError as error:
+        raise damaged(path, f"{name} cannot be read ({error.strerror})") from error
+    for key, value in found.items():
+        if value != listed[key]:
+            raise damaged(path, f"{name} has {key} {value}, but {MANIFEST} lists {listed[key]}")
 
 
 def read_manifest(path: Path) -> dict[str, dict]:
@@ -156,21 +236,24 @@ def read_manifest(path: Path) -> dict[str, dict]:
             text = opened.read(MAX_MANIFEST_BYTES)
         manifest = json.loads(text)
         files = manifest["files"]
-        exact = manifest["format"] == FORMAT and STATE in files and manifest_text(files) == text
+        exact = STATE in files and manifest_text(files) == text
         exact = exact and all(
             PLAIN_NAME.fullmatch(name) and entry.keys() == {"bytes", "sha256"}
             for name, entry in files.items()
         )
+        groups_in(files)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise damaged(path, f"{MANIFEST} cannot be read ({error})") from error
     if not exact:
-        raise damaged(path, f"{MANIFEST} is not as it was written (format {FORMAT})")
+        raise damaged(path, f"{MANIFEST} is not as it was written (format {FORMAT} or {SPLIT_FORMAT})")
     return files
 
 
 def manifest_text(files: Mapping[str, Mapping]) -> str:
     """Return the only spelling of a manifest, so that every altered byte of it is noticed."""
-    return json.dumps({"format": FORMAT, "files": files}, indent=1, sort_keys=True) + "\n"
+    split = any(len(names) > 1 for names in groups_in(files).values())
+    number = SPLIT_FORMAT if split else FORMAT
+    return json.dumps({"format": number, "files": files}, indent=1, sort_keys=True) + "\n"
 
 
 def fingerprint(file: Path) -> dict[str, int | str]:

@@ -47,6 +47,13 @@ Unexpected = Annotated[
     list[str] | None, typer.Option(metavar="PATTERN", help="Tensors of the file that may be left over.")
 ]
 
+Merge = Annotated[
+    bool,
+    typer.Option(
+        "--merge", help="Only join the files that processes saved, tensor by tensor, whatever their size."
+    ),
+]
+
 
 def convert(
     source: Source,
@@ -61,6 +68,7 @@ def convert(
     heads: Heads = None,
     allow_missing: Missing = None,
     allow_unexpected: Unexpected = None,
+    merge: Merge = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -74,6 +82,10 @@ def convert(
     check_options(destination, to, lora, text_encoder)
     about = card_facts(to, licence, data, scores or [])
     found = resolve(source, "SRC")
+    if merge:
+        groups = merged_files(found, Path(destination))
+        print_result({"out": destination, "groups": groups}, as_json, [printable(destination)])
+        return
     if found.run is not None:
         model, report, facts = from_run(found)
     else:
@@ -112,6 +124,21 @@ def check_options(destination: str, to: str, lora: Path | None, text_encoder: st
         text_encoder is None or to == "pipeline",
         f"--text-encoder {text_encoder} is for --to pipeline; remove it or use --to pipeline",
     )
+
+
+def merged_files(source: "ResolvedSource", destination: Path) -> list[str]:
+    """Write a checkpoint of a run, the newest one of a run folder, to ``destination`` with one file per
+    group; return the groups. InputError for anything else.
+    """
+    from latte.checkpoint.run import latest_checkpoint, merge_checkpoint
+    from latte.checks import check
+
+    check(source.run is not None, f"SRC is {source.path}, but --merge is for runs and their checkpoints")
+    path = source.path
+    if path.parent.name != "checkpoints":
+        path = latest_checkpoint(path)
+    check(path is not None, f"{source.path} has no checkpoint yet, so there is nothing to merge")
+    return merge_checkpoint(path, destination)
 
 
 def check_distilled(facts: dict[str, Any], to: str) -> None:

@@ -114,6 +114,7 @@ class TrainConfig:
     init_gaps: tuple[str, ...] = ()  # patterns of our names that may be missing in init or have another shape
     checkpoint_every: int = 10_000  # steps between checkpoints; the last step always has one
     keep_last: int = 3  # checkpoints kept, the newest ones
+    async_save: bool = False  # write checkpoints while training goes on, from a copy in main memory
     sample_every: int = 0  # steps between samples during training; 0: none
     validate_every: int = 0  # steps between measurements of the loss on clips of data.hold_out; 0: none
     validate_clips: int = 64  # held-out clips that it is measured on, at most

@@ -16,8 +16,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from latte.checkpoint.ema import decay_at, group_name
+from latte.checkpoint.split import Rows
 from latte.checks import InputError, RunError, choose
 from latte.distributed import Group
+from latte.tensors import tensors_sha256
 from latte.training.config import OPTIMIZERS as OPTIMIZERS
 from latte.training.muon import MuonWithAdamW, is_block_matrix, is_branch_matrix
 from latte.training.parallel import local_part, on_meta, split_like, whole
@@ -135,7 +137,9 @@ def optimizer_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tenso
     }
 
 
-def load_optimizer_tensors(model: nn.Module, optimizer: Optimizer, tensors: Mapping[str, Tensor]) -> None:
+def load_optimizer_tensors(
+    model: nn.Module, optimizer: Optimizer, tensors: Mapping[str, Tensor | Rows]
+) -> None:
     """Load what ``optimizer_tensors`` returned; learning rate and weight decay stay those of ``optimizer``.
 
     Entries of buffers are ignored, because old checkpoints of text models have the time gate as a parameter.
@@ -156,13 +160,12 @@ def load_optimizer_tensors(model: nn.Module, optimizer: Optimizer, tensors: Mapp
                 f"the optimizer state has {key} {tuple(tensor.shape)}, which does not fit this model; "
                 "use the configuration that the run was started with"
             )
-        if tensor.shape == trainable[name].shape:
-            tensor = split_like(tensor, trainable[name])
-        state.setdefault(index_of[name], {})[state_name] = tensor
+        like = trainable[name] if tensor.shape == trainable[name].shape else None
+        state.setdefault(index_of[name], {})[state_name] = split_like(tensor, like)
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
-def could_belong(state: Tensor, parameter: Tensor) -> bool:
+def could_belong(state: Tensor | Rows, parameter: Tensor) -> bool:
     """Is ``state`` a number, or of the parameter's shape with some axes reduced to 1 (Adafactor's rows and
     columns)?
     """
@@ -228,12 +231,13 @@ class EMA:
         return {**self.model.state_dict(), **self.parts}
 
     @torch.no_grad()
-    def load(self, tensors: Mapping[str, Tensor]) -> None:
+    def load(self, tensors: Mapping[str, Tensor | Rows]) -> None:
         """Load whole EMA weights and buffers."""
         for name, part in self.parts.items():
             part.copy_(split_like(tensors[name], part))
         held = {name: tensor for name, tensor in self.model.state_dict().items() if name in self.parts}
-        self.model.load_state_dict({**tensors, **held})
+        others = {name: split_like(tensor, None) for name, tensor in tensors.items() if name not in held}
+        self.model.load_state_dict({**others, **held})
 
     @contextmanager
     def gathered(self) -> Iterator[None]:
@@ -247,6 +251,22 @@ class EMA:
             if self.parts:
                 empty = {name: on_meta(part) for name, part in self.parts.items()}
                 self.model.load_state_dict(empty, strict=False, assign=True)
+
+
+class Gathered(Mapping[str, Tensor]):
+    """Tensors of which each process has a part; getting one gathers it in all of them."""
+
+    def __init__(self, parts: Mapping[str, Tensor]):
+        self.parts = parts
+
+    def __getitem__(self, name: str) -> Tensor:
+        return whole(self.parts[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.parts)
+
+    def __len__(self) -> int:
+        return len(self.parts)
 
 
 class TrainState:
@@ -309,19 +329,14 @@ class TrainState:
             "optimizer": optimizer_tensors(self.model, self.optimizer),
         }
 
-    def tensors(self, keep: bool = True) -> dict[str, dict[str, Tensor]]:
-        """Return all of ``parts()``; every process must call it, those that do not ``keep`` get nothing."""
-        found: dict[str, dict[str, Tensor]] = {}
-        for group, parts in self.parts().items():
-            found[group] = {}
-            for name, part in parts.items():
-                tensor = whole(part)
-                if keep:
-                    found[group][name] = tensor
-        return found
+    def ema_sha256(self) -> str:
+        """Return the hash of the EMA weights, gathered one after the other; every process must call it."""
+        return tensors_sha256(Gathered(self.trained(self.ema.tensors())))
 
-    def load(self, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Load what ``tensors`` returned, bit for bit; frozen tensors keep their values."""
+    def load(self, tensors: Mapping[str, Mapping[str, Tensor | Rows]]) -> None:
+        """Load all that processes had in ``parts()``, or this process's rows of it, bit for bit; frozen
+        tensors keep their values.
+        """
         model = self.model.state_dict()
         split = {name: split_like(tensor, model.get(name)) for name, tensor in tensors["model"].items()}
         self.model.load_state_dict({**self.only_frozen(model), **split})

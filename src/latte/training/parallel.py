@@ -7,7 +7,7 @@ the model's parameters, which are ordinary tensors or, where each process holds 
 
 import copy
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from latte.checkpoint.split import Rows
 from latte.distributed import Group
 from latte.model.denoiser import Denoiser
 from latte.training.config import PARALLELISMS as PARALLELISMS
@@ -33,6 +34,7 @@ class Parallelism(Protocol):
     accumulate: Callable[[], AbstractContextManager[Any]]  # inside, backward may leave gradients unsummed
     loss_scale: float  # by which the loss is multiplied, so that gradients are summed, not averaged
     skeleton: nn.Module | None  # where weights are split: a second model without weights, for the EMA
+    writers: int  # the first processes, which together hold everything once and save it
 
     def __init__(
         self, model: Denoiser, group: Group, config: TrainConfig, device: torch.device, dtype: torch.dtype
@@ -48,6 +50,7 @@ class Replicated:
     """
 
     skeleton = None
+    writers = 1
 
     def __init__(
         self, model: Denoiser, group: Group, config: TrainConfig, device: torch.device, dtype: torch.dtype
@@ -96,11 +99,31 @@ def whole(tensor: Any) -> Tensor:
     return tensor
 
 
-def split_like(tensor: Tensor, like: Any) -> Tensor:
-    """Return the whole ``tensor`` split as ``like`` is; as it is for an ordinary ``like``."""
-    if not hasattr(like, "placements"):
-        return tensor
-    from torch.distributed.tensor import distribute_tensor
+def own_parts(tensors: Mapping[str, Any], rank: int) -> dict[str, Tensor]:
+    """Return what process ``rank`` saves of ``tensors``: its rows of those that are split, in the first
+    process also the others.
+    """
+    parts = {name: local_part(tensor) for name, tensor in tensors.items()}
+    split = {name for name, tensor in tensors.items() if hasattr(tensor, "placements")}
+    return {name: part for name, part in parts.items() if rank == 0 or (name in split and part.numel())}
 
-    at = tensor.to(local_part(like).device)
-    return distribute_tensor(at, like.device_mesh, like.placements, src_data_rank=None)
+
+def split_like(tensor: Tensor | Rows, like: Any) -> Tensor:
+    """Return the whole ``tensor`` split as ``like`` is; as it is for an ordinary ``like``.
+
+    Of ``Rows`` only those of this process are read.
+    """
+    if not hasattr(like, "placements"):
+        return tensor.read() if isinstance(tensor, Rows) else tensor
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    mesh = like.device_mesh
+    local = local_part(like)
+    if not isinstance(tensor, Rows):
+        return distribute_tensor(tensor.to(local.device), mesh, like.placements, src_data_rank=None)
+    size = -(-tensor.shape[0] // mesh.size(-1))  # rows of a process, fewer in the last ones
+    start = min(size * mesh.get_local_rank(-1), tensor.shape[0])
+    part = tensor.read(start, start + local.shape[0]).to(local.device)
+    return DTensor.from_local(
+        part, mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
+    )

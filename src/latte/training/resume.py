@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from latte.autoencoder.codec import Codec
-from latte.checkpoint.run import latest_checkpoint, load_checkpoint
+from latte.checkpoint.run import latest_checkpoint, open_checkpoint
 from latte.checks import InputError, printable
 from latte.data.datasets import Dataset
 from latte.data.fingerprint import changed_files, combined, read_listing
@@ -92,7 +92,7 @@ def restore(
     path = group.run_on_rank0(find)
     if path is None:
         return {}, None
-    checkpoint = load_checkpoint(path)
+    checkpoint = group.together(open_checkpoint, path)
     changed = check_facts(run_dir, checkpoint.state["facts"], facts, allow_data_change, files or {})
     if group.rank == 0:
         for key, before, now in changed:
@@ -106,8 +106,20 @@ def restore(
             )
             print(notice, file=sys.stderr)
         print(f"resuming from {path}", file=sys.stderr)
-    state.load(checkpoint.tensors)
+    group.together(state.load, checkpoint.tensors)
     return checkpoint.state, path
+
+
+def check_same(facts: Mapping[str, Any], group: Group) -> None:
+    """InputError, naming the rank, unless every process has the ``facts`` of rank 0: its data, above all."""
+
+    def compare(expected: Mapping[str, Any]) -> None:
+        for key, first, own in differences(expected, facts):
+            raise InputError(
+                f"{key} is {own}, but rank 0 has {first}; give every process the same settings and files"
+            )
+
+    group.together(compare, group.run_on_rank0(lambda: facts))
 
 
 def check_facts(

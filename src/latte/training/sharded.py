@@ -37,11 +37,13 @@ class Sharded:
         self.loss_scale = 1.0
         self.accumulate: Callable[[], AbstractContextManager[Any]] = nullcontext
         self.skeleton: nn.Module | None = None
+        self.writers = 1
         check_sharded(model, config, device)
         if group.size == 1:
             return
         self.skeleton = without_weights(model)
         mesh = self.mesh(group, config, device)
+        self.writers = mesh.size(-1)
         options: dict[str, Any] = {"mesh": mesh}
         if config.cpu_offload:
             options["offload_policy"] = CPUOffloadPolicy()

@@ -19,7 +19,7 @@ import torch
 from latte.autoencoder.codec import Codec
 from latte.checkpoint.lock import run_lock
 from latte.checkpoint.record import describe_run
-from latte.checkpoint.run import list_checkpoints, save_checkpoint
+from latte.checkpoint.run import list_checkpoints
 from latte.checks import InputError, RunError
 from latte.data.datasets import Dataset
 from latte.data.fingerprint import write_listing
@@ -34,7 +34,6 @@ from latte.interop.init import adapt, start_from
 from latte.interop.lora import LoraConfig
 from latte.model.denoiser import Denoiser
 from latte.runtime import StopRequest, resolve_device, resolve_dtype
-from latte.tensors import tensors_sha256
 from latte.training.callbacks import (
     Callback,
     MetricsAccumulator,
@@ -51,7 +50,8 @@ from latte.training.optim import TrainState
 from latte.training.parallel import PARALLELISMS
 from latte.training.parts import check_disk, check_parts
 from latte.training.report import RunReport
-from latte.training.resume import restore, run_facts
+from latte.training.resume import check_same, restore, run_facts
+from latte.training.saving import Saver
 from latte.training.step import Task, backward, set_up_blocks, step_options, with_dtype
 from latte.training.trackers import Tracker
 from latte.training.validation import Score, Validation, Watch, check_watching
@@ -149,6 +149,7 @@ def train(
             **text_facts(captions),
             **(facts or {}),
         }
+        check_same(run, group)
 
         # Model: pretrained weights, the same values in every process, adapters.
         if config.start:
@@ -231,6 +232,7 @@ def train(
 
         with (
             StopRequest() as stop,
+            Saver(run_dir, group, parallel.writers, config.async_save) as saver,
             Loader(
                 clips,
                 seed=seed,
@@ -274,14 +276,13 @@ def train(
                             file.sync()
                         about = {"facts": run, "settings": settings, "metrics": accumulator.state()}
                         about |= watch.state()
-                        keep = (config.keep_last, watch.protected)
-                        with group.collective():
-                            tensors = state.tensors(keep=group.rank == 0)
-                        checkpoint = group.run_on_rank0(save_checkpoint, run_dir, step, tensors, about, *keep)
-                        del tensors
+                        saver.save(step, state.parts(), about, config.keep_last, watch.protected)
                         saved_step = step
-                        for callback in watching:
-                            callback.on_checkpoint(event, checkpoint)
+                if done:
+                    saver.finish()
+                for checkpoint in saver.committed():
+                    for callback in watching:
+                        callback.on_checkpoint(event, checkpoint)
 
                 # Generate samples with the EMA models.
                 due = config.sample_every and (step % config.sample_every == 0 or step == config.steps)
@@ -330,7 +331,7 @@ def train(
             "step": step,
             "loss": accumulator.latest_loss(),
             "checkpoint": checkpoint and str(checkpoint),
-            "weights_sha256": group.run_on_rank0(tensors_sha256, state.tensors(group.rank == 0)["ema"]),
+            "weights_sha256": state.ema_sha256(),
             "interrupted": stop_code,
             **({"best": best} if best else {}),
         }
