@@ -179,8 +179,8 @@ class Saver:
             )
             if isinstance(answer, str):
                 raise RunError(f"rank {rank} of {self.group.size}: {answer}")
-            for name in answer:
-                if not (folder / name).is_file():
+            for file in answer:
+                if not (folder / file).is_file():
                     raise RunError(NOT_SHARED.format(rank=rank, size=self.group.size, folder=folder.parent))
             files |= answer
         return files
