@@ -9,6 +9,7 @@ import os
 import platform
 import re
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -54,6 +55,20 @@ def run_lock(run_dir: Path) -> Iterator[None]:
             yield
         finally:
             file.truncate(0)
+
+
+@contextmanager
+def folder_lock(folder: Path) -> Iterator[None]:
+    """Hold ``folder`` (created if missing), after other processes of this machine have released it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("a+", encoding="utf-8") as file:
+        while True:
+            try:
+                acquire(file)
+                break
+            except BlockingIOError:
+                time.sleep(0.1)
+        yield
 
 
 def holder(run_dir: Path) -> tuple[int, str] | None:

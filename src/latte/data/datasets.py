@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from latte.checkpoint.remote import local_copy
 from latte.checks import InputError, check, choose, printable
 from latte.data.base import UNREAD, Clip, ClipReadError, DataConfig, Dataset, SceneSet
 from latte.data.buckets import Bucket, Buckets
@@ -277,6 +278,8 @@ def build_dataset(
     )
     if config.mix is not None:
         return mixed(config, cache_dir, codec_fingerprint)
+    if config.kind == "latents" and config.root and "://" in config.root:
+        config = replace(config, root=str(local_copy(config.root)))
     return choose("data.kind", config.kind, DATASETS)(config, cache_dir, codec_fingerprint, buckets)
 
 

@@ -115,6 +115,9 @@ class TrainConfig:
     checkpoint_every: int = 10_000  # steps between checkpoints; the last step always has one
     keep_last: int = 3  # checkpoints kept, the newest ones
     async_save: bool = False  # write checkpoints while training goes on, from a copy in main memory
+    mirror: str | None = (
+        None  # URL of a remote folder to which checkpoints are copied, and from which to resume
+    )
     sample_every: int = 0  # steps between samples during training; 0: none
     validate_every: int = 0  # steps between measurements of the loss on clips of data.hold_out; 0: none
     validate_clips: int = 64  # held-out clips that it is measured on, at most
@@ -178,6 +181,10 @@ class TrainConfig:
         check(
             self.init != "",
             "train.init is '', but it must name weights: a file, a folder or a hub id, or null",
+        )
+        check(
+            self.mirror is None or "://" in self.mirror,
+            f"train.mirror is {self.mirror!r}, but it must be a URL such as s3://bucket/runs/name, or null",
         )
         self._check_best()
         self._check_options()

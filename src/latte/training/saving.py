@@ -19,6 +19,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from latte.checkpoint.remote import Mirror
 from latte.checkpoint.run import Files, Tensors, check_parts, save_checkpoint, write_parts
 from latte.checks import InputError, RunError
 from latte.distributed import RANK0_TIMEOUT, REPORT_SECONDS, Group, ProcessLost
@@ -39,8 +40,16 @@ class Saver:
     is raised by the first two, in every process.
     """
 
-    def __init__(self, run_dir: Path, group: Group, writers: int = 1, asynchronous: bool = False):
+    def __init__(
+        self,
+        run_dir: Path,
+        group: Group,
+        writers: int = 1,
+        asynchronous: bool = False,
+        mirror: str | None = None,
+    ):
         self.run_dir = run_dir
+        self.mirror = Mirror(mirror if group.rank == 0 else None, run_dir)
         self.group = group
         self.writers = writers
         self.asynchronous = asynchronous
@@ -56,12 +65,13 @@ class Saver:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
-        """Let the save that is under way end, but do not wait long for processes that are gone."""
+        """Let what is under way end, but do not wait long for processes that are gone."""
+        limit = REPORT_SECONDS if kind is not None and issubclass(kind, ProcessLost) else None
         if self.thread is not None:
-            lost = kind is not None and issubclass(kind, ProcessLost)
-            self.thread.join(REPORT_SECONDS if lost else None)
+            self.thread.join(limit)
             self.given_up.set()
             self.thread.join(REPORT_SECONDS)
+        self.mirror.wait(limit)
 
     def save(
         self,
@@ -116,6 +126,11 @@ class Saver:
             if self.group.rank > 0:
                 self.new.append(path)
 
+    def close(self) -> None:
+        """Wait for the last save and for its copy in a remote store; RunError when there is none."""
+        self.finish()
+        self.group.run_on_rank0(self.mirror.flush)
+
     def committed(self) -> list[Path]:
         """Return the checkpoints that were committed since the last call; a process other than the first
         learns of them in ``finish()``.
@@ -160,6 +175,7 @@ class Saver:
                 self.run_dir, step, own, state, keep, protected, self.writers, others
             )
             self.new.append(self.outcome)
+            self.mirror.push(self.outcome)
         except Exception as error:  # raised where training waits for the save
             self.outcome = error
             if others is not None:  # the others need not wait for a folder

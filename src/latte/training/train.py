@@ -19,6 +19,7 @@ import torch
 from latte.autoencoder.codec import Codec
 from latte.checkpoint.lock import run_lock
 from latte.checkpoint.record import describe_run
+from latte.checkpoint.remote import fetch_run
 from latte.checkpoint.run import list_checkpoints
 from latte.checks import InputError, RunError
 from latte.data.datasets import Dataset
@@ -140,6 +141,7 @@ def train(
         check_parts(model, codec, dataset, config, group)
         adapters = lora if lora and lora.rank else None
         gated = model.config.gated_time and not adapters
+        group.run_on_rank0(fetch_run, config.mirror, run_dir)
         fresh = not list_checkpoints(run_dir)
         notices = check_schedule(config, gated) if fresh else []
         run = {
@@ -232,7 +234,7 @@ def train(
 
         with (
             StopRequest() as stop,
-            Saver(run_dir, group, parallel.writers, config.async_save) as saver,
+            Saver(run_dir, group, parallel.writers, config.async_save, config.mirror) as saver,
             Loader(
                 clips,
                 seed=seed,
@@ -279,7 +281,7 @@ def train(
                         saver.save(step, state.parts(), about, config.keep_last, watch.protected)
                         saved_step = step
                 if done:
-                    saver.finish()
+                    saver.close()
                 for checkpoint in saver.committed():
                     for callback in watching:
                         callback.on_checkpoint(event, checkpoint)
