@@ -67,7 +67,7 @@ def moved_on(url: str, tmp_path: Path) -> None:
     assert_same(tmp_path / "here", tmp_path / "straight")
 
 
-def test_a_run_goes_on_where_its_copy_ends(url, tmp_path):
+def test_a_run_resumes_from_its_copy(url, tmp_path):
     moved_on(url, tmp_path)
 
 

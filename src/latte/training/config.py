@@ -175,16 +175,8 @@ class TrainConfig:
             f"train.clip_norm is {self.clip_norm}, but it must be positive, or null for no clipping",
         )
         check(
-            0 < self.timeout < float("inf"),
-            f"train.timeout is {self.timeout}, but it must be a positive number of seconds, such as 300",
-        )
-        check(
             self.init != "",
             "train.init is '', but it must name weights: a file, a folder or a hub id, or null",
-        )
-        check(
-            self.mirror is None or "://" in self.mirror,
-            f"train.mirror is {self.mirror!r}, but it must be a URL such as s3://bucket/runs/name, or null",
         )
         self._check_best()
         self._check_options()
@@ -268,6 +260,14 @@ class TrainConfig:
 
     def _check_parallel(self) -> None:
         """InputError for settings of a parallelism that is not chosen."""
+        check(
+            self.mirror is None or "://" in self.mirror,
+            f"train.mirror is {self.mirror!r}, but it must be a URL such as s3://bucket/runs/name, or null",
+        )
+        check(
+            0 < self.timeout < float("inf"),
+            f"train.timeout is {self.timeout}, but it must be a positive number of seconds, such as 300",
+        )
         check_name("train.parallel", self.parallel, PARALLELISMS)
         size = self.shard_size
         check(
