@@ -22,6 +22,8 @@ MANIFEST = "split.json"
 FORMAT = 1
 SAVE_SECONDS = 2.0  # between two writes of the manifest
 FORBIDDEN = re.compile(r'[<>:"\\|?*\x00-\x1f]')  # in file names of Windows
+RESERVED = re.compile(r"(CON|PRN|AUX|NUL|COM\d|LPT\d)", re.IGNORECASE)  # names of devices there
+MAX_NAME = 180  # bytes of a name before number and suffix; file systems allow 255
 
 
 @dataclass(frozen=True)
@@ -134,18 +136,28 @@ def clip_names(keys: Sequence[str]) -> dict[str, str]:
     """Return for each video the path of its clips without their number and suffix.
 
     It is the video's without the suffix, which stays where two names would be one, also on file systems that
-    ignore case. Characters that Windows forbids become '_'.
+    ignore case.
     """
     stems = {key: str(PurePosixPath(key).with_suffix("")) for key in keys}
     counts = Counter(stem.casefold() for stem in stems.values())
     names = {key: stem if counts[stem.casefold()] == 1 else key for key, stem in stems.items()}
-    safe = {key: FORBIDDEN.sub("_", name) for key, name in names.items()}
+    safe = {key: allowed_name(name) for key, name in names.items()}
     taken: set[str] = set()
     for key in keys:
         while safe[key].casefold() in taken:
             safe[key] += "_"
         taken.add(safe[key].casefold())
     return safe
+
+
+def allowed_name(name: str) -> str:
+    """Return the path ``name`` with '_' for what Windows forbids in names, and its last part not too long."""
+    *folders, last = FORBIDDEN.sub("_", name).split("/")
+    if RESERVED.fullmatch(last.partition(".")[0]):
+        last = f"_{last}"
+    while len(os.fsencode(last)) > MAX_NAME:
+        last = last[:-1]
+    return "/".join([*folders, last])
 
 
 def split_source(
