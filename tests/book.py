@@ -193,10 +193,10 @@ class Answer:
 
 SMALL = {  # overrides of every command: the environment, which its own words still override
     "MODEL_DEPTH": "2",
-    "MODEL_WIDTH": "16",
-    "MODEL_HEADS": "2",
+    "MODEL_WIDTH": "384",
+    "MODEL_HEADS": "6",
     "MODEL_PATCH_SIZE": "2",
-    "DATA_FRAMES": "5",
+    "DATA_FRAMES": "17",
     "DATA_RESOLUTION": "32",
     "DATA_INTERVAL": "1",
     "TRAIN_STEPS": "2",
@@ -249,10 +249,10 @@ def prepare(folder: Path, text: str) -> None:
         tiny_codec("AutoencoderKL", folder / name)
     sizes = ModelConfig(depth=2, width=384, heads=6, num_frames=5, latent_size=4)
     save_official(wake(Latte(sizes)), folder / "ffs.pt")
-    torch.save(dit_state(), folder / "DiT-XL-2-256x256.pt")
+    torch.save(dit_state(width=384, depth=2), folder / "DiT-XL-2-256x256.pt")
     write_videos(folder / "FaceForensics", [f"{n % 2}/{n}.mp4" for n in range(8)])
-    for name in ("a", "b"):
-        if f"runs/{name} " in text:
+    for name in ("a", "b", "mine", "other"):
+        if f"runs/{name} " in text and not re.search(rf"run\.dir=runs/{name}\b|train {name}\.yaml", text):
             call(["train", "shapes-tiny", "--out", str(folder / "runs" / name)])
     for block in blocks(text, "yaml"):
         (folder / "mine.yaml").write_text(block, "utf-8")
@@ -275,7 +275,7 @@ def pixart(folder: Path) -> None:
     """Write the transformer of a tiny PixArt-alpha."""
     from diffusers import PixArtTransformer2DModel
 
-    sizes = {"num_attention_heads": 2, "attention_head_dim": 8, "cross_attention_dim": 16, "num_layers": 2}
+    sizes = {"num_attention_heads": 6, "attention_head_dim": 64, "cross_attention_dim": 384, "num_layers": 2}
     sizes |= {"in_channels": 4, "out_channels": 8, "sample_size": 4, "patch_size": 2, "caption_channels": 12}
     wake(PixArtTransformer2DModel(**sizes), 0.1).save_pretrained(folder / "transformer")
 
