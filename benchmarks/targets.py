@@ -4,7 +4,8 @@
 Forward pass, guided sampling step and training step of ``plain.py`` and of ours in every precision, with
 compiled blocks and with recomputed activations, in turns in one process with the same weights, one JSON line
 each. ``plain_over`` is how many times faster than ``plain.py`` a way is. Then the growth of cost with four
-times the frames or tokens, against that of the operations. Activations are counted, not timed.
+times the frames or tokens, against that of the operations. Activations are counted, not timed. ``profile``
+divides the time of forward pass and training step among kinds of operators.
 """
 
 import argparse
@@ -31,7 +32,16 @@ from latte.profile.flops import count
 from latte.training.optim import TrainState
 
 Ways = dict[str, Callable[[], object]]
-PARTS = ("forward", "sampling", "step", "activations", "growth")
+PARTS = ("forward", "sampling", "step", "activations", "growth", "profile")
+KINDS = {  # of operators, by names of torch's; the rest are elementwise
+    "products": ("aten::addmm", "aten::mm", "aten::bmm", "aten::_int_mm", "aten::mkldnn", "aten::linear"),
+    "attention": ("aten::_scaled_dot", "aten::_softmax", "aten::softmax"),
+    "norm": ("aten::native_layer_norm",),
+    "gelu": ("aten::gelu", "aten::sigmoid"),
+    "copies": ("aten::copy_", "aten::cat", "aten::clone", "aten::to", "aten::_to_copy", "aten::contiguous"),
+    "sums and extremes": ("aten::sum", "aten::amax", "aten::amin", "aten::linalg_vector_norm"),
+    "optimizer": ("aten::_fused", "aten::_foreach"),
+}
 
 
 def copied(model: Latte, compiled: bool = False, recompute: bool = False) -> Latte:
@@ -194,6 +204,36 @@ def growth(options: argparse.Namespace) -> None:
     emit("growth", options, rounds=len(times.loads), base=[small.num_frames, small.grid_size[0]], **found)
 
 
+def kind_of(operator: str) -> str:
+    """The key of KINDS that ``operator`` belongs to."""
+    for kind, names in KINDS.items():
+        if operator.startswith(names):
+            return kind
+    return "elementwise and the rest"
+
+
+def profile(ways: Ways, options: argparse.Namespace, what: str) -> None:
+    """Print the share of the time that each kind of operator takes, and the largest operators."""
+    found = {}
+    for name, run in ways.items():
+        run()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as record:
+            for _ in range(options.rounds):
+                run()
+        times = {row.key: row.self_cpu_time_total for row in record.key_averages()}
+        whole = sum(times.values())
+        shares = dict.fromkeys([*KINDS, "elementwise and the rest"], 0.0)
+        for operator, spent in times.items():
+            shares[kind_of(operator)] += spent / whole
+        largest = sorted(times, key=times.__getitem__, reverse=True)[:8]
+        found[name] = {
+            "shares": {kind: round(share, 3) for kind, share in shares.items()},
+            "largest": {operator: round(times[operator] / whole, 3) for operator in largest},
+            "milliseconds": round(whole / options.rounds / 1000, 1),
+        }
+    emit(f"profile of the {what}", options, ways=found)
+
+
 def timed(what: str, ways: Ways, work: float, options: argparse.Namespace, **more: Any) -> None:
     """Time ``ways`` in turn and print their line."""
     tasks = [measure.Task(name, run, work) for name, run in ways.items()]
@@ -248,6 +288,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         steps = step_ways(model, compiled, options.batch)
         losses = {name: float(f"{float(step.loss().detach()):.6g}") for name, step in steps.items()}
         timed("step", dict(steps), 3 * work * options.batch, options, losses=losses)
+    if "profile" in options.parts:
+        with torch.inference_mode():
+            ways, _ = forward_ways(callers(fixed, False), fixed)
+            profile(ways, options, "forward pass")
+        profile(dict(step_ways(model, False, options.batch)), options, "training step")
     if "activations" in options.parts:
         activations(model, options)
     if "growth" in options.parts:

@@ -674,9 +674,14 @@ def test_a_second_score_does_not_decode_the_real_side(folders, tmp_path, monkeyp
     assert reads.of(folders["real"]) == 6
     first = extracted(folders, tmp_path / "first", tmp_path / "kept")
     assert reads.of(folders["real"]) == 6
-    second = extracted(folders, tmp_path / "second", tmp_path / "kept")
-    assert reads.roots.count(str(folders["fake"])) == 6
+    other = tmp_path / "other"
+    shutil.copytree(folders["fake"], other)
+    sorted(other.glob("*.mp4"))[0].unlink()
+    extracted({**folders, "fake": other}, tmp_path / "other-fake", tmp_path / "kept")
+    assert reads.roots.count(str(other)) > 0
     assert reads.of(folders["real"]) == 0
+    second = extracted(folders, tmp_path / "second", tmp_path / "kept")
+    assert reads.roots == [], "the same clips on both sides"
     for found in (first, second):
         assert all(torch.equal(found[side], plain[side]) for side in plain)
 
@@ -712,7 +717,7 @@ def test_damaged_and_unwritable_kept_features_cost_time_alone(folders, tmp_path,
     reads = Reads(monkeypatch)
     kept = tmp_path / "kept"
     first = extracted(folders, tmp_path / "first", kept)
-    (file,) = kept.iterdir()
+    (file,) = kept.glob("*.safetensors")
     file.write_bytes(file.read_bytes()[:-3])
     reads.of(folders["real"])
     second = extracted(folders, tmp_path / "second", kept)
@@ -722,11 +727,12 @@ def test_damaged_and_unwritable_kept_features_cost_time_alone(folders, tmp_path,
     caplog.set_level("INFO", "latte")
     third = extracted(folders, tmp_path / "third", tmp_path / "occupied" / "kept")
     assert torch.equal(first["real"], third["real"])
-    assert "the features of the real side are not kept: could not write" in caplog.text
+    assert "the features are not kept for later scores: could not write" in caplog.text
 
 
 def test_only_the_newest_kept_features_stay(folders, tmp_path, monkeypatch):
     monkeypatch.setattr(feature_files, "KEPT", 2)
     for seed in range(4):
         extracted(folders, tmp_path / str(seed), tmp_path / "kept", replace(CONFIG, seed=seed))
-    assert len(list((tmp_path / "kept").iterdir())) == 2
+    assert len(list((tmp_path / "kept").glob("*.safetensors"))) == 2
+    assert len(list((tmp_path / "kept" / "fake").glob("*.safetensors"))) == 2

@@ -113,6 +113,17 @@ def test_it_saves_half():
     assert abs(planned - counts[1]) < 0.5, "and the plan of memory knows"
 
 
+def test_under_autocast_it_keeps_no_copies_of_modulation_weights_and_no_last_norm():
+    """bf16, in units of the tokens in float32: x twice, qkv, attention and fc1's output are 6 a block."""
+    config = ModelConfig(depth=8, width=64, heads=2, num_frames=4, latent_size=16, num_classes=5)
+    saving, lean, _ = pair(config)
+    unit = config.num_tokens * 64 * 4
+    with torch.autocast("cpu", torch.bfloat16):
+        counts = [saved_bytes(model, {"label": torch.tensor([1])}) / unit for model in (saving, lean)]
+    assert counts[1] < 8 * 6 + 1 + 1.5, "the input of the last layer, and 1.5 for embeddings"
+    assert counts[0] > 2 * counts[1]
+
+
 def test_layers_with_adapters_or_hooks_and_sampling_take_the_path_that_saves_all():
     block: Any = Latte(MODELS["variant 1"]).blocks[0]
     branch = block.branches["space"] if "space" in block.branches else next(iter(block.branches.values()))

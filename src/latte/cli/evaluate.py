@@ -72,7 +72,7 @@ HeldOut = Annotated[
 ]
 Cache = Annotated[
     bool,
-    typer.Option(help="Keep what was probed and computed of REAL in the user's cache for the next score."),
+    typer.Option(help="Keep what was probed and computed of folders in the user's cache for the next score."),
 ]
 
 
@@ -192,12 +192,12 @@ def run(
         )
     out = out or Path("evaluations") / f"{Path(fake).resolve().name}-{config.protocol}"
     device = str(resolve_device(config.device))
+    kept = user_cache() / "evaluation" if cache else None
     if is_model(fake):
         fake_side = ModelClips(fake, config.device, codec_path, sample_seed)
         fake_side.check_length(config.chosen_protocol.needed("fake"))
     else:
-        fake_side = open_side("fake", fake, out / PROBES, codec_path, device)
-    kept = user_cache() / "evaluation" if cache else None
+        fake_side = open_side("fake", fake, kept or out / PROBES, codec_path, device)
     real_side = open_side("real", real, kept or out / PROBES, codec_path, device)
     unseen = None
     if held_out:

@@ -138,7 +138,7 @@ def evaluate(
 
     ``until`` ends after a stage. ``build`` makes the detector (here and in other processes). A model
     generates ``num_generated`` clips (None: as many as the plan takes). ``codec_path`` is recorded for a
-    replay. ``kept`` is a folder for the features of the real side, see ``features.extract``. With clips that
+    replay. ``kept`` is a folder for the features of folders, see ``features.extract``. With clips that
     were ``held_out`` from training, ``real`` being those trained on, memorisation is measured too. InputError
     for anything that would make the score meaningless, before any clip is generated if that can be known.
     """
@@ -166,7 +166,8 @@ def evaluate(
     if until == "plan":
         return planned(plan, out)
     detector = detector or open_detector()
-    features = extract(plan, sides, detector, open_detector, out, config.processes, kept, config.workers)
+    stored = (kept, config.workers, replay["model"] is None)
+    features = extract(plan, sides, detector, open_detector, out, config.processes, *stored)
     if until == "extract":
         paths = {side: str(out / f"{side}.safetensors") for side in SIDES}
         return {**planned(plan, out), "features": paths, "banks": paths}  # banks: the key of 0.1.0

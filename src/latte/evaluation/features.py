@@ -5,8 +5,8 @@ A shard's key is the hash of everything its rows depend on: the plan's lines (wi
 detector, weights, pixels, frame rule, kind of device. A file with another key, or whose rows are not what was
 written, is computed anew, so features are never stale and a killed extraction resumes. Processes take
 consecutive shards, and a row depends on its own clip alone: any number of processes gives the same features.
-The real side can be kept in a folder of the user, under a key that also holds the code and the libraries, for
-every later score against the same set.
+Both sides can be kept in a folder of the user, under a key that also holds the code and the libraries, for
+every later score of the same clips; generated ones apart, so that they do not displace real ones.
 Axes: n rows, k features, t h w c frames.
 """
 
@@ -41,7 +41,7 @@ from latte.evaluation.sources import Side, digest
 from latte.files import commit_file, keep_newest, reported, source_sha256
 
 SHARD = 32  # clips
-KEPT = 64  # files of features of real sides
+KEPT = 64  # files of features of a side
 AHEAD = 2  # clips that each worker decodes ahead of their use
 REPORT_SECONDS = 10.0  # least time between two progress lines
 OpenDetector = Callable[[], Detector]
@@ -287,10 +287,11 @@ def extract(
     processes: int = 1,
     kept: Path | None = None,
     workers: int = 0,
+    keep_fake: bool = False,
 ) -> dict[str, Tensor]:
     """Return the features {"real": (n k), "fake": (m k)} of ``plan``; they are kept in out/real.safetensors,
-    out/fake.safetensors, and those of the real side in the folder ``kept``, which is read before they are
-    computed; None computes them.
+    out/fake.safetensors, and those of the real side (with ``keep_fake`` of both) in the folder ``kept``,
+    which is read before they are computed; None computes them.
 
     ``open_detector`` builds the same detector again in each of ``processes``, each with ``workers`` that
     decode; InputError for a clip that can no longer be read.
@@ -298,12 +299,17 @@ def extract(
     jobs = plan_jobs(plan, detector, out)
     keys = {side: digest([job.key for job in jobs if job.clips[0].side == side]) for side in SIDES}
     features = {side: read_rows(out / f"{side}.safetensors", keys[side]) for side in SIDES}
-    lasting = kept and kept / f"{digest([keys['real'], bits_of(detector)])}.safetensors"
-    if features["real"] is None and lasting:
-        features["real"] = read_rows(lasting, keys["real"])
-        if features["real"] is not None:
-            log.info("the features of the real side are those of an earlier score (%s)", lasting)
-            write_rows(out / "real.safetensors", keys["real"], features["real"])
+    lasting: dict[str, Path] = {}
+    if kept:
+        folders = {"real": kept, "fake": kept / "fake"} if keep_fake else {"real": kept}
+        for side, folder in folders.items():
+            lasting[side] = folder / f"{digest([keys[side], bits_of(detector)])}.safetensors"
+    for side, path in lasting.items():
+        rows = read_rows(path, keys[side]) if features[side] is None else None
+        if rows is not None:
+            log.info("the features of the %s side are those of an earlier score (%s)", side, path)
+            write_rows(out / f"{side}.safetensors", keys[side], rows)
+            features[side] = rows
     needed = [job for job in jobs if features[job.clips[0].side] is None]
     missing = [job for job in needed if read_rows(job.path, job.key) is None]
     if processes == 1 or len(missing) < 2:
@@ -317,8 +323,9 @@ def extract(
             rows = _join([job for job in jobs if job.clips[0].side == side])
             write_rows(out / f"{side}.safetensors", keys[side], rows)
         found[side] = rows
-    if lasting and not lasting.exists():
-        keep_rows(lasting, keys["real"], found["real"])
+    for side, path in lasting.items():
+        if not path.exists():
+            keep_rows(path, keys[side], found[side])
     with reported("the features", out):
         for job in needed:
             job.path.unlink(missing_ok=True)
@@ -341,7 +348,7 @@ def keep_rows(path: Path, key: str, features: Tensor) -> None:
     try:
         write_rows(path, key, features)
     except RunError as error:
-        log.info("the features of the real side are not kept: %s", error)
+        log.info("the features are not kept for later scores: %s", error)
         return
     keep_newest(path.parent, "*.safetensors", KEPT)
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from latte.model.attention_options import attention_options
 from latte.model.conditioning import Conditioning
 from latte.model.config import BlockOptions, nearest_multiple
-from latte.model.fused import Modulated, activated, gated_linear, is_plain, modulated_linear
+from latte.model.fused import Modulated, activated, again, gated_linear, is_plain, modulated_linear
 from latte.model.positions import TemporalPosition
 
 ATTENTION_SLOT = 0  # all attentions of a block share one (shift, scale, gate), Latte, Sec. 3.2
@@ -350,7 +350,8 @@ class Block(nn.Module):
 
     def add_branches(self, x: Tensor, c: Tensor, images: bool, values: list[Tensor]) -> Tensor:
         """Return tokens (b f n d) after all branches."""
-        chunks = self.modulation(c)  # 3 per slot, each (b f|1 1 d) or None
+        modulation = again(self.modulation) if self.recompute else self.modulation
+        chunks = modulation(c)  # 3 per slot, each (b f|1 1 d) or None
         for name, branch in self.branches.items():
             if images and branch.skips_images:
                 continue

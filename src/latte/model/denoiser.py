@@ -17,8 +17,10 @@ from torch.utils.checkpoint import checkpoint
 
 from latte.checks import check
 from latte.model.attention_options import ValueResidual
+from latte.model.blocks import modulate
 from latte.model.conditioning import Modulation
 from latte.model.config import DenoiserConfig as DenoiserConfig
+from latte.model.fused import Modulated, is_plain, modulated_linear
 from latte.model.pretrained import SavedModel
 
 
@@ -45,7 +47,9 @@ class Denoiser(nn.Module, SavedModel):
     patch: Any
     blocks: Any  # the blocks in the order of the forward pass
     time_embedding: Any
+    final_norm: nn.LayerNorm
     final_linear: nn.Linear
+    recomputes: bool = False
 
     def __init__(self, config: Any):
         super().__init__()
@@ -109,8 +113,16 @@ class Denoiser(nn.Module, SavedModel):
         """Make the backward pass recompute norms, modulation, GELU and gates, or save them: same output, less
         memory.
         """
+        self.recomputes = enabled
         for block in self.blocks:
             block.recompute = enabled
+
+    def last_layer(self, x: Tensor, shift: Tensor | None, scale: Tensor | None) -> Tensor:
+        """Return outputs (b f n o) of tokens (b f n d): norm, modulation and linear layer."""
+        lean = self.recomputes and torch.is_grad_enabled() and is_plain(self.final_linear)
+        if lean and shift is not None and scale is not None:
+            return modulated_linear(self.final_linear, Modulated(x, shift, scale, self.final_norm.eps))
+        return self.final_linear(modulate(self.final_norm(x), shift, scale))
 
     def run_block(self, block: nn.Module, *inputs: Any, first: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Return tokens and the first attention's values, None without ``value_residual``."""

@@ -8,7 +8,9 @@ same operations as the block without it, and returns the same bits; gradients ag
 Axes: b batch, f frames (or images), n tokens of a frame, d width, k input features of the last linear layer.
 """
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
 
 class Modulated(NamedTuple):
@@ -49,6 +52,16 @@ def without_autocast(x: Tensor) -> AbstractContextManager:
     """Inside, every operation has the dtypes that it is given."""
     kind = x.device.type
     return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
+
+
+def again(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return ``function``, to be computed again in the backward pass.
+
+    For modulations, whose product takes no time: under autocast they would keep copies of their weights.
+    """
+    if not torch.is_grad_enabled():
+        return function
+    return partial(checkpoint, function, use_reentrant=False, preserve_rng_state=False)
 
 
 def modulated_linear(layer: nn.Module, tokens: Modulated) -> Tensor:

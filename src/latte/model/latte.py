@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from latte.checks import InputError, check
-from latte.model.blocks import modulate
 from latte.model.conditioning import NULL_LABEL, LabelEmbedding, TimestepEmbedding
 from latte.model.config import CONDITIONINGS, PATCHES, SIZES, TEMPORAL_POSITIONS, ModelConfig
 from latte.model.denoiser import Denoiser, condition_shape
+from latte.model.fused import again
 from latte.model.positions import spatial_table
 from latte.model.variants import Parts
 
@@ -107,8 +107,8 @@ class Latte(Denoiser):
         x = x + spatial_table(*grid, x.shape[-1]).to(x)
         x = self.conditioning.enter(x, c)  # (b f n d), n+1 with all_tokens
         x = self.run_all_blocks(x, c, images)
-        x = self.final_norm(self.conditioning.leave(x))  # (b f n d)
-        x = self.final_linear(modulate(x, *self.final_modulation(c)))  # (b f n ppo)
+        modulation = again(self.final_modulation) if self.recomputes else self.final_modulation
+        x = self.last_layer(self.conditioning.leave(x), *modulation(c))  # (b f n ppo)
         return self.patch.unembed(x, grid, images)  # (b f o h w)
 
     def run_blocks(

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 
 from latte.checks import InputError, check
-from latte.model.blocks import modulate
 from latte.model.conditioning import Modulation, TimestepEmbedding
 from latte.model.config import ModelConfig, TextConfig
 from latte.model.denoiser import Denoiser, condition_shape
@@ -161,7 +160,7 @@ class LatteText(Denoiser):
         text = self.caption(text)  # (b g l d)
         x = self.run_all_blocks(x, shared, text, mask, temporal)
         shift, scale = (c[:, :, None] + row for row in self.final_table)  # each (b 1 1 d)
-        x = self.final_linear(modulate(self.final_norm(x), shift, scale))  # (b f n ppo)
+        x = self.last_layer(x, shift, scale)  # (b f n ppo)
         return self.patch.unembed(x, grid)  # (b f o h w)
 
     def run_blocks(
