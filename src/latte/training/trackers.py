@@ -97,7 +97,29 @@ class TensorBoard:
         self.writer.close()
 
 
-class WeightsAndBiases:
+class RunOfProject:
+    """What Weights & Biases and trackio have in common: the package's module, and what logs into the run.
+    Abstract.
+    """
+
+    module: Any
+    run: Any
+
+    def numbers(self, step: int, values: Mapping[str, float]) -> None:
+        """See Writer."""
+        self.run.log(dict(values), step=step)
+
+    def media(self, step: int, name: str, path: Path) -> None:
+        """See Writer."""
+        kind = self.module.Video if path.suffix == VIDEO_SUFFIX else self.module.Image
+        self.run.log({name: kind(str(path))}, step=step)
+
+    def close(self) -> None:
+        """See Writer."""
+        self.run.finish()
+
+
+class WeightsAndBiases(RunOfProject):
     """A run of the project in WANDB_PROJECT, or "latte"; WANDB_MODE=offline works without network."""
 
     package: ClassVar[str] = "wandb"
@@ -106,7 +128,7 @@ class WeightsAndBiases:
     def __init__(self, event: TrainEvent):
         import wandb  # pyright: ignore[reportMissingImports]
 
-        self.wandb = wandb
+        self.module = wandb
         self.run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", PROJECT),
             name=event.run_dir.resolve().name,
@@ -121,21 +143,8 @@ class WeightsAndBiases:
         """See Writer."""
         import wandb  # pyright: ignore[reportMissingImports] # noqa: F401
 
-    def numbers(self, step: int, values: Mapping[str, float]) -> None:
-        """See Writer."""
-        self.run.log(dict(values), step=step)
 
-    def media(self, step: int, name: str, path: Path) -> None:
-        """See Writer."""
-        kind = self.wandb.Video if path.suffix == VIDEO_SUFFIX else self.wandb.Image
-        self.run.log({name: kind(str(path))}, step=step)
-
-    def close(self) -> None:
-        """See Writer."""
-        self.run.finish()
-
-
-class Trackio:
+class Trackio(RunOfProject):
     """A run of the project in TRACKIO_PROJECT, or "latte"; stored on this machine."""
 
     package: ClassVar[str] = "trackio"
@@ -144,7 +153,8 @@ class Trackio:
     def __init__(self, event: TrainEvent):
         import trackio  # pyright: ignore[reportMissingImports]
 
-        self.trackio = trackio
+        self.module = trackio
+        self.run = trackio
         trackio.init(
             project=os.environ.get("TRACKIO_PROJECT", PROJECT),
             name=f"{event.run_dir.resolve().name}-{run_id(event)}",
@@ -156,19 +166,6 @@ class Trackio:
     def load(cls) -> None:
         """See Writer."""
         import trackio  # pyright: ignore[reportMissingImports] # noqa: F401
-
-    def numbers(self, step: int, values: Mapping[str, float]) -> None:
-        """See Writer."""
-        self.trackio.log(dict(values), step=step)
-
-    def media(self, step: int, name: str, path: Path) -> None:
-        """See Writer."""
-        kind = self.trackio.Video if path.suffix == VIDEO_SUFFIX else self.trackio.Image
-        self.trackio.log({name: kind(str(path))}, step=step)
-
-    def close(self) -> None:
-        """See Writer."""
-        self.trackio.finish()
 
 
 class Tracker(Callback):
