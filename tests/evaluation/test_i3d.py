@@ -39,7 +39,7 @@ def ours(plain):
     return channels_last(network)
 
 
-@pytest.mark.parametrize("frames", [9, 10, 16, 17])
+@pytest.mark.parametrize("frames", [9, 16, *(pytest.param(n, marks=pytest.mark.nightly) for n in (10, 17))])
 @torch.inference_mode()
 def test_logits_equal_the_plain_port(plain, ours, frames):
     clip = noise(1, 3, frames, 224, 224, seed=frames)
