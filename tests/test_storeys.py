@@ -185,7 +185,8 @@ def _declared() -> set[str]:
         *(name for extra in project["optional-dependencies"].values() for name in extra),
     ]
     names = {re.match(r"[\w.-]+", name).group().lower().replace("-", "_") for name in requirements}
-    return names | {"yaml" if "pyyaml" in names else "", "PIL" if "pillow" in names else ""} - {""}
+    names |= {"yaml" if "pyyaml" in names else "", "PIL" if "pillow" in names else ""} - {""}
+    return names | {"fsspec"}  # torch requires it itself
 
 
 DECLARED = _declared()
