@@ -6,13 +6,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from latte.cli.options import Debug, Json, configure_logging, print_result
+from latte.checks import InputError
+from latte.cli.options import Debug, Json, configure_logging, print_note, print_result
 
 if TYPE_CHECKING:
     from latte.interop.coverage import Coverage
     from latte.interop.load import Source as ResolvedSource
     from latte.model.denoiser import Denoiser
 
+CLIP_SIDE = 256  # pixels of the clip on a model card
+CLIP_FRAMES = 32
 SOURCES = "A weight file, a model's folder, a hub id (OWNER/NAME or OWNER/NAME/FILE), or a run folder."
 DESTINATIONS = "A new folder; with --to official a new file, with --to hub OWNER/NAME."
 Source = Annotated[str, typer.Argument(metavar="SRC", help=SOURCES, show_default=False)]
@@ -31,6 +34,10 @@ Licence = Annotated[
     typer.Option(metavar="NAME", help="Licence of the weights, for the model card, e.g. cc-by-4.0."),
 ]
 Data = Annotated[str | None, typer.Option(metavar="TEXT", help="Training data, for the model card.")]
+Clip = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="A clip of the model for the model card; of a run its newest sample."),
+]
 Scores = Annotated[
     list[Path] | None,
     typer.Option("--score", metavar="FILE", help="A manifest.json of latte evaluate, for the model card."),
@@ -64,6 +71,7 @@ def convert(
     licence: Licence = None,
     data: Data = None,
     scores: Scores = None,
+    clip: Clip = None,
     lora: Lora = None,
     heads: Heads = None,
     allow_missing: Missing = None,
@@ -80,7 +88,7 @@ def convert(
 
     configure_logging()
     check_options(destination, to, lora, text_encoder)
-    about = card_facts(to, licence, data, scores or [])
+    about = card_facts(to, licence, data, scores or [], clip)
     found = resolve(source, "SRC")
     if merge:
         groups = merged_files(found, Path(destination))
@@ -88,6 +96,7 @@ def convert(
         return
     if found.run is not None:
         model, report, facts = from_run(found)
+        clip = clip or newest_sample(found.run)
     else:
         model, report, facts = from_weights(source, heads, allow_missing or [], allow_unexpected or [])
     if lora is not None:
@@ -101,7 +110,12 @@ def convert(
         facts["text"] = {"name": "t5", **(facts.get("text") or {}), "path": text_encoder}
     if about:
         facts["about"] = {**facts.get("about", {}), **about}
+    if clip is not None and to in ("latte", "hub"):
+        facts["clip"] = small_picture(clip)
     export(model, destination, to, facts)
+    if to in ("latte", "hub"):
+        for part in ("codec", "text"):
+            note_left_out(facts.get(part) or {}, {"codec": "--codec-path", "text": "--text-encoder"}[part])
     lists = ("layout", "used", "missing", "unexpected", "mismatched", "dropped")
     result = {"out": destination, **{key: getattr(report, key) for key in lists}}
     print_result(result, as_json, [str(report), printable(destination)])
@@ -152,7 +166,46 @@ def check_distilled(facts: dict[str, Any], to: str) -> None:
     )
 
 
-def card_facts(to: str, licence: str | None, data: str | None, scores: list[Path]) -> dict[str, Any]:
+def small_picture(clip: Path) -> bytes:
+    """Return a clip (mp4 or gif) as a WebP that plays, with few and small frames; InputError for no clip."""
+    import base64
+
+    from latte.data.clips import shrink
+    from latte.data.media import Unreadable, probe, read_frames
+    from latte.page.html import animation
+
+    try:
+        info = probe(clip)
+        step = -(-info.frames // CLIP_FRAMES)
+        frames = read_frames(info, range(0, info.frames, step))  # (t h w c)
+    except Unreadable as error:
+        raise InputError(f"--clip {clip} cannot be read ({error.reason}); give an mp4 or gif") from None
+    uri = animation(shrink(frames, CLIP_SIDE), (info.fps or 8) / step)
+    return base64.b64decode(uri.partition(",")[2])
+
+
+def note_left_out(part: dict[str, Any], option: str) -> None:
+    """Print how the weights of a codec or text encoder are given, of which only a path of this machine is
+    known.
+    """
+    from latte.checks import command_line
+    from latte.interop.export import public
+
+    path = part.get("path")
+    if path and "path" not in public(part):
+        words = command_line("sample", "FOLDER", option, path)
+        print_note(f"{part.get('name')} is not part of the folder, nor is its path; sample with: {words}")
+
+
+def newest_sample(run: Path) -> Path | None:
+    """Return the newest clip among the samples of a run; None where it has none."""
+    clips = sorted((run / "samples").glob("step-*/*.mp4"), key=lambda path: (path.stat().st_mtime, path.name))
+    return clips[-1] if clips else None
+
+
+def card_facts(
+    to: str, licence: str | None, data: str | None, scores: list[Path], clip: Path | None
+) -> dict[str, Any]:
     """Return what the options add to the model card; InputError for a layout without one."""
     from latte.checks import check
     from latte.evaluation.manifest import read_report
@@ -161,8 +214,12 @@ def card_facts(to: str, licence: str | None, data: str | None, scores: list[Path
     about = {"licence": licence, "data": data, "scores": [score_of(read_report(path)) for path in scores]}
     given = {key: value for key, value in about.items() if value}
     check(
-        not given or to in ("latte", "hub"),
-        f"--to {to} writes no model card, so --licence, --data and --score have no effect; "
+        clip is None or clip.is_file(),
+        f"--clip {clip} is no file; give a clip that the model generated, e.g. an mp4 of latte sample",
+    )
+    check(
+        not (given or clip) or to in ("latte", "hub"),
+        f"--to {to} writes no model card, so --licence, --data, --score and --clip have no effect; "
         "remove them or use --to latte",
     )
     return given

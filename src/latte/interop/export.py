@@ -69,15 +69,22 @@ def save_ours(
     """Write a weights folder: model.safetensors, config.json and a model card.
 
     ``from_pretrained`` of the model's class and ``VideoPipeline.from_pretrained`` read it. Tensors are
-    stored as ``dtype`` (float16: half the bytes) and read back as float32. Raises RunError when the disk
-    refuses, or a weight is NaN/Inf.
+    stored as ``dtype`` (float16: half the bytes) and read back as float32. ``facts`` may hold "clip", the
+    content of a WebP that plays, which goes beside the card. No path of this machine
+    is written: an autoencoder or text encoder that is neither packaged nor on the hub is given again where the
+    folder is used. Raises RunError when the disk refuses, or a weight is NaN/Inf.
     """
+    facts = dict(facts)
+    clip = facts.pop("clip", None)
+    for part in ("codec", "text"):
+        if facts.get(part):
+            facts[part] = {"path": None, **public(facts[part])}
     tensors = {name: tensor.detach().to("cpu", dtype) for name, tensor in model.state_dict().items()}
 
     def card(digest: str) -> str:
-        return card_text(model, {**facts, "weights_sha256": digest})
+        return card_text(model, {**facts, "weights_sha256": digest}, CLIP if clip else None)
 
-    write_weights_folder(folder, tensors, {**model.config.stored(), **facts}, card)
+    write_weights_folder(folder, tensors, {**model.config.stored(), **facts}, card, {CLIP: clip})
 
 
 def publish(
@@ -92,10 +99,6 @@ def publish(
     """
     from huggingface_hub import HfApi
 
-    facts = {
-        **facts,
-        **{key: {"path": None, **public(facts[key])} for key in ("codec", "text") if facts.get(key)},
-    }
     api = HfApi(token=token)
     with TemporaryDirectory() as scratch:
         folder = Path(scratch) / "weights"
@@ -160,6 +163,8 @@ TARGETS: dict[str, Callable[[Denoiser, Path, Mapping[str, Any]], None]] = {
 }
 
 
+CLIP = "clip.webp"  # beside the card
+PAPER = "arxiv:2401.03048"
 QUESTIONS = ("data", "licence", "step", "scores")  # what a reader asks first
 PARTS = {
     "diffusion": "diffusion",
@@ -179,16 +184,21 @@ TRAINING = {
 MARKUP = re.compile(r"[\\`*\[\]|~]|(?<![^\W_])_|_(?![^\W_])")  # an underscore inside a word is plain text
 
 
-def card_text(model: Denoiser, facts: Mapping[str, Any]) -> str:
-    """Return README.md of ``model``, with the YAML header that the hub reads."""
+def card_text(model: Denoiser, facts: Mapping[str, Any], clip: str | None = None) -> str:
+    """Return README.md of ``model``, with the YAML header that the hub reads, and the file ``clip``."""
     name = type(model).__name__
     config = model.config.stored()
     text = model.config.reads_text
     about = facts.get("about") or {}
+    kind = (
+        "text-to-video" if text else "unconditional" if config["num_classes"] is None else "class-conditional"
+    )
     header: dict[str, Any] = {
         "library_name": "latte",
-        "tags": ["text-to-video" if text else "video-generation", "latte"],
+        "tags": ["latte", "video-generation", "diffusion", "diffusion-transformer", kind, PAPER],
     }
+    if text:
+        header["pipeline_tag"] = "text-to-video"
     if about.get("licence"):
         header["license"] = str(about["licence"])
     rows = [f"| {label} | {cell(value)} |" for label, value in table_rows(config, facts).items()]
@@ -204,6 +214,10 @@ def card_text(model: Denoiser, facts: Mapping[str, Any]) -> str:
         "",
         f"A latent diffusion transformer for video (Latte, arXiv 2401.03048) with {parameters:,} parameters.",
         "",
+        *([f"![a generated clip]({clip})", ""] if clip else ()),
+        *uses(config, facts),
+        "## Facts",
+        "",
         "| | |",
         "|---|---|",
         *rows,
@@ -211,7 +225,40 @@ def card_text(model: Denoiser, facts: Mapping[str, Any]) -> str:
     ]
     if unknown:
         lines += [f"Not recorded: {', '.join(unknown)}.", ""]
-    return "\n".join([*lines, *usage(name, facts)])
+    return "\n".join([*lines, "## Use", "", *usage(name, facts)])
+
+
+def uses(config: Mapping[str, Any], facts: Mapping[str, Any]) -> list[str]:
+    """Return the sections on intended use and limits; what is not known of the data is said to be unknown."""
+    scores = (facts.get("about") or {}).get("scores")
+    limits = [
+        "Clips resemble the training data and repeat its gaps and biases; nothing filters the output.",
+        f"Trained on clips of {config['num_frames']} latent frames of {size_text(config)}: other lengths and sizes "
+        "are less good.",
+        "Scores hold for the protocol that is named with them, and for no other."
+        if scores
+        else "No score is recorded, so the quality is not known.",
+    ]
+    if "caption_channels" in config:
+        limits.append("Words that the captions of the training data lack have no reliable effect.")
+    return [
+        "## Intended use",
+        "",
+        "Research on video generation, and fine-tuning on data of one's own. Not for showing real people or events "
+        "as if they were recorded, nor for decisions about people.",
+        "",
+        "## Limits",
+        "",
+        *(f"- {limit}" for limit in limits),
+        "",
+    ]
+
+
+def size_text(config: Mapping[str, Any]) -> str:
+    """Return the latent's rows and columns: '32 x 32'."""
+    size = config["latent_size"]
+    rows, columns = (size, size) if isinstance(size, int) else size
+    return f"{rows} x {columns}"
 
 
 def usage(name: str, facts: Mapping[str, Any]) -> list[str]:

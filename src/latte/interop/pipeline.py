@@ -102,11 +102,22 @@ def save_pipeline(
             place / "scheduler" / "scheduler_config.json", {"_class_name": "DDIMScheduler", **settings}
         )
         write_json(place / INDEX, index)
+        forget_places(place)
 
     parts = (model, codec.network, text_encoder)
     needed = sum(tensor.nbytes for part in parts for tensor in part.state_dict().values())
     with reported("the pipeline", folder, needed):
         commit_folder(folder, write)
+
+
+def forget_places(folder: Path) -> None:
+    """Remove from the configurations in ``folder`` where their parts were loaded from: a path of this
+    machine.
+    """
+    for file in folder.rglob("*.json"):
+        content = json.loads(file.read_text("utf-8"))
+        if isinstance(content, dict) and content.pop("_name_or_path", None) is not None:
+            write_json(file, content)
 
 
 def check_parts(model: LatteText, codec: Codec, text_encoder: Any, tokenizer: Any) -> None:

@@ -84,9 +84,13 @@ def write_weights_folder(
     tensors: Mapping[str, Tensor],
     config: Mapping[str, Any],
     card: Callable[[str], str] | None = None,
+    others: Mapping[str, bytes | None] | None = None,
 ) -> None:
-    """Commit model.safetensors, config.json with the hash of the weights, and ``card(hash)`` as README.md."""
-    check_replaceable(folder, (WEIGHTS, CONFIG, CARD))
+    """Commit model.safetensors, config.json with the hash of the weights, ``card(hash)`` as README.md, and the
+    files of ``others`` (name -> content; None: no such file).
+    """
+    others = others or {}
+    check_replaceable(folder, (WEIGHTS, CONFIG, CARD, *others))
     stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     check_finite(stored, "to be saved", RunError)
     digest = tensors_sha256(stored)
@@ -97,6 +101,9 @@ def write_weights_folder(
         (place / CONFIG).write_text(text, encoding="utf-8")
         if card is not None:
             (place / CARD).write_text(card(digest), encoding="utf-8")
+        for name, content in others.items():
+            if content is not None:
+                (place / name).write_bytes(content)
 
     with reported("the weights", folder, sum(tensor.nbytes for tensor in stored.values())):
         commit_folder(folder, write)
