@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """taef2 against a second reading of its layout, and on real frames where they are at hand."""
 
+import hashlib
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -8,10 +10,13 @@ from safetensors.torch import save_file
 from support import noise, shared, wake
 from torch import Tensor, nn
 
+from latte.autoencoder.config import CODECS, PUBLISHED
 from latte.autoencoder.taef2 import Taef2Codec, build_decoder, build_encoder
 from latte.checks import InputError
 from latte.data.clips import centre_crop_resize, to_float
 from latte.data.media import read_frames
+from latte.evaluation.detector_files import FILES
+from tiny import ROOT
 
 
 def block(x: Tensor, w: dict[str, Tensor], at: str) -> Tensor:
@@ -86,7 +91,9 @@ def test_safetensors_and_pth_are_the_same_codec(folder, tmp_path_factory):
 
 def test_a_missing_half_is_named(folder):
     (folder / "taef2_decoder.safetensors").unlink()
-    with pytest.raises(InputError, match=r"taef2_decoder\.safetensors does not exist"):
+    with pytest.raises(
+        InputError, match=r"holds neither taef2_decoder\.safetensors nor taef2_decoder\.pth; its weights: "
+    ):
         Taef2Codec.load(str(folder), 16, "cpu")
 
 
@@ -108,3 +115,32 @@ def test_real_frames():
     )
     assert 32 < psnr < 36
     assert 0.8 < latent.std() < 1.2
+
+
+def test_errors_and_docs_say_where_every_weight_file_comes_from(tmp_path):
+    for path in (None, str(tmp_path)):
+        with pytest.raises(InputError) as error:
+            Taef2Codec.load(path, 8, "cpu")
+        for link, num_bytes, sha256 in PUBLISHED["taef2"]:
+            assert f"{link} ({num_bytes:,} bytes, sha256 {sha256})" in str(error.value)
+    with pytest.raises(InputError, match=r"; its weights: stabilityai/sd-vae-ft-ema, https://.*1d99348"):
+        CODECS["kl"].load(None, 8, "cpu")
+    page = (ROOT / "docs/autoencoders.md").read_text("utf-8")
+    for codec, files in PUBLISHED.items():
+        for link, num_bytes, sha256 in files:
+            row = next(
+                line for line in page.splitlines() if link in line and line.startswith(f"| codec `{codec}`")
+            )
+            assert num_bytes is None or (f"{num_bytes:,}" in row and str(sha256) in row)
+    for file in FILES:
+        row = next((line for line in page.splitlines() if f"`{file.name}`" in line), None)
+        assert (row is None) == (file.detector is None)
+        assert row is None or str(file.sha256 or "not published") in row
+    assert set(CODECS) - set(PUBLISHED) == {"pixels", "builtin", "builtin_temporal", "diffusers"}
+
+
+def test_the_published_hashes_are_those_of_the_files():
+    folder = shared("weights/taef2")
+    for link, num_bytes, sha256 in PUBLISHED["taef2"]:
+        content = (folder / link.rpartition("/")[2]).read_bytes()
+        assert (len(content), hashlib.sha256(content).hexdigest()) == (num_bytes, sha256)

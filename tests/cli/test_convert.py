@@ -180,8 +180,13 @@ def test_a_pipeline_goes_in_and_out(latte, tmp_path):
     assert all(torch.equal(state[name], tensor) for name, tensor in model.state_dict().items())
     needless = latte("convert", "in", "ours", "--text-encoder", "in")
     assert (needless.code, "is for --to pipeline" in needless.errors[0]) == (2, True)
-    assert latte("convert", "in", "ours", "--codec", "in").code == 0
-    assert json.loads((tmp_path / "ours" / "config.json").read_text())["codec"]["path"] == "in"
+    ours = latte("convert", "in", "ours", "--codec", "in")
+    assert ours.code == 0
+    assert (
+        "kl is not part of the folder, nor is its path; sample with: latte sample FOLDER --codec-path in"
+        in ours.err
+    )
+    assert json.loads((tmp_path / "ours" / "config.json").read_text())["codec"]["path"] is None
 
 
 @pytest.mark.parametrize("kind", VAES)
@@ -199,9 +204,11 @@ def test_a_pipeline_is_sampled_as_it_is_and_goes_out_with_its_own_autoencoder(ki
     assert (record["sampler"], record["guidance"]) == ("ddim", 7.5), "the released model's settings"
     assert latte("convert", "in", "ours").code == 0
     card = json.loads((tmp_path / "ours/config.json").read_text())
-    assert (card["codec"]["name"], card["text"]["path"]) == (NAMES[kind], "in")
+    assert (card["codec"]["name"], card["text"]["path"]) == (NAMES[kind], None), "no path of this machine"
     drawn = pixels("in")
-    assert np.abs(pixels("ours") - drawn).max() <= 1
+    assert np.abs(pixels("ours", codec_path="in", text_encoder_path="in") - drawn).max() <= 1
+    alone = latte("sample", "ours", *words)
+    assert (alone.code, "--text-encoder" in alone.errors[0]) == (2, True), alone.err
     alone = latte("sample", "in/transformer", *words)
     assert (alone.code, "give its autoencoder with --codec-path" in alone.errors[0]) == (2, True)
     half = latte("sample", "in/transformer", *words, "--codec-path", "in")

@@ -83,8 +83,30 @@ def test_paths_of_this_machine_stay_here(tmp_path):
     facts["text"] = {"name": "t5", "path": "DeepFloyd/t5-v1_1-xxl"}
     save_ours(model("text"), tmp_path / "w", facts)
     card = (tmp_path / "w" / "README.md").read_text()
-    assert str(tmp_path) not in card
+    config = (tmp_path / "w" / "config.json").read_text()
+    assert str(tmp_path) not in card + config
+    assert json.loads(config)["text"]["path"] == "DeepFloyd/t5-v1_1-xxl"
+    assert json.loads(config)["codec"] == {"name": "kl", "path": None, "fingerprint": None}
     assert "| text encoder | name t5, path DeepFloyd/t5-v1_1-xxl |" in card
+
+
+@pytest.mark.parametrize(
+    ("kind", "tag"), [("text", "text-to-video"), ("class", "class-conditional"), ("plain", "unconditional")]
+)
+def test_a_card_has_tags_intended_use_limits_and_the_clip(kind, tag, tmp_path):
+    save_ours(model(kind), tmp_path / "w", {**FACTS, "clip": b"RIFF"})
+    card = ModelCard.load(tmp_path / "w" / "README.md")
+    assert {tag, "latte", "arxiv:2401.03048"} <= set(card.data.tags)
+    assert card.data.pipeline_tag == ("text-to-video" if kind == "text" else None)
+    for words in ("## Intended use", "## Limits", "4 latent frames of 4 x 4", "protocol that is named"):
+        assert words in card.text
+    assert "![a generated clip](clip.webp)" in card.text
+    assert (tmp_path / "w" / "clip.webp").read_bytes() == b"RIFF"
+    assert "clip" not in json.loads((tmp_path / "w" / "config.json").read_text())
+    save_ours(model(kind), tmp_path / "without", {})
+    text = (tmp_path / "without" / "README.md").read_text()
+    assert "clip.webp" not in text
+    assert "No score is recorded" in text
 
 
 def test_half_known_facts_and_scores_without_an_interval():

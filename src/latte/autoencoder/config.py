@@ -6,7 +6,7 @@ configuration of their weights, and their class reads it.
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from latte.autoencoder.compression import Compression
 from latte.checks import check, check_name
@@ -65,6 +65,61 @@ CODECS: Table[str, type["Codec"]] = Table(
         ),
     }
 )
+
+
+class Published(NamedTuple):
+    """Where a weight file or repository can be fetched; size and hash are None where the hub checks them."""
+
+    link: str
+    num_bytes: int | None = None
+    sha256: str | None = None
+
+
+HUB = "https://huggingface.co/"
+TAESD = "https://github.com/madebyollin/taesd/raw/main/"
+MSE = f"{HUB}stabilityai/sd-vae-ft-mse/resolve/31f26fdeee1355a5c34592e401dd41e45d25a493/"
+PUBLISHED: dict[str, tuple[Published, ...]] = {
+    "kl": (
+        Published(f"{HUB}stabilityai/sd-vae-ft-ema"),
+        Published(
+            f"{MSE}diffusion_pytorch_model.safetensors",
+            334_643_276,
+            "a1d993488569e928462932c8c38a0760b874d166399b14414135bd9c42df5815",
+        ),
+    ),
+    "kl_temporal": (Published(f"{HUB}maxin-cn/Latte-1"),),
+    "taef2": (
+        Published(
+            f"{TAESD}taef2_encoder.pth",
+            2_704_692,
+            "10a4e1021e89d7551eaf161352da8dbd0b1aa83872ae28b150c1df1ce2f147b6",
+        ),
+        Published(
+            f"{TAESD}taef2_decoder.pth",
+            2_704_756,
+            "0a44a31e1ae59eb9dbf9359d24942fd3ef5928162c1800d97a28c61d51be0ab5",
+        ),
+    ),
+    "ltx": (Published(f"{HUB}Lightricks/LTX-Video"),),
+    "wan": (
+        Published(f"{HUB}Wan-AI/Wan2.1-T2V-1.3B-Diffusers"),
+        Published(f"{HUB}Wan-AI/Wan2.2-TI2V-5B-Diffusers"),
+    ),
+    "cogvideox": (Published(f"{HUB}THUDM/CogVideoX-2b"),),
+    "hunyuan": (Published(f"{HUB}hunyuanvideo-community/HunyuanVideo"),),
+    "dc": (Published(f"{HUB}mit-han-lab/dc-ae-f32c32-sana-1.0-diffusers"),),
+}
+"""Codec -> where its weights come from; they are in the errors for missing weights and in docs/weights.md."""
+
+
+def published_text(codec: str) -> str:
+    """Return '; its weights: LINK (BYTES bytes, sha256 HASH), ...', '' for a codec that needs none."""
+    files = []
+    for link, num_bytes, sha256 in PUBLISHED.get(codec, ()):
+        size = "" if num_bytes is None else f" ({num_bytes:,} bytes, sha256 {sha256})"
+        name = link.removeprefix(HUB) if num_bytes is None else link
+        files.append(f"{name}{size}")
+    return f"; its weights: {', '.join(files)}" if files else ""
 
 
 def compression_at(name: str, path: str | None) -> Compression:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from latte.autoencoder.base import Codec, Compression, VideoCodec, fill_network, located, read_tensors
+from latte.autoencoder.config import published_text
 from latte.checks import InputError, check
 from latte.tensors import without_memory
 
@@ -148,7 +149,7 @@ class DiffusersCodec(Codec):
         if path is None:
             raise InputError(
                 f"codec.path is missing, but codec {cls.name!r} needs {cls.layout} weights; give a folder or "
-                "a hub id"
+                f"a hub id{published_text(cls.name)}"
             )
         folder = find_folder(path, cls.places, cls.layout)
         config = folder.config(cls.layout)

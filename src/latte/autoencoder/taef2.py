@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from latte.autoencoder.base import Compression, FrameCodec, load_network, located
+from latte.autoencoder.config import published_text
 from latte.checks import InputError
 from latte.tensors import without_memory
 
@@ -94,12 +95,19 @@ class Taef2Codec(FrameCodec):
         if path is None or not Path(path).is_dir():
             place = "missing" if path is None else f"{located(path)}, which is no folder"
             raise InputError(
-                f"codec.path is {place}: codec 'taef2' needs the folder of taef2_encoder and taef2_decoder"
+                f"codec.path is {place}: codec 'taef2' needs the folder of taef2_encoder and "
+                f"taef2_decoder{published_text(cls.name)}"
             )
         parts = {"encoder": build_encoder(), "decoder": build_decoder()}
         for part, network in parts.items():
             files = [Path(path) / f"taef2_{part}{suffix}" for suffix in (".safetensors", ".pth")]
-            load_network(network, next((file for file in files if file.is_file()), files[0]), "codec.path")
+            found = next((file for file in files if file.is_file()), None)
+            if found is None:
+                raise InputError(
+                    f"codec.path is {located(path)}, which holds neither {files[0].name} nor {files[1].name}"
+                    f"{published_text(cls.name)}"
+                )
+            load_network(network, found, "codec.path")
         return cls(nn.ModuleDict(parts), chunk, device)
 
     @classmethod

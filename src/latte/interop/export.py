@@ -70,15 +70,16 @@ def save_ours(
 
     ``from_pretrained`` of the model's class and ``VideoPipeline.from_pretrained`` read it. Tensors are
     stored as ``dtype`` (float16: half the bytes) and read back as float32. ``facts`` may hold "clip", the
-    content of a WebP that plays, which goes beside the card. No path of this machine
-    is written: an autoencoder or text encoder that is neither packaged nor on the hub is given again where the
-    folder is used. Raises RunError when the disk refuses, or a weight is NaN/Inf.
+    content of a WebP that plays, which goes beside the card. No path of this machine is written: an
+    autoencoder or text encoder that is neither packaged nor on the hub is given again where the folder is
+    used. Raises RunError when the disk refuses, or a weight is NaN/Inf.
     """
     facts = dict(facts)
     clip = facts.pop("clip", None)
     for part in ("codec", "text"):
         if facts.get(part):
-            facts[part] = {"path": None, **public(facts[part])}
+            facts[part] = public(facts[part])
+            facts[part].setdefault("path", None)
     tensors = {name: tensor.detach().to("cpu", dtype) for name, tensor in model.state_dict().items()}
 
     def card(digest: str) -> str:
@@ -164,7 +165,7 @@ TARGETS: dict[str, Callable[[Denoiser, Path, Mapping[str, Any]], None]] = {
 
 
 CLIP = "clip.webp"  # beside the card
-PAPER = "arxiv:2401.03048"
+TAGS = ("latte", "video-generation", "diffusion", "arxiv:2401.03048")
 QUESTIONS = ("data", "licence", "step", "scores")  # what a reader asks first
 PARTS = {
     "diffusion": "diffusion",
@@ -190,13 +191,7 @@ def card_text(model: Denoiser, facts: Mapping[str, Any], clip: str | None = None
     config = model.config.stored()
     text = model.config.reads_text
     about = facts.get("about") or {}
-    kind = (
-        "text-to-video" if text else "unconditional" if config["num_classes"] is None else "class-conditional"
-    )
-    header: dict[str, Any] = {
-        "library_name": "latte",
-        "tags": ["latte", "video-generation", "diffusion", "diffusion-transformer", kind, PAPER],
-    }
+    header: dict[str, Any] = {"library_name": "latte", "tags": [*TAGS, condition_tag(config)]}
     if text:
         header["pipeline_tag"] = "text-to-video"
     if about.get("licence"):
@@ -230,22 +225,22 @@ def card_text(model: Denoiser, facts: Mapping[str, Any], clip: str | None = None
 
 def uses(config: Mapping[str, Any], facts: Mapping[str, Any]) -> list[str]:
     """Return the sections on intended use and limits; what is not known of the data is said to be unknown."""
-    scores = (facts.get("about") or {}).get("scores")
+    shape = f"{config['num_frames']} latent frames of {size_text(config)}"
+    quality = "No score is recorded, so the quality is not known."
+    if (facts.get("about") or {}).get("scores"):
+        quality = "Scores hold for the protocol that is named with them, and for no other."
     limits = [
         "Clips resemble the training data and repeat its gaps and biases; nothing filters the output.",
-        f"Trained on clips of {config['num_frames']} latent frames of {size_text(config)}: other lengths and sizes "
-        "are less good.",
-        "Scores hold for the protocol that is named with them, and for no other."
-        if scores
-        else "No score is recorded, so the quality is not known.",
+        f"Trained on clips of {shape}; other lengths and sizes come out less well.",
+        quality,
     ]
     if "caption_channels" in config:
         limits.append("Words that the captions of the training data lack have no reliable effect.")
     return [
         "## Intended use",
         "",
-        "Research on video generation, and fine-tuning on data of one's own. Not for showing real people or events "
-        "as if they were recorded, nor for decisions about people.",
+        "Research on video generation, and fine-tuning on data of one's own. Not for passing off generated "
+        "clips as recordings of real people or events, nor for decisions about people.",
         "",
         "## Limits",
         "",
@@ -278,6 +273,15 @@ def usage(name: str, facts: Mapping[str, Any]) -> list[str]:
     else:
         code = [f"from latte import {name}", "", f'{name}.from_pretrained("FOLDER")']
     return ["```python", *code, "```", ""]
+
+
+def condition_tag(config: Mapping[str, Any]) -> str:
+    """Return the hub's tag for what the model takes besides the timestep."""
+    if "caption_channels" in config:
+        return "text-to-video"
+    if config.get("num_classes") is None:
+        return "unconditional"
+    return "class-conditional"
 
 
 def conditioning(config: Mapping[str, Any]) -> str:

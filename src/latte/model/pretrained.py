@@ -86,8 +86,8 @@ def write_weights_folder(
     card: Callable[[str], str] | None = None,
     others: Mapping[str, bytes | None] | None = None,
 ) -> None:
-    """Commit model.safetensors, config.json with the hash of the weights, ``card(hash)`` as README.md, and the
-    files of ``others`` (name -> content; None: no such file).
+    """Commit model.safetensors, config.json with the hash of the weights, ``card(hash)`` as README.md, and
+    the files of ``others`` (name -> content; None: no such file).
     """
     others = others or {}
     check_replaceable(folder, (WEIGHTS, CONFIG, CARD, *others))

@@ -99,7 +99,7 @@ def build_text_encoder(config: TextEncoderConfig, device: str | torch.device = "
     check(
         config.path is not None or not encoder.has_weights,
         f"text.path is not set, but the text encoder {config.name!r} needs weights; "
-        "give their folder or hub id (--text-encoder for latte sample)",
+        "give their folder or hub id, e.g. google/t5-v1_1-xxl (--text-encoder for latte sample)",
     )
     return encoder.load(config.path, config.tokens, torch.device(device), config.bits)
 
