@@ -33,7 +33,9 @@ def time_codecs(monkeypatch: pytest.MonkeyPatch) -> None:
 def quick_start(monkeypatch: pytest.MonkeyPatch) -> None:
     """Worker processes from a fork server that has imported torch already; ``spawn`` imports it for each."""
     from latte.data import loader
+    from latte.evaluation import features
     from tiny_runs import FORKS
 
     assert loader.START_METHOD == "spawn"
     monkeypatch.setattr(loader, "START_METHOD", FORKS)
+    monkeypatch.setattr(features, "get_context", {"spawn": FORKS}.__getitem__)

@@ -126,6 +126,7 @@ def test_any_number_of_processes_gives_the_same_bits(folders, tmp_path, monkeypa
     assert not list((tmp_path / "2" / "shards").iterdir())
 
 
+@pytest.mark.usefixtures("quick_start")
 def test_workers_that_decode_give_the_same_bits(folders, finished, tmp_path):
     out, result, report = finished
     other, again = run(folders, tmp_path, replace(CONFIG, workers=2))
@@ -136,6 +137,7 @@ def test_workers_that_decode_give_the_same_bits(folders, finished, tmp_path):
     assert "workers" not in report["replay"]["config"]
 
 
+@pytest.mark.usefixtures("quick_start")
 def test_a_worker_that_cannot_read_a_clip_names_it(folders, tmp_path):
     root = shutil.copytree(folders["real"], tmp_path / "real")
     sides = opened({**folders, "real": root}, tmp_path / "probes")
