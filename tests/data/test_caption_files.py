@@ -263,7 +263,12 @@ def test_kinds_that_bring_their_own_refuse_the_key(kind):
 
 
 @pytest.mark.parametrize(
-    ("name", "count"), [("captioned_panda", 132), ("isl_signs", 90), ("asl_gestures", 20)]
+    ("name", "count"),
+    [
+        pytest.param("captioned_panda", 132, marks=pytest.mark.nightly),
+        ("isl_signs", 90),
+        ("asl_gestures", 20),
+    ],
 )
 def test_the_captions_of_real_sets_are_read(name, count):
     dataset = FolderDataset(replace(config(shared("data", name)), labels=False))

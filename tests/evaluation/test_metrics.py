@@ -150,7 +150,9 @@ def pair_of_tables(seed, shift, scale, n=256, k=32):
     ) + shift
 
 
-@pytest.mark.parametrize(("shift", "scale"), [(0.0, 1.0), (0.3, 1.5)])
+@pytest.mark.parametrize(
+    ("shift", "scale"), [pytest.param(0.0, 1.0, marks=pytest.mark.nightly), (0.3, 1.5)]
+)
 def test_intervals_cover_the_truth_about_nine_times_in_ten(shift, scale):
     truth = np.mean([frechet_distance(*pair_of_tables(1000 + i, shift, scale)) for i in range(200)])
     intervals = [
