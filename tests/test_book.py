@@ -32,6 +32,7 @@ SHOWN_ONLY = {  # a command that a page shows and no test here runs: why
     r"^\.venv/bin/latte demo|^latte demo": "tests/cli/test_demo.py runs it",
     r"latte ui": "a server: tests/ui",
     r"--to hub": "the network",
+    r"latte data caption": "a downloaded model; tests/data/test_captioner.py makes one",
     r"latte (bench|doctor)": "measures or judges this machine",
     r"latte ablate ffs": "many runs; the sweep of shapes-tiny is run",
     r"--protocol styleganv-isv2048-ucf|UCF-101": "101 classes",
