@@ -46,6 +46,7 @@ def test_captions_name_both_colours_in_both_languages_and_some_pairs_are_held_ou
     assert not set(scenes.captions) & set(scenes.held_out_captions)
     assert (len(scenes.captions), len(scenes.held_out_captions)) == (68, 8)
     assert "a red star goes round in circles on a blue ground" in scenes.captions
+    assert "an orange star goes round in circles on a blue ground" in scenes.captions
     english = replace(CIRCLES, language=None).scene_set
     assert set(english.captions) < set(scenes.captions)
 

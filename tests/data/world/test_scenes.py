@@ -3,6 +3,7 @@
 appear.
 """
 
+import re
 from collections import Counter
 
 import numpy as np
@@ -130,3 +131,9 @@ def test_every_kind_has_paraphrases_in_every_language():
 def test_an_unknown_language_is_refused():
     with pytest.raises(InputError, match="language must be one of en, zh, got 'fr'"):
         paraphrases(sample_scene(0, 0), "fr")
+
+
+def test_captions_have_the_right_article():
+    texts = {text for index in range(600) for text in paraphrases(sample_scene(3, index))}
+    assert any(" an orange " in f" {text} " for text in texts)
+    assert not [text for text in texts if re.search(r"\ba [aeiou]|\ban [^aeiou]", text)]

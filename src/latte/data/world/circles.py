@@ -15,14 +15,14 @@ from latte.checks import check, check_name
 from latte.data.procedural import MAX_COLOUR_CHANGE, MAX_GROWTH
 from latte.data.world.canvas import Canvas
 from latte.data.world.kinds import BACKGROUNDS, COLOURS, between, paint_star
-from latte.data.world.scenes import CHINESE, FPS, LANGUAGES, MIXED
+from latte.data.world.scenes import CHINESE, FPS, LANGUAGES, MIXED, with_article
 from latte.runtime import generator
 
 if TYPE_CHECKING:
     from latte.data.base import DataConfig
 
 TEMPLATES = {
-    "en": "a {colour} star goes round in circles on a {ground} ground",
+    "en": "{a_colour} star goes round in circles on {a_ground} ground",
     "zh": "一颗{colour}的星星在{ground}的背景上转圈",
 }
 PERIOD = 2.0  # seconds of a round
@@ -117,7 +117,8 @@ class CircleScenes:
 def caption_of(pair: Pair, language: str) -> str:
     """Return the caption of a star of these colours in "en" or "zh"."""
     words = pair if language == "en" else tuple(CHINESE[word] for word in pair)
-    return TEMPLATES[language].format(colour=words[0], ground=words[1])
+    articles = {"a_colour": with_article(pair[0]), "a_ground": with_article(pair[1])}
+    return TEMPLATES[language].format(colour=words[0], ground=words[1], **articles)
 
 
 def render_frame(pair: Pair, numbers: list[float], time: float, height: int, width: int) -> np.ndarray:

@@ -131,34 +131,34 @@ def render(scene: Scene, frames: int, height: int, width: int, fps: float = FPS)
 TEMPLATES = {
     "en": {
         "ball": (
-            "a {colour} ball bounces to the {direction}",
-            "a {colour} ball bounces {direction} over a {ground} floor",
-            "a {colour} ball bounces over a {ground} floor, moving {direction}",
+            "{a_colour} ball bounces to the {direction}",
+            "{a_colour} ball bounces {direction} over {a_ground} floor",
+            "{a_colour} ball bounces over {a_ground} floor, moving {direction}",
         ),
         "clouds": (
-            "clouds drift {direction} in a {colour} sky",
-            "white clouds move to the {direction} across a {colour} sky",
-            "a {colour} sky with clouds drifting {direction}",
+            "clouds drift {direction} in {a_colour} sky",
+            "white clouds move to the {direction} across {a_colour} sky",
+            "{a_colour} sky with clouds drifting {direction}",
         ),
         "waves": (
             "{colour} waves roll to the {direction}",
-            "waves roll {direction} over a {colour} sea",
-            "a {colour} sea with waves moving {direction}",
+            "waves roll {direction} over {a_colour} sea",
+            "{a_colour} sea with waves moving {direction}",
         ),
         "pendulum": (
-            "a {colour} pendulum swings",
-            "a pendulum with a {colour} bob swings back and forth",
-            "a {colour} pendulum swings in front of a {ground} wall",
+            "{a_colour} pendulum swings",
+            "a pendulum with {a_colour} bob swings back and forth",
+            "{a_colour} pendulum swings in front of {a_ground} wall",
         ),
         "snow": (
-            "snow falls on a {colour} house, blown to the {direction}",
-            "a {colour} house in the snow, the wind blows {direction}",
-            "snow blows {direction} over a {colour} house",
+            "snow falls on {a_colour} house, blown to the {direction}",
+            "{a_colour} house in the snow, the wind blows {direction}",
+            "snow blows {direction} over {a_colour} house",
         ),
         "cube": (
-            "a {colour} cube turns to the {direction}",
-            "a {colour} cube rotates {direction}",
-            "a {colour} cube spins {direction} on a {ground} ground",
+            "{a_colour} cube turns to the {direction}",
+            "{a_colour} cube rotates {direction}",
+            "{a_colour} cube spins {direction} on {a_ground} ground",
         ),
         "fireworks": (
             "{colour} fireworks burst in the night sky",
@@ -171,9 +171,9 @@ TEMPLATES = {
             "a person in {colour} clothes walks {direction} on {ground} ground",
         ),
         "star": (
-            "a {colour} star moves {direction}",
-            "a {colour} star glides {direction}",
-            "a {colour} star moves {direction} on a {ground} ground",
+            "{a_colour} star moves {direction}",
+            "{a_colour} star glides {direction}",
+            "{a_colour} star moves {direction} on {a_ground} ground",
         ),
     },
     "zh": {
@@ -200,6 +200,11 @@ LANGUAGES = tuple(TEMPLATES)
 MIXED = "mixed"  # half of the clips are captioned in each language
 
 
+def with_article(word: str) -> str:
+    """Return "a" or "an" and the word."""
+    return f"{'an' if word[0] in 'aeiou' else 'a'} {word}"
+
+
 def paraphrases(scene: Scene, language: str = "en") -> list[str]:
     """Return every caption of the scene in ``language``: "en", "zh", or "mixed" for those of both.
     InputError for another language.
@@ -209,9 +214,10 @@ def paraphrases(scene: Scene, language: str = "en") -> list[str]:
     if language not in TEMPLATES:
         raise InputError(f"language must be one of {', '.join(TEMPLATES)}, got {language!r}")
     words = {"colour": scene.colour, "ground": scene.background, "direction": scene.direction}
+    articles = {"a_colour": with_article(scene.colour), "a_ground": with_article(scene.background)}
     if language == "zh":
         words = {key: CHINESE[word] for key, word in words.items()}
-    return [template.format(**words) for template in TEMPLATES[language][scene.kind]]
+    return [template.format(**words, **articles) for template in TEMPLATES[language][scene.kind]]
 
 
 def caption(scene: Scene, language: str = "en") -> str:
