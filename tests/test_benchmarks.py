@@ -138,6 +138,12 @@ def test_processes_are_compared_with_one(benchmark, capsys):
         assert 0 < line[side]["processor_efficiency"] < 2
 
 
+def test_saving_compares_both_ways(benchmark, capsys):
+    line = benchmark("saving").main([*MODEL, "--rounds", "1"])
+    assert json.loads(capsys.readouterr().out) == line
+    assert line["median_s"].keys() == line["processor_s"].keys() == {"synchronous", "asynchronous"}
+
+
 def test_data_wait_measures_videos_latents_and_buckets(benchmark, capsys):
     small = [
         "--videos",

@@ -131,7 +131,7 @@ class Measured(Callback):
         self.seen: list[tuple[int, int]] = []
 
     def on_step(self, event: TrainEvent) -> None:
-        if event.step in (event.steps // 4, event.steps):
+        if event.step in (event.total_steps // 4, event.total_steps):
             self.seen.append((resident(), len(os.listdir("/proc/self/fd"))))
 
 

@@ -13,8 +13,10 @@ from latte.checkpoint.run import (
     fingerprint,
     load_checkpoint,
     manifest_text,
+    merge_checkpoint,
     open_checkpoint,
     save_checkpoint,
+    verify,
     write_parts,
 )
 from latte.checkpoint.split import file_name, groups_in, open_group, write_whole
@@ -118,3 +120,30 @@ def test_parts_that_do_not_continue_each_other_are_refused(tmp_path):
         InputError, match=r"damaged: .*w of ema-00002-of-00003\.safetensors does not continue"
     ):
         load_checkpoint(path)
+
+
+def test_large_files_are_verified_in_threads(tmp_path, monkeypatch):
+    monkeypatch.setattr("latte.checkpoint.run.WORTH_THREADS", 0)
+    path = saved(tmp_path)
+    assert len(verify(path)) == 7
+    (path / "ema-00002-of-00003.safetensors").write_bytes(b"cut")
+    with pytest.raises(InputError, match=r"ema-00002-of-00003\.safetensors has bytes 3"):
+        verify(path)
+
+
+def test_merging_makes_a_checkpoint_of_whole_files(tmp_path):
+    path = saved(tmp_path)
+    assert merge_checkpoint(path, tmp_path / "merged") == ["ema", "optimizer"]
+    merged = load_checkpoint(tmp_path / "merged")
+    assert sorted(file.name for file in merged.path.iterdir()) == [
+        "ema.safetensors",
+        "manifest.json",
+        "optimizer.safetensors",
+        "state.json",
+    ]
+    assert merged.state == load_checkpoint(path).state
+    for group, tensors in WHOLE.items():
+        assert tensors_sha256(merged.tensors[group]) == tensors_sha256(tensors)
+    expected = {name: tensor.contiguous() for name, tensor in WHOLE["ema"].items()}
+    save_file(expected, tmp_path / "expected")
+    assert (merged.path / "ema.safetensors").read_bytes() == (tmp_path / "expected").read_bytes()

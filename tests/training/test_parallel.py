@@ -9,15 +9,16 @@ from typing import Any, ClassVar
 import pytest
 import torch
 
-from latte.checkpoint.run import Checkpoint, load_latest
+from latte.checkpoint.run import Checkpoint, latest_checkpoint, load_latest, open_checkpoint
 from latte.checks import InputError, RunError
 from latte.diffusion.config import DiffusionConfig, build_process
 from latte.diffusion.loss import OBJECTIVES
 from latte.distributed import process_group
+from latte.tensors import tensors_sha256
 from latte.training import parallel
 from latte.training.callbacks import Callback, TrainEvent
 from latte.training.config import PARALLELISMS, TrainConfig
-from latte.training.optim import TrainState
+from latte.training.optim import Gathered, TrainState
 from latte.training.parallel import local_part
 from latte.training.step import Task, backward
 from several import next_group, together
@@ -35,7 +36,7 @@ PLANS = {
 # 20 steps, in two parts where a run is resumed
 LONG = replace(STEPS, steps=20, checkpoint_every=8, keep_last=9, validate_every=10, validate_clips=3)
 SPLIT = {
-    "fsdp": replace(LONG, parallel="fsdp"),
+    "fsdp": replace(LONG, parallel="fsdp", async_save=True),
     "accumulated": replace(LONG, parallel="fsdp", micro_batch=1),
     "hsdp": replace(LONG, parallel="hsdp", shard_size=2, recompute=True, gradient_checkpointing=True),
 }
@@ -162,7 +163,25 @@ def split_runs(rank: int, folder: Path, names: tuple[str, ...], resumed: tuple[P
             next_group()
             run(folder / "again", SPLIT["fsdp"], held_out=Latents())
     next_group()
-    return results, bytes_of_training("fsdp"), sampled(folder / "sampled")
+    found = results, bytes_of_training("fsdp"), sampled(folder / "sampled")
+    if len(names) > 1:
+        return found
+    return (*found, reloaded(folder.parent / "4/fsdp"))
+
+
+def reloaded(folder: Path) -> dict[str, str]:
+    """Load the newest checkpoint of a run of other processes; return the hash of each group."""
+    config = TrainConfig(parallel="fsdp", global_batch=4, dtype="fp32")
+    cpu = torch.device("cpu")
+    path = latest_checkpoint(folder)
+    assert path is not None
+    next_group()
+    with process_group(cpu) as group:
+        model = tiny_model()
+        shared = PARALLELISMS["fsdp"](model, group, config, cpu, torch.float32)
+        state = TrainState(model, 1e-3, 0.0, 0.9, skeleton=shared.skeleton)
+        state.load(open_checkpoint(path).tensors)
+        return {kind: tensors_sha256(Gathered(parts)) for kind, parts in state.parts().items()}
 
 
 def bytes_of_training(name: str) -> dict[str, int]:
@@ -255,6 +274,16 @@ def test_four_processes_become_two_and_then_one(split, alone):
     lines = list(zip(curve(folder), curve(alone), strict=True))
     assert len(lines) == 20
     assert all(line["loss"] == pytest.approx(other["loss"], abs=1e-6) for line, other in lines)
+
+
+def test_what_four_processes_saved_is_what_others_load(split):
+    """Bit for bit in two processes and in one."""
+    saved = newest(split[0] / "4/fsdp").tensors
+    expected = {kind: tensors_sha256(tensors) for kind, tensors in saved.items()}
+    assert [answer[3] for answer in split[2]] == [expected] * 2
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+        assert reloaded(split[0] / "4/fsdp") == expected
 
 
 def test_each_of_four_processes_keeps_a_quarter(split):

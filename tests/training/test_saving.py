@@ -158,6 +158,7 @@ def test_training_goes_on_while_a_copy_is_written_and_the_next_save_waits(tmp_pa
     about = {"metrics": {"seconds": 1}}
     with Saver(tmp_path, Group(), asynchronous=True) as saver:
         saver.save(1, {"model": {"w": weight}}, about)
+        saver.settle()
         weight += 1
         about["metrics"]["seconds"] = 2
         buffer = saver.buffers["model", "w"].data_ptr()
@@ -177,6 +178,30 @@ def test_training_goes_on_while_a_copy_is_written_and_the_next_save_waits(tmp_pa
     assert first.tensors["model"]["w"].tolist() == [1.0] * 3
     assert second.tensors["model"]["w"].tolist() == [2.0] * 3
     assert [found.state["metrics"]["seconds"] for found in (first, second)] == [1, 2]
+
+
+def test_the_weights_may_change_when_the_copy_is_taken(tmp_path, monkeypatch):
+    gate = threading.Event()
+    real = Saver.staged
+
+    def slow(saver: Saver, own: Any) -> Any:
+        assert gate.wait(60)
+        return real(saver, own)
+
+    monkeypatch.setattr(Saver, "staged", slow)
+    weight = torch.ones(3)
+    with Saver(tmp_path, Group(), asynchronous=True) as saver:
+        saver.settle()
+        saver.save(1, {"model": {"w": weight}}, {})
+        update = threading.Thread(target=lambda: (saver.settle(), weight.add_(1)))
+        update.start()
+        time.sleep(0.1)
+        assert update.is_alive()
+        gate.set()
+        update.join(60)
+        saver.finish()
+    assert weight.tolist() == [2.0] * 3
+    assert load_checkpoint(tmp_path / "checkpoints/step-1").tensors["model"]["w"].tolist() == [1.0] * 3
 
 
 def test_a_save_that_fails_stops_the_run_at_the_next_one_or_at_its_end(tmp_path):

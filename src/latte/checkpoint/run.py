@@ -43,7 +43,8 @@ MANIFEST = "manifest.json"
 STATE = "state.json"
 MAX_MANIFEST_BYTES = 1 << 24
 PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
-LISTINGS = 20  # how often a reader lists the checkpoints again while a trainer changes them
+WORTH_THREADS = 64 << 20  # bytes whose hashes are computed in several threads
+LISTINGS = 100  # how often a reader lists the checkpoints again while a trainer changes them
 
 
 @dataclass(frozen=True)
@@ -203,6 +204,10 @@ def verify(path: Path, only: Collection[str] | None = None) -> list[str]:
                 raise damaged(path, f"{MANIFEST} lists no {file_name(group)}")
             names.update(groups[group])
     ordered = sorted(names)
+    if sum(manifest[name]["bytes"] for name in ordered) < WORTH_THREADS:
+        for name in ordered:
+            verify_file(path, name, manifest[name])
+        return ordered
     with ThreadPoolExecutor(min(len(ordered), os.cpu_count() or 1)) as pool:
         list(pool.map(lambda name: verify_file(path, name, manifest[name]), ordered))
     return ordered

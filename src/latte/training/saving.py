@@ -4,7 +4,8 @@
 The first process opens the uncommitted folder, the others write their files into it and report names and
 hashes through the store of the group; then the first one writes the manifest and commits. No tensor travels
 between processes, no process holds the whole, and nothing is a collective operation, so that a thread may do
-it: ``train.async_save`` copies what is saved to main memory and returns to training.
+it: with ``train.async_save`` the thread first copies what is saved to main memory, while training computes
+the next gradients; only the next update of the weights waits for that copy.
 """
 
 import copy
@@ -58,6 +59,7 @@ class Saver:
         self.pending = False
         self.thread: threading.Thread | None = None
         self.given_up = threading.Event()
+        self.copied = threading.Event()  # what is being saved may change again
         self.outcome: Path | Exception | None = None  # of the first process
         self.new: list[Path] = []
 
@@ -103,8 +105,7 @@ class Saver:
         """Write this process's part, in a thread of its own if asynchronous."""
         rank = self.group.rank
         own = {group: own_parts(tensors, rank) for group, tensors in parts.items()}
-        if self.asynchronous:
-            own = self.staged(own)
+        self.copied.clear()
         job: Callable[[], None] = partial(self.contribute, step, own)
         if rank == 0:
             settings = (copy.deepcopy(dict(about)), keep, tuple(protected))
@@ -114,6 +115,11 @@ class Saver:
             self.thread.start()
         else:
             job()
+
+    def settle(self) -> None:
+        """Return when the weights may change: the save that is under way has its copy of them."""
+        if self.thread is not None:
+            self.copied.wait()
 
     def finish(self) -> None:
         """Wait for the save that is under way, and raise its error in every process."""
@@ -146,10 +152,12 @@ class Saver:
         assert self.outcome is not None
         return self.outcome
 
-    def staged(self, own: Tensors) -> dict[str, dict[str, Tensor]]:
+    def staged(self, own: Tensors) -> Tensors:
         """Return a copy of ``own`` in main memory, which is kept from save to save (a new one costs more time
-        than the copy); pinned for tensors of a GPU.
+        than the copy); pinned for tensors of a GPU. Without a thread, ``own`` itself.
         """
+        if not self.asynchronous:
+            return own
         found: dict[str, dict[str, Tensor]] = {}
         for group, members in own.items():
             found[group] = {}
@@ -163,6 +171,7 @@ class Saver:
                 found[group][name] = buffer.copy_(tensor.detach(), non_blocking=True)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
+        self.copied.set()
         return found
 
     def write(
@@ -171,6 +180,7 @@ class Saver:
         """Commit the checkpoint, in the first process."""
         others = self.announce if self.writers > 1 else None
         try:
+            own = self.staged(own)
             self.outcome = save_checkpoint(
                 self.run_dir, step, own, state, keep, protected, self.writers, others
             )
@@ -180,6 +190,8 @@ class Saver:
             self.outcome = error
             if others is not None:  # the others need not wait for a folder
                 self.group.store.set(self.key("folder"), "")
+        finally:
+            self.copied.set()
 
     def announce(self, folder: Path) -> Callable[[], Files]:
         """Let the others write into ``folder``; return what waits for them and returns their files."""
@@ -206,6 +218,7 @@ class Saver:
         rank = self.group.rank
         size = self.group.size
         try:
+            own = self.staged(own)
             place = self.received("folder", "rank 0 to open a checkpoint")
             if not place:
                 return
@@ -220,6 +233,8 @@ class Saver:
             answer = str(expected)
         except Exception as unexpected:  # the first process must not wait for a part that never comes
             answer = f"its part of the checkpoint of step {step} failed: {unexpected!r}"
+        finally:
+            self.copied.set()
         self.group.store.set(self.key(str(rank)), json.dumps(answer))
 
     def received(self, name: str, what: str) -> str:

@@ -310,6 +310,7 @@ def train(
                 max_norm = config.clip_norm if step > config.clip_start else None
                 with group.computation():
                     losses = backward(task, step, positions, batch.video, condition, batch.global_batch)
+                    saver.settle()
                     metrics = state.update(step, losses, lr, max_norm, group)
                 for network in gates:
                     network.open_gate(gate_opening(step, initial_opening, config.gate_steps))
