@@ -241,22 +241,28 @@ def prepare(folder: Path, text: str) -> None:
     from latte.model.latte import Latte, ModelConfig
     from tiny_pipeline import tiny_codec, tiny_denoiser, tiny_t5
 
-    write_videos(folder / "my_videos", [f"{c}/{n}.mp4" for c in ("bend", "wave") for n in range(10)])
+    for root, names in (
+        ("my_videos", [f"{c}/{n}.mp4" for c in ("bend", "wave") for n in range(10)]),
+        ("FaceForensics", [f"{n % 2}/{n}.mp4" for n in range(8)]),
+    ):
+        if root in text:
+            write_videos(folder / root, names)
     for image in ("first.png", "last.png"):
         Image.new("RGB", (64, 64), (40, 90, 160)).save(folder / image)
     (folder / "prompts.txt").write_text("a red square moves left\na blue circle moves up\n", "utf-8")
+    for block in blocks(text, "yaml"):
+        (folder / "mine.yaml").write_text(block, "utf-8")
     for name in ("stabilityai/sd-vae-ft-ema", "CompVis/stable-diffusion-v1-4"):
-        tiny_codec("AutoencoderKL", folder / name)
-    sizes = ModelConfig(depth=2, width=384, heads=6, num_frames=5, latent_size=4)
-    save_official(wake(Latte(sizes)), folder / "ffs.pt")
-    torch.save(dit_state(width=384, depth=2), folder / "DiT-XL-2-256x256.pt")
-    write_videos(folder / "FaceForensics", [f"{n % 2}/{n}.mp4" for n in range(8)])
+        if name in text:
+            tiny_codec("AutoencoderKL", folder / name)
+    if "ffs.pt" in text:
+        sizes = ModelConfig(depth=2, width=384, heads=6, num_frames=5, latent_size=4)
+        save_official(wake(Latte(sizes)), folder / "ffs.pt")
+        torch.save(dit_state(width=384, depth=2), folder / "DiT-XL-2-256x256.pt")
     for name in ("a", "b", "mine", "other"):
         if f"runs/{name} " in text and not re.search(rf"run\.dir=runs/{name}\b|train {name}\.yaml", text):
             call(["train", "shapes-tiny", "--out", str(folder / "runs" / name)])
-    for block in blocks(text, "yaml"):
-        (folder / "mine.yaml").write_text(block, "utf-8")
-    if has_text_models():
+    if has_text_models() and re.search("t5-v1_1|Latte-1", text):
         encoder, tokenizer = tiny_t5()
         for part in (encoder, tokenizer):
             part.save_pretrained(folder / "google" / "t5-v1_1-xxl")
