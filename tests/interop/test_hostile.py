@@ -299,10 +299,10 @@ def no_tensors(path):
 )
 def test_other_bad_pickles_are_refused_in_one_line_and_little_memory(make, message, tmp_path):
     make(tmp_path / "x.pt")
-    started = time.monotonic()
+    started = time.process_time()
     with pytest.raises(InputError, match=message) as error:
         read_tensors(tmp_path / "x.pt")
-    assert time.monotonic() - started < 10
+    assert time.process_time() - started < 10
     tracemalloc.start()
     with pytest.raises(InputError, match=message):
         read_tensors(tmp_path / "x.pt")
@@ -359,10 +359,10 @@ def test_a_file_of_more_tensors_than_any_model_is_refused_at_once(count, message
         f"blocks.{number}.attn.qkv.weight": entry(4 * number, 4 * number + 4) for number in range(count)
     }
     header(tmp_path / "x.safetensors", entries, b"\0" * 4 * count)
-    started = time.monotonic()
+    started = time.process_time()
     with pytest.raises(InputError, match=message) as error:
         load_external(tmp_path / "x.safetensors")
-    assert time.monotonic() - started < 5
+    assert time.process_time() - started < 5
     assert "\n" not in str(error.value)
 
 
@@ -382,10 +382,10 @@ def test_a_depth_beyond_the_files_tensors_is_refused_at_once(depth, message, tmp
     model.save_pretrained(tmp_path)
     values = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**values, "depth": depth}))
-    started = time.monotonic()
+    started = time.process_time()
     with pytest.raises(InputError, match=message):
         load_external(tmp_path)
-    assert time.monotonic() - started < 5
+    assert time.process_time() - started < 5
 
 
 QUANTIZED = [torch.int8, torch.uint8, torch.int16, torch.float8_e4m3fn, torch.float8_e5m2]
