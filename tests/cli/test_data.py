@@ -72,7 +72,10 @@ def test_synth_writes_the_world_as_the_data_set_shows_it(latte, language, ascii)
             "data.language is 'zh', but the captions of moving shapes are in English only",
         ),
         (("--scenes", "world", "--language", "fr"), "data.language must be one of en, zh, mixed, got 'fr'"),
-        (("--scenes", "world", "--size", 16), "data.resolution must be at least 32 for data.scenes=world"),
+        (
+            ("--seed", 1, "--scenes", "world", "--size", 16),
+            "data.resolution must be at least 32 for data.scenes=world",
+        ),
     ],
 )
 def test_scenes_that_synth_cannot_write_are_refused(latte, words, message):
@@ -106,11 +109,19 @@ def test_scan_asks_for_long_enough_clips_only_when_a_length_is_given(latte, vide
 
 @pytest.mark.parametrize(
     ("source", "message"),
-    [("nowhere", "RUN 'nowhere' is no"), (".", "holds no video"), ("shapes", "data.root")],
+    [
+        ("nowhere", "SOURCE is nowhere, but there is no such folder, YAML file or recipe"),
+        ("shaps", "did you mean 'shapes'?"),
+        (".", "holds no video"),
+        ("shapes", "SOURCE has no folder of clips: data.root is not set and data.kind is procedural"),
+        ("clip.mp4", "SOURCE is clip.mp4, which is a file; give the folder that holds the videos"),
+    ],
 )
 def test_scan_of_nothing_is_refused(latte, source, message):
+    if source == "clip.mp4":
+        Path(source).touch()
     found = latte("data", "scan", source)
-    assert found.code == 2
+    assert (found.code, len(found.errors)) == (2, 1)
     assert message in found.errors[0]
 
 
@@ -345,3 +356,12 @@ def test_a_manifest_of_something_else_beside_videos_is_no_latents(latte, videos)
         found = latte("data", "scan", videos, "--json")
         assert found.code == 0, found.err
         assert found.json["clips"] == 8
+
+
+def test_synth_into_a_file_and_encode_with_its_speed(latte, videos):
+    Path("taken").touch()
+    found = latte("data", "synth", "taken", "--count", 1)
+    assert (found.code, found.errors) == (2, ["error: OUT is taken, which is a file; give a folder"])
+    words = ("codec.name=pixels", "data.resolution=16", "data.frames=4")
+    found = latte("data", "encode", videos, *words, "--out", "latents")
+    assert re.search(r"^encode 100%  [\d.e+]+ clips/s  0 s left$", found.err, re.MULTILINE), found.err

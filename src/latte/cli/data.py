@@ -5,6 +5,7 @@ SOURCE is a folder of videos or of latents, or whatever ``latte train`` takes, w
 the clips are those of the run.
 """
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -27,9 +28,6 @@ from latte.cli.options import (
 
 if TYPE_CHECKING:
     from latte.config.run import RunConfig
-    from latte.data.skipped import ScanResult
-
-    Scanned = tuple[ScanResult, dict[str, Any], list[str], dict[str, str] | None]
 
 SHOWN = 5  # skipped videos in the summary of ``encode``; all are in the manifest
 MAX_CLIPS = 100_000  # that ``synth`` writes; training generates any number without files
@@ -52,6 +50,7 @@ def load_source(source: str, overrides: list[str] | None) -> tuple["RunConfig", 
     from latte.data.shards import is_encoded, read_manifest
 
     folder = Path(source)
+    check_source(folder, recipes())
     if source in recipes() or not folder.is_dir() or (folder / RUN_FILE).is_file():
         return load_run(source, overrides or [])
     words = [f"data.root={source}"]
@@ -67,6 +66,24 @@ def load_source(source: str, overrides: list[str] | None) -> tuple["RunConfig", 
             if key != "stride" and value is not None:
                 words.append(f"data.{key}={value}")
     return load_run(None, [*words, *(overrides or [])])
+
+
+def check_source(source: Path, recipes: Iterable[str]) -> None:
+    """InputError unless SOURCE is a folder, a YAML file or one of the recipes."""
+    from latte.checks import InputError, nearest
+
+    shown = printable(source)
+    if str(source) in recipes or source.is_dir():
+        return
+    if source.is_file():
+        if source.suffix.lower() in (".yaml", ".yml"):
+            return
+        raise InputError(f"SOURCE is {shown}, which is a file; give the folder that holds the videos")
+    beside = [path.name for path in source.parent.iterdir()] if source.parent.is_dir() else []
+    raise InputError(
+        f"SOURCE is {shown}, but there is no such folder, YAML file or recipe"
+        f"{nearest(source.name, [*beside, *recipes])}"
+    )
 
 
 @app.command("scan", cls=Command, context_settings=OVERRIDABLE)
@@ -94,7 +111,7 @@ def scan_folder(
     from latte.checks import check
     from latte.config.run import DEFAULT
     from latte.data.skipped import file_lines, require_clips, write_skipped
-    from latte.data.summary import lines_of, page_of, scan_result, summarise
+    from latte.data.summary import lines_of, page_of, scan_latent_folder, scan_result, scan_videos, summarise
     from latte.files import commit_file, reported
 
     configure_logging(quiet=True)  # what a scan logs stands in the summary
@@ -107,8 +124,14 @@ def scan_folder(
     )
     keys = ("frames", "interval", "rule", "fps", "buckets")
     ruled = any(origins[f"data.{key}"] != DEFAULT for key in keys)
-    look = scan_latent_folder if config.data.kind == "latents" else scan_videos
-    found, extra, lines, captions = look(config, ruled)
+    if config.data.kind == "latents":
+        found, extra, lines, captions = scan_latent_folder(config.data, ruled)
+    else:
+        progress = progress_line("scan", 0, 1, "files")
+        global_batch = config.train.global_batch
+        found, extra, lines, captions = scan_videos(
+            config.data, config.buckets, global_batch, ruled, progress
+        )
     if out and found.skipped:
         with reported("the list of skipped videos", out):
             write_skipped(out, found.skipped)
@@ -129,18 +152,6 @@ def scan_folder(
     print_result(result, as_json, lines)
 
 
-def scan_latent_folder(config: "RunConfig", ruled: bool) -> "Scanned":
-    """Return ``scan_videos`` for a folder of latents, which has its captions with it."""
-    from latte.data.latents import count_latents, latent_captions, scan_latents
-    from latte.data.skipped import check_folder
-    from latte.data.summary import latents_line
-
-    root = check_folder(config.data.root or "")
-    found = scan_latents(root, config.data.clip_rule if ruled else None)
-    counts = count_latents(root)
-    return found, {"latents": counts}, [latents_line(counts)], latent_captions(root)
-
-
 def check_page(page: Path | None) -> None:
     """InputError unless ``page`` is None or can be the file of a page."""
     from latte.checks import check
@@ -153,32 +164,6 @@ def check_page(page: Path | None) -> None:
         page is None or not page.is_dir(),
         f"--page is {printable(page or '')}, which is a folder; give a file in it, e.g. clips.html",
     )
-
-
-def scan_videos(config: "RunConfig", ruled: bool) -> "Scanned":
-    """Return the clips of a folder, how a run chooses frames and buckets as plain data, that for people, and
-    captions that are known beforehand (none).
-
-    With ``ruled``, clips that do not fit are among the skipped, and the buckets are counted.
-    """
-    from latte.data.selection import facts, report, select, settle
-    from latte.data.skipped import check_folder, scan
-
-    data = config.data
-    buckets = config.buckets
-    found = scan(
-        check_folder(data.root or ""),
-        labels=data.labels,
-        progress=progress_line("scan", 0, 1, "files"),
-        images=buckets is not None and buckets.has_images,
-    )
-    if not ruled:
-        rules = settle(data, [clip.info for clip in found.clips])
-        data = rules.settled(data)
-        return found, {"rule": data.rule, "fps": data.fps}, [rules.notice] if rules.notice else [], None
-    selection = select(data, found, buckets)
-    global_batch = config.train.global_batch
-    return selection.found, facts(selection, global_batch), report(selection, global_batch), None
 
 
 @app.command("inspect", cls=Command, context_settings=OVERRIDABLE)
@@ -365,6 +350,7 @@ def synth(
     from latte.files import commit_file, reported
 
     configure_logging()
+    check(not out.is_file(), f"OUT is {printable(out)}, which is a file; give a folder")
     check(
         count <= MAX_CLIPS,
         f"--count must be at most {MAX_CLIPS:,}, got {count:,}; data.kind=procedural trains on any number "

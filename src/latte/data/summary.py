@@ -7,20 +7,25 @@ Axes: t frames, h height, w width, c channels.
 
 import os
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from latte.checks import InputError, printable
+from latte.checks import InputError, check, printable
+from latte.data.base import DataConfig
+from latte.data.buckets import Buckets
 from latte.data.caption_files import TABLES, read_captions, sidecar
 from latte.data.clips import shrink
 from latte.data.fingerprint import UNREADABLE, fingerprints
+from latte.data.latents import count_latents, latent_captions, scan_latents
 from latte.data.media import Unreadable, read_frames
-from latte.data.skipped import FoundClip, ScanResult, reasons, remarks
+from latte.data.selection import facts, report, select, settle
+from latte.data.skipped import FoundClip, ScanResult, check_folder, reasons, remarks, scan
 from latte.page import html
 
+Scanned = tuple[ScanResult, dict[str, Any], list[str], dict[str, str] | None]
 SHOWN = 4  # values of a line, skipped files and pairs of duplicates; all are in the plain data
 PREVIEWS = 24
 PREVIEW_FRAMES = 12
@@ -279,3 +284,43 @@ def latents_line(latents: dict[str, Any]) -> str:
         windows = f" in {latents['windows']} windows of {latents['window']['frames']} frames"
     counts = f"{latents['frames']} frames of video{windows}, {latents['latent_frames']} latent frames"
     return f"latents of codec {latents['codec']}: {counts}"
+
+
+def scan_latent_folder(data: DataConfig, ruled: bool) -> Scanned:
+    """Return ``scan_videos`` for a folder of latents, which has its captions with it."""
+    root = check_folder(folder_of(data))
+    found = scan_latents(root, data.clip_rule if ruled else None)
+    counts = count_latents(root)
+    return found, {"latents": counts}, [latents_line(counts)], latent_captions(root)
+
+
+def scan_videos(
+    data: DataConfig,
+    buckets: Buckets | None,
+    global_batch: int,
+    ruled: bool,
+    progress: Callable[[int, int], None] | None = None,
+) -> Scanned:
+    """Return the clips of a folder, how a run chooses frames and buckets as plain data, that for people, and
+    captions that are known beforehand (none).
+
+    With ``ruled``, clips that do not fit are among the skipped, and the buckets are counted.
+    """
+    images = buckets is not None and buckets.has_images
+    found = scan(check_folder(folder_of(data)), labels=data.labels, progress=progress, images=images)
+    if not ruled:
+        rules = settle(data, [clip.info for clip in found.clips])
+        settled = rules.settled(data)
+        return found, {"rule": settled.rule, "fps": settled.fps}, [rules.notice] if rules.notice else [], None
+    selection = select(data, found, buckets)
+    return selection.found, facts(selection, global_batch), report(selection, global_batch), None
+
+
+def folder_of(data: DataConfig) -> str:
+    """Return the folder of the clips; InputError for a run without one."""
+    check(
+        data.root is not None,
+        f"SOURCE has no folder of clips: data.root is not set and data.kind is {data.kind}; give a folder, "
+        "or data.root=FOLDER behind it",
+    )
+    return str(data.root)
