@@ -11,9 +11,14 @@ from latte.cli.options import OVERRIDABLE, Debug, Device, Json, Overrides, Run, 
 from latte.files import size_text as size
 
 if TYPE_CHECKING:
+    from latte.config.run import RunConfig
     from latte.profile.plan import Plan
 
 __all__ = ["OVERRIDABLE", "plan"]
+NOTE = (
+    "DDP, FSDP, HSDP: time of communication over that of compute; sequence: the same for the exchange of "
+    "activations when the GPUs of a node share one clip; GB of a GPU: ! does not fit"
+)
 
 Measure = Annotated[
     bool,
@@ -32,6 +37,21 @@ MemoryGib = Annotated[
         "machine's.",
     ),
 ]
+Nodes = Annotated[
+    str | None,
+    typer.Option(
+        metavar="N[,N...]",
+        help="A table of what the run costs on so many nodes of GPUs: communication, memory, failures.",
+    ),
+]
+Rates = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--rate", metavar="NAME=VALUE", help="Another rate of the machine than --nodes assumes; repeatable."
+    ),
+]
+Price = Annotated[float | None, typer.Option(min=0, help="Price of a GPU hour, for --nodes.")]
+Clips = Annotated[float | None, typer.Option(min=1, help="Clips of the data set, for --nodes; e.g. 1e9.")]
 
 
 def plan(
@@ -40,6 +60,14 @@ def plan(
     measure: Measure = False,
     processes: Processes = None,
     memory: MemoryGib = None,
+    nodes: Nodes = None,
+    gpus_per_node: Annotated[int, typer.Option(min=1, help="GPUs of a node, for --nodes.")] = 8,
+    gpu: Annotated[
+        str, typer.Option(metavar="NAME", help="Kind of GPU, for --nodes: h100 or h200.")
+    ] = "h100",
+    clips: Clips = None,
+    price: Price = None,
+    rate: Rates = None,
     device: Device = "auto",
     as_json: Json = False,
     debug: Debug = False,
@@ -54,6 +82,11 @@ def plan(
     from latte.profile.fit import verdict_text
     from latte.profile.plan import plan as plan_of
 
+    if nodes is not None:
+        print_cluster(
+            config, as_json, nodes, gpus_per_node, gpu=gpu, clips=clips, price=price, rates=rate or []
+        )
+        return
     check(memory is None or 0 < memory < 1e6, f"--memory must be in (0, 1e6) GiB, got {memory}; e.g. 80")
     available = None if memory is None else round(memory * 2**30)
     planned = plan_of(config, device, processes, measure, kept=True, available=available)
@@ -64,6 +97,24 @@ def plan(
         lines += table_lines(planned.buckets)
     lines.append(f"verdict: {verdict_text(planned.verdict)}")
     print_result(asdict(planned), as_json, lines)
+
+
+def print_cluster(
+    config: "RunConfig", as_json: bool, nodes: str, per_node: int, rates: list[str], gpu: str, **data: Any
+) -> None:
+    """Print what ``config`` costs on each of ``nodes`` (text such as "1,8") of GPUs."""
+    from latte.profile import cluster as clusters
+    from latte.profile.plan import plan as plan_of
+
+    counts = clusters.read_nodes(nodes)
+    changes = clusters.read_rates(rates)
+    machine = clusters.machine_of(gpu, changes)
+    planned = plan_of(config, "cuda", counts[0] * per_node, kept=True)
+    load = clusters.load_of(config, planned, kept=True)
+    found = [clusters.cluster(load, count, per_node, gpu, changes=changes, **data) for count in counts]
+    result = {"clusters": found, "machine": asdict(machine), "load": asdict(load)}
+    lines = [*clusters.table_of(found), NOTE, *clusters.source_lines(machine)]
+    print_result(result, as_json, lines)
 
 
 def rows(planned: "Plan") -> list[tuple[str, str]]:

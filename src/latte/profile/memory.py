@@ -12,7 +12,7 @@ Axes: b batch, f clip frames, i images, h heads, l sequence, k head width.
 import weakref
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import torch
@@ -43,6 +43,10 @@ class States:
     gradients: int
     optimizer: int  # AdamW's moments, and a step counter per tensor
     ema: int
+
+    def split(self, processes: int) -> "States":
+        """Return the part of one of ``processes`` that share all of it."""
+        return States(*(-(-size // processes) for size in astuple(self)))
 
     @property
     def trainable(self) -> int:

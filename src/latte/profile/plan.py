@@ -5,6 +5,7 @@ Counting needs neither data nor weights. Only the number of epochs needs the dat
 """
 
 import math
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -54,7 +55,9 @@ class Batch:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on each device in a training step; buffers of the codec and of kernels come on top."""
+    """Bytes on each device in a training step, of what processes split its part; buffers of the codec and of
+    kernels, and with fsdp and hsdp the gathered weights of two blocks, come on top.
+    """
 
     weights: int
     gradients: int
@@ -153,11 +156,11 @@ def plan(
     state = counter(States, lambda: states(model, adapters(config), *trained), model, config.lora, *trained)
     dataset = existing_data(config)
     batch = batches(config, processes, dataset)
-    held = memory(config, batch, state, planned_device, counter)
+    held = memory(config, batch, part := state.split(shards(config, processes)), planned_device, counter)
 
     def counted(changed: TrainConfig, clips: int) -> Memory:
         tried = replace(batch, micro_batch=clips)
-        return memory(replace(config, train=changed), tried, state, planned_device, counter)
+        return memory(replace(config, train=changed), tried, part, planned_device, counter)
 
     available = available or memory_here(planned_device)
     num_kept = min(train.keep_last, -(-train.steps // train.checkpoint_every))
@@ -202,6 +205,20 @@ def encoding(config: RunConfig) -> Encoding:
         operations=encoding_operations(config.codec, frames, config.data.size),
         clip_bytes=values * torch.float16.itemsize,
     )
+
+
+def shards(config: RunConfig, processes: int) -> int:
+    """Return among how many processes the states of training are split; InputError unless they divide."""
+    train = config.train
+    size = {"ddp": 1, "fsdp": processes}.get(train.parallel)
+    if size is None:
+        size = train.shard_size or min(int(os.environ.get("LOCAL_WORLD_SIZE", processes)), processes)
+    check(
+        processes % size == 0,
+        f"train.shard_size is {size}, but {processes} processes cannot be divided into groups of {size}; "
+        f"give a divisor of {processes}, or another number of processes",
+    )
+    return size
 
 
 def adapters(config: RunConfig) -> Adapt | None:
