@@ -43,13 +43,13 @@ class Int8Linear(nn.Module):
         self.register_buffer("scale", (largest / 127).t().contiguous())
         self.register_buffer("bias", layer.bias.detach().float())
 
-    def product(self, x: Tensor) -> Tensor:
-        """Return float32 (r o) of rows (r k)."""
+    def product(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        """Return float32 (r o) of rows (r k), in ``out`` if given."""
         x = x.float()
         largest = torch.maximum(x.amax(1, keepdim=True), -x.amin(1, keepdim=True)).clamp_min_(TINY)  # (r 1)
         rows = (x * (127 / largest)).round_().to(torch.int8)
         y = torch.ops.aten._int_mm(rows, self.weight).float().mul_(largest / 127)
-        return torch.addcmul(self.bias, y, self.scale, out=y)
+        return torch.addcmul(self.bias, y, self.scale, out=y if out is None else out)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return (... o) of (... k)."""
@@ -73,14 +73,15 @@ class Fp8Linear(nn.Module):
         self.register_buffer("scale", (largest / FP8_MAX).t().contiguous())
         self.register_buffer("bias", layer.bias.detach().to(torch.bfloat16))
 
-    def product(self, x: Tensor) -> Tensor:
-        """Return bfloat16 (r o) of rows (r k)."""
+    def product(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        """Return bfloat16 (r o) of rows (r k); in ``out``, if given, in its dtype."""
         largest = x.abs().amax(1, keepdim=True).float().clamp_min(TINY)  # (r 1)
         rows = (x * (FP8_MAX / largest)).to(torch.float8_e4m3fn)
         y = torch._scaled_mm(  # pyright: ignore[reportPrivateImportUsage]
             rows, self.weight, scale_a=largest / FP8_MAX, scale_b=self.scale, out_dtype=torch.bfloat16
         )
-        return y + self.bias
+        y = y + self.bias
+        return y if out is None else out.copy_(y)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return (... o) of (... k)."""
@@ -97,9 +98,9 @@ class LowBitMLP(Branch):
         self.fc1: Any = fc1
         self.fc2: Any = fc2
 
-    def product(self, x: Tensor) -> Tensor:
-        """Return (r k) of rows (r k)."""
-        return self.fc2.product(fast_gelu(self.fc1.product(x)))
+    def product(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        """Return (r k) of rows (r k), in ``out`` if given."""
+        return self.fc2.product(fast_gelu(self.fc1.product(x)), out)
 
     def forward(self, x: Tensor, images: bool = False) -> Tensor:
         """Return (b f n d) from tokens (b f n d)."""
@@ -114,8 +115,10 @@ def fast_gelu(x: Tensor) -> Tensor:
     return inner.sigmoid_().mul_(x)
 
 
-def in_portions(product: Callable[[Tensor], Tensor], x: Tensor, features: int) -> Tensor:
-    """Return (... features) of (... k) from a function of rows: on a CPU of PORTION rows at a time."""
+def in_portions(product: Callable[..., Tensor], x: Tensor, features: int) -> Tensor:
+    """Return (... features) of (... k) from a function of rows, which also takes a place for its result: on a
+    CPU of PORTION rows at a time.
+    """
     rows = x.reshape(-1, x.shape[-1])  # (r k)
     count = len(rows)
     if x.device.type != "cpu":
@@ -123,7 +126,7 @@ def in_portions(product: Callable[[Tensor], Tensor], x: Tensor, features: int) -
         return product(F.pad(rows, (0, 0, 0, missing)))[:count].view(*x.shape[:-1], features)
     y = torch.empty(count, features)
     for start in range(0, count, PORTION):
-        y[start : start + PORTION] = product(rows[start : start + PORTION])
+        product(rows[start : start + PORTION], y[start : start + PORTION])
     return y.view(*x.shape[:-1], features)
 
 
