@@ -106,6 +106,17 @@ def test_the_targets_compare_equal_models(benchmark, capsys):
     assert lines["growth"]["tokens"]["operations"] > 3
 
 
+def test_a_profile_divides_the_whole_time(benchmark, capsys):
+    benchmark("targets").main([*TINY, *MODEL, "--latent", "8", "--processor-time", "--parts", "profile"])
+    forward, step = map(json.loads, capsys.readouterr().out.splitlines())
+    assert (forward["what"], step["what"]) == ("profile of the forward pass", "profile of the training step")
+    for way in (*forward["ways"].values(), *step["ways"].values()):
+        assert sum(way["shares"].values()) == pytest.approx(1, abs=0.01)
+        assert way["shares"]["products"] > 0
+    assert "aten::_int_mm" in forward["ways"]["int8"]["largest"]
+    assert step["ways"]["fp32"]["shares"]["optimizer"] > forward["ways"]["fp32"]["shares"]["optimizer"]
+
+
 @pytest.mark.nightly
 def test_a_second_score_is_measured_by_its_parts(benchmark, capsys):
     line = benchmark("second_score").main(["--clips", "2", "--size", "32", "--rounds", "1"])
