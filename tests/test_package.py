@@ -220,7 +220,7 @@ def test_the_wheel_installs_in_a_clean_environment_and_makes_a_clip(tmp_path):
     subprocess.run(install, check=True)
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     environment["HF_HUB_OFFLINE"] = "1"
-    command = [scripts / "latte", "sample", "a red ball rolls to the right", "--out", "clips", "--json"]
+    command = [scripts / "latte", "sample", "a purple cube rotates left", "--out", "clips", "--json"]
     found = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
     clip = json.loads(found.stdout.splitlines()[-1])["clips"][0]["path"]
     assert (tmp_path / clip).stat().st_size > 0

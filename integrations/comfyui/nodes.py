@@ -53,7 +53,7 @@ class LatteSample:
         return {
             "required": {
                 "pipe": ("LATTE",),
-                "text": ("STRING", {"multiline": True, "default": "a red ball rolls to the right"}),
+                "text": ("STRING", {"multiline": True, "default": "a purple cube rotates left"}),
                 "seed": ("INT", {"default": 0, "min": 0, "max": 2**31 - 1}),
                 "quality": (QUALITIES,),
                 "steps": ("INT", {"default": 0, "min": 0, "max": 1000}),
