@@ -11,6 +11,8 @@ import latte.data.footage as footage_module
 from latte.checks import InputError
 from latte.data.footage import MANIFEST, SplitConfig, clip_names, split_footage
 from latte.data.media import decode_frames, probe
+from latte.data.pieces import Footage, NotCopied, check_copy, copy_packets
+from latte.data.shots import Shot
 from videos import encode, shots
 
 
@@ -56,6 +58,18 @@ def test_a_shot_without_a_key_frame_is_encoded_and_said_so(tmp_path):
         found, _ = decode_frames(tmp_path / "out" / clip["file"], range(clip["frames"]))
         assert probe(tmp_path / "out" / clip["file"]).frames == clip["frames"]
         assert np.abs(found.astype(int) - expected).mean() < 4
+
+
+def test_a_copy_that_shows_other_frames_is_refused(video, tmp_path):
+    footage = Footage.read(str(video))
+    copied = tmp_path / "copy.mp4"
+    copy_packets(footage, Shot(30, 70, "cut"), str(copied))
+    check_copy(str(copied), footage, Shot(30, 70, "cut"))
+    for other in (Shot(29, 69, "cut"), Shot(30, 69, "cut"), Shot(30, 71, "cut")):
+        with pytest.raises(NotCopied):
+            check_copy(str(copied), footage, other)
+    with pytest.raises(NotCopied):
+        copy_packets(footage, Shot(25, 65, "cut"), str(copied))
 
 
 def test_uneven_times_stay(tmp_path):
