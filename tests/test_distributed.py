@@ -19,6 +19,7 @@ from latte import distributed
 from latte.checkpoint.run import latest_checkpoint, load_checkpoint
 from latte.checks import RunError
 from latte.distributed import Group
+from latte.training.config import TrainConfig
 from tiny_runs import FORKS, SHORT, Latents, curve, run
 
 # Adam turns rounding of the smallest gradients into a share of the rate.
@@ -150,37 +151,50 @@ def test_alone_everything_is_a_plain_call():
     assert group.run_on_rank0(lambda a, b: a + b, 1, 2) == 3
 
 
-def one_stops(rank: int, port: int, folder: str, pipe) -> None:
+def one_stops(rank: int, port: int, folder: str, pipe, config: TrainConfig) -> None:
     """A process of two; rank 1 stops for good when training has begun, as on a machine that hangs."""
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1"}
     os.environ |= {"GLOO_SOCKET_IFNAME": "lo", "MASTER_PORT": str(port)}
     if rank == 1:
-        threading.Thread(target=stop_process_when_training, daemon=True).start()
+        threading.Thread(target=stop_process_when_training, args=(folder,), daemon=True).start()
     try:
-        run(Path(folder), replace(ENDLESS, checkpoint_every=100_000, timeout=3.0))
+        run(Path(folder), config)
     except RunError as error:
         pipe.send(str(error))
 
 
-def stop_process_when_training() -> None:
+def stop_process_when_training(folder: str) -> None:
     while signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
         time.sleep(0.01)
     time.sleep(0.3)
+    (Path(folder) / "stopped").write_text(str(time.time()))
     os.kill(os.getpid(), signal.SIGSTOP)
 
 
-def test_a_rank_that_stopped_is_named_within_the_timeout(tmp_path):
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"checkpoint_every": 100_000},
+        pytest.param(
+            {"parallel": "fsdp", "async_save": True, "checkpoint_every": 1}, marks=pytest.mark.nightly
+        ),
+    ],
+    ids=["replicated", "sharded, asynchronous saves"],
+)
+def test_a_rank_that_stopped_is_named_within_the_timeout(tmp_path, changes):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     here, there = FORKS.Pipe()
     children = []
     for rank in range(2):
-        arguments = (rank, port, str(tmp_path), there)
+        arguments = (rank, port, str(tmp_path), there, replace(ENDLESS, timeout=3.0, **changes))
         children.append(FORKS.Process(target=one_stops, args=arguments, daemon=True))
         children[-1].start()
     answered = here.poll(90)
+    seconds = time.time() - float((tmp_path / "stopped").read_text())
+    print(f"ended {seconds:.1f} s after rank 1 stopped, with a limit of 3 s")
     state = Path(f"/proc/{children[1].pid}/stat").read_text().split()[2]
     for child in children:
         child.kill()
