@@ -3,6 +3,7 @@
 the site is built without a warning where the extra ``docs`` is installed.
 """
 
+import json
 import re
 import sys
 from pathlib import Path
@@ -259,3 +260,19 @@ def test_every_command_of_a_page_runs(page, tmp_path, monkeypatch):
     print(page, *report, sep="\n", file=sys.stderr)
     failed = [line for line in report if re.match(r"exit [^0]", line)]
     assert failed == [], "\n".join(report)
+
+
+@pytest.mark.nightly
+def test_the_expected_cost_is_that_of_the_plan():
+    answer = call(["plan", "ffs", "--processes", "8", "--device", "cuda", "--json"])
+    found = json.loads(answer.output.splitlines()[-1])
+    training = 3 * found["operations"] * found["clips_seen"]
+    encoded = training + found["encoding"]["operations"] * found["clips_seen"]
+    costs = [f"{round(cost / 1e18)}" for cost in (training, encoded)]
+    for peak in (312e12, 989e12):
+        hours = [round(cost / (0.4 * peak) / 3600) for cost in (training, encoded)]
+        costs.append(f"{hours[0]}, with encoding {hours[1]}")
+    page = text_of("docs/paper.md")
+    assert f"| 6,000,000 | {' | '.join(costs)} |" in page
+    assert f"{found['memory']['total'] / 2**30:.1f} GiB" in page
+    assert f"{found['disk']['checkpoint'] / 2**30:.1f} GiB" in page
