@@ -157,3 +157,8 @@ def test_threads_follow_a_quota_unless_they_are_set(tmp_path, cpus, monkeypatch)
     assert os.environ.pop("OMP_NUM_THREADS") == "2" == os.environ[LIMITED]
     monkeypatch.setattr("latte.runtime.usable_cpus", lambda: (2, "CPU quota"))
     assert threads_text() == f"{torch.get_num_threads()} threads (CPU quota)"
+
+
+def test_gpu_is_cuda_here():
+    with pytest.raises(InputError, match="did you mean 'cuda'"):
+        resolve_device("gpu")

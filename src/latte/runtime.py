@@ -170,6 +170,8 @@ def resolve_device(device: "str | torch.device" = "auto") -> "torch.device":
     warn_untested()
     available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     kind, _, number = str(device).partition(":")
+    if kind == "gpu":
+        raise InputError("device is 'gpu', which is not one of cpu, cuda, mps; did you mean 'cuda'?")
     if kind == "auto":
         kind = next(name for name in ("cuda", "mps", "cpu") if available[name])
     count = torch.cuda.device_count() if kind == "cuda" else 1

@@ -77,6 +77,7 @@ def test_config_show_gives_every_value_with_its_origin(latte, monkeypatch):
 
 def test_config_schema_is_a_json_schema(latte):
     found = json.loads(latte("config", "schema").out)
+    assert latte("config", "schema", "--json").json == found
     assert found["properties"].keys() >= {"model", "train", "data"}
 
 

@@ -95,8 +95,8 @@ def described_keys() -> tuple[dict[str, Any], list[tuple[str, str, str]]]:
 
 
 @app.command("schema", cls=Command)
-def schema(debug: Debug = False) -> None:
-    """Print the JSON schema of the YAML file, for editors."""
+def schema(as_json: Json = False, debug: Debug = False) -> None:
+    """Print the JSON schema of the YAML file, for editors; with --json on one line."""
     from latte.config.run import schema as schema_of
 
-    print(json.dumps(schema_of(), indent=2))
+    print(json.dumps(schema_of(), indent=None if as_json else 2))
