@@ -2,9 +2,10 @@
 """Clips per second of training in several processes over one, same global batch:
 python benchmarks/processes.py --depth 8 --width 144 --heads 4 --frames 8 --latent 8 --batch 16
 
-Every round times three sides in turn, each for the same steps: one process alone while the others wait, all
-processes with gradients summed in buckets during the backward pass, and all processes with every gradient
-summed after it. The processes run on this machine's CPU with one thread each, over the loopback interface.
+Every round times four sides in turn, each for the same steps: one process alone while the others wait, all
+processes with gradients summed in buckets during the backward pass (DDP), all processes with every gradient
+summed after it, and all processes with weights split among them (FSDP).
+The processes run on this machine's CPU with one thread each, over the loopback interface.
 """
 
 import argparse
@@ -28,25 +29,29 @@ from latte.diffusion.loss import OBJECTIVES
 from latte.distributed import Group, process_group
 from latte.training.config import TrainConfig
 from latte.training.optim import TrainState
-from latte.training.parallel import Replicated
+from latte.training.parallel import PARALLELISMS
 from latte.training.step import Task, backward
 
 CPU = torch.device("cpu")
-SIDES = ("alone", "buckets", "after_backward")
+SIDES = ("alone", "buckets", "after_backward", "fsdp")
 Step = Callable[[], None]
 
 
-def training_step(options: argparse.Namespace, group: Group, after_backward: bool = False) -> Step:
-    """Return a training step of the processes in ``group`` on fixed random latents."""
+def training_step(
+    options: argparse.Namespace, group: Group, after_backward: bool = False, scheme: str = "ddp"
+) -> Step:
+    """Return a training step of the processes in ``group`` on fixed random latents, with a parallelism."""
     config = measure.model_config(options)
     model = measure.busy_model(config, CPU).train()
     process = build_process(DiffusionConfig())
     objective = OBJECTIVES["paper"]
     task = Task(model, model, process, objective, None, 0, options.batch, None, CPU, torch.float32)
+    skeleton = None
     if not after_backward:
-        parallel = Replicated(model, group, TrainConfig(), CPU, torch.float32)
+        parallel = PARALLELISMS[scheme](model, group, TrainConfig(parallel=scheme), CPU, torch.float32)
         task = replace(task, forward=parallel.forward, loss_scale=parallel.loss_scale)
-    state = TrainState(model, 1e-4, 0.0, 0.9999)
+        skeleton = parallel.skeleton
+    state = TrainState(model, 1e-4, 0.0, 0.9999, skeleton=skeleton)
     positions = share_of(options.batch, group.rank, group.size)
     video = torch.randn(len(positions), config.num_frames, config.latent_channels, *config.grid_size)
     label = None if config.num_classes is None else torch.zeros(len(positions), dtype=torch.int64)
@@ -77,6 +82,7 @@ def one_process(rank: int, port: int, options: argparse.Namespace, pipe: Any) ->
             "alone": training_step(options, Group()),
             "buckets": training_step(options, group),
             "after_backward": training_step(options, group, after_backward=True),
+            "fsdp": training_step(options, group, scheme="fsdp"),
         }
         wall: dict[str, list[float]] = {side: [] for side in SIDES}
         processor: dict[str, list[float]] = {side: [] for side in SIDES}

@@ -143,8 +143,8 @@ def test_a_training_step_counts_three_forward_passes_per_clip(benchmark, capsys)
 def test_processes_are_compared_with_one(benchmark, capsys):
     line = benchmark("processes").main([*MODEL, "--batch", "2", "--rounds", "2", "--steps", "1"])
     assert json.loads(capsys.readouterr().out) == line
-    assert line["median_s"].keys() == {"alone", "buckets", "after_backward"}
-    for side in ("buckets", "after_backward"):
+    assert line["median_s"].keys() == {"alone", "buckets", "after_backward", "fsdp"}
+    for side in ("buckets", "after_backward", "fsdp"):
         assert line[side]["efficiency"] == pytest.approx(line[side]["speed_over_one"] / 2, rel=0.01)
         assert 0 < line[side]["processor_efficiency"] < 2
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 
 from encoded import SHAPES, TWO_CLIPS, Drawn, contents, folder_config, latents_of, make_videos, pixels
 from latte.autoencoder.codec import CodecConfig, build_codec
@@ -188,6 +189,38 @@ def test_a_posterior_is_drawn_from_the_seed(tmp_path):
         json.loads((tmp_path / "other" / MANIFEST).read_text())["settings"]["posterior"]
         == "one sample per frame, seed 1"
     )
+
+
+def test_crops_depend_on_the_seed_and_the_key_are_listed_and_one_of_them_is_drawn(tmp_path):
+    """The first crop is the centred one, bit for bit that of an encoding without others."""
+    made = {}
+    for out, crops in (("one", 1), ("three", 3), ("again", 3)):
+        encode_dataset(SHAPES, pixels(), tmp_path / out, crops=crops, shard_bytes=1)
+        manifest = json.loads((tmp_path / out / MANIFEST).read_text())
+        tensors = {}
+        for path in sorted((tmp_path / out).glob("shard-*.safetensors")):
+            tensors |= load_file(path)
+        made[out] = (manifest, tensors)
+    assert contents(tmp_path / "three") == contents(tmp_path / "again")
+    manifest, tensors = made["three"]
+    assert manifest["settings"]["crops"] == 3
+    assert "crops" not in made["one"][0]["settings"]
+    assert "crops" not in made["one"][0]["videos"][0]
+    places = [video["crops"] for video in manifest["videos"]]
+    assert places[0][0] is None
+    assert places[0][1:] != places[1][1:], "each video has places of its own"
+    for name, latent in made["one"][1].items():
+        assert torch.equal(latent, tensors[name])
+        assert len({tensors[name.replace(":", f"@{crop}:", 1)].numpy().tobytes() for crop in (1, 2)}) == 2
+    data = LatentDataset(latents_of(SHAPES, tmp_path / "three"))
+    drawn = {data.clip(0, generator(seed)).video.numpy().tobytes() for seed in range(30)}
+    starts = {data.clip(0, generator(seed)).video.shape for seed in range(30)}
+    assert len(starts) == 1
+    assert len(drawn) >= 3
+    with pytest.raises(InputError, match=r"--crops must be in \[1, 16\], got 0"):
+        encode_dataset(SHAPES, pixels(), tmp_path / "none", crops=0)
+    with pytest.raises(InputError, match="crops"):
+        encode_dataset(SHAPES, pixels(), tmp_path / "three", crops=2)
 
 
 @pytest.fixture

@@ -256,6 +256,8 @@ def encode(
             "length by default.",
         ),
     ] = None,
+    crops: Annotated[int, typer.Option(help="Crops of a video; training draws one of them.")] = 1,
+    flip: Annotated[bool, typer.Option("--flip", help="Mirror images, too (data.flip=true).")] = False,
     seed: Seed = 0,
     device: Device = "auto",
     as_json: Json = False,
@@ -273,7 +275,8 @@ def encode(
     from latte.text.encoders import build_text_encoder
 
     configure_logging()
-    config, _ = load_source(source, overrides)
+    words = [*(overrides or []), *(["data.flip=true"] if flip else [])]
+    config, _ = load_source(source, words)
     where = resolve_device(device)
     folder = out or Path("latents") / (Path(source).stem or "data")
     text = build_text_encoder(config.text, where) if config.text.name else None
@@ -288,6 +291,7 @@ def encode(
         caption_progress=progress_line("captions", 0, 1, "captions"),
         scan_progress=progress_line("scan", 0, 1, "files"),
         stride=stride,
+        crops=crops,
     )
     result["quarantined"] = result["skipped"]  # the key of 0.1.0, for one version
     lines = encode_lines(result, config.data.frames, text is not None)

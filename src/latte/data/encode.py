@@ -59,12 +59,14 @@ def encode_dataset(
     caption_progress: Progress = None,
     scan_progress: Progress = None,
     stride: int | None = None,
+    crops: int = 1,
 ) -> dict[str, Any]:
     """Encode all frames of the dataset of ``config`` (mirrored too with ``config.flip``) into ``out``.
 
     Training chooses frames, interval and rule, unless the codec compresses time: then they are those of
     ``config``, for windows that start every ``stride`` source frames (``latte.data.windows``). A stochastic
-    codec stores one sample of the posterior per latent frame, drawn from ``seed``. With a ``text`` encoder,
+    codec stores one sample of the posterior per latent frame, drawn from ``seed``. Training
+    draws one of ``crops`` of a video. With a ``text`` encoder,
     the features of every distinct caption are stored first, ``caption_part`` to a file, and the encoder is
     freed. A ``codec`` that is a function builds one, before the captions for the settings and again after
     them: codec and text encoder are never in memory together. Everything that can be checked is checked
@@ -79,7 +81,7 @@ def encode_dataset(
     source, rules = open_source(config, cache_dir, scan_progress)
     captions = captions_of(config, source, text)
     config = rules.settled(config)
-    encoder = Encoder(config, built(codec), dtype, seed, stride)
+    encoder = Encoder(config, built(codec), dtype, seed, stride, crops)
     source = encoder.cut(source, rules)
     kept = {video.record.caption for video in source.videos}
     captions = [caption for caption in captions if caption in kept]
@@ -94,7 +96,7 @@ def encode_dataset(
         del encoder
         new_captions = store_captions(out, text, captions, caption_part, begin, caption_progress)
         text.free()
-        encoder = Encoder(config, built(codec), dtype, seed, stride)
+        encoder = Encoder(config, built(codec), dtype, seed, stride, crops)
     manifest = write_shards(source, shards, encoder, begin, progress)
     check_videos(manifest, out)
     if parts_listed := list_parts(out):
@@ -230,7 +232,7 @@ def write_shards(
         skipped += refused
         unreadable = {entry["path"] for entry in refused}
         records = [video.record for video in shard.videos if video.record.key not in unreadable]
-        videos += [{**record.entry(), "shard": shard.path.name} for record in records]
+        videos += [{**encoder.entry(record), "shard": shard.path.name} for record in records]
     files = [{"file": shard.path.name, "bytes": shard.path.stat().st_size} for shard in shards]
     manifest: dict[str, Any] = {"classes": source.classes, "shards": files, "videos": videos}
     manifest["skipped"] = skipped

@@ -24,6 +24,8 @@ from latte.data.shards import MIRROR, SOURCE, Record, tensor_name, write_shard
 from latte.data.windows import Windows, describe
 from latte.runtime import generator
 
+MAX_CROPS = 16
+SMALLEST = 0.8  # of the largest box, that further crops take
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -45,18 +47,28 @@ class EncodingCodec(Protocol):
 class Encoder:
     """Turns videos into the tensors of a shard, with one codec, resolution and dtype.
 
-    InputError for a size, or for windows, that the codec does not take.
+    Of every video it encodes ``crops``: the centred one, and others of SMALLEST to all of its sides at random
+    places, which depend on the seed and the video's key alone. InputError for a size, or for windows, that
+    the codec does not take.
     """
 
     def __init__(
-        self, config: DataConfig, codec: EncodingCodec, dtype: str, seed: int, stride: int | None = None
+        self,
+        config: DataConfig,
+        codec: EncodingCodec,
+        dtype: str,
+        seed: int,
+        stride: int | None = None,
+        crops: int = 1,
     ):
+        check(1 <= crops <= MAX_CROPS, f"--crops must be in [1, {MAX_CROPS}], got {crops}")
+        self.crops = crops
         self.config = config
         self.codec = codec
         self.dtype = choose("dtype", dtype, DTYPES)
         self.seed = seed
         self.shape = codec.latent_shape(*config.size)
-        self.frame_bytes = math.prod(self.shape) * self.dtype.itemsize * (1 + config.flip)
+        self.frame_bytes = math.prod(self.shape) * self.dtype.itemsize * (1 + config.flip) * crops
         self.windows: Windows | None = None
         if codec.compression.temporal_factor > 1:
             self.windows = Windows(config.clip_rule, stride)
@@ -87,6 +99,8 @@ class Encoder:
             "flip": self.config.flip,
             "posterior": posterior,
         }
+        if self.crops > 1:
+            settings["crops"] = self.crops
         if self.windows:
             for name in ("temporal_factor", "causal", "latent_step"):
                 codec[name] = getattr(compression, name)
@@ -139,13 +153,32 @@ class Encoder:
         for start in range(0, record.frames, video.piece):
             yield start, range(start, min(start + video.piece, record.frames))
 
-    def read(self, video: Video, numbers: Sequence[int]) -> Tensor:
-        """Return the frames (t 3 h w) of ``video``, cropped, resized and in [-1, 1], ``video.piece`` at a
-        time.
+    def places(self, key: str) -> list[tuple[float, float, float] | None]:
+        """Return (share of the sides, of the free rows, of the free columns) of each crop, None: centred."""
+        found: list[tuple[float, float, float] | None] = [None]
+        for crop in range(1, self.crops):
+            draws = torch.rand(3, generator=generator(self.seed, "crop", key, crop), dtype=torch.float64)
+            side, row, column = (round(value, 6) for value in draws.tolist())
+            found.append((round(SMALLEST + (1 - SMALLEST) * side, 6), row, column))
+        return found
+
+    def entry(self, record: Record) -> dict[str, Any]:
+        """Return what the manifest lists of a video, with the places of its crops if there are several."""
+        if self.crops == 1:
+            return record.entry()
+        return {**record.entry(), "crops": self.places(record.key)}
+
+    def read(self, video: Video, numbers: Sequence[int]) -> list[Tensor]:
+        """Return the frames (t 3 h w) of each crop of ``video``, resized and in [-1, 1]; ``video.piece`` are
+        decoded at a time.
         """
-        parts = [numbers[start : start + video.piece] for start in range(0, len(numbers), video.piece)]
-        frames = [to_float(centre_crop_resize(video.read(part), *self.config.size)) for part in parts]
-        return torch.cat(frames)  # (t 3 h w)
+        places = self.places(video.record.key)
+        crops: list[list[Tensor]] = [[] for _ in places]
+        for start in range(0, len(numbers), video.piece):
+            pixels = video.read(numbers[start : start + video.piece])  # (t h w 3)
+            for parts, place in zip(crops, places, strict=True):
+                parts.append(to_float(centre_crop_resize(pixels, *self.config.size, place)))
+        return [torch.cat(parts) for parts in crops]  # (t 3 h w) each
 
     def write(
         self, path: Path, videos: Sequence[Video], plan: str, tick: Callable[[int], None]
@@ -163,23 +196,25 @@ class Encoder:
         return refused
 
     def encode(self, video: Video) -> dict[str, Tensor]:
-        """Return the latents (n c h w) of all frames or windows by tensor name, and those of the mirror image
-        with flips.
+        """Return the latents (n c h w) of all frames or windows of every crop by tensor name, and those of
+        the mirror image with flips.
         """
         record = video.record
         kinds = (SOURCE, MIRROR)[: 1 + self.config.flip]
-        pieces: dict[str, list[Tensor]] = {kind: [] for kind in kinds}
+        names = [(kind, crop) for crop in range(self.crops) for kind in kinds]
+        pieces: dict[str, list[Tensor]] = {tensor_name(kind, record.key, crop): [] for kind, crop in names}
         for start, numbers in self.clips(video):
-            frames = self.read(video, numbers)  # (t 3 h w)
-            for kind in kinds:
+            crops = self.read(video, numbers)  # (t 3 h w) each
+            for kind, crop in names:
                 stream = None
                 if self.codec.stochastic:
-                    stream = generator(self.seed, "encode", record.key, kind, start)
-                clip = flip_horizontal(frames) if kind == MIRROR else frames
-                pieces[kind].append(self.codec.encode(clip[None], stream)[0].to("cpu", self.dtype))
-        latents = {
-            tensor_name(kind, record.key): torch.cat(parts) for kind, parts in pieces.items()
-        }  # (n c h w)
+                    stream = generator(
+                        self.seed, "encode", record.key, kind, start, *([crop] if crop else [])
+                    )
+                clip = flip_horizontal(crops[crop]) if kind == MIRROR else crops[crop]
+                latent = self.codec.encode(clip[None], stream)[0].to("cpu", self.dtype)
+                pieces[tensor_name(kind, record.key, crop)].append(latent)
+        latents = {name: torch.cat(parts) for name, parts in pieces.items()}  # (n c h w)
         if not all(latent.isfinite().all() for latent in latents.values()):
             raise RunError(
                 f"the latents of {printable(record.key)} hold NaN/Inf or do not fit into {self.dtype}; "

@@ -186,13 +186,15 @@ class LatentDataset:
         return list(range(window * size, window * size + count))
 
     def _read(self, index: int, frames: list[int], generator: torch.Generator) -> Clip:
-        """Return latent ``frames`` of video ``index`` or, at random, of its mirror image."""
+        """Return latent ``frames`` of a random crop of video ``index`` or, at random, of its mirror image."""
         record = self.videos[index]
         flipped = bool(torch.rand((), generator=generator) < 0.5)
         kind = SOURCE
         if flipped and self.config.flip:
             kind = MIRROR
-        latent = self._read_tensor(self.shard_of[index], tensor_name(kind, record.key), frames)
+        crops = self.settings.get("crops", 1)
+        crop = int(torch.randint(crops, (), generator=generator)) if crops > 1 else 0
+        latent = self._read_tensor(self.shard_of[index], tensor_name(kind, record.key, crop), frames)
         return Clip(latent, record.label if self.config.labels else None, record.caption, record.key)
 
     def _read_tensor(self, shard: str, name: str, frames: list[int]) -> Tensor:

@@ -60,7 +60,7 @@ class Record:
     @classmethod
     def of(cls, entry: dict[str, Any]) -> Self:
         """Return the record of an entry of the manifest."""
-        values = {name: value for name, value in entry.items() if name != "shard"}
+        values = {name: value for name, value in entry.items() if name not in ("shard", "crops")}
         values["steps"] = tuple((step, count) for step, count in entry["steps"])
         values["time_base"] = tuple(entry["time_base"])
         values["stamp"] = tuple(entry["stamp"])
@@ -83,9 +83,9 @@ class Record:
         return info.times
 
 
-def tensor_name(kind: str, key: str) -> str:
-    """Return the name of a video's tensor."""
-    return f"{kind}:{key}"
+def tensor_name(kind: str, key: str, crop: int = 0) -> str:
+    """Return the name of a video's tensor, of the centred crop or of a further one."""
+    return f"{kind}@{crop}:{key}" if crop else f"{kind}:{key}"
 
 
 def check_path(path: Path, field: str) -> None:
