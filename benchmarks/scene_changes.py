@@ -13,6 +13,7 @@ import json
 import random
 import tempfile
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -70,7 +71,7 @@ def film(paths: list[str], kinds: list[str], choice: random.Random) -> tuple[np.
     return np.concatenate([*parts, current]), changes
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Print one JSON line."""
     parser = argparse.ArgumentParser(description="Changes of scene found in a film of known changes.")
     parser.add_argument("folders", nargs="+", type=Path)
@@ -78,7 +79,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--kinds", default="cut,dissolve,fade")
     parser.add_argument("--threshold", type=float, default=1.0)
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     choice = random.Random(options.seed)
     paths = sorted(path for folder in options.folders for path in candidates(str(folder), Counter()))
     paths = [path for path in choice.sample(paths, len(paths)) if probe(path).frames >= SHORTEST]
