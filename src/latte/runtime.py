@@ -41,12 +41,12 @@ DTYPES: Table[str, "torch.dtype"] = Table(
 
 LOG = logging.getLogger(__name__)
 TESTED = {  # package: the oldest and the newest version that the tests ran with
-    "torch": ("2.11", "2.13"),
+    "torch": ("2.11", "2.15"),
     "numpy": ("1.26", "2.4"),
     "av": ("17.1", "18.1"),
     "diffusers": ("0.35", "0.42"),
-    "transformers": ("4.56", "5.24"),
-    "peft": ("0.17", "0.21"),
+    "transformers": ("5.0", "5.24"),
+    "peft": ("0.18", "0.21"),
 }
 LIMITED = "LATTE_LIMITED_THREADS"  # what limit_threads has set, for threads_text
 DEFAULT_TIMEOUT = 300.0  # seconds to wait for another process
