@@ -259,8 +259,10 @@ def prepare(folder: Path, text: str) -> None:
         sizes = ModelConfig(depth=2, width=384, heads=6, num_frames=5, latent_size=4)
         save_official(wake(Latte(sizes)), folder / "ffs.pt")
         torch.save(dit_state(width=384, depth=2), folder / "DiT-XL-2-256x256.pt")
-    for name in ("a", "b", "mine", "other"):
-        if f"runs/{name} " in text and not re.search(rf"run\.dir=runs/{name}\b|train {name}\.yaml", text):
+    for name in ("a", "b", "mine", "other", "ffs"):
+        if f"runs/{name} " in text and not re.search(
+            rf"train .*run\.dir=runs/{name}\b|train {name}\.yaml", text
+        ):
             call(["train", "shapes-tiny", "--out", str(folder / "runs" / name)])
     if has_text_models() and re.search("t5-v1_1|Latte-1", text):
         encoder, tokenizer = tiny_t5()
