@@ -62,6 +62,7 @@ def test_captions_are_counted_or_the_reason_is_given_why_they_do_not_fit(root, t
     lines = lines_of(found, summarise(found))
     assert "captions    4 clips, 2 different" in lines
     assert "a text model learns the captions with data.captions=auto" in lines
+    assert "1.mp4, 4 frames of 32x32: words a" in page_of(found, summarise(found), "Clips")
     (root / "captions.csv").write_text("\n".join(["path,caption", *rows[1:]]))
     assert "have no caption, first 'a/1.mp4'" in summarise(found).captions["problem"]
     assert any(

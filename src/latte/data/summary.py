@@ -87,14 +87,19 @@ def count_captions(captions: Mapping[str, str]) -> dict[str, Any]:
 
 def caption_counts(found: ScanResult) -> dict[str, Any]:
     """Return ``count_captions`` of the captions in the folder; {"problem"} where they do not fit."""
+    try:
+        return count_captions(find_captions(found))
+    except InputError as error:
+        return {"problem": str(error)}
+
+
+def find_captions(found: ScanResult) -> dict[str, str]:
+    """Return the captions in the folder by key, {} where there are none; InputError where they do not fit."""
     root = Path(found.root)
     tables = any((root / name).is_file() for name in TABLES)
     if not tables and not any((root / sidecar(clip)).is_file() for clip in found.clips):
-        return count_captions({})
-    try:
-        return count_captions(read_captions(found, "auto"))
-    except InputError as error:
-        return {"problem": str(error)}
+        return {}
+    return read_captions(found, "auto")
 
 
 def duplicates(clips: Sequence[FoundClip]) -> list[list[str]]:
@@ -184,7 +189,9 @@ def page_of(found: ScanResult, summary: Summary, title: str) -> html.Html:
     notes = [(relative(note["path"], found.root), note["note"]) for note in found.notes]
     parts = [html.tiles({"clips": summary.clips, "classes": len(summary.classes), "skipped": len(skipped)})]
     parts.append(html.section("What is there", html.table(("what", "values"), [*rows_of(summary).items()])))
-    shown = [preview for clip in chosen(found.clips) if (preview := preview_of(clip, found.classes))]
+    captions = {} if "problem" in summary.captions else find_captions(found)
+    previews = (preview_of(clip, found.classes, captions.get(clip.key, "")) for clip in chosen(found.clips))
+    shown = [preview for preview in previews if preview]
     if shown:
         more = f"{len(shown)} of {summary.clips} clips" + (
             ", of every class in turn." * bool(found.classes) or "."
@@ -221,9 +228,9 @@ def chosen(clips: Sequence[FoundClip]) -> list[FoundClip]:
     return rows[:PREVIEWS]
 
 
-def preview_of(clip: FoundClip, classes: Sequence[str]) -> html.Html | None:
-    """Return a small picture of a clip that plays, over its name and numbers; None for latents and for a file
-    that can no longer be read.
+def preview_of(clip: FoundClip, classes: Sequence[str], caption: str = "") -> html.Html | None:
+    """Return a small picture of a clip that plays, over its name, numbers and caption; None for latents and
+    for a file that can no longer be read.
     """
     info = clip.info
     if info.codec == "latents":
@@ -238,6 +245,8 @@ def preview_of(clip: FoundClip, classes: Sequence[str]) -> html.Html | None:
     name = printable(clip.key if clip.label is None else Path(clip.key).name)
     label = "" if clip.label is None else f"{printable(classes[clip.label])}: "
     facts = f"{label}{name}, {info.frames} frames of {info.width}x{info.height}"
+    if caption:
+        facts += f": {printable(caption)}"
     picture = html.tag(
         "img", {"src": html.animation(shrink(frames, PREVIEW_SIDE), rate), "alt": name, "loading": "lazy"}
     )
