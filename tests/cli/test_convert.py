@@ -5,11 +5,13 @@ does not go.
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from reference.official import dit_state, released_state
 from safetensors.torch import load_file
 from support import wake
@@ -21,6 +23,7 @@ from latte.interop.pipeline import save_pipeline
 from latte.model.latte import Latte, ModelConfig
 from latte.model.text import LatteText, TextConfig
 from tiny_pipeline import NAMES, VAES, tiny_codec, tiny_denoiser, tiny_t5
+from videos import encode, numbered
 
 
 @pytest.fixture
@@ -381,3 +384,28 @@ def test_nonfinite_and_quantized_files_are_one_line_and_nothing_is_written(latte
         assert (answer.code, len(answer.errors)) == (2, 1)
         assert message in answer.errors[0]
         assert not (tmp_path / "ours").exists()
+
+
+def test_a_clip_goes_onto_the_card_the_newest_sample_of_a_run_by_itself(run_folder, latte, tmp_path):
+    shutil.copytree(run_folder, "run")
+    Path("run/samples/step-0000001").mkdir(parents=True)
+    encode(Path("run/samples/step-0000001/0.mp4"), numbered(40, 300, 400))
+    found = latte("convert", "run", "ours", "--licence", "mit")
+    assert found.code == 0, found.err
+    assert "![a generated clip](clip.webp)" in Path("ours/README.md").read_text()
+    with Image.open("ours/clip.webp") as picture:
+        assert (picture.n_frames, picture.size) == (20, (256, 192))
+    assert str(tmp_path) not in Path("ours/README.md").read_text() + Path("ours/config.json").read_text()
+    given = latte("convert", "run", "given", "--clip", "run/samples/step-0000001/0.mp4")
+    assert given.code == 0
+    assert Path("given/clip.webp").read_bytes() == Path("ours/clip.webp").read_bytes()
+    Path("note.txt").write_text("no clip")
+    for words, message in (
+        (("--clip", "nowhere.mp4"), "--clip nowhere.mp4 is no file"),
+        (("--clip", "note.txt"), "--clip note.txt cannot be read"),
+        (("--clip", "note.txt", "--to", "official"), "--to official writes no model card"),
+    ):
+        refused = latte("convert", "run", "none", *words)
+        assert (refused.code, len(refused.errors)) == (2, 1), refused.err
+        assert message in refused.errors[0]
+    assert not Path("none").exists()
