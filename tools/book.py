@@ -153,9 +153,7 @@ def stage(folder: Path) -> Path:
         page.parent.mkdir(exist_ok=True)
         page.write_text(text, "utf-8")
     config = folder / "zensical.toml"
-    lines = (DOCS / "zensical.toml").read_text("utf-8").splitlines(keepends=True)
-    named = [(line, re.search(r'= "([\w/-]+\.md)"', line)) for line in lines]
-    text = "".join(line for line, page in named if not page or (folder / "docs" / page[1]).is_file())
+    text = (DOCS / "zensical.toml").read_text("utf-8")
     config.write_text(text.replace('"SOURCE"', json.dumps((ROOT / "src").as_posix())), "utf-8")
     return config
 
