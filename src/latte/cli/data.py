@@ -37,6 +37,13 @@ app = typer.Typer(cls=Group, help="List, inspect, encode and generate clips.", n
 Source = Annotated[
     str, typer.Argument(metavar="SOURCE", help="A folder of videos or latents, or a RUN.", show_default=False)
 ]
+PageFile = Annotated[
+    Path | None, typer.Option(metavar="FILE.html", help="Write a page with previews of the clips; one file.")
+]
+SkippedFile = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE.jsonl", help="Write the list of the skipped files and the reasons."),
+]
 Seed = Annotated[int, typer.Option(help="Seed of the random choice.")]
 
 
@@ -90,14 +97,8 @@ def check_source(source: Path, recipes: Iterable[str]) -> None:
 def scan_folder(
     source: Source,
     overrides: Overrides = None,
-    page: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE.html", help="Write a page with previews of the clips; one file."),
-    ] = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE.jsonl", help="Write the list of the skipped files and the reasons."),
-    ] = None,
+    page: PageFile = None,
+    out: SkippedFile = None,
     files: Annotated[bool, typer.Option("--files", help="Print a line for each file, too.")] = False,
     as_json: Json = False,
     debug: Debug = False,
