@@ -126,7 +126,21 @@ def test_a_full_store_warns_and_is_tried_again_and_the_end_of_the_run_says_what_
     assert steps_in(memory) == ["step-2"]
 
 
-def test_one_copy_at_a_time_and_the_newest_next(memory, tmp_path, monkeypatch):
+def test_the_manifest_is_copied_last(memory, tmp_path, monkeypatch):
+    copied = []
+    real = Store.put
+
+    def put(store: Store, file: Path, *names: str) -> None:
+        copied.append(names[-1])
+        real(store, file, *names)
+
+    monkeypatch.setattr(Store, "put", put)
+    Mirror(memory, tmp_path).copy(checkpoint(tmp_path, 1))
+    assert sorted(copied[:-1]) == ["ema.safetensors", "state.json"]
+    assert copied[-1] == MANIFEST
+
+
+def test_one_copy_at_a_time_and_the_newest_next(memory, tmp_path, monkeypatch, capsys):
     gate = threading.Event()
     copied = []
     real = Mirror.copy
@@ -147,6 +161,7 @@ def test_one_copy_at_a_time_and_the_newest_next(memory, tmp_path, monkeypatch):
     gate.set()
     mirror.flush()
     assert copied == ["step-1", "step-4"]
+    assert capsys.readouterr().err == "", "a checkpoint that the run has removed is not missing"
     assert steps_in(memory) == ["step-4"]
 
 
