@@ -65,17 +65,15 @@ def encode_dataset(
 
     Training chooses frames, interval and rule, unless the codec compresses time: then they are those of
     ``config``, for windows that start every ``stride`` source frames (``latte.data.windows``). A stochastic
-    codec stores one sample of the posterior per latent frame, drawn from ``seed``. Training
-    draws one of ``crops`` of a video. With a ``text`` encoder,
-    the features of every distinct caption are stored first, ``caption_part`` to a file, and the encoder is
-    freed. A ``codec`` that is a function builds one, before the captions for the settings and again after
-    them: codec and text encoder are never in memory together. Everything that can be checked is checked
-    before the first video is read.
+    codec stores one sample of the posterior per latent frame, drawn from ``seed``. Training draws one of
+    ``crops`` of a video. With a ``text`` encoder, the features of every distinct caption are stored first,
+    ``caption_part`` to a file, and the encoder is freed. A ``codec`` that is a function builds one, before
+    the captions for the settings and again after them: codec and text encoder are never in memory together.
+    Everything that can be checked is checked before the first video is read.
 
     Returns out, videos, windows, frames, latent_frames, classes, captions, new_captions, shards, new_shards,
-    bytes and skipped. Run it again after an interruption. InputError when ``out`` holds latents of other
-    settings, nothing can be encoded, captions are too long or missing; RunError when the disk is full or
-    cannot be written.
+    bytes and skipped. Run it again after an interruption. InputError when ``out`` holds other latents,
+    nothing can be encoded, captions are too long or missing; RunError when the disk is full or unwritable.
     """
     out = Path(out)
     source, rules = open_source(config, cache_dir, scan_progress)
@@ -105,8 +103,8 @@ def encode_dataset(
         manifest["exact_prefix"] = has_exact_prefixes(encoder.codec, config.frames)
     write_manifest(out, settings, True, **manifest)
     remove_leftovers(out, {shard.path for shard in shards})
-    counted = {"captions": len(captions), "new_captions": new_captions}
-    return {"out": str(out), **counted, **counts(manifest, encoder, shards), "classes": source.classes}
+    facts = {"out": str(out), "captions": len(captions), "new_captions": new_captions}
+    return {**facts, **counts(manifest, encoder, shards), "classes": source.classes}
 
 
 def open_source(
