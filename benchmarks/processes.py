@@ -103,8 +103,8 @@ def one_process(rank: int, port: int, options: argparse.Namespace, pipe: Any) ->
             pipe.send((wall, processor))
 
 
-def measured(options: argparse.Namespace) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
-    """Start the processes and return what rank 0 sends."""
+def measured(options: argparse.Namespace, target: Callable[..., None] = one_process) -> Any:
+    """Start ``target`` in each of the processes and return what rank 0 sends."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -112,7 +112,7 @@ def measured(options: argparse.Namespace) -> tuple[dict[str, list[float]], dict[
     context.set_forkserver_preload(["latte.training.train"])  # torch is imported once
     here, there = context.Pipe()
     arguments = [(rank, port, options, there) for rank in range(options.processes)]
-    children = [context.Process(target=one_process, args=given, daemon=True) for given in arguments]
+    children = [context.Process(target=target, args=given, daemon=True) for given in arguments]
     for child in children:
         child.start()
     while not here.poll(1):

@@ -140,6 +140,14 @@ def test_a_training_step_counts_three_forward_passes_per_clip(benchmark, capsys)
 
 
 @pytest.mark.nightly
+def test_processes_that_share_a_clip_are_compared_with_one(benchmark, capsys):
+    line = benchmark("shared_sampling").main([*MODEL, "--rounds", "2", "--steps", "1"])
+    assert json.loads(capsys.readouterr().out) == line
+    assert line["difference"] <= 1e-5
+    assert 0 < line["processor_over_one"] < 4
+
+
+@pytest.mark.nightly
 def test_processes_are_compared_with_one(benchmark, capsys):
     line = benchmark("processes").main([*MODEL, "--batch", "2", "--rounds", "2", "--steps", "1"])
     assert json.loads(capsys.readouterr().out) == line

@@ -94,6 +94,21 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
+@contextmanager
+def alone() -> Iterator[None]:
+    """Make this process the only one inside: what it does there needs no other. It keeps its own GPU."""
+    before = {name: os.environ.get(name) for name in ("RANK", "WORLD_SIZE")}
+    os.environ |= {"RANK": "0", "WORLD_SIZE": "1"}
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
 def usable_cpus(root: str = "/") -> tuple[int, str]:
     """Return how many CPUs this process may use, and what limits them: 'CPU affinity', 'CPU quota' of its
     control group (as in a container), or '' when it may use all. ``root`` holds proc and sys.

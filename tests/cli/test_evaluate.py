@@ -389,7 +389,6 @@ MODEL_REFUSALS = {  # clips of REAL, frames, their size; options; what is known 
         ["--protocol", "long", "--clips", 6],
         "detector 'i3d' needs i3d_torchscript.pt",
     ),
-    "torchrun": (6, 3, 16, ["--protocol", "tiny3"], "WORLD_SIZE is 2"),
 }
 
 
@@ -397,7 +396,6 @@ MODEL_REFUSALS = {  # clips of REAL, frames, their size; options; what is known 
 def test_a_model_generates_nothing_before_all_else_is_checked(latte, sides, run_folder, monkeypatch, name):
     count, frames, size, words, message = MODEL_REFUSALS[name]
     monkeypatch.setenv("LATTE_DETECTOR_DIR", str(sides / "detectors"))
-    monkeypatch.setenv("WORLD_SIZE", "2" if name == "torchrun" else "1")
     monkeypatch.setitem(
         protocols.PROTOCOLS, "long", replace(TINY3, name="long", detector="i3d", layer="logits")
     )

@@ -628,14 +628,6 @@ def test_settings_of_generated_clips_are_recorded_completely(folders, tmp_path):
     assert found["usual"]["manifest_hash"] != found["unusual"]["manifest_hash"]
 
 
-def test_two_ranks_are_refused(folders, tmp_path, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    sides = opened(folders, tmp_path / "probes")
-    with pytest.raises(InputError, match="without torchrun and give --processes"):
-        evaluate(*sides.values(), CONFIG, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-
-
 def test_files_of_features_have_the_mode_of_other_files(finished):
     out = finished[0]
     modes = {

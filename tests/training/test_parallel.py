@@ -39,7 +39,11 @@ SPLIT = {
     "fsdp": replace(LONG, parallel="fsdp", async_save=True),
     "accumulated": replace(LONG, parallel="fsdp", micro_batch=1),
     "hsdp": replace(LONG, parallel="hsdp", shard_size=2, recompute=True, gradient_checkpointing=True),
+    "sequence": replace(LONG, sequence_parallel=2, micro_batch=2),
+    "both": replace(LONG, parallel="fsdp", sequence_parallel=2, gradient_checkpointing=True),
 }
+OPTIONS = replace(TINY, qk_norm=True, value_residual=True, mlp="swiglu")  # of blocks, all at once
+WITH_OPTIONS = replace(STEPS, parallel="fsdp")
 WIDE = replace(TINY, depth=4, width=64)
 
 
@@ -157,11 +161,18 @@ def split_runs(rank: int, folder: Path, names: tuple[str, ...], resumed: tuple[P
         path, end = resumed
         next_group()
         run(path, SPLIT["fsdp"], held_out=Latents(), until=end)
-        if len(names) > 1:  # of the four processes
+        if len(names) > 2:  # of the four processes
             if rank == 0:
                 shutil.copytree(path, folder / "again")
             next_group()
             run(folder / "again", SPLIT["fsdp"], held_out=Latents())
+    if "sequence" in names:
+        next_group()
+        run(folder / "stopped", SPLIT["sequence"], held_out=Latents(), until=9)
+        next_group()
+        run(folder / "stopped", SPLIT["sequence"], held_out=Latents())
+        next_group()
+        run(folder / "options", WITH_OPTIONS, model=tiny_model(OPTIONS))
     next_group()
     found = results, bytes_of_training("fsdp"), sampled(folder / "sampled")
     if len(names) > 1:
@@ -226,8 +237,8 @@ def sampled(folder: Path) -> Any:
 def split(tmp_path_factory) -> tuple[Path, list, list]:
     """Runs of four processes and of two, which also resume one of the four; what each returned."""
     folder = tmp_path_factory.mktemp("split")
-    four = together(4, split_runs, folder / "4", ("fsdp", "hsdp"), (folder / "resumed", 8))
-    two = together(2, split_runs, folder / "2", ("accumulated",), (folder / "resumed", 16))
+    four = together(4, split_runs, folder / "4", ("fsdp", "hsdp", "both"), (folder / "resumed", 8))
+    two = together(2, split_runs, folder / "2", ("accumulated", "sequence"), (folder / "resumed", 16))
     return folder, four, two
 
 
@@ -239,8 +250,8 @@ def alone(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("name", ["4/fsdp", "4/hsdp", "2/accumulated"])
-def test_processes_that_split_the_weights_train_as_one(split, alone, name):
+@pytest.mark.parametrize("name", ["4/fsdp", "4/hsdp", "2/accumulated", "4/both", "2/sequence"])
+def test_processes_that_split_the_weights_or_the_clips_train_as_one(split, alone, name):
     found, expected = newest(split[0] / name), newest(alone)
     assert found.step == expected.step == 20
     for group, tensors in expected.tensors.items():
@@ -259,8 +270,16 @@ def test_all_processes_return_the_same(split):
 
 
 def test_a_resumed_run_of_split_weights_is_the_uninterrupted_one(split):
-    folder = split[0] / "4"
-    assert_same(folder / "again", folder / "fsdp")
+    folder = split[0]
+    assert_same(folder / "4" / "again", folder / "4" / "fsdp")
+    assert_same(folder / "2" / "stopped", folder / "2" / "sequence")
+
+
+def test_options_of_blocks_are_split_too(split, tmp_path):
+    run(tmp_path, STEPS, model=tiny_model(OPTIONS))
+    found, expected = newest(split[0] / "2" / "options"), newest(tmp_path)
+    for key, tensor in expected.tensors["model"].items():
+        torch.testing.assert_close(found.tensors["model"][key], tensor, rtol=0, atol=1e-6)
 
 
 def test_four_processes_become_two_and_then_one(split, alone):
@@ -321,6 +340,12 @@ def test_what_cannot_be_split_is_refused(tmp_path, changes, message):
     assert not (tmp_path / "checkpoints").exists()
 
 
+def test_processes_that_cannot_share_a_clip_are_refused(tmp_path):
+    with pytest.raises(InputError, match="sequence_parallel is 2, but the number of processes is 1; start a"):
+        run(tmp_path, replace(SHORT, sequence_parallel=2))
+    assert not (tmp_path / "checkpoints").exists()
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -328,6 +353,9 @@ def test_what_cannot_be_split_is_refused(tmp_path, changes, message):
         ({"shard_size": 2}, "for hsdp only"),
         ({"parallel": "hsdp", "shard_size": 0}, "at least 1"),
         ({"cpu_offload": True}, "train.cpu_offload is for train.parallel=fsdp or hsdp"),
+        ({"sequence_parallel": 0}, "train.sequence_parallel is 0, but it must be at least 1"),
+        ({"sequence_parallel": 2, "compile": True}, "which train.compile does not support"),
+        ({"sequence_parallel": 2, "layer_sync": 0.2}, "which train.layer_sync does not support"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(changes, message):

@@ -3,7 +3,7 @@
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median
@@ -13,9 +13,10 @@ from latte.ablate.axes import BASELINE, Setting
 from latte.ablate.metrics import METRICS
 from latte.checks import InputError, check, command_line
 from latte.config.run import RunConfig, flat
-from latte.files import reported
+from latte.files import commit_file, reported
 
 RESULTS = "results.jsonl"
+PART = "results-{}.jsonl"  # of one of several processes, by its rank
 COMMON = "ablation.json"
 LOCATIONS = (
     "run.dir",
@@ -43,6 +44,7 @@ class Plan:
     heldout: int = 64
     generated: int = 32
     dit: str | None = None
+    results: str = RESULTS  # the file that this process adds points to
 
     def __post_init__(self) -> None:
         for name, minimum in (("points", 1), ("heldout", 1), ("generated", 0)):
@@ -137,16 +139,32 @@ def base_config(config: RunConfig) -> RunConfig:
 def read_points(out: Path) -> dict[tuple[str, int], dict[int, Point]]:
     """Return the points of results.jsonl. Incomplete lines of a killed process are skipped."""
     found: dict[tuple[str, int], dict[int, Point]] = {}
-    path = out / RESULTS
-    if not path.exists():
-        return found
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            point = Point.from_json(json.loads(line))
-        except (ValueError, TypeError, KeyError):
+    for path in [out / RESULTS, *sorted(out.glob(PART.format("*")))]:
+        if not path.exists():
             continue
-        found.setdefault((point.setting, point.seed), {})[point.step] = point
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                point = Point.from_json(json.loads(line))
+            except (ValueError, TypeError, KeyError):
+                continue
+            found.setdefault((point.setting, point.seed), {})[point.step] = point
     return found
+
+
+def merge_points(plan: Plan, runs: Iterable[tuple[str, int]]) -> None:
+    """Write the points that several processes have added into one file, in the order of ``runs`` (setting,
+    seed) and steps; do nothing without any.
+    """
+    parts = list(plan.out.glob(PART.format("*")))
+    if not parts:
+        return
+    points = read_points(plan.out)
+    order = dict.fromkeys([*runs, *points])
+    lines = [points[run][step].to_json() for run in order for step in sorted(points.get(run, {}))]
+    with reported("the results", plan.out / RESULTS):
+        commit_file(plan.out / RESULTS, "".join(json.dumps(line) + "\n" for line in lines))
+        for path in parts:
+            path.unlink()
 
 
 def append(path: Path, point: Point) -> None:

@@ -3,15 +3,15 @@
 
 A run advances to its next point by ordinary training and resuming, so it is bit for bit the run that ``latte
 train`` makes, and a sweep that was stopped anywhere resumes from the last checkpoint of its current run.
-Everything that can be checked (axes, weights, classes, metrics, disk) is checked before the first step.
+Several processes take runs in turn, each trained by one. Everything that can be checked (axes, weights,
+classes, metrics, disk) is checked before the first step.
 """
 
 import json
-import os
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import redirect_stderr
+from contextlib import nullcontext, redirect_stderr
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,11 +22,12 @@ from latte.ablate.axes import Setting
 from latte.ablate.metrics import CLIPS, METRICS, AblationData, measure, open_ablation_data
 from latte.ablate.plan import (
     COMMON,
-    RESULTS,
+    PART,
     Plan,
     Point,
     append,
     check_same_sweep,
+    merge_points,
     missing_steps,
     read_points,
 )
@@ -36,9 +37,10 @@ from latte.checkpoint.run import load_checkpoint
 from latte.checks import InputError, RunError, check, duration
 from latte.data.datasets import DataConfig
 from latte.data.hold_out import Subset
+from latte.distributed import ALONE, Group
 from latte.files import commit_file, reported
 from latte.interop.dit import init_from_dit
-from latte.runtime import StopRequest
+from latte.runtime import StopRequest, alone, world_size
 from latte.training.callbacks import saved_metrics
 
 Log = Callable[[str], None]
@@ -49,59 +51,75 @@ CHECKPOINT_BYTES = 16  # per parameter: weights, EMA and the two moments of Adam
 
 
 def sweep(
-    plan: Plan, settings: Sequence[Setting], device: torch.device, log: Log, on_run_end: Callable[[], None]
+    plan: Plan,
+    settings: Sequence[Setting],
+    device: torch.device,
+    log: Log,
+    on_run_end: Callable[[], None],
+    ranks: Group = ALONE,
 ) -> int:
     """Train and measure all that is missing in ``plan.out``; return 0, or the exit code of a signal.
 
-    ``on_run_end()`` is called after every run. InputError for a folder of another sweep, and before any
-    training for parts that do not fit; RunError for a full disk, and once the others are done for runs that
-    failed.
+    ``on_run_end()`` is called after every run of rank 0. All processes of ``ranks`` must call it. InputError
+    for a folder of another sweep, and before any training for parts that do not fit; RunError for a full
+    disk, and once the others are done for runs that failed.
     """
-    world_size = os.environ.get("WORLD_SIZE", "1")
-    check(
-        world_size == "1",
-        f"WORLD_SIZE is {world_size}, but a sweep is one process; start it without torchrun",
-    )
+    size = world_size()
+    check(size == ranks.size, f"{size} processes do not share this sweep; pass ranks=, a command_group")
     unique = {setting.run: setting for setting in settings}
-    points = read_points(plan.out)
-    todo = [
-        (setting, seed)
-        for seed in plan.seeds
-        for setting in unique.values()
-        if missing_steps(plan, points, setting, seed)
-    ]
+    runs = [(setting, seed) for seed in plan.seeds for setting in unique.values()]
+    missing = ranks.run_on_rank0(missing_points, plan, runs)
+    todo = [run for run, steps in zip(runs, missing, strict=True) if steps]
     data: dict[DataConfig, AblationData] = {}
     if todo:
         configs = [setting.config for setting in unique.values()]
-        data = open_ablation_data(configs, device, plan.heldout, plan.generated)
+        data = ranks.after_rank0(open_ablation_data, configs, device, plan.heldout, plan.generated)
     subsets = [part.dataset.digest for part in data.values() if isinstance(part.dataset, Subset)]
-    common = check_same_sweep(plan, subsets)
-    num_runs = len(unique) * len(plan.seeds)
-    log(f"{len(unique)} settings, {len(plan.seeds)} seeds: {len(todo)} of {num_runs} runs are to be trained")
-    check_runs(plan, todo, data, log)
-    failures: list[str] = []
-    missing = sum(len(missing_steps(plan, points, setting, seed)) for setting, seed in todo)
-    left = TimeLeft(missing)
-    with run_lock(plan.out), StopRequest() as stop:
+    common = ranks.run_on_rank0(check_same_sweep, plan, subsets)
+    log(f"{len(unique)} settings, {len(plan.seeds)} seeds: {len(todo)} of {len(runs)} runs are to be trained")
+    ranks.run_on_rank0(check_runs, plan, todo, data, log)
+    left = TimeLeft(-(-sum(missing) // size))
+    with run_lock(plan.out) if ranks.rank == 0 else nullcontext(), StopRequest() as stop:
         if todo:
-            with reported("the sweep's settings", plan.out):
-                commit_file(plan.out / COMMON, json.dumps(common, indent=1) + "\n")
-        for number, run in enumerate(todo, 1):
-            setting, seed = run
-            label = f"run {number} of {len(todo)}: {setting.run} seed {seed}"
+            ranks.run_on_rank0(write_common, plan, common)
+        if size > 1:
+            plan = replace(plan, results=PART.format(ranks.rank))
+        failures: list[str] = []
+        for number in ranks.share(len(todo)):
+            setting, seed = todo[number]
+            label = f"run {number + 1} of {len(todo)}: {setting.run} seed {seed}"
+            part = data[setting.config.data]
             try:
-                part = data[setting.config.data]
-                code = stop.code or train(plan, run, part, device, stop, left.labelled(log, label))
+                with alone():
+                    code = stop.code or train(
+                        plan, (setting, seed), part, device, stop, left.labelled(log, label)
+                    )
             except RunError as error:
                 log(f"{label} failed: {error}")
                 failures.append(f"{setting.run} seed {seed}: {error}")
                 continue
             if code:
                 return code
-            on_run_end()
+            if ranks.rank == 0:
+                on_run_end()
+        failures = [line for lines in ranks.gather(failures) for line in lines]
+        ranks.run_on_rank0(missing_points, plan, runs)
     if failures:
         raise RunError("\n".join(failures))
     return 0
+
+
+def missing_points(plan: Plan, runs: Sequence[Run]) -> list[int]:
+    """Return how many points of each run are to be measured, after merging those of several processes."""
+    merge_points(plan, [(setting.run, seed) for setting, seed in runs])
+    points = read_points(plan.out)
+    return [len(missing_steps(plan, points, setting, seed)) for setting, seed in runs]
+
+
+def write_common(plan: Plan, common: Mapping[str, Any]) -> None:
+    """Write what all runs of the sweep share."""
+    with reported("the sweep's settings", plan.out):
+        commit_file(plan.out / COMMON, json.dumps(common, indent=1) + "\n")
 
 
 class TimeLeft:
@@ -188,11 +206,11 @@ def train(plan: Plan, run: Run, data: AblationData, device: torch.device, stop: 
             return result["interrupted"]
         if result["step"] != step:
             raise RunError(
-                f"{folder} is at step {result['step']}, but step {step} is not in {plan.out / RESULTS} and "
-                f"can no longer be measured; delete {folder} to train it again"
+                f"{folder} is at step {result['step']}, but step {step} is not in {plan.out / plan.results} "
+                f"and can no longer be measured; delete {folder} to train it again"
             )
         point = measure_run(plan, run, job, data, result)
-        append(plan.out / RESULTS, point)
+        append(plan.out / plan.results, point)
         log(f"step {step} of {plan.steps[-1]}: {describe(point)}")
         if stop.code:
             return stop.code

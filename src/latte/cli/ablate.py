@@ -67,7 +67,7 @@ def ablate(
     """
     from latte.config.run import load_run
     from latte.files import commit_file, reported
-    from latte.runtime import resolve_device
+    from latte.runtime import rank, resolve_device
 
     configure_logging()
     given = {"train.steps": steps, "train.dtype": dtype}
@@ -77,14 +77,16 @@ def ablate(
     from latte.ablate.plan import Plan, base_config, summary
     from latte.ablate.report import show
     from latte.ablate.sweep import sweep
+    from latte.distributed import command_group
 
     names = tuple(read_list(axes))
     base = base_config(config)
     folder = out or Path(f"{config.run.dir or 'runs/unnamed'}-ablation")
     plan = Plan(base, run, words, names, folder, read_seeds(seeds), points, heldout, generated, dit)
     settings, left = make_settings(base, names)
+    log = print_note if rank() == 0 else lambda line: None
     for one in left:
-        print_note(f"left out: {one.axis} {one.name}: {one.reason}")
+        log(f"left out: {one.axis} {one.name}: {one.reason}")
     torch_device = resolve_device(device)
     page = folder / "report.html"
 
@@ -92,8 +94,10 @@ def ablate(
         with reported("the report", page):
             commit_file(page, show(plan, settings, left, torch_device))
 
-    code = sweep(plan, settings, torch_device, print_note, write_report)
-    write_report()
+    with command_group(torch_device) as ranks:
+        code = sweep(plan, settings, torch_device, log, write_report, ranks)
+    if rank() == 0:
+        write_report()
     print_summary(plan, summary(plan, settings), left, as_json, stopped=code != 0)
     if code:
         raise typer.Exit(code)

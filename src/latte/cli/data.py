@@ -272,6 +272,7 @@ def encode(
     """
     from latte.autoencoder.codec import build_codec
     from latte.data.encode import encode_dataset
+    from latte.distributed import command_group
     from latte.runtime import resolve_device
     from latte.text.encoders import build_text_encoder
 
@@ -281,19 +282,18 @@ def encode(
     where = resolve_device(device)
     folder = out or Path("latents") / (Path(source).stem or "data")
     text = build_text_encoder(config.text, where) if config.text.name else None
-    result = encode_dataset(
-        config.data,
-        lambda: build_codec(config.codec, where),
-        folder,
-        dtype=shard_dtype,
-        seed=seed,
-        progress=progress_line("encode", 0, 1),
-        text=text,
-        caption_progress=progress_line("captions", 0, 1, "captions"),
-        scan_progress=progress_line("scan", 0, 1, "files"),
-        stride=stride,
-        crops=crops,
-    )
+    options = {"dtype": shard_dtype, "seed": seed, "stride": stride, "text": text, "crops": crops}
+    with command_group(where) as ranks:
+        result = encode_dataset(
+            config.data,
+            lambda: build_codec(config.codec, where),
+            folder,
+            progress=progress_line("encode", 0, 1),
+            caption_progress=progress_line("captions", 0, 1, "captions"),
+            scan_progress=progress_line("scan", 0, 1, "files"),
+            ranks=ranks,
+            **options,
+        )
     result["quarantined"] = result["skipped"]  # the key of 0.1.0, for one version
     lines = encode_lines(result, config.data.frames, text is not None)
     print_result(result, as_json, [*lines, f"train on it with: {train_words(folder)}"])

@@ -106,7 +106,7 @@ def evaluate(
 ) -> None:
     """Score FAKE against REAL: clips.jsonl, features, manifest.json and report.html in one folder."""
     from latte.evaluation.evaluate import EvaluateConfig, check_replay, replay_config
-    from latte.evaluation.external import EXTERNAL, is_features, score_files
+    from latte.evaluation.external import EXTERNAL, is_features
     from latte.evaluation.manifest import compare as compare_reports
     from latte.evaluation.manifest import read_report
 
@@ -115,8 +115,8 @@ def evaluate(
         for_videos = {"--from-manifest": from_manifest, "--compare": compare, "--clips": clips}
         for_videos |= {"--held-out": held_out, "--detector": detector, "--until": until != "score"}
         check_external(real, fake, protocol, [name for name, value in for_videos.items() if value])
-        folder = out or Path("evaluations") / f"{Path(str(fake)).stem}-{EXTERNAL.name}"
-        return print_result(result := score_files(str(real), str(fake), folder), as_json, lines(result))
+        result = score_external(str(real), str(fake), out)
+        return print_result(result, as_json, lines(result))
     before = read_report(from_manifest) if from_manifest else None
     other = read_report(compare) if compare else None
     if before:
@@ -161,6 +161,16 @@ def check_external(real: str | None, fake: str | None, protocol: str, others: li
     )
 
 
+def score_external(real: str, fake: str, out: Path | None) -> dict[str, Any]:
+    """Score two files of features; of several processes rank 0 alone does."""
+    from latte.evaluation.external import EXTERNAL, score_files
+    from latte.runtime import rank
+
+    if rank():
+        return {}
+    return score_files(real, fake, out or Path("evaluations") / f"{Path(fake).stem}-{EXTERNAL.name}")
+
+
 def run(
     real: str | None,
     fake: str | None,
@@ -173,7 +183,8 @@ def run(
     held_out: str | None,
     cache: bool,
 ) -> dict[str, Any]:
-    """Open both sides and evaluate them."""
+    """Open both sides and evaluate them; several processes share the work."""
+    from latte.distributed import command_group
     from latte.evaluation.evaluate import PROBES
     from latte.evaluation.evaluate import evaluate as evaluate_sides
     from latte.evaluation.sources import open_side
@@ -191,28 +202,32 @@ def run(
             f"REAL is {real!r}, which is a model; give a folder of videos, frames or latent shards"
         )
     out = out or Path("evaluations") / f"{Path(fake).resolve().name}-{config.protocol}"
-    device = str(resolve_device(config.device))
+    device = resolve_device(config.device)
+    place = (codec_path, str(device))
     kept = user_cache() / "evaluation" if cache else None
-    if is_model(fake):
-        fake_side = ModelClips(fake, config.device, codec_path, sample_seed)
-        fake_side.check_length(config.chosen_protocol.needed("fake"))
-    else:
-        fake_side = open_side("fake", fake, kept or out / PROBES, codec_path, device)
-    real_side = open_side("real", real, kept or out / PROBES, codec_path, device)
-    unseen = None
-    if held_out:
-        unseen = open_side("held-out", held_out, kept or out / PROBES, codec_path, device)
-    return evaluate_sides(
-        real_side,
-        fake_side,
-        config,
-        out,
-        until=until,
-        num_generated=num_generated,
-        codec_path=codec_path,
-        kept=kept and kept / "features",
-        held_out=unseen,
-    )
+    probes = kept or out / PROBES
+    with command_group(device) as ranks:
+        if is_model(fake):
+            fake_side = ModelClips(fake, config.device, codec_path, sample_seed)
+            fake_side.check_length(config.chosen_protocol.needed("fake"))
+        else:
+            fake_side = ranks.after_rank0(open_side, "fake", fake, probes, *place)
+        real_side = ranks.after_rank0(open_side, "real", real, probes, *place)
+        unseen = None
+        if held_out:
+            unseen = ranks.after_rank0(open_side, "held-out", held_out, probes, *place)
+        return evaluate_sides(
+            real_side,
+            fake_side,
+            config,
+            out,
+            until=until,
+            num_generated=num_generated,
+            codec_path=codec_path,
+            kept=kept and kept / "features",
+            held_out=unseen,
+            ranks=ranks,
+        )
 
 
 def lines(result: Mapping[str, Any]) -> list[str]:

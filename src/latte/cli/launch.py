@@ -127,7 +127,7 @@ def launch(
         check(value >= 1, f"{name} is {value}, but it must be at least 1")
     check(restarts >= 0, f"--restarts is {restarts}, but it must be at least 0")
     config, _ = load_run(run, overrides or [])
-    check_world(config.train.global_batch, nodes * gpus, config.buckets)
+    check_world(config.train.global_batch, config.train.shares(nodes * gpus), config.buckets)
     words = [run, *(overrides or [])]
     script = launcher.script(Launch(words, nodes, gpus, restarts, time, save_before, sbatch or []))
     if out is not None:

@@ -175,7 +175,10 @@ class Guarded(Group):
         """Run the command; every exception but those of typer becomes a message and typer.Exit."""
         try:
             with warnings.catch_warnings():
-                warnings.showwarning = lambda message, *where: print_note(f"warning: {message}")
+                if rank() == 0:
+                    warnings.showwarning = lambda message, *where: print_note(f"warning: {message}")
+                else:
+                    warnings.showwarning = lambda *message: None
                 return super().invoke(ctx)
         except KeyboardInterrupt:
             print_note("interrupted")
@@ -188,6 +191,8 @@ class Guarded(Group):
             if ctx.meta.get(DEBUG):
                 traceback.print_exc()
             message, code = describe(error)
+            if getattr(error, "of_rank0", False):  # which prints it
+                raise typer.Exit(code) from None
             place = ""
             if world_size() > 1:
                 place = f"rank {rank()}: "

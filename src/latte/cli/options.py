@@ -129,6 +129,9 @@ RENAMED_OPTIONS: dict[str, dict[str, str]] = {  # command -> option of 0.1.0 -> 
 }
 
 
+SEVERAL = ("train", "sample", "evaluate", "encode", "ablate", "plan")  # commands that know of other processes
+
+
 class Command(TyperCommand):
     """A command with plain help (importing rich takes longer than printing), its tables filled in."""
 
@@ -147,6 +150,19 @@ class Command(TyperCommand):
             if option == "--out" and option in own and empty:
                 raise InputError("--out is empty; give the path of a file or folder")
         return super().parse_args(ctx, args)
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command; under torchrun one that is not among SEVERAL runs in rank 0 alone."""
+        from latte.runtime import alone, rank, world_size
+
+        others = world_size() - 1
+        if not others or self.name in SEVERAL:
+            return super().invoke(ctx)
+        if rank():
+            raise typer.Exit()
+        print_note(f"notice: latte {self.name} is one process: rank 0 runs it, the other {others} have ended")
+        with alone():
+            return super().invoke(ctx)
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         """Write the help with the names of the tables that it mentions."""
@@ -204,7 +220,13 @@ def configure_logging(quiet: bool = False) -> None:
 
 
 def print_result(result: dict[str, Any], as_json: bool, lines: Iterable[str]) -> None:
-    """Print ``result`` as one line of JSON, or ``lines`` for people, safe for a terminal."""
+    """Print ``result`` as one line of JSON, or ``lines`` for people, safe for a terminal; of several
+    processes rank 0 alone does.
+    """
+    from latte.runtime import rank
+
+    if rank():
+        return
     if as_json:
         print(json.dumps(result), flush=True)
     else:
@@ -222,8 +244,12 @@ def progress_line(
     """Return ``progress(done, total)`` for part ``part`` of ``parts``: what is done, how fast, the time left.
 
     On a terminal it rewrites one line; elsewhere it prints a line at every quarter and every LINE_SECONDS.
-    ``count`` is the number of ``unit`` of the part; by default ``total``.
+    ``count`` is the number of ``unit`` of the part; by default ``total``. Ranks other than 0 print nothing.
     """
+    from latte.runtime import rank
+
+    if rank():
+        return lambda done, total: None
     quarters = 0
     started = time.monotonic()
     printed = started

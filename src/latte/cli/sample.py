@@ -128,6 +128,15 @@ Compile = Annotated[
         "--compile", help="torch.compile the model: faster after the first call, equal to rounding."
     ),
 ]
+Shared = Annotated[
+    int,
+    typer.Option(
+        "--sequence-parallel",
+        metavar="N",
+        min=1,
+        help="Processes of torchrun that share the frames and tokens of each clip; equal to rounding.",
+    ),
+]
 Ema = Annotated[
     float | None,
     typer.Option(
@@ -175,13 +184,13 @@ def sample(
     ema: Ema = None,
     offload: Offload = False,
     compiled: Compile = False,
+    sequence_parallel: Shared = 1,
     device: Device = "auto",
     dtype: Dtype = "auto",
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Generate clips: an mp4 each, one gif, and a contact sheet (rows: clips, columns: frames)."""
-    from latte.inference.outputs import clip_facts
     from latte.inference.requests import read_conditioning_frames
 
     configure_logging()
@@ -196,9 +205,9 @@ def sample(
     chosen |= {"order": order, "guidance_interval": read_interval(guidance_interval), "cache": cache}
     options = {"config": pipe.settings(quality, steps=read_steps(steps), **chosen), "frames": frames}
     options |= {"size": (frame_size := read_size(size)), "dtype": pipe.dtype, "window": window}
-    options |= {"overlap": overlap, "longer": longer or "freenoise"}
+    options |= {"overlap": overlap, "longer": longer or "freenoise", "sequence_parallel": sequence_parallel}
     options["conditioning_frames"] = read_conditioning_frames(first, last, pipe.frame_size(frame_size))
-    folder, sheet, gif = write(pipe, requests, out, negative, clip_facts(pipe, options, negative), options)
+    folder, sheet, gif = write(pipe, requests, out, negative, options)
     clips = [describe(request, folder) for request in requests]
     print_clips(pipe, clips, str(sheet), str(gif), as_json)
 
@@ -280,17 +289,52 @@ def write(
     requests: "list[SampleRequest]",
     out: str | None,
     negative: str,
-    facts: dict[str, Any],
     options: dict[str, Any],
 ) -> tuple[Path, Path, Path]:
-    """Write the clips into ``out``, or by default into samples/NAME-HASH; return (folder, sheet, gif)."""
-    from latte.inference.outputs import default_folder
+    """Write the clips into ``out``, or by default into samples/NAME-HASH; return (folder, sheet, gif).
+
+    Several processes share the batches, or ``options["sequence_parallel"]`` of them each clip.
+    """
+    from latte.distributed import command_group
+    from latte.inference.outputs import clip_facts, default_folder
+    from latte.model.sequence import share_sequence
 
     def progress(part: int, parts: int) -> Callable[[int, int], None]:
         return progress_line("sample", part, parts, count=len(requests) / parts)
 
-    folder = Path(out or default_folder(pipe, facts))
-    return folder, *pipe.write_clips(requests, folder, negative, facts=facts, progress=progress, **options)
+    size = options["sequence_parallel"]
+    check_shared(pipe, options)
+    with command_group(pipe.device) as ranks:
+        options["dtype"] = ranks.run_on_rank0(lambda: options["dtype"])  # fastest: measured by each
+        facts = clip_facts(pipe, options, negative)
+        folder = Path(out or default_folder(pipe, facts))
+        team = share_sequence(pipe.model, ranks.teams(size))
+        options |= {"ranks": ranks, "team": team, "progress": progress, "facts": facts}
+        del options["sequence_parallel"]
+        with ranks.computation():
+            return folder, *pipe.write_clips(requests, folder, negative, **options)
+
+
+def check_shared(pipe: "VideoPipeline", options: dict[str, Any]) -> None:
+    """InputError for clips that the processes of --sequence-parallel cannot share."""
+    from latte.inference.clip_shape import clip_shape
+    from latte.model.compiled import is_compiled
+    from latte.model.low_bit import KINDS
+    from latte.model.sequence import check_sequence
+
+    field = "--sequence-parallel"
+    size = options["sequence_parallel"]
+    shape = clip_shape(pipe.model, pipe.codec, *(options[name] for name in ("frames", "size", "window")))
+    window = options["window"] or shape[0]
+    check_sequence(pipe.model.config, size, field, (window, *shape[2:]))
+    hidden = {"--compile": is_compiled(pipe.model), "--offload": pipe.offload is not None}
+    hidden["--dtype int8 and fp8"] = options["dtype"] in KINDS
+    for option, given in hidden.items():
+        check(
+            size == 1 or not given,
+            f"{field} {size} divides the tokens of each clip, which {option} does not support; "
+            "leave one of them out",
+        )
 
 
 def describe(request: "SampleRequest", folder: Path) -> dict[str, Any]:

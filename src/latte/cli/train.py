@@ -49,7 +49,7 @@ def train(
     options = {"run.dir": out, "train.dtype": dtype, "run.seed": seed}
     given = [f"{key}={value}" for key, value in options.items() if value is not None]
     config, _ = load_run(run, [*(overrides or []), *given])
-    check_world(config.train.global_batch, world_size(), config.buckets)
+    check_world(config.train.global_batch, config.train.shares(world_size()), config.buckets)
     from latte.build import build  # torch, after the settings were found good
 
     job = build(config, device)

@@ -4,7 +4,7 @@
 A codec that compresses time encodes windows of ``data.frames`` frames instead, see ``latte.data.windows``.
 Which videos make a shard is decided before anything is read, and each shard holds the digest of that plan. A
 shard that exists and matches its plan is finished, so an interrupted encoding continues where it stopped and
-a changed source is noticed.
+a changed source is noticed. Several processes take shards in turn, and rank 0 writes what there is one of.
 """
 
 import hashlib
@@ -12,8 +12,9 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, cast
 
@@ -25,6 +26,7 @@ from latte.data.encoder import Encoder, EncodingCodec
 from latte.data.selection import FrameRules, settle
 from latte.data.shards import Record, check_destination, finished, remove_leftovers, write_manifest
 from latte.data.windows import has_exact_prefixes
+from latte.distributed import ALONE, Group
 from latte.text.encoders import TextEncoder
 
 SHARD_BYTES = 256 << 20
@@ -60,6 +62,7 @@ def encode_dataset(
     scan_progress: Progress = None,
     stride: int | None = None,
     crops: int = 1,
+    ranks: Group = ALONE,
 ) -> dict[str, Any]:
     """Encode all frames of the dataset of ``config`` (mirrored too with ``config.flip``) into ``out``.
 
@@ -72,11 +75,12 @@ def encode_dataset(
     Everything that can be checked is checked before the first video is read.
 
     Returns out, videos, windows, frames, latent_frames, classes, captions, new_captions, shards, new_shards,
-    bytes and skipped. Run it again after an interruption. InputError when ``out`` holds other latents,
-    nothing can be encoded, captions are too long or missing; RunError when the disk is full or unwritable.
+    bytes and skipped. Run it again after an interruption. All ``ranks`` must call it. InputError when ``out``
+    holds other latents, nothing can be encoded, captions are too long or missing; RunError when the disk is
+    full or unwritable.
     """
     out = Path(out)
-    source, rules = open_source(config, cache_dir, scan_progress)
+    source, rules = ranks.after_rank0(open_source, config, cache_dir, scan_progress)
     captions = captions_of(config, source, text)
     config = rules.settled(config)
     encoder = Encoder(config, built(codec), dtype, seed, stride, crops)
@@ -84,27 +88,41 @@ def encode_dataset(
     kept = {video.record.caption for video in source.videos}
     captions = [caption for caption in captions if caption in kept]
     settings = {**encoder.settings(), "source": source.fingerprint, "labels": config.labels}
-    check_destination(out, settings)
+    ranks.run_on_rank0(check_destination, out, settings)
     parts = plan_shards(source.videos, encoder.num_bytes, shard_bytes)
     shards = [planned(out, number, videos, settings) for number, videos in enumerate(parts)]
-    check_disk(out, shards, encoder.num_bytes)
+    refused = ranks.run_on_rank0(lambda: [shard.refused for shard in shards])  # before any of them writes
+    shards = [replace(shard, refused=bad) for shard, bad in zip(shards, refused, strict=True)]
+    ranks.run_on_rank0(check_disk, out, shards, encoder.num_bytes)
     begin = cache(lambda: write_manifest(out, settings, complete=False))
     new_captions = 0
     if text:
         del encoder
-        new_captions = store_captions(out, text, captions, caption_part, begin, caption_progress)
+        store = (store_captions, out, text, captions, caption_part, begin, caption_progress)
+        new_captions = ranks.run_on_rank0(*store)
         text.free()
         encoder = Encoder(config, built(codec), dtype, seed, stride, crops)
-    manifest = write_shards(source, shards, encoder, begin, progress)
+    if any(shard.refused is None for shard in shards):
+        ranks.run_on_rank0(begin)
+    write_shards(shards, encoder, progress, ranks)
+    counted = {"captions": len(captions), "new_captions": new_captions}
+    total = ranks.run_on_rank0(finish, out, source, shards, encoder, settings)
+    return {"out": str(out), **counted, **total, "classes": source.classes}
+
+
+def finish(
+    out: Path, source: Source, shards: Sequence[Shard], encoder: Encoder, settings: dict[str, Any]
+) -> dict[str, Any]:
+    """Write the manifest of finished ``shards`` and remove others; return ``counts``."""
+    manifest = contents(source, shards, encoder)
     check_videos(manifest, out)
     if parts_listed := list_parts(out):
         manifest["captions"] = parts_listed
     if encoder.windows:
-        manifest["exact_prefix"] = has_exact_prefixes(encoder.codec, config.frames)
+        manifest["exact_prefix"] = has_exact_prefixes(encoder.codec, encoder.config.frames)
     write_manifest(out, settings, True, **manifest)
     remove_leftovers(out, {shard.path for shard in shards})
-    facts = {"out": str(out), "captions": len(captions), "new_captions": new_captions}
-    return {**facts, **counts(manifest, encoder, shards), "classes": source.classes}
+    return counts(manifest, encoder, shards)
 
 
 def open_source(
@@ -206,27 +224,34 @@ def check_disk(out: Path, shards: Sequence[Shard], num_bytes: Callable[[Record],
         )
 
 
-def write_shards(
-    source: Source, shards: Sequence[Shard], encoder: Encoder, begin: Callable[[], None], progress: Progress
-) -> dict[str, Any]:
-    """Encode the shards that are not finished and return the content of the manifest."""
-    skipped = list(source.skipped)
-    videos: list[dict[str, Any]] = []
+def write_shards(shards: Sequence[Shard], encoder: Encoder, progress: Progress, ranks: Group = ALONE) -> None:
+    """Encode the shards that are not finished. ``progress`` counts the videos up to the one at hand."""
+    bounds = [0, *accumulate(len(shard.videos) for shard in shards)]
     done = 0
 
     def tick(count: int) -> None:
         nonlocal done
         done += count
         if progress:
-            progress(done, len(source.videos))
+            progress(done, bounds[-1])
 
+    todo = [number for number, shard in enumerate(shards) if shard.refused is None]
+    for index in ranks.share(len(todo)):
+        shard = shards[todo[index]]
+        done = bounds[todo[index]]
+        encoder.write(shard.path, shard.videos, shard.plan, tick)
+    if shards and progress:
+        progress(bounds[-1], bounds[-1])
+
+
+def contents(source: Source, shards: Sequence[Shard], encoder: Encoder) -> dict[str, Any]:
+    """Return the content of the manifest of ``shards``; RunError for one that is gone or was altered."""
+    skipped = list(source.skipped)
+    videos: list[dict[str, Any]] = []
     for shard in shards:
-        refused = shard.refused
+        refused = finished(shard.path, shard.plan)
         if refused is None:
-            begin()
-            refused = encoder.write(shard.path, shard.videos, shard.plan, tick)
-        else:
-            tick(len(shard.videos))
+            raise RunError(f"{printable(shard.path)} vanished while encoding; run the same command again")
         skipped += refused
         unreadable = {entry["path"] for entry in refused}
         records = [video.record for video in shard.videos if video.record.key not in unreadable]

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from latte.checks import InputError, RunError, check, choose, printable
+from latte.distributed import ALONE, Group
 from latte.evaluation.detectors import DTYPES, Detector, build_detector, opened_in, relative_rms
 from latte.evaluation.features import extract, log_progress, read_clips
 from latte.evaluation.manifest import ADDED, GROUPS, make_manifest, manifest_hash, plain, write_report
@@ -51,8 +52,7 @@ STAGES = {
 ADDED_SETTINGS = {"dtype": "fp32", "workers": 0}  # later than the others; recorded unless at their default
 NUM_CHECKED = 8  # clips on which the error of reduced precision is measured
 TOLERANCE = 1e-4  # relative difference tolerated in a replay on another machine
-SAMPLES = "samples"  # folder of generated clips in OUT
-PROBES = "probes"  # folder of cached probes in OUT
+SAMPLES, PROBES = "samples", "probes"  # folders of generated clips and of cached probes in OUT
 FILE_BYTES_PER_PIXEL = 0.25  # of a generated mp4 file: a generous estimate, for the check of free disk space
 log = logging.getLogger(__name__)
 BuildDetector = Callable[..., Detector]
@@ -132,6 +132,7 @@ def evaluate(
     codec_path: str | None = None,
     kept: Path | None = None,
     held_out: Side | None = None,
+    ranks: Group = ALONE,
 ) -> dict[str, Any]:
     """Evaluate ``fake``, clips or a model, against ``real`` and return what ``--json`` prints; all files are
     in ``out``.
@@ -139,16 +140,15 @@ def evaluate(
     ``until`` ends after a stage. ``build`` makes the detector (here and in other processes). A model
     generates ``num_generated`` clips (None: as many as the plan takes). ``codec_path`` is recorded for a
     replay. ``kept`` is a folder for the features of folders, see ``features.extract``. With clips that
-    were ``held_out`` from training, ``real`` being those trained on, memorisation is measured too. InputError
-    for anything that would make the score meaningless, before any clip is generated if that can be known.
+    were ``held_out`` from training, ``real`` being those trained on, memorisation is measured too. All
+    processes of ``ranks`` must call it: they share clips and features, and rank 0 scores. InputError for
+    anything that would make the score meaningless, before any clip is generated if that can be known.
     """
     choose("--until", until, STAGES)
-    refuse_several_processes()
+    check_processes(ranks, config)
     started = time.monotonic()
     replay = {"model": None, "sample_seed": 0, "codec_path": codec_path}
-    unseen = None
-    if held_out:
-        unseen = choose_held_out(held_out, real, config.chosen_protocol, config.seed)
+    unseen = held_out and choose_held_out(held_out, real, config.chosen_protocol, config.seed)
     open_detector = detector_opener(build, config)
     detector = None
     if isinstance(fake, ClipSource):
@@ -157,29 +157,29 @@ def evaluate(
         if until != "plan":
             detector = open_detector()
             detector.check_length(preview.protocol.frames)
-        fake, generation = generate_side(real, fake, preview, out, num_generated)
+        fake, generation = generate_side(real, fake, preview, out, num_generated, ranks)
     else:
         generation = read_generation(fake.root)
     sides = {"real": real, "fake": fake}
-    plan = plan_sides(sides, config)
-    write_plan(plan, out)
+    plan = ranks.run_on_rank0(plan_sides, sides, config)
+    ranks.run_on_rank0(write_plan, plan, out)
     if until == "plan":
         return planned(plan, out)
     detector = detector or open_detector()
-    stored = (kept, config.workers, replay["model"] is None)
-    features = extract(plan, sides, detector, open_detector, out, config.processes, *stored)
+    work = (config.processes, kept, config.workers, replay["model"] is None, ranks)
+    features = extract(plan, sides, detector, open_detector, out, *work)
     if until == "extract":
         paths = {side: str(out / f"{side}.safetensors") for side in SIDES}
         return {**planned(plan, out), "features": paths, "banks": paths}  # banks: the key of 0.1.0
-    notes = {side: {"split": config.split, "version": config.data_version} for side in SIDES}
-    notes["generation"] = generation
-    run = {"processes": config.processes, "wall_seconds": round(time.monotonic() - started, 3)}
+    note = {"split": config.split, "version": config.data_version}
+    notes = {**dict.fromkeys(SIDES, note), "generation": generation}
+    run = {"processes": config.processes * ranks.size, "wall_seconds": round(time.monotonic() - started, 3)}
     replay |= {"real": real.root, "fake": fake.root, "config": config.recorded()}
     about: dict[str, Any] = {"notes": notes, "run": run, "replay": replay}
     if unseen:
         replay["held_out"] = unseen.side.root
-        about["held_out"] = unseen.read(detector, plan.protocol.frame, kept)
-    return score_features(plan, sides, features, detector, out, **about)
+        about["held_out"] = ranks.run_on_rank0(unseen.read, detector, plan.protocol.frame, kept)
+    return ranks.run_on_rank0(partial(score_features, **about), plan, sides, features, detector, out)
 
 
 def planned(plan: Plan, out: Path) -> dict[str, Any]:
@@ -229,13 +229,17 @@ def score_features(
     return {**result, "manifest": str(out / "manifest.json"), "report": str(page)}
 
 
-def refuse_several_processes() -> None:
-    """InputError under torchrun: every process would write the same files."""
-    if world_size() > 1:
-        raise InputError(
-            f"latte evaluate is one process, but WORLD_SIZE is {world_size()}; start it without torchrun "
-            "and give --processes to share the work"
-        )
+def check_processes(ranks: Group, config: EvaluateConfig) -> None:
+    """InputError for processes that would write the same files, and for two ways to share the work."""
+    size = world_size()
+    check(
+        ranks.size == size,
+        f"evaluate() was called in {size} processes that do not share the work; pass ranks=, a command_group",
+    )
+    check(
+        size == 1 or config.processes == 1,
+        f"--processes is {config.processes}, but {size} processes of torchrun share the work; leave it out",
+    )
 
 
 def detector_opener(build: BuildDetector, config: EvaluateConfig) -> Callable[[], Detector]:
@@ -333,7 +337,7 @@ def preview_plan(real: Side, model: ClipSource, config: EvaluateConfig) -> Plan:
 
 
 def generate_side(
-    real: Side, model: ClipSource, preview: Plan, out: Path, num_generated: int | None
+    real: Side, model: ClipSource, preview: Plan, out: Path, num_generated: int | None, ranks: Group = ALONE
 ) -> tuple[FolderSide, dict[str, Any]]:
     """Generate the clips of ``preview`` into out/samples, those that are missing only, and open them with
     their generation fields.
@@ -341,10 +345,12 @@ def generate_side(
     count = num_generated or preview.protocol.clips
     folder = out / SAMPLES
     num_bytes = round(count * math.prod(model.shape) * FILE_BYTES_PER_PIXEL)
-    check_disk(folder, num_bytes, f"{count} generated clips")
+    ranks.run_on_rank0(check_disk, folder, num_bytes, f"{count} generated clips")
     log.info("generate: %s clips of %s in %s", count, printable(model.name), printable(folder))
-    facts = model.generate(folder, count, common_rate(real), log_progress("generate", "steps", count))
-    side = open_folder(folder, out / PROBES)
+    progress = log_progress("generate", "steps", count)
+    several = (ranks,) * (ranks.size > 1)
+    facts = model.generate(folder, count, common_rate(real), progress, *several)
+    side = ranks.run_on_rank0(open_folder, folder, out / PROBES)
     sources = tuple(replace(source, interval=model.interval) for source in side.sources)
     recorded = read_generation(folder)
     return replace(side, sources=sources), {**recorded, **facts, "interval": model.interval}

@@ -34,6 +34,7 @@ from PIL import Image
 from torch import Tensor
 
 from latte.checks import InputError, RunError, duration, printable
+from latte.distributed import ALONE, Group
 from latte.evaluation.detectors import Detector
 from latte.evaluation.plan import SIDES, Plan, PlannedClip
 from latte.evaluation.protocols import FrameRule
@@ -288,34 +289,39 @@ def extract(
     kept: Path | None = None,
     workers: int = 0,
     keep_fake: bool = False,
+    ranks: Group = ALONE,
 ) -> dict[str, Tensor]:
-    """Return the features {"real": (n k), "fake": (m k)} of ``plan``; they are kept in out/real.safetensors,
-    out/fake.safetensors, and those of the real side (with ``keep_fake`` of both) in the folder ``kept``,
-    which is read before they are computed; None computes them.
+    """Return the features {"real": (n k), "fake": (m k)} of ``plan``, {} in ranks other than 0; they are kept
+    in out/real.safetensors, out/fake.safetensors, and those of the real side (with ``keep_fake`` of both) in
+    the folder ``kept``, which is read before they are computed; None computes them.
 
     ``open_detector`` builds the same detector again in each of ``processes``, each with ``workers`` that
-    decode; InputError for a clip that can no longer be read.
+    decode; InputError for a clip that can no longer be read. ``ranks`` take the shards in turn.
     """
     jobs = plan_jobs(plan, detector, out)
     keys = {side: digest([job.key for job in jobs if job.clips[0].side == side]) for side in SIDES}
-    features = {side: read_rows(out / f"{side}.safetensors", keys[side]) for side in SIDES}
     lasting: dict[str, Path] = {}
     if kept:
         folders = {"real": kept, "fake": kept / "fake"} if keep_fake else {"real": kept}
         for side, folder in folders.items():
             lasting[side] = folder / f"{digest([keys[side], bits_of(detector)])}.safetensors"
-    for side, path in lasting.items():
-        rows = read_rows(path, keys[side]) if features[side] is None else None
-        if rows is not None:
-            log.info("the features of the %s side are those of an earlier score (%s)", side, path)
-            write_rows(out / f"{side}.safetensors", keys[side], rows)
-            features[side] = rows
-    needed = [job for job in jobs if features[job.clips[0].side] is None]
-    missing = [job for job in needed if read_rows(job.path, job.key) is None]
+    features: dict[str, Tensor | None] = {}
+
+    def look() -> list[int]:
+        features.update(stored_features(out, keys, lasting))
+        needed = [number for number, job in enumerate(jobs) if features[job.clips[0].side] is None]
+        return [number for number in needed if read_rows(jobs[number].path, jobs[number].key) is None]
+
+    missing = [jobs[number] for number in ranks.run_on_rank0(look)]
     if processes == 1 or len(missing) < 2:
-        run_jobs(missing, sides, detector, plan.protocol.frame, workers)
+        own = missing[ranks.rank :: ranks.size]
+        run_jobs(own, sides, detector, plan.protocol.frame, workers)
+        ranks.gather(None)
     else:
         run_jobs_in_parallel(missing, sides, open_detector, plan.protocol.frame, processes, workers)
+    if ranks.rank:
+        return {}
+    needed = [job for job in jobs if features[job.clips[0].side] is None]
     found = {}
     for side in SIDES:
         rows = features[side]
@@ -330,6 +336,20 @@ def extract(
         for job in needed:
             job.path.unlink(missing_ok=True)
     return found
+
+
+def stored_features(
+    out: Path, keys: Mapping[str, str], lasting: Mapping[str, Path]
+) -> dict[str, Tensor | None]:
+    """Return the features of each side that ``out`` has, or one of the files ``lasting``; None for others."""
+    features = {side: read_rows(out / f"{side}.safetensors", keys[side]) for side in SIDES}
+    for side, path in lasting.items():
+        rows = read_rows(path, keys[side]) if features[side] is None else None
+        if rows is not None:
+            log.info("the features of the %s side are those of an earlier score (%s)", side, path)
+            write_rows(out / f"{side}.safetensors", keys[side], rows)
+            features[side] = rows
+    return features
 
 
 def bits_of(detector: Detector) -> list[Any]:

@@ -35,6 +35,7 @@ from latte.data.media import VIDEO_SUFFIXES, MediaInfo, read_frames
 from latte.data.shards import MANIFEST, SHARDS, SOURCE, Record, read_manifest
 from latte.data.skipped import check_folder, scan
 from latte.data.video_stream import is_video_name
+from latte.distributed import ALONE, Group
 from latte.evaluation.detector_files import file_sha256
 from latte.evaluation.plan import Source
 
@@ -100,10 +101,15 @@ class ClipSource(Interface):
         ...
 
     def generate(
-        self, folder: Path, count: int, fps: float | None, progress: Callable[[int, int], None]
+        self,
+        folder: Path,
+        count: int,
+        fps: float | None,
+        progress: Callable[[int, int], None],
+        ranks: Group = ALONE,
     ) -> dict[str, Any]:
         """Write ``count`` clips to ``folder``, those that are missing only; return fields of the generation
-        group.
+        group. ``ranks`` share the clips; they are passed only if there are several.
         """
         ...
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from latte.checkpoint.run import latest_checkpoint
 from latte.checks import InputError, check
+from latte.distributed import ALONE, Group
 from latte.inference.pipeline import VideoPipeline
 from latte.inference.requests import SampleRequest, class_requests
 from latte.interop.load import kind_of_path, resolve
@@ -93,10 +94,15 @@ class ModelClips:
         return found.step
 
     def generate(
-        self, folder: Path, count: int, fps: float | None, progress: Callable[[int, int], None]
+        self,
+        folder: Path,
+        count: int,
+        fps: float | None,
+        progress: Callable[[int, int], None],
+        ranks: Group = ALONE,
     ) -> dict[str, Any]:
-        """Generate the clips that are missing in ``folder``; return fields of the manifest's generation
-        group.
+        """Generate the clips that are missing in ``folder``, shared by ``ranks``; return fields of the
+        manifest's generation group.
         """
         pipe = self.pipe
         config = replace(pipe.sample, fps=fps or pipe.sample.fps)
@@ -108,7 +114,8 @@ class ModelClips:
         def batch_progress(number: int, batches: int) -> Callable[[int, int], None]:
             return lambda done, total: progress(number * total + done, batches * total)
 
-        pipe.write_clips(self.requests(count), folder, facts=facts, progress=batch_progress, config=config)
+        options: dict[str, Any] = {"progress": batch_progress, "config": config, "ranks": ranks}
+        pipe.write_clips(self.requests(count), folder, facts=facts, **options)
         num_classes = pipe.model.config.num_classes
         return {
             "step": self.step,

@@ -5,7 +5,7 @@ they are.
 The record (clips.json) holds what the clips are a function of, their prompts if
 they have any, and the hash of each finished file. A second run into the same folder generates only what is
 missing, in the same batches, so a killed job that is repeated ends with the same files as one that was never
-killed.
+killed. Several processes share the batches; each has a record of its own until all are merged.
 Axes: b clips, t frames, h height, w width, c channels.
 """
 
@@ -27,6 +27,7 @@ from torch import Tensor
 from latte.checks import InputError, RunError, check, choose
 from latte.data.media import contact_sheet, probe, read_frames, write_gif, write_mp4
 from latte.diffusion.frame_conditioning import DEFAULT_STRENGTH
+from latte.distributed import ALONE, Group, Team
 from latte.files import commit_file, reported
 from latte.inference.requests import SampleRequest
 from latte.model.compiled import is_compiled
@@ -34,6 +35,7 @@ from latte.model.compiled import is_compiled
 FORMAT = 1
 RECORD = "clips.json"
 OLD_RECORD = "album.json"  # of 0.1.0
+PART = ".clips-{}.json"  # record of one of several processes, by its rank
 MAX_SHOWN = 16  # clips on the sheet and in the gif
 Frames = np.ndarray | Tensor | list[list[Image.Image]]
 Generate = Callable[[int, Sequence[SampleRequest]], Iterable[tuple[int, np.ndarray]]]
@@ -130,6 +132,8 @@ def clip_facts(pipe: Any, options: Mapping[str, Any], negative: str = "") -> dic
         facts |= {"given": hashes, "given_strength": DEFAULT_STRENGTH}
     if is_compiled(pipe.model):
         facts["compile"] = True
+    if options.get("sequence_parallel", 1) > 1:
+        facts["sequence_parallel"] = options["sequence_parallel"]
     if pipe.decoder:
         facts["decoder"] = pipe.decoder.fingerprint
     if pipe.reader:
@@ -192,22 +196,27 @@ def write_clips(
     facts: Mapping[str, Any],
     batch: int,
     fps: float,
+    ranks: Group = ALONE,
+    team: Team | None = None,
 ) -> tuple[Path, Path]:
     """Make ``folder`` hold a file per request and return (contact sheet, gif).
 
     ``generate(batch number, its requests)`` yields (seed, uint8 (t h w c)) for each. ``facts`` (plain data)
     is everything but the requests that decides the pixels. The folder is created with the first clip.
+    All processes of ``ranks`` must call it, those of a ``team`` for the same clips, which its first writes.
     InputError when its clips were made with other facts, RunError when it cannot be written.
     """
     folder = check_output_folder(folder)
-    record = read_record(folder, facts)
-    for start in range(0, len(requests), batch):
-        part = requests[start : start + batch]
-        missing = {request.file for request in part if not is_finished(folder, request, record)}
-        if not missing:
-            continue
-        for request, (_, clip) in zip(part, generate(start // batch, part), strict=True):
-            if request.file not in missing:
+    record = ranks.run_on_rank0(whole_record, folder, facts)
+    parts = [requests[start : start + batch] for start in range(0, len(requests), batch)]
+    missing = [[one.file for one in part if not is_finished(folder, one, record)] for part in parts]
+    missing = ranks.run_on_rank0(lambda: missing)
+    todo = [number for number, files in enumerate(missing) if files]
+    own = RECORD if ranks.size == 1 else PART.format(ranks.rank)
+    for index in ranks.share(len(todo), team):
+        number = todo[index]
+        for request, (_, clip) in zip(parts[number], generate(number, parts[number]), strict=True):
+            if request.file not in missing[number] or (team and team.rank):
                 continue
             with reported("clips", folder):
                 folder.mkdir(parents=True, exist_ok=True)
@@ -215,15 +224,39 @@ def write_clips(
             record["files"][request.file] = file_sha256(folder / request.file)
             if request.prompt is not None:
                 record.setdefault("prompts", {})[request.file] = request.prompt
-            with reported(RECORD, folder):
-                commit_file(folder / RECORD, json.dumps(record, indent=1, sort_keys=True) + "\n")
-    return write_overview(folder, requests[:MAX_SHOWN], fps)
+            write_record(folder / own, record)
+    ranks.run_on_rank0(whole_record, folder, facts)
+    return ranks.run_on_rank0(write_overview, folder, requests[:MAX_SHOWN], fps)
 
 
-def read_record(folder: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
+def write_record(path: Path, record: Mapping[str, Any]) -> None:
+    """Write a folder's record, or that of one process."""
+    with reported(RECORD, path.parent):
+        commit_file(path, json.dumps(record, indent=1, sort_keys=True) + "\n")
+
+
+def whole_record(folder: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the folder's record, after merging those of several processes into it, also of a job that was
+    killed.
+    """
+    record = read_record(folder, facts)
+    parts = sorted(folder.glob(PART.format("*")))
+    for path in parts:
+        part = read_record(folder, facts, path.name)
+        record["files"] |= part["files"]
+        if "prompts" in part:
+            record["prompts"] = record.get("prompts", {}) | part["prompts"]
+    if parts:
+        write_record(folder / RECORD, record)
+    for path in parts:
+        path.unlink()
+    return record
+
+
+def read_record(folder: Path, facts: Mapping[str, Any], name: str = RECORD) -> dict[str, Any]:
     """Return the folder's record, or a new one; InputError when it is damaged or belongs to other facts."""
     now = json.loads(json.dumps(facts))
-    path = folder / (RECORD if (folder / RECORD).exists() else OLD_RECORD)
+    path = folder / (name if (folder / name).exists() else OLD_RECORD)
     if not path.exists():
         return {"format": FORMAT, "facts": now, "files": {}}
     try:

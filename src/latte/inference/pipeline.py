@@ -5,8 +5,6 @@ or the package.
 Axes: b clips, t f frames, h height, w width, c channels.
 """
 
-import logging
-import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -20,6 +18,7 @@ from latte.autoencoder.codec import Codec, CodecConfig, decoder_for
 from latte.checks import check, choose
 from latte.diffusion.config import DiffusionConfig, build_process
 from latte.diffusion.guidance import Distilled
+from latte.distributed import ALONE, Group, Team
 from latte.inference.clip_shape import latent_shapes, recorded_extras
 from latte.inference.generate import SampleConfig, generate
 from latte.inference.outputs import (
@@ -54,8 +53,6 @@ from latte.tensors import tensors_sha256
 from latte.text.encoders import same_weights
 
 RENAMED_OPTIONS = {"given": "conditioning_frames", "given_strength": "conditioning_strength"}  # of 0.1.0
-LOG = logging.getLogger(__name__)
-LONG_JOB = 600.0  # seconds from which on the log estimates the time left
 BatchProgress = Callable[[int, int], Callable[[int, int], None]]
 T = TypeVar("T")
 
@@ -245,17 +242,19 @@ class VideoPipeline(Conditioned):
         *,
         facts: Mapping[str, Any],
         progress: BatchProgress | None = None,
+        ranks: Group = ALONE,
+        team: Team | None = None,
         **options: Any,
     ) -> tuple[Path, Path]:
         """Make ``folder`` hold an mp4 per request, a gif and a contact sheet; clips that are there already
         are kept.
 
         ``facts`` is the record of what decides the pixels (see ``clip_facts``), ``options`` are those of
-        ``generate``, and ``progress(batch, batches)`` makes a batch's progress function. Returns (contact
-        sheet, gif). InputError, before anything is computed, for settings that do not fit; RunError for a
-        full disk and for NaN/Inf, with nothing of that batch written.
+        ``generate``, ``progress(batch, batches)`` makes a batch's progress function; all ``ranks`` must call,
+        those of a ``team`` share each clip. Returns (contact sheet, gif). InputError, before anything is
+        computed, for settings that do not fit; RunError for a full disk and for NaN/Inf, with nothing of that
+        batch written.
         """
-        began = time.monotonic()
         config = options.get("config", self.sample)
         batches = -(-len(requests) // config.batch)
         frames = options.get("frames") or self.num_frames
@@ -268,11 +267,8 @@ class VideoPipeline(Conditioned):
             if progress:
                 options["progress"] = progress(number, batches)
             yield from self.generate([request.seed for request in part], labels, prompts, negative, **options)
-            left = (batches - 1) * (time.monotonic() - began)
-            if number == 0 and left > LONG_JOB:
-                LOG.info("%d batches of clips: about %.1f hours left", batches, left / 3600)
 
-        return write_clips(Path(folder), requests, run, facts, config.batch, config.fps)
+        return write_clips(Path(folder), requests, run, facts, config.batch, config.fps, ranks, team)
 
     def settings(self, quality: str | None = None, **changes: Any) -> SampleConfig:
         """Return ``self.sample`` with ``quality``, a key of QUALITIES, and ``changes``, None for no change.

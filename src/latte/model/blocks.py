@@ -19,6 +19,7 @@ from latte.model.conditioning import Conditioning
 from latte.model.config import BlockOptions, nearest_multiple
 from latte.model.fused import Modulated, activated, again, gated_linear, is_plain, modulated_linear
 from latte.model.positions import TemporalPosition
+from latte.model.sequence import SequenceParallel
 
 ATTENTION_SLOT = 0  # all attentions of a block share one (shift, scale, gate), Latte, Sec. 3.2
 MLP_SLOT = 1
@@ -148,6 +149,7 @@ class TimeAttention(Attention):
     """Attention among the frames of a clip, at each position by itself."""
 
     mixes_time = True
+    sequence: SequenceParallel | None = None
 
     def __init__(self, width: int, heads: int, position: TemporalPosition, options: BlockOptions = PLAIN):
         super().__init__(width, heads, options)
@@ -161,12 +163,19 @@ class TimeAttention(Attention):
         self, x: Tensor | Modulated, images: bool = False, values: list[Tensor] | None = None
     ) -> Tensor:
         """Return (b f n d) from tokens (b f n d)."""
+        num_tokens = x.shape[2]
+        if self.sequence and not isinstance(x, Modulated):
+            x = self.sequence.to_all_frames(x)
+            values = values and [self.sequence.to_all_frames(value) for value in values]
         b, f, n, d = x.shape
         split = self.split(x, values)  # each (b f n h k)
         q, k, v = (y.permute(0, 2, 3, 1, 4).flatten(0, 1) for y in split)  # each (bn h f k)
         y = attend(*self.position.rotate(q, k), v)  # (bn h f k)
         y = y.unflatten(0, (b, n)).permute(0, 3, 1, 2, 4)  # (b f n h k)
-        return y.reshape(b, f, n, d)  # (b f n d)
+        y = y.reshape(b, f, n, d)  # (b f n d)
+        if self.sequence:
+            y = self.sequence.to_own_frames(y, num_tokens)
+        return y
 
 
 class SpaceAndTimeAttention(Branch):
@@ -207,6 +216,7 @@ class JointAttention(Attention):
     """
 
     mixes_time = True
+    sequence: SequenceParallel | None = None
 
     def __init__(self, width: int, heads: int, position: TemporalPosition, options: BlockOptions = PLAIN):
         super().__init__(width, heads, options)
@@ -225,14 +235,19 @@ class JointAttention(Attention):
         self, x: Tensor | Modulated, images: bool = False, values: list[Tensor] | None = None
     ) -> Tensor:
         """Return (b f n d) from tokens (b f n d)."""
-        f, n = x.shape[1:3]
         q, k, v = (y.transpose(2, 3) for y in self.split(x, values))  # each (b f h n k)
         if images:
             return attend(q, k, v).transpose(2, 3).flatten(3)  # (b f n d)
+        if self.sequence:
+            heads = torch.stack((q, k, v), -1)  # (b f h n k 3)
+            q, k, v = self.sequence.to_all_frames(heads).unbind(-1)  # each (b f h n k), some heads
         q, k, v = (y.permute(0, 2, 3, 1, 4) for y in (q, k, v))  # each (b h n f k)
+        n, f = q.shape[2:4]
         q, k = self.position.rotate(q, k)
         y = attend(q.flatten(2, 3), k.flatten(2, 3), v.flatten(2, 3))  # (b h nf k)
         y = y.unflatten(2, (n, f)).permute(0, 3, 2, 1, 4)  # (b f n h k)
+        if self.sequence:
+            y = self.sequence.to_own_frames(y, self.heads, axis=3)
         return y.flatten(3)  # (b f n d)
 
 
@@ -371,6 +386,8 @@ class Block(nn.Module):
 def saves_less(branch: Branch, gate: Tensor | None) -> bool:
     """Return whether the memory-saving form of ``branch`` exists and has an effect here."""
     if gate is None or branch.ends is None or not torch.is_grad_enabled():
+        return False
+    if getattr(branch, "sequence", None) is not None:  # tokens are computed before they are exchanged
         return False
     return all(is_plain(layer) for layer in branch.ends)
 

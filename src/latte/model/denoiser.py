@@ -22,6 +22,7 @@ from latte.model.conditioning import Modulation
 from latte.model.config import DenoiserConfig as DenoiserConfig
 from latte.model.fused import Modulated, is_plain, modulated_linear
 from latte.model.pretrained import SavedModel
+from latte.model.sequence import SequenceParallel
 
 
 def condition_shape(clips: int, num_images: int) -> tuple[int, ...]:
@@ -50,6 +51,8 @@ class Denoiser(nn.Module, SavedModel):
     final_norm: nn.LayerNorm
     final_linear: nn.Linear
     recomputes: bool = False
+    sequence: SequenceParallel | None = None
+    """The processes that share each clip, None for this one alone."""
 
     def __init__(self, config: Any):
         super().__init__()
@@ -153,6 +156,25 @@ class Denoiser(nn.Module, SavedModel):
                 output = self.run_blocks(*inputs)
             x, first = output
         return x
+
+    def own_frames(self, tube: int, images: bool, z: Tensor, *conditions: Any) -> tuple[Any, ...]:
+        """Return this process's frames of latents (b f c h w), ``tube`` per token, and of conditions
+        (b f ...); (b 1 ...) and None as they are.
+        """
+        if self.sequence is None:
+            return z, *conditions
+        count = z.shape[1] // tube
+        if not images:
+            self.sequence.frames = count
+        part = self.sequence.part(count)
+        own = [c if c is None or c.shape[1] == 1 else c[:, part] for c in conditions]
+        return z[:, tube * part.start : tube * part.stop], *own
+
+    def all_frames(self, output: Tensor, like: Tensor, tube: int) -> Tensor:
+        """Return the output (b f o h w) of all frames of latents ``like``, from that of ``own_frames``."""
+        if self.sequence is None:
+            return output
+        return self.sequence.gathered(output, like.shape[1] // tube, tube)
 
     def embed_time(self, t: Tensor) -> Tensor:
         """Return the embedding (b 1 d) of timesteps (b,), or (b f d) of a timestep per frame (b f)."""

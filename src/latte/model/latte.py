@@ -103,13 +103,15 @@ class Latte(Denoiser):
     def denoise(self, z: Tensor, c: Tensor, images: bool = False) -> Tensor:
         """Return (b f o h w) for latents (b f c h w) and condition (b f|1 d); ``images`` mix no frames."""
         grid = z.shape[-2] // self.config.patch_size, z.shape[-1] // self.config.patch_size
-        x = self.patch.embed(z, images).to(z.dtype)  # (b f n d)
+        tube = 1 if images else self.patch.tube
+        own, c = self.own_frames(tube, images, z, c)
+        x = self.patch.embed(own, images).to(z.dtype)  # (b f n d)
         x = x + spatial_table(*grid, x.shape[-1]).to(x)
         x = self.conditioning.enter(x, c)  # (b f n d), n+1 with all_tokens
         x = self.run_all_blocks(x, c, images)
         modulation = again(self.final_modulation) if self.recomputes else self.final_modulation
         x = self.last_layer(self.conditioning.leave(x), *modulation(c))  # (b f n ppo)
-        return self.patch.unembed(x, grid, images)  # (b f o h w)
+        return self.all_frames(self.patch.unembed(x, grid, images), z, tube)  # (b f o h w)
 
     def run_blocks(
         self, part: range, x: Tensor, first: Tensor | None, *condition: Any
@@ -119,7 +121,8 @@ class Latte(Denoiser):
         for index in part:
             block = self.blocks[index]
             if index == self.time_enters and not images:
-                x = self.position.add(x)
+                start = self.sequence.first_frame if self.sequence else 0
+                x = self.position.add(x, start)
             x, first = self.run_block(block, x, c, images, first=first)
         return x, first
 

@@ -52,8 +52,10 @@ class TemporalPosition(Protocol):
     free_length: bool
     """Whether more frames than in training need no warning."""
 
-    def add(self, x: Tensor) -> Tensor:
-        """Return tokens (b f n d) with their position, before the first block that mixes time."""
+    def add(self, x: Tensor, start: int = 0) -> Tensor:
+        """Return tokens (b f n d) of frames from ``start`` with their position, before the first block that
+        mixes time.
+        """
         ...
 
     def rotate(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
@@ -69,9 +71,9 @@ class AbsoluteTime(nn.Module):
     def __init__(self, head_width: int):
         super().__init__()
 
-    def add(self, x: Tensor) -> Tensor:
+    def add(self, x: Tensor, start: int = 0) -> Tensor:
         """Return tokens (b f n d) plus the table of their frame."""
-        return x + temporal_table(x.shape[1], x.shape[-1]).to(x)[:, None]
+        return x + temporal_table(start + x.shape[1], x.shape[-1]).to(x)[start:, None]
 
     def rotate(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """Return queries and keys (b h f k) unchanged."""
@@ -95,7 +97,7 @@ class RotaryTime(nn.Module):
             f"one; change model.heads, e.g. for a head width of {head_width + 1}",
         )
 
-    def add(self, x: Tensor) -> Tensor:
+    def add(self, x: Tensor, start: int = 0) -> Tensor:
         """Return the tokens unchanged."""
         return x
 

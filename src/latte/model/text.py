@@ -154,14 +154,15 @@ class LatteText(Denoiser):
     def denoise(self, z: Tensor, c: Tensor, text: Tensor, mask: Tensor | None, temporal: bool) -> Tensor:
         """Return (b f o h w) for latents (b f c h w), timesteps c (b 1 d), captions (b g l k), g 1 or f."""
         grid = z.shape[-2] // self.config.patch_size, z.shape[-1] // self.config.patch_size
-        x = self.patch.embed(z).to(z.dtype)  # (b f n d)
+        own, c, text, mask = self.own_frames(1, not temporal, z, c, text, mask)
+        x = self.patch.embed(own).to(z.dtype)  # (b f n d)
         x = x + scaled_table(*grid, self.config.spans, x.shape[-1]).to(x)
         shared = self.modulation(c)  # 6 chunks, each (b 1 1 d)
         text = self.caption(text)  # (b g l d)
         x = self.run_all_blocks(x, shared, text, mask, temporal)
         shift, scale = (c[:, :, None] + row for row in self.final_table)  # each (b 1 1 d)
         x = self.last_layer(x, shift, scale)  # (b f n ppo)
-        return self.patch.unembed(x, grid)  # (b f o h w)
+        return self.all_frames(self.patch.unembed(x, grid), z, 1)  # (b f o h w)
 
     def run_blocks(
         self, part: range, x: Tensor, first: Tensor | None, *condition: Any
@@ -173,15 +174,20 @@ class LatteText(Denoiser):
             if index % 2 == 0:
                 x, first = self.run_block(block, x, shared, text, mask, first=first)
             elif temporal:
-                if index == 1 and x.shape[1] > 1:
+                if index == 1 and (self.sequence or x.shape[1] > 1):
                     x = self.add_time(x)
                 x, first = self.run_block(block, x, shared, first=first)
         return x, first
 
     def add_time(self, x: Tensor) -> Tensor:
         """Return tokens (b f n d) plus the table of their frame; warns beyond the frames of training."""
-        self.warn_about_frames(x.shape[1])
-        table = temporal_table(x.shape[1], x.shape[-1]).to(x)[:, None]  # (f 1 d)
+        frames = x.shape[1]
+        part = slice(None)
+        if self.sequence:
+            frames = self.sequence.frames
+            part = self.sequence.part(frames)
+        self.warn_about_frames(frames)
+        table = temporal_table(frames, x.shape[-1]).to(x)[part, None]  # (f 1 d)
         if self.time_gate is not None:
             table = self.time_gate.to(x) * table
         return x + table

@@ -18,6 +18,7 @@ from latte.model.attention_options import attention_options
 from latte.model.blocks import PLAIN, attend, modulate, saves_less
 from latte.model.config import MLPS, BlockOptions
 from latte.model.fused import Modulated, gated_linear
+from latte.model.sequence import SequenceParallel
 
 
 class SplitAttention(nn.Module):
@@ -131,15 +132,23 @@ class SpaceBlock(ModulatedBlock):
 class TimeBlock(ModulatedBlock):
     """Attention of every position along the clip, MLP."""
 
+    sequence: SequenceParallel | None = None
+    """The processes that share each clip."""
+
     def forward(
         self, x: Tensor, shared: tuple[Tensor, ...], first: Tensor | None = None
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Return tokens (b f n d) from tokens (b f n d); with ``first`` (b f n d), that behind them."""
         shift, scale, gate, *mlp_chunks = self.chunks(shared)
-        values = [part.transpose(1, 2).flatten(0, 1) for part in (first,) if part is not None]  # (bn f d)
-        y = modulate(self.norm(x), shift, scale).transpose(1, 2).flatten(0, 1)  # (bn f d)
+        given = [part for part in (first,) if part is not None]
+        tokens = [modulate(self.norm(x), shift, scale), *given]  # each (b f n d)
+        if self.sequence:
+            tokens = [self.sequence.to_all_frames(part) for part in tokens]
+        y, *values = (part.transpose(1, 2).flatten(0, 1) for part in tokens)  # each (bn f d)
         y = self.attention(y, values=values)  # (bn f d)
-        y = y.unflatten(0, (x.shape[0], x.shape[2])).transpose(1, 2)  # (b f n d)
+        y = y.unflatten(0, (x.shape[0], -1)).transpose(1, 2)  # (b f n d)
+        if self.sequence:
+            y = self.sequence.to_own_frames(y, x.shape[2])
         x = self.add_mlp(torch.addcmul(x, gate, y), *mlp_chunks)
         if first is None:
             return x

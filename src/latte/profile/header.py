@@ -28,7 +28,7 @@ def header(
     train = config.train
     network = config.network
     processes = world_size()
-    batch = batches(config, processes, dataset)
+    batch = batches(config, train.shares(processes), dataset)
     state = states(network, adapters(config), train.optimizer, 1 + len(train.ema_widths))
     held = memory(config, batch, state, device)
     dtype = str(resolve_dtype(train.dtype, device)).removeprefix("torch.")

@@ -142,8 +142,8 @@ def plan(
     planned_device = device_of(device, measure)
     if processes is None:
         processes = world_size()
-    check_processes(train.global_batch, processes)
-    check_world(train.global_batch, processes, config.buckets)
+    check_processes(train.global_batch, shares := train.shares(processes))
+    check_world(train.global_batch, shares, config.buckets)
     if measure or planned_device.type == "cpu" or torch.cuda.is_available():
         train = with_dtype(train, model, planned_device)
     config = replace(config, train=train)
@@ -155,7 +155,7 @@ def plan(
     trained = (train.optimizer, 1 + len(train.ema_widths))
     state = counter(States, lambda: states(model, adapters(config), *trained), model, config.lora, *trained)
     dataset = existing_data(config)
-    batch = batches(config, processes, dataset)
+    batch = batches(config, shares, dataset)
     held = memory(config, batch, part := state.split(shards(config, processes)), planned_device, counter)
 
     def counted(changed: TrainConfig, clips: int) -> Memory:

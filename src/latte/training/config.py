@@ -80,9 +80,7 @@ class TrainConfig:
 
     steps: int = 150_000  # optimizer steps; at 150000 the paper's curves end
     global_batch: int = 8  # clips per step, over all processes
-    micro_batch: int | None = (
-        None  # clips per forward pass in one process; null: its whole share of the batch
-    )
+    micro_batch: int | None = None  # clips per forward pass in one process; null: its whole share
     optimizer: str = "adamw"  # adamw, adafactor or muon
     lr: float = 1e-4  # peak learning rate, constant between warm-up and decay
     weight_decay: float = 0.0  # decoupled, as in AdamW
@@ -93,9 +91,7 @@ class TrainConfig:
     ema_warmup: bool = False  # a smaller decay first, so that early samples do not come from initial weights
     clip_norm: float | None = 0.1  # largest norm of the gradients; null: it is only measured
     clip_start: int = 0  # steps before clipping begins
-    gate_steps: int = (
-        1000  # with text.gated_time: the step at which the temporal position table has full effect
-    )
+    gate_steps: int = 1000  # with text.gated_time: the step at which the position table has full effect
     num_images: int = 0  # images behind every clip (joint training, Sec. 3.3.4)
     layer_sync: float = 0.0  # weight of LayerSync: an early block's tokens follow a deeper one's; 0: off
     codec_align: float = 0.0  # weight of the alignment of early tokens with the clean latent (SRA 2); 0: off
@@ -130,6 +126,7 @@ class TrainConfig:
     report: bool = True  # write report.html into the run folder as the run goes
     parallel: str = "ddp"  # how processes share the model: ddp copies it, fsdp and hsdp split it
     shard_size: int | None = None  # with hsdp: processes that share one copy; null: those of a machine
+    sequence_parallel: int = 1  # processes that share the frames and tokens of each clip
     cpu_offload: bool = False  # with fsdp or hsdp: keep weights and optimizer state in main memory
     timeout: float = DEFAULT_TIMEOUT  # seconds to wait for another process, checkpoints and samples excluded
 
@@ -142,6 +139,7 @@ class TrainConfig:
             "keep_last",
             "validate_clips",
             "log_every",
+            "sequence_parallel",
         ):
             value = getattr(self, name)
             check(value >= 1, f"train.{name} is {value}, but it must be at least 1")
@@ -279,6 +277,22 @@ class TrainConfig:
             not (self.cpu_offload and self.parallel == "ddp"),
             "train.cpu_offload is for train.parallel=fsdp or hsdp; leave it out, or give one of them",
         )
+        hidden = [f"train.{name}" for name in (*BETWEEN_BLOCKS, "compile") if getattr(self, name)]
+        check(
+            self.sequence_parallel == 1 or not hidden,
+            f"train.sequence_parallel is {self.sequence_parallel}: no process has all tokens of a clip, "
+            f"which {' and '.join(hidden)} does not support; turn one off",
+        )
+
+    def shares(self, processes: int) -> int:
+        """Return in how many shares ``processes`` divide a batch; InputError when clips cannot be shared."""
+        size = self.sequence_parallel
+        check(
+            processes % size == 0,
+            f"train.sequence_parallel is {size}, but the number of processes is {processes}; start a "
+            f"multiple of {size}, or give another number",
+        )
+        return processes // size
 
     def changeable(self) -> dict[str, Any]:
         """Return the settings that a checkpoint records and that may change when the run is resumed."""

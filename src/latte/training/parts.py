@@ -13,11 +13,14 @@ from latte.data.datasets import Dataset
 from latte.data.joint import check_images
 from latte.distributed import Group
 from latte.model.denoiser import Denoiser
+from latte.model.sequence import check_sequence
 from latte.training.between_blocks import check_network
 from latte.training.config import TrainConfig
 from latte.training.custom import CustomDataset, check_first_clip
 from latte.training.optim import OPTIMIZERS, TrainState, trainable_parameters
 from latte.training.trackers import check_trackers
+
+SEQUENCE = "train.sequence_parallel"
 
 
 def check_parts(
@@ -33,7 +36,10 @@ def check_parts(
     if codec is not None:
         check_images(config.num_images, codec.compression, codec.name)
     buckets = getattr(dataset, "buckets", None)
-    check_world(config.global_batch, group.size, buckets)
+    check_world(config.global_batch, config.shares(group.size), buckets)
+    shapes = [bucket.latent for bucket in buckets.shapes] if buckets else [None]
+    for shape in shapes:
+        check_sequence(model.config, config.sequence_parallel, SEQUENCE, shape, config.num_images)
     check_network(config, model.config)
     num_classes = model.config.num_classes
     found = len(dataset.classes)

@@ -112,7 +112,7 @@ def with_dtype(
     if name in CANDIDATES:
         LOG.info("dtype: %s, as recorded in %s; to change it, give a dtype instead of fastest", name, run_dir)
         return replace(config, dtype=str(name))
-    share = max(config.global_batch // world_size(), 1)
+    share = max(config.global_batch // config.shares(world_size()), 1)
     clips = min(config.micro_batch or share, share)
     return replace(config, dtype=fastest(shape, device, clips, training=True))
 

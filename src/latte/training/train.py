@@ -34,6 +34,7 @@ from latte.files import reported
 from latte.interop.init import adapt, start_from
 from latte.interop.lora import LoraConfig
 from latte.model.denoiser import Denoiser
+from latte.model.sequence import share_sequence
 from latte.runtime import StopRequest, resolve_device, resolve_dtype
 from latte.training.callbacks import (
     Callback,
@@ -112,8 +113,7 @@ def train(
         record: the content of config.yaml; by default what ``latte sample`` needs to load the run.
         until: stop at this step (for callers that look at a run between its steps).
         allow_data_change: resume although the data have changed, with a notice of what changed.
-        workers: number of processes that load batches in advance (None: 0 on the CPU, else 4; 0: this
-            process loads them).
+        workers: processes that load batches in advance (None: 0 on the CPU, else 4; 0: this one does).
 
     SIGINT, SIGTERM, SIGHUP and SIGUSR1 save at the end of the step and stop. A clip that cannot be read
     saves, too.
@@ -175,6 +175,8 @@ def train(
             skeleton=parallel.skeleton,
             ema_widths=config.ema_widths,
         )
+        team = share_sequence(model, group.teams(config.sequence_parallel))
+        share = group.rank // config.sequence_parallel, config.shares(group.size)
         group.run_on_rank0(check_disk, run_dir, state, config.keep_last)
 
         # Resume.
@@ -211,7 +213,7 @@ def train(
             accumulate=parallel.accumulate,
             loss_scale=parallel.loss_scale,
         )
-        order = order_of(clips, seed, config.global_batch, group.size)
+        order = order_of(clips, seed, config.global_batch, share[1])
         seen = order.clips_before(step)
         accumulator = MetricsAccumulator(device, saved_metrics(saved))
         event = TrainEvent(
@@ -241,8 +243,8 @@ def train(
                 global_batch=config.global_batch,
                 start=step,
                 stop=end,
-                rank=group.rank,
-                world=group.size,
+                rank=share[0],
+                world=share[1],
                 workers=default_workers(device, group.size) if workers is None else workers,
             ) as loader,
             notified(watching, event),
@@ -305,12 +307,13 @@ def train(
                 # One optimizer step.
                 step += 1
                 condition = captions(batch.captions) if captions else batch.label
-                positions = share_of(batch.global_batch, group.rank, group.size)
+                positions = share_of(batch.global_batch, *share)
                 lr = learning_rate(step, config.lr, config.warmup_steps, config.decay_steps, config.steps)
                 max_norm = config.clip_norm if step > config.clip_start else None
                 with group.computation():
                     losses = backward(task, step, positions, batch.video, condition, batch.global_batch)
                     saver.settle()
+                    losses *= not (team and team.rank)  # those of the first of a team count
                     metrics = state.update(step, losses, lr, max_norm, group)
                 for network in gates:
                     network.open_gate(gate_opening(step, initial_opening, config.gate_steps))
