@@ -98,16 +98,15 @@ def encode_dataset(
     new_captions = 0
     if text:
         del encoder
-        store = (store_captions, out, text, captions, caption_part, begin, caption_progress)
-        new_captions = ranks.run_on_rank0(*store)
+        caption_work = (out, text, captions, caption_part, begin, caption_progress)
+        new_captions = ranks.run_on_rank0(store_captions, *caption_work)
         text.free()
         encoder = Encoder(config, built(codec), dtype, seed, stride, crops)
     if any(shard.refused is None for shard in shards):
         ranks.run_on_rank0(begin)
     write_shards(shards, encoder, progress, ranks)
-    counted = {"captions": len(captions), "new_captions": new_captions}
-    total = ranks.run_on_rank0(finish, out, source, shards, encoder, settings)
-    return {"out": str(out), **counted, **total, "classes": source.classes}
+    facts = {"out": str(out), "captions": len(captions), "new_captions": new_captions}
+    return {**facts, **ranks.run_on_rank0(finish, out, source, shards, encoder, settings)}
 
 
 def finish(
@@ -122,7 +121,7 @@ def finish(
         manifest["exact_prefix"] = has_exact_prefixes(encoder.codec, encoder.config.frames)
     write_manifest(out, settings, True, **manifest)
     remove_leftovers(out, {shard.path for shard in shards})
-    return counts(manifest, encoder, shards)
+    return {**counts(manifest, encoder, shards), "classes": source.classes}
 
 
 def open_source(
