@@ -45,8 +45,11 @@ def shell_lines(text: str) -> list[str]:
 
 
 def inline_lines(text: str) -> list[str]:
-    """Commands in running text: `latte ...`."""
-    return re.findall(r"`((?:\.venv/bin/)?latte [^`\n]*)`", FENCE.sub("", text))
+    """Commands in running text, `latte ...`, and those of fenced blocks without a language."""
+    plain = [line for block in blocks(text, "") for line in block.splitlines() if line.startswith("latte ")]
+    return [line.split("  ")[0] for line in plain] + re.findall(
+        r"`((?:\.venv/bin/)?latte [^`\n]*)`", FENCE.sub("", text)
+    )
 
 
 def words_of(line: str) -> list[str] | None:
