@@ -14,8 +14,9 @@ from book import blocks
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-INSTALL_AND_RUN = "python3 -m venv .venv && .venv/bin/python -m pip install -q -e . && .venv/bin/latte demo"
-INSTALL_AND_TEST = "python3 -m venv .venv && .venv/bin/python -m pip install -q -e '.[test]' && .venv/bin/python -m pytest -q"
+INSTALL = "python3 -m venv .venv && .venv/bin/python -m pip install -q -e {} -c .ci/constraints.txt"
+INSTALL_AND_RUN = INSTALL.format(".") + " && .venv/bin/latte demo"
+INSTALL_AND_TEST = INSTALL.format("'.[test]'") + " && .venv/bin/python -m pytest -q"
 
 
 def ci_steps(script: str) -> list[str]:
