@@ -204,6 +204,27 @@ def test_the_weights_may_change_when_the_copy_is_taken(tmp_path, monkeypatch):
     assert load_checkpoint(tmp_path / "checkpoints/step-1").tensors["model"]["w"].tolist() == [1.0] * 3
 
 
+class OnGPU:
+    """Stands for a tensor of the second GPU of a machine."""
+
+    shape = torch.Size([3])
+    dtype = torch.float32
+    device = torch.device("cuda:1")
+
+    def detach(self) -> torch.Tensor:
+        return torch.ones(3)
+
+
+def test_the_copy_waits_for_the_gpu_that_it_reads(tmp_path, monkeypatch):
+    waited = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: waited.append(device))
+    saver = Saver(tmp_path, Group(), asynchronous=True)
+    saver.buffers["model", "w"] = torch.zeros(3)
+    found = saver.staged({"model": {"w": OnGPU()}, "ema": {"step": torch.ones(2)}})
+    assert found["model"]["w"].tolist() == [1.0] * 3
+    assert waited == [torch.device("cuda:1")], "a thread's own device is the first, whatever training uses"
+
+
 def test_a_save_that_fails_stops_the_run_at_the_next_one_or_at_its_end(tmp_path):
     (tmp_path / "checkpoints").touch()
     for go_on in (lambda saver: saver.finish(), lambda saver: saver.save(2, {}, {})):

@@ -159,6 +159,7 @@ class Saver:
         if not self.asynchronous:
             return own
         found: dict[str, dict[str, Tensor]] = {}
+        gpus: set[torch.device] = set()
         for group, members in own.items():
             found[group] = {}
             for name, tensor in members.items():
@@ -169,8 +170,10 @@ class Saver:
                     buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=pinned)
                     self.buffers[key] = buffer
                 found[group][name] = buffer.copy_(tensor.detach(), non_blocking=True)
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
+                if tensor.device.type == "cuda":
+                    gpus.add(tensor.device)
+        for gpu in gpus:  # named: the current GPU of a new thread is the first one
+            torch.cuda.synchronize(gpu)
         self.copied.set()
         return found
 
