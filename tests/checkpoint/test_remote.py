@@ -184,6 +184,51 @@ def test_a_store_that_cannot_be_used_is_one_line_before_training(tmp_path, monke
     assert not (tmp_path / "run/checkpoints").exists()
 
 
+def test_a_store_that_does_not_answer_does_not_keep_the_process():
+    code = (
+        "import time\n"
+        "from latte.checkpoint import remote\n"
+        "remote.ANSWER_SECONDS = 0.1\n"
+        "try:\n"
+        "    remote.Store('memory://x', 'train.mirror').asked(time.sleep, 3600)\n"
+        "except remote.InputError:\n"
+        "    print('refused')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=40)
+    assert done.stdout == "refused\n", done.stderr
+
+
+def test_what_a_copy_left_of_a_removed_checkpoint_is_removed(memory, tmp_path):
+    mirror = Mirror(memory, tmp_path)
+    store = Store(memory, "x")
+    store.put(checkpoint(tmp_path, 1) / "ema.safetensors", "checkpoints", "step-1", "ema.safetensors")
+    for step in (2, 3):
+        checkpoint(tmp_path, step)
+    mirror.copy(tmp_path / "checkpoints/step-3")
+    assert store.names("checkpoints", "step-1") == []
+    assert steps_in(memory) == ["step-3"]
+
+
+def test_a_fetch_that_is_interrupted_loses_no_metrics(memory, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here/metrics.jsonl").write_text("{}\n")
+    Mirror(memory, tmp_path / "here").copy(checkpoint(tmp_path / "here", 1))
+    real = Store.get
+
+    def stop(store: Store, file: Path, *names: str) -> None:
+        if names == ("metrics.jsonl",):
+            raise InputError("the network is gone")
+        real(store, file, *names)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "get", stop)
+        with pytest.raises(InputError, match="the network is gone"):
+            fetch_run(memory, tmp_path / "there")
+    fetch_run(memory, tmp_path / "there")
+    assert (tmp_path / "there/metrics.jsonl").read_text() == "{}\n"
+    assert [path.name for path in list_checkpoints(tmp_path / "there")] == ["step-1"]
+
+
 def latents(folder: Path, value: float, settings: str) -> None:
     """A folder that looks as one of latents to ``local_copy``."""
     folder.mkdir(exist_ok=True)
@@ -207,6 +252,29 @@ def test_latents_are_copied_once_and_again_when_they_were_encoded_again(tmp_path
     local_copy(url)
     assert shard.read_bytes() != first
     assert (folder / "manifest.json").read_text() == '{"settings": "b"}'
+
+
+def test_latents_that_were_copied_before_an_interruption_are_kept(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    latents(tmp_path / "latents", 1.0, "a")
+    save_file({"y": torch.ones(3)}, tmp_path / "latents/shard-00001.safetensors")
+    copied = []
+    real = Store.get
+
+    def get(store: Store, file: Path, *names: str) -> None:
+        copied.append(names[-1])
+        if copied == ["shard-00000.safetensors", "shard-00001.safetensors"]:
+            raise InputError("the network is gone")
+        real(store, file, *names)
+
+    monkeypatch.setattr(Store, "get", get)
+    for _ in range(2):
+        try:
+            folder = local_copy(f"file://{tmp_path / 'latents'}")
+        except InputError:
+            continue
+    assert copied == ["shard-00000.safetensors", "shard-00001.safetensors", "shard-00001.safetensors"]
+    assert len(list(folder.glob("*.safetensors"))) == 2
 
 
 @pytest.fixture

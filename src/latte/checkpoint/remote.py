@@ -12,7 +12,7 @@ import hashlib
 import sys
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
@@ -111,22 +111,32 @@ class Store:
 
     def checkpoints(self) -> list[str]:
         """Return the names of the complete checkpoints, oldest first."""
+        return [name for name in self.begun() if self.has("checkpoints", name, MANIFEST)]
+
+    def begun(self) -> list[str]:
+        """Return the names of the checkpoints of which there are files, complete or not, oldest first."""
         names = [name for name in self.names("checkpoints") if name.removeprefix("step-").isdecimal()]
-        complete = [name for name in names if self.has("checkpoints", name, MANIFEST)]
-        return sorted(complete, key=lambda name: step_of(Path(name)))
+        return sorted(names, key=lambda name: step_of(Path(name)))
 
     def asked(self, function: Callable[..., T], *arguments: Any) -> T:
         """Return ``function(*arguments)`` of a store that answers in time; InputError when it does not, or
         refuses.
         """
-        pool = ThreadPoolExecutor(1)
-        future = pool.submit(function, *arguments)
-        pool.shutdown(wait=False)
+        answer: Future[T] = Future()
+
+        def ask() -> None:
+            try:
+                answer.set_result(function(*arguments))
+            except BaseException as error:
+                answer.set_exception(error)
+
+        # A daemon: those of a pool would keep the process until the store answers.
+        threading.Thread(target=ask, daemon=True, name="store").start()
         reason = f"no answer within {ANSWER_SECONDS:g} s"
-        if wait([future], ANSWER_SECONDS).done:
-            error = future.exception()
+        if wait([answer], ANSWER_SECONDS).done:
+            error = answer.exception()
             if error is None:
-                return future.result()
+                return answer.result()
             if not isinstance(error, FAILURES):
                 raise error
             reason = first_line(error)
@@ -166,13 +176,10 @@ def fetch_run(url: str | None, run_dir: Path) -> None:
         path = run_dir / "checkpoints" / name
         try:
             with reported(f"{url}/checkpoints/{name}", path):
-                commit_folder(path, lambda folder, name=name: fetch_checkpoint(store, name, folder))
+                commit_folder(path, lambda folder, name=name: fetch_checkpoint(store, name, folder, run_dir))
         except Damaged as error:
             print(f"warning: {url}/checkpoints/{name} was passed over: {error}", file=sys.stderr)
             continue
-        for file in store.asked(store.names):
-            if is_small(Path(file)):
-                store.get(run_dir / file, file)
         print(f"notice: {name} was fetched from {url}", file=sys.stderr)
         return
     check(
@@ -182,14 +189,19 @@ def fetch_run(url: str | None, run_dir: Path) -> None:
     )
 
 
-def fetch_checkpoint(store: Store, name: str, folder: Path) -> None:
-    """Copy a checkpoint of the store into the empty ``folder`` and verify it."""
+def fetch_checkpoint(store: Store, name: str, folder: Path, run_dir: Path) -> None:
+    """Copy a checkpoint of the store into the empty ``folder`` and verify it, then the small files of the run
+    into ``run_dir``: an interrupted fetch leaves no checkpoint, so the next start brings them.
+    """
     for file in store.asked(store.names, "checkpoints", name):
         store.get(folder / file, "checkpoints", name, file)
     try:
         verify(folder)
     except InputError as error:
         raise Damaged(str(error)) from error
+    for file in store.asked(store.names):
+        if is_small(Path(file)):
+            store.get(run_dir / file, file)
 
 
 def is_small(file: Path) -> bool:
@@ -217,13 +229,13 @@ def local_copy(url: str) -> Path:
         if not known.is_file() or known.read_bytes() != manifest:
             for file in folder.glob("*.safetensors"):
                 file.unlink()
+            commit_file(known, manifest.decode())  # first: what is copied now is kept after an interruption
         for name in names:
             file = folder / name
             size = store.asked(store.size, name)
             if not file.is_file() or file.stat().st_size != size:
                 with reported(f"{url}/{name}", file, size):
                     commit_file(file, lambda path, name=name: store.get(path, name))
-        commit_file(known, manifest.decode())
     return folder
 
 
@@ -288,7 +300,7 @@ class Mirror:
                 store.put(file, file.name)
         kept = {path.name for path in list_checkpoints(self.run_dir)}
         step = step_of(checkpoint)
-        for name in store.checkpoints():
+        for name in store.begun():
             if name not in kept and step_of(Path(name)) < step:
                 for file in sorted(store.names("checkpoints", name), key=lambda file: file != MANIFEST):
                     store.remove("checkpoints", name, file)
