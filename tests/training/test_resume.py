@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,8 +21,10 @@ from latte.checkpoint import run as checkpoints
 from latte.checkpoint.record import source_commit
 from latte.checkpoint.run import latest_checkpoint, list_checkpoints
 from latte.checks import InputError
+from latte.data.mix import MixDataset, MixedSet
 from latte.training import saving
 from latte.training.config import TrainConfig
+from latte.training.resume import run_facts
 from several import started, together
 from tiny_runs import FORKS, SHORT, TINY, Latents, assert_same, curve, run, tiny_model
 
@@ -138,6 +141,22 @@ def test_a_run_of_another_configuration_is_refused_with_every_difference(tmp_pat
         "  data.flip: the run has nothing, you gave true",
     ]
     assert (tmp_path / "config.yaml").read_text() == written
+
+
+class Encoded(Latents):
+    """Latents that record their codec."""
+
+    def describe(self):
+        return {**super().describe(), "codec": "0123456789abcdef"}
+
+
+def test_a_run_on_a_mix_of_latents_has_their_codec():
+    mix = MixDataset([MixedSet(name, 1, Encoded()) for name in ("A", "B")])
+    facts = run_facts(tiny_model(), None, mix, SHORT, 0)
+    assert facts["codec"] == "0123456789abcdef", "sampling refuses another one by it"
+    other = SimpleNamespace(name="other", fingerprint="fedcba9876543210")
+    with pytest.raises(InputError, match="but the latents were made with 0123456789abcdef"):
+        run_facts(tiny_model(), other, mix, SHORT, 0)
 
 
 def test_the_optimisers_settings_may_change_and_it_is_said(tmp_path, capsys):

@@ -132,15 +132,17 @@ class MixDataset:
         return self.named(part.dataset.image(index, generator), part)
 
     def describe(self) -> dict[str, Any]:
-        """Return what the sets are, their weights and their order."""
+        """Return what the sets are, their weights and their order; of latents also the codec."""
         described = {part.name: part.dataset.describe() for part in self.all_sets}
         content = [[name, {key: facts.get(key) for key in COUNTED}] for name, facts in described.items()]
         sets = {}
         for part in self.all_sets:
             facts = {key: value for key, value in described[part.name].items() if key not in COUNTED}
             sets[part.name] = {"weight": part.weight, **facts}
+        codec = {"codec": described[self.sets[0].name].get("codec")} if self.latent else {}
         return {
             "kind": "mix",
+            **codec,
             "clips": len(self),
             "classes": self.classes,
             "content": hashlib.sha256(json.dumps(content).encode()).hexdigest(),
