@@ -151,6 +151,26 @@ def test_alone_everything_is_a_plain_call():
     assert group.run_on_rank0(lambda a, b: a + b, 1, 2) == 3
 
 
+class Answering:
+    """A store in which every process has reported that the operation failed."""
+
+    def set(self, *entry) -> None: ...
+
+    set_timeout = set
+
+    def check(self, keys: list[str]) -> bool:
+        return True
+
+
+def test_a_lost_connection_is_reported_once():
+    group = Group(0, 2, 5.0, store=Answering())
+    once = r"connection \(\[gloo/tcp\] closed\); check the network, [^;]*$"
+    with pytest.raises(RunError, match=once), group.computation(), group.collective():
+        raise RuntimeError("[gloo/tcp] closed")
+    with pytest.raises(RunError, match=r"^clips/gloo\.mp4 cannot be written$"), group.computation():
+        raise RunError("clips/gloo.mp4 cannot be written")
+
+
 def one_stops(rank: int, port: int, folder: str, pipe, config: TrainConfig) -> None:
     """A process of two; rank 1 stops for good when training has begun, as on a machine that hangs."""
     torch.set_num_threads(1)

@@ -264,6 +264,8 @@ class Group:
         """``collective`` for computation that contains such operations: its other errors pass unchanged."""
         try:
             yield
+        except RunError:  # says already what happened
+            raise
         except RuntimeError as error:
             if not (isinstance(error, dist.DistError) or "gloo" in str(error)):
                 raise
