@@ -32,10 +32,13 @@ def time_codecs(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def quick_start(monkeypatch: pytest.MonkeyPatch) -> None:
     """Worker processes from a fork server that has imported torch already; ``spawn`` imports it for each."""
+    from multiprocessing import forkserver
+
     from latte.data import loader
     from latte.evaluation import features
     from tiny_runs import FORKS
 
     assert loader.START_METHOD == "spawn"
+    forkserver.ensure_running()  # the loader blocks signals: a server that starts then would pass that on
     monkeypatch.setattr(loader, "START_METHOD", FORKS)
     monkeypatch.setattr(features, "get_context", {"spawn": FORKS}.__getitem__)

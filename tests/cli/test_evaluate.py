@@ -328,11 +328,7 @@ def test_stages_alone(latte, sides):
     planned = latte(
         "evaluate", "real", "fake", "--protocol", "tiny", "--out", "out", "--until", "plan", "--json"
     ).json
-    assert sorted(path.name for path in (sides / "out").iterdir()) == [
-        "clips.jsonl",
-        "dropped.jsonl",
-        "probes",
-    ]
+    assert sorted(path.name for path in (sides / "out").iterdir()) == ["clips.jsonl", "dropped.jsonl"]
     scored = latte("evaluate", "real", "fake", "--protocol", "tiny", "--out", "out", "--json").json
     assert planned["plan_sha256"] == scored["plan_sha256"]
 

@@ -48,7 +48,9 @@ def test_the_run_folder_reloads_to_the_configuration_of_the_command(latte, run_f
     lines = {f"{run_folder / 'config.yaml'}:{line}" for line in range(1, 400)}
     assert set(origins.values()) <= {*lines, "the run folder", "default"}
     left_out = {key for key, origin in origins.items() if origin == "default"}
-    assert left_out <= {"model.qk_norm", "model.value_residual", "model.mlp"}, "all others are recorded"
+    assert left_out <= {"model.qk_norm", "model.value_residual", "model.mlp", "data.mix"}, (
+        "all others are recorded"
+    )
     assert yaml.safe_load((run_folder / "config.yaml").read_text())["version"] == 1
 
 

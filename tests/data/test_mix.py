@@ -3,6 +3,7 @@
 
 from collections import Counter
 from dataclasses import replace
+from multiprocessing import forkserver
 
 import pytest
 import torch
@@ -101,6 +102,7 @@ def ids(name: str, world: int, workers: int, start: int) -> list[list[str]]:
 )
 def test_the_ids_of_a_step_do_not_depend_on_processes_workers_and_restarts(name, world, workers, monkeypatch):
     """63 combinations for each kind of data; with workers, the everyday suite restarts once."""
+    forkserver.ensure_running()  # the loader blocks signals: a server that starts then would pass that on
     monkeypatch.setattr(loader_module, "START_METHOD", FORKS)
     expected = ids(name, 1, 0, 0)
     assert len(expected) == STOP

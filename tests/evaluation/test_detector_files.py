@@ -232,7 +232,9 @@ def test_the_offline_switch_holds_whenever_it_is_set(switch, published, monkeypa
     monkeypatch.setenv(switch, "1")
     assert is_offline()
     with pytest.raises(
-        InputError, match=r"needs c3d_small.pt, .*offline; download it \(https://example.org/c3d_small.pt\)"
+        InputError,
+        match=r"needs c3d_small.pt, .*offline; download it \(https://example.org/c3d_small.pt; [0-9,]+ bytes; "
+        r"sha256 [0-9a-f]{64}\)",,
     ):
         find_weights("c3d", NETWORK)
 

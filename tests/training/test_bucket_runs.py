@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from latte import distributed
 from latte.checkpoint.run import latest_checkpoint, load_checkpoint
 from latte.checks import InputError
 from latte.data.base import Clip
@@ -20,7 +21,6 @@ from latte.data.buckets import Bucket, Buckets
 from latte.data.joint import JointDataset
 from latte.data.order import order_of
 from latte.runtime import generator
-from latte.training import distributed
 from latte.training.callbacks import Callback
 from latte.training.step import micro_batch_of
 from tiny_runs import FORKS, SHORT, TINY, assert_same, curve, run, tiny_model

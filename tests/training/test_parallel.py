@@ -175,7 +175,7 @@ def split_runs(rank: int, folder: Path, names: tuple[str, ...], resumed: tuple[P
         run(folder / "options", WITH_OPTIONS, model=tiny_model(OPTIONS))
     next_group()
     found = results, bytes_of_training("fsdp"), sampled(folder / "sampled")
-    if len(names) > 1:
+    if "accumulated" not in names:
         return found
     return (*found, reloaded(folder.parent / "4/fsdp"))
 

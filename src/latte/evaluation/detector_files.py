@@ -242,8 +242,12 @@ def refuse_download(detector: str, file: PublicFile) -> None:
     """InputError that says where to get ``file`` by hand."""
     reason = "this machine is offline" if is_offline() else "it cannot be downloaded automatically"
     hints = [url.removeprefix("hf://") for url in file.urls[:1]]
-    hints += [f"{file.size:,} bytes"] * bool(file.size) + [f"sha256 {file.sha256}"] * bool(file.sha256)
-    hints += [file.note] * bool(file.note)
+    if file.size:
+        hints.append(f"{file.size:,} bytes")
+    if file.sha256:
+        hints.append(f"sha256 {file.sha256}")
+    if file.note:
+        hints.append(file.note)
     raise InputError(
         f"detector {detector!r} needs {file.name}, which is not in {cache_dir()}, and {reason}; download it "
         f"({'; '.join(hints)}) and give its path by --detector, or put it into that folder; --protocol "
