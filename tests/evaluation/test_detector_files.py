@@ -233,8 +233,8 @@ def test_the_offline_switch_holds_whenever_it_is_set(switch, published, monkeypa
     assert is_offline()
     with pytest.raises(
         InputError,
-        match=r"needs c3d_small.pt, .*offline; download it \(https://example.org/c3d_small.pt; [0-9,]+ bytes; "
-        r"sha256 [0-9a-f]{64}\)",,
+        match=r"needs c3d_small.pt, .*offline; download it \(https://example.org/c3d_small.pt; [0-9,]+ bytes"
+        r"; sha256 [0-9a-f]{64}\)",
     ):
         find_weights("c3d", NETWORK)
 
