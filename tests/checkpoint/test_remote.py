@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 
 from latte.checkpoint import remote
 from latte.checkpoint.remote import MANIFEST, Mirror, Store, fetch_run, local_copy
-from latte.checkpoint.run import list_checkpoints, save_checkpoint
+from latte.checkpoint.run import list_checkpoints, load_checkpoint, save_checkpoint
 from latte.checks import InputError, RunError
 from latte.training.config import TrainConfig
 from tiny_runs import SHORT, assert_same, run
@@ -227,6 +227,22 @@ def test_a_fetch_that_is_interrupted_loses_no_metrics(memory, tmp_path, monkeypa
     fetch_run(memory, tmp_path / "there")
     assert (tmp_path / "there/metrics.jsonl").read_text() == "{}\n"
     assert [path.name for path in list_checkpoints(tmp_path / "there")] == ["step-1"]
+
+
+def test_the_best_checkpoint_is_fetched_too(memory, tmp_path, capsys):
+    mirror = Mirror(memory, tmp_path)
+    for step in (1, 2, 3):
+        about = {"best": {"step": 1}}
+        mirror.copy(save_checkpoint(tmp_path, step, {"ema": {"w": torch.ones(3)}}, about, 1, {1}))
+    assert steps_in(memory) == ["step-1", "step-3"]
+    fetch_run(memory, tmp_path / "there")
+    assert [path.name for path in list_checkpoints(tmp_path / "there")] == ["step-1", "step-3"]
+    assert load_checkpoint(tmp_path / "there/checkpoints/step-1").step == 1
+    Store(memory, "x").remove("checkpoints", "step-1", "ema.safetensors")
+    capsys.readouterr()
+    fetch_run(memory, tmp_path / "elsewhere")
+    assert "checkpoints/step-1, the best one, was passed over" in capsys.readouterr().err
+    assert [path.name for path in list_checkpoints(tmp_path / "elsewhere")] == ["step-3"]
 
 
 def latents(folder: Path, value: float, settings: str) -> None:

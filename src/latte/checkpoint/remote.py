@@ -9,6 +9,7 @@ take them, never from the URL.
 
 import errno
 import hashlib
+import json
 import sys
 import threading
 from collections.abc import Callable
@@ -18,7 +19,7 @@ from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from latte.checkpoint.lock import folder_lock
-from latte.checkpoint.run import MANIFEST, list_checkpoints, step_of, verify
+from latte.checkpoint.run import MANIFEST, STATE, list_checkpoints, step_of, verify
 from latte.checks import InputError, RunError, check, printable
 from latte.files import commit_file, commit_folder, reported, user_cache
 
@@ -157,8 +158,8 @@ class Damaged(Exception):
 
 
 def fetch_run(url: str | None, run_dir: Path) -> None:
-    """Bring the newest good checkpoint of the store ``url``, with the small files beside it, into ``run_dir``
-    unless that has one as new. Nothing to do without a URL.
+    """Bring the newest good checkpoint of the store ``url``, with the best one and the small files beside it,
+    into ``run_dir`` unless that has one as new. Nothing to do without a URL.
 
     InputError for a store that cannot be read or written: that is found out here, before anything is trained.
     A damaged checkpoint is passed over with a warning.
@@ -176,7 +177,7 @@ def fetch_run(url: str | None, run_dir: Path) -> None:
         path = run_dir / "checkpoints" / name
         try:
             with reported(f"{url}/checkpoints/{name}", path):
-                commit_folder(path, lambda folder, name=name: fetch_checkpoint(store, name, folder, run_dir))
+                commit_folder(path, lambda folder, name=name: fetch_with_others(store, name, folder, run_dir))
         except Damaged as error:
             print(f"warning: {url}/checkpoints/{name} was passed over: {error}", file=sys.stderr)
             continue
@@ -189,19 +190,35 @@ def fetch_run(url: str | None, run_dir: Path) -> None:
     )
 
 
-def fetch_checkpoint(store: Store, name: str, folder: Path, run_dir: Path) -> None:
-    """Copy a checkpoint of the store into the empty ``folder`` and verify it, then the small files of the run
-    into ``run_dir``: an interrupted fetch leaves no checkpoint, so the next start brings them.
+def fetch_with_others(store: Store, name: str, folder: Path, run_dir: Path) -> None:
+    """``fetch_checkpoint``, then the best checkpoint and the small files of the run into ``run_dir``: an
+    interrupted fetch does not commit ``folder``, so the next start brings them.
     """
+    fetch_checkpoint(store, name, folder)
+    state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+    best = f"step-{state['best']['step']}" if state.get("best") else name
+    path = run_dir / "checkpoints" / best
+    if best != name and not path.exists():
+        try:
+            commit_folder(path, lambda empty: fetch_checkpoint(store, best, empty))
+        except Damaged as error:
+            print(
+                f"warning: {store.url}/checkpoints/{best}, the best one, was passed over: {error}",
+                file=sys.stderr,
+            )
+    for file in store.asked(store.names):
+        if is_small(Path(file)):
+            store.get(run_dir / file, file)
+
+
+def fetch_checkpoint(store: Store, name: str, folder: Path) -> None:
+    """Copy a checkpoint of the store into the empty ``folder`` and verify it."""
     for file in store.asked(store.names, "checkpoints", name):
         store.get(folder / file, "checkpoints", name, file)
     try:
         verify(folder)
     except InputError as error:
         raise Damaged(str(error)) from error
-    for file in store.asked(store.names):
-        if is_small(Path(file)):
-            store.get(run_dir / file, file)
 
 
 def is_small(file: Path) -> bool:
