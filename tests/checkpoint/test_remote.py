@@ -245,6 +245,17 @@ def test_the_best_checkpoint_is_fetched_too(memory, tmp_path, capsys):
     assert [path.name for path in list_checkpoints(tmp_path / "elsewhere")] == ["step-3"]
 
 
+def test_a_damaged_checkpoint_here_is_replaced_by_the_good_one_of_the_store(memory, tmp_path):
+    path = checkpoint(tmp_path, 3)
+    Mirror(memory, tmp_path).copy(path)
+    weights = path / "ema.safetensors"
+    good = weights.read_bytes()
+    weights.write_bytes(good[:-1] + b"!")
+    fetch_run(memory, tmp_path)
+    assert weights.read_bytes() == good
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step-3"]
+
+
 def latents(folder: Path, value: float, settings: str) -> None:
     """A folder that looks as one of latents to ``local_copy``."""
     folder.mkdir(exist_ok=True)

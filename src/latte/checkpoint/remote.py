@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from latte.checkpoint.lock import folder_lock
-from latte.checkpoint.run import MANIFEST, STATE, list_checkpoints, step_of, verify
+from latte.checkpoint.run import MANIFEST, STATE, latest_checkpoint, list_checkpoints, step_of, verify
 from latte.checks import InputError, RunError, check, printable
 from latte.files import commit_file, commit_folder, reported, user_cache
 
@@ -159,7 +159,7 @@ class Damaged(Exception):
 
 def fetch_run(url: str | None, run_dir: Path) -> None:
     """Bring the newest good checkpoint of the store ``url``, with the best one and the small files beside it,
-    into ``run_dir`` unless that has one as new. Nothing to do without a URL.
+    into ``run_dir`` unless that has a good one as new. Nothing to do without a URL.
 
     InputError for a store that cannot be read or written: that is found out here, before anything is trained.
     A damaged checkpoint is passed over with a warning.
@@ -169,7 +169,7 @@ def fetch_run(url: str | None, run_dir: Path) -> None:
     store = Store(url, "train.mirror")
     store.asked(store.make_folder)
     store.asked(store.fs.pipe_file, store.path(MARK), b"")
-    own = max(map(step_of, list_checkpoints(run_dir)), default=0)
+    own = newest_good_step(run_dir)
     names = store.asked(store.checkpoints)
     for name in reversed(names):
         if step_of(Path(name)) <= own:
@@ -188,6 +188,15 @@ def fetch_run(url: str | None, run_dir: Path) -> None:
         f"no checkpoint of {printable(url)} can be read, all {len(names)} are damaged (see the warnings); "
         "restore one from a backup, or train into another train.mirror",
     )
+
+
+def newest_good_step(run_dir: Path) -> int:
+    """Return the step of the newest checkpoint whose files are intact, 0 without one."""
+    try:
+        path = latest_checkpoint(run_dir, warn=lambda warning: None)
+    except InputError:  # all are damaged
+        return 0
+    return step_of(path) if path else 0
 
 
 def fetch_with_others(store: Store, name: str, folder: Path, run_dir: Path) -> None:
