@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from support import noise
 
 from latte.checks import InputError, RunError
-from latte.files import commit_file, commit_folder, reported, sweep_checkpoints
+from latte.files import commit_file, commit_folder, reported, size_text, sweep_checkpoints
 
 
 def write_one(folder) -> None:
@@ -127,6 +127,20 @@ def test_a_failed_write_changes_nothing_and_is_one_line(tmp_path):
         assert "\n" not in str(error.value)
     assert sorted(item.name for item in tmp_path.rglob("*")) == ["a.txt", "ours", "text"]
     assert (tmp_path / "text").read_text() == "before"
+
+
+def test_a_file_in_the_place_of_a_folder_is_named(tmp_path):
+    (tmp_path / "taken").write_text("")
+    path = tmp_path / "taken" / "page.html"
+    with (
+        pytest.raises(RunError, match=r"write it to .*: \S*/taken is a file, where a folder is needed"),
+        reported("it", path),
+    ):
+        path.parent.mkdir(parents=True, exist_ok=True)
+
+
+def test_small_sizes_are_not_zero():
+    assert [size_text(number) for number in (4096, 3 << 20, 3 << 30)] == ["4.0 KiB", "3.0 MiB", "3.00 GiB"]
 
 
 def test_a_rename_that_fails_puts_the_earlier_folder_back(tmp_path, monkeypatch):

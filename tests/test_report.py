@@ -17,8 +17,9 @@ from latte.cli.main import app
 from latte.evaluation.evaluate import EvaluateConfig
 from latte.evaluation.manifest import ADDED, GROUPS, manifest_hash
 from latte.evaluation.scores import score
-from latte.report import differences, open_runs, paired_interval, setting_rows, write_comparison
+from latte.report import differences, open_runs, paired_interval, setting_rows, summaries, write_comparison
 from latte.runtime import generator
+from latte.training.report import headline
 
 CONFIG = EvaluateConfig("builtin", clips=64)
 ROWS = 64
@@ -120,9 +121,25 @@ def test_the_page_overlays_curves_and_puts_same_seeds_together(tmp_path):
     assert len(set(clips)) == 2, "each run's own clips"
 
 
+def test_a_loss_older_than_the_last_step_says_its_step(tmp_path):
+    folder = write_run(tmp_path / "a")
+    assert summaries(open_runs([folder]))[0]["loss"] == "0.05"
+    (folder / "validation.jsonl").write_text('{"step": 29, "validation/loss": 2.0}\n')
+    (row,) = summaries(open_runs([folder]))
+    assert (row["step"], row["loss"]) == (29, "0.05 (step 20)")
+    assert "loss at step 20" in headline(open_runs([folder])[0])
+
+
 def test_only_settings_that_differ_are_listed_and_never_the_folder(tmp_path):
     runs = open_runs([write_run(tmp_path / "a"), write_run(tmp_path / "b", lr=2e-3)])
     assert setting_rows(runs) == [("train.lr", "0.001", "0.002")]
+
+
+def test_a_setting_that_is_stored_only_if_changed_is_shown_with_its_default(tmp_path):
+    folders = [write_run(tmp_path / "a"), write_run(tmp_path / "b")]
+    config = json.loads((folders[1] / "config.yaml").read_text())
+    (folders[1] / "config.yaml").write_text(json.dumps({**config, "model": {"qk_norm": True, "mlp": "gelu"}}))
+    assert setting_rows(open_runs(folders)) == [("model.qk_norm", "false", "true")]
 
 
 def test_runs_of_the_same_name_get_their_paths(tmp_path):

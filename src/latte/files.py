@@ -43,6 +43,12 @@ def reported(what: str, path: Path, needed: int | None = None, kept: str = "") -
         yield
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or str(error)
+        in_the_way = next((parent for parent in path.absolute().parents if parent.is_file()), None)
+        if in_the_way:
+            raise RunError(
+                f"could not write {what} to {path}: {in_the_way} is a file, where a folder is needed; "
+                "choose another place"
+            ) from error
         amount = ""
         if needed is not None:
             amount = f"; {needed:,} bytes are needed there"
@@ -53,7 +59,9 @@ def reported(what: str, path: Path, needed: int | None = None, kept: str = "") -
 
 
 def size_text(number: int) -> str:
-    """Return a number of bytes in MiB or GiB."""
+    """Return a number of bytes in KiB, MiB or GiB."""
+    if number < 2**20 / 10:
+        return f"{number / 2**10:.1f} KiB"
     return f"{number / 2**30:.2f} GiB" if number >= 2**30 else f"{number / 2**20:.1f} MiB"
 
 

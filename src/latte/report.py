@@ -24,7 +24,7 @@ from latte.files import commit_file, reported
 from latte.page import html
 from latte.training.history import SCORES, History, check_comparable, column, read_history, read_json
 from latte.training.report import curves, first_score, sample_parts, score_parts, score_title
-from latte.training.resume import flatten
+from latte.training.resume import DEFAULTS, flatten
 
 LEVEL = 0.95  # of the interval of a difference
 UNCOMPARED = ("run.dir", "started", "commit")
@@ -98,7 +98,10 @@ def summaries(runs: Sequence[History]) -> list[dict[str, object]]:
     rows = []
     for run in runs:
         losses = column(run.held_out, "validation/loss")[1]
-        loss = html.number(run.values("loss")[1][-1])
+        loss_steps, values = run.values("loss")
+        loss = html.number(values[-1])
+        if loss_steps[-1] < run.step:
+            loss += f" (step {loss_steps[-1]:,})"
         row: dict[str, object] = {"run": run.name, "step": run.step, "loss": loss}
         row["lowest held-out loss"] = html.number(min(losses)) if losses else "-"
         row["newest score"] = "-"
@@ -116,7 +119,7 @@ def setting_rows(runs: Sequence[History]) -> list[tuple[str, ...]]:
     """Return (key, value of each run) of the settings, the device and the versions that are not all equal."""
     flat = [flatten(run.config) | flatten(read_json(run.folder / "env.json")) for run in runs]
     keys = dict.fromkeys(key for values in flat for key in values if key not in UNCOMPARED)
-    rows = [(key, *(values.get(key, "-") for values in flat)) for key in keys]
+    rows = [(key, *(values.get(key, DEFAULTS.get(key, "-")) for values in flat)) for key in keys]
     return [row for row in rows if len(set(row[1:])) > 1]
 
 

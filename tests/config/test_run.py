@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from latte.checks import InputError
 from latte.config.describe import describe_keys, field_comments
+from latte.config.layers import OTHER_NAMES
 from latte.config.run import DERIVED, HINTS, RunConfig, flat, load_run, recipes, schema
 from latte.model.text import TextConfig
 
@@ -31,6 +32,24 @@ def refused(run, overrides=()):
     with pytest.raises(InputError) as error:
         load_run(run, overrides)
     return str(error.value).split("\n")
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("train.batch_size", "train.global_batch"),
+        ("train.learning_rate", "train.lr"),
+        ("data.num_frames", "data.frames"),
+        ("model.hidden_size", "model.width"),
+    ],
+)
+def test_names_of_other_programs_are_understood(name, meant):
+    assert refused("shapes", [f"{name}=4"])[0].endswith(f"did you mean {meant!r}?")
+
+
+def test_other_names_mean_settings_that_exist():
+    assert set(OTHER_NAMES.values()) <= set(HINTS)
+    assert not set(OTHER_NAMES) & set(HINTS)
 
 
 def test_a_value_comes_from_the_last_layer_that_names_it(tmp_path, monkeypatch):

@@ -68,7 +68,7 @@ def test_the_verdict_in_words():
         return verdict_text(judge(TRAIN, BATCH, HELD, torch.device(device), available, count))
 
     assert words("cpu", 1 << 30).startswith(
-        "fits: a step needs 0.0 MiB on each device, this machine has 1.00"
+        "fits: a step needs 0.2 KiB on each device, this machine has 1.00"
     )
     assert words("cuda", None).endswith("no cuda is here; give its memory in GiB, e.g. --memory 80")
     assert "less than 10% to spare; fits with train.micro_batch=4: " in words("cpu", 201)

@@ -87,6 +87,8 @@ def test_epochs_are_counted_when_the_data_are_there(tmp_path):
         write_mp4(tmp_path / f"{index}.mp4", render(draw_scene(0, index, 4), 4, 16, 16))
     batch = plan(config(*WORDS, f"data.root={tmp_path}", "train.steps=6"), "cpu").batch
     assert (batch.clips_seen, batch.clips, batch.epochs) == (24, 3, 8.0)
+    batch = plan(config(*WORDS, f"data.root={tmp_path}", "train.steps=6", "data.hold_out=0.3"), "cpu").batch
+    assert (batch.clips_seen, batch.clips, batch.epochs) == (24, 2, 12.0)
 
 
 def test_pairs_of_blocks_are_planned():

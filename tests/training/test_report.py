@@ -88,6 +88,7 @@ def test_a_run_has_its_report_from_the_first_to_the_last_step(tmp_path):
     assert titles(tmp_path / FILE)[::2][:2] == ["Loss", "Held-out loss"]
     text = " ".join(page.itertext())
     assert "Step 6 of 6." in text
+    assert "latte sample" in text, "what comes after the last step"
     slides = [item for item in page.iter("div") if item.get("class") == "slide"]
     assert [slide.get("data-name") for slide in slides] == ["3", "6"]
     assert [slide.get("hidden") for slide in slides] == ["", None], "the newest one is shown"
@@ -192,9 +193,13 @@ def test_only_settings_that_differ_from_the_recipe_are_listed(tmp_path):
     (tmp_path / "command.txt").write_text("2026-01-01T00:00:00 latte train shapes train.lr=3e-4\n")
     assert changed_settings(tmp_path) == ("recipe shapes", [("train.lr", "0.001", "0.0003")])
     (tmp_path / "command.txt").write_text("2026-01-01T00:00:00 latte demo\n")
+    stored = asdict(config)
+    del stored["model"]["mlp"]  # stored only if it is not the default
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(stored))
     name, rows = changed_settings(tmp_path)
     assert name == "the defaults"
     assert ("train.lr", "0.0001", "0.0003") in rows
+    assert all(there != here for _, there, here in rows)
 
 
 def test_the_report_lists_them(tmp_path):

@@ -40,6 +40,20 @@ NUMBER = re.compile(r"[-+]?(\d{1,19}(\.\d{0,24})?|\.\d{1,24})(e[-+]?\d{1,3})?", 
 MAX_INT = 2**63 - 1
 BASE = "base"  # the key of a YAML file that names what it inherits from
 HOW = "give 'section:' lines with 'key: value' lines under them"
+OTHER_NAMES = {  # what other programs call a setting
+    "batch_size": "train.global_batch",
+    "learning_rate": "train.lr",
+    "precision": "train.dtype",
+    "grad_clip": "train.clip_norm",
+    "max_grad_norm": "train.clip_norm",
+    "num_workers": "data.workers",
+    "data.num_frames": "data.frames",
+    "data.size": "data.resolution",
+    "data.path": "data.root",
+    "layers": "model.depth",
+    "num_layers": "model.depth",
+    "hidden_size": "model.width",
+}
 LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml, 10 times faster, where PyYAML has it
 
 
@@ -106,8 +120,9 @@ class Layer:
 
     def _hint(self, key: str) -> str:
         leaves = {known.rpartition(".")[2]: known for known in self.hints}
-        elsewhere = leaves.get(key.rpartition(".")[2])
-        if elsewhere:
+        leaf = key.rpartition(".")[2]
+        elsewhere = OTHER_NAMES.get(key) or leaves.get(leaf) or OTHER_NAMES.get(leaf)
+        if elsewhere in self.hints:
             return f"; did you mean {elsewhere!r}?"
         return nearest(key[:100], self.hints)
 

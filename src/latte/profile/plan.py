@@ -17,6 +17,7 @@ from latte.checks import check
 from latte.config.run import RunConfig
 from latte.data.buckets import check_world
 from latte.data.datasets import Dataset, FolderDataset, build_dataset
+from latte.data.hold_out import split
 from latte.data.order import MixOrder, order_of
 from latte.data.selection import bucket_table
 from latte.diffusion.config import build_process
@@ -155,7 +156,7 @@ def plan(
     trained = (train.optimizer, 1 + len(train.ema_widths))
     state = counter(States, lambda: states(model, adapters(config), *trained), model, config.lora, *trained)
     dataset = existing_data(config)
-    batch = batches(config, shares, dataset)
+    batch = batches(config, shares, trained_on(config, dataset))
     held = memory(config, batch, part := state.split(shards(config, processes)), planned_device, counter)
 
     def counted(changed: TrainConfig, clips: int) -> Memory:
@@ -179,7 +180,7 @@ def plan(
         sampling=sampling,
         encoding=counter(Encoding, lambda: encoding(config), model, config.codec, config.data),
         buckets=bucket_rows(config, dataset),
-        mix=mix_rows(config, dataset),
+        mix=mix_rows(config, trained_on(config, dataset)),
         verdict=judge(train, batch, held, planned_device, available, counted),
     )
 
@@ -246,6 +247,11 @@ def existing_data(config: RunConfig) -> Dataset | None:
     if not all(root and Path(root).exists() for root in roots):
         return None
     return build_dataset(config.data, buckets=config.buckets)
+
+
+def trained_on(config: RunConfig, dataset: Dataset | None) -> Dataset | None:
+    """Return the dataset without what ``data.hold_out`` keeps away."""
+    return None if dataset is None else split(dataset, config.data.hold_out)[0]
 
 
 def bucket_rows(config: RunConfig, dataset: Dataset | None) -> list[dict[str, Any]]:

@@ -121,7 +121,8 @@ def run_page(run: History, changes: Changes | None) -> html.Html:
         parts.append(html.section("Samples", *clips))
     parts += [settings_section(run, changes), html.section("Data", html.table(["", ""], data_rows(run)))]
     parts.append(html.section("Environment", html.table(["", ""], environment_rows(run))))
-    parts.append(html.section("Next", html.command(command_line("train", run.folder))))
+    following = "train" if run.step < total else "sample"
+    parts.append(html.section("Next", html.command(command_line(following, run.folder))))
     return html.page(f"Run {run.name}", f"Step {run.step:,} of {total:,}.", *parts)
 
 
@@ -132,7 +133,8 @@ def headline(run: History) -> dict[str, object]:
         last = run.metrics[-1]
         for key, name in (("loss", "loss"), ("clips_per_second", "clips a second")):
             if isinstance(last.get(key), int | float):
-                tiles[name] = html.number(last[key])
+                at = f" at step {last['step']:,}" if last["step"] < run.step else ""
+                tiles[name + at] = html.number(last[key])
         if isinstance(last.get("seconds"), int | float):
             tiles["trained for"] = duration(last["seconds"])
     if run.held_out:

@@ -178,11 +178,11 @@ def differences(before: Mapping[str, object], now: Mapping[str, object]) -> list
     """Return (dotted key, before, now), values as JSON, for every value that differs."""
     old = flatten(before)
     new = flatten(now)
-    return [
+    rows = [
         (key, old.get(key, DEFAULTS.get(key, ABSENT)), new.get(key, DEFAULTS.get(key, ABSENT)))
         for key in {**old, **new}
-        if old.get(key) != new.get(key)
     ]
+    return [row for row in rows if row[1] != row[2]]
 
 
 def flatten(values: object, prefix: str = "") -> dict[str, str]:
