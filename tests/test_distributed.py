@@ -17,9 +17,10 @@ import torch
 
 from latte import distributed
 from latte.checkpoint.run import latest_checkpoint, load_checkpoint
-from latte.checks import RunError
+from latte.checks import InputError, RunError
 from latte.distributed import Group
 from latte.training.config import TrainConfig
+from several import together
 from tiny_runs import FORKS, SHORT, Latents, curve, run
 
 # Adam turns rounding of the smallest gradients into a share of the rate.
@@ -169,6 +170,25 @@ def test_a_lost_connection_is_reported_once():
         raise RuntimeError("[gloo/tcp] closed")
     with pytest.raises(RunError, match=r"^clips/gloo\.mp4 cannot be written$"), group.computation():
         raise RunError("clips/gloo.mp4 cannot be written")
+
+
+def fails_beside_a_team(rank: int) -> str:
+    """Rank 1 refuses a clip while rank 0 waits for its tokens."""
+    try:
+        with distributed.command_group(torch.device("cpu"), 60.0) as group:
+            team = group.teams(2)
+            if rank == 1:
+                raise InputError("clip 1 is broken")
+            with group.computation():
+                torch.distributed.all_reduce(torch.ones(1), group=team.data)
+    except (InputError, RunError) as error:
+        return str(error)
+    return ""
+
+
+def test_a_lost_connection_says_why_the_other_process_ended():
+    found = together(2, fails_beside_a_team)
+    assert found == ["rank 1 of 2 failed: clip 1 is broken", "clip 1 is broken"]
 
 
 def one_stops(rank: int, port: int, folder: str, pipe, config: TrainConfig) -> None:

@@ -252,10 +252,15 @@ class Group:
 
     @contextmanager
     def collective(self) -> Iterator[None]:
-        """Turn a failed collective operation into a RunError that names the ranks that did not answer."""
+        """Turn a failed collective operation into a RunError: what another process reported, else the ranks
+        that did not answer.
+        """
         try:
             yield
         except RuntimeError as error:
+            if self.watched:
+                with suppress(dist.DistError):  # the store may have ended
+                    self.check_failures()
             reason = str(error).splitlines()[0]
             raise ProcessLost(self.failure(self.silent_ranks(), reason)) from error
 
