@@ -281,6 +281,14 @@ def test_latents_are_copied_once_and_again_when_they_were_encoded_again(tmp_path
     assert (folder / "manifest.json").read_text() == '{"settings": "b"}'
 
 
+def test_a_cache_that_cannot_be_written_is_one_line(tmp_path, monkeypatch):
+    (tmp_path / "cache").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    latents(tmp_path / "latents", 1.0, "a")
+    with pytest.raises(RunError, match=r"could not write the copy of data\.root to .*cache is a file"):
+        local_copy(f"file://{tmp_path / 'latents'}")
+
+
 def test_latents_that_were_copied_before_an_interruption_are_kept(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     latents(tmp_path / "latents", 1.0, "a")

@@ -249,7 +249,7 @@ def local_copy(url: str) -> Path:
         store.asked(store.has, MANIFEST),
         f"data.root is {printable(url)}, which holds no {MANIFEST}; give a folder made by latte data encode",
     )
-    with folder_lock(folder):
+    with reported("the copy of data.root", folder), folder_lock(folder):
         manifest = store.asked(store.fs.cat_file, store.path(MANIFEST))
         known = folder / MANIFEST
         if not known.is_file() or known.read_bytes() != manifest:

@@ -81,7 +81,7 @@ class TrainConfig:
     steps: int = 150_000  # optimizer steps; at 150000 the paper's curves end
     global_batch: int = 8  # clips per step, over all processes
     micro_batch: int | None = None  # clips per forward pass in one process; null: its whole share
-    optimizer: str = "adamw"  # adamw, adafactor or muon
+    optimizer: str = "adamw"  # adamw, adafactor, muon or muon_no_adaln
     lr: float = 1e-4  # peak learning rate, constant between warm-up and decay
     weight_decay: float = 0.0  # decoupled, as in AdamW
     warmup_steps: int = 0  # first steps, over which the learning rate rises from 0
