@@ -198,15 +198,15 @@ def test_a_store_that_does_not_answer_does_not_keep_the_process():
     assert done.stdout == "refused\n", done.stderr
 
 
-def test_what_a_copy_left_of_a_removed_checkpoint_is_removed(memory, tmp_path):
-    mirror = Mirror(memory, tmp_path)
-    store = Store(memory, "x")
+def test_what_a_copy_left_of_a_removed_checkpoint_is_removed(url, tmp_path):
+    mirror = Mirror(url, tmp_path)
+    store = Store(url, "x")
     store.put(checkpoint(tmp_path, 1) / "ema.safetensors", "checkpoints", "step-1", "ema.safetensors")
     for step in (2, 3):
         checkpoint(tmp_path, step)
     mirror.copy(tmp_path / "checkpoints/step-3")
-    assert store.names("checkpoints", "step-1") == []
-    assert steps_in(memory) == ["step-3"]
+    assert store.names("checkpoints") == ["step-3"], "nor an empty folder"
+    assert steps_in(url) == ["step-3"]
 
 
 def test_a_fetch_that_is_interrupted_loses_no_metrics(memory, tmp_path, monkeypatch):

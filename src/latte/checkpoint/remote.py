@@ -83,9 +83,14 @@ class Store:
         self.make_folder(*names[:-1])
         self.fs.put_file(str(file), self.path(*names))
 
+    @property
+    def has_folders(self) -> bool:
+        """Whether the store has folders apart from its files."""
+        return urlsplit(self.url).scheme not in OBJECT_STORES
+
     def make_folder(self, *names: str) -> None:
         """Make a folder where there are any: object stores have none, and would make a bucket."""
-        if urlsplit(self.url).scheme not in OBJECT_STORES:
+        if self.has_folders:
             self.fs.makedirs(self.path(*names), exist_ok=True)
 
     def get(self, file: Path, *names: str) -> None:
@@ -109,6 +114,11 @@ class Store:
     def remove(self, *names: str) -> None:
         """Remove a file."""
         self.fs.rm_file(self.path(*names))
+
+    def remove_folder(self, *names: str) -> None:
+        """Remove an empty folder where there are any."""
+        if self.has_folders:
+            self.fs.rmdir(self.path(*names))
 
     def checkpoints(self) -> list[str]:
         """Return the names of the complete checkpoints, oldest first."""
@@ -330,6 +340,7 @@ class Mirror:
             if name not in kept and step_of(Path(name)) < step:
                 for file in sorted(store.names("checkpoints", name), key=lambda file: file != MANIFEST):
                     store.remove("checkpoints", name, file)
+                store.remove_folder("checkpoints", name)
 
     def wait(self, seconds: float | None = None) -> None:
         """Wait until nothing is being copied, at most so long."""
