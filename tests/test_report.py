@@ -14,11 +14,14 @@ from typer.testing import CliRunner
 
 from latte.checks import InputError
 from latte.cli.main import app
+from latte.config.run import load_run
 from latte.evaluation.evaluate import EvaluateConfig
 from latte.evaluation.manifest import ADDED, GROUPS, manifest_hash
 from latte.evaluation.scores import score
+from latte.interop.readers import fetch
 from latte.report import differences, open_runs, paired_interval, setting_rows, summaries, write_comparison
 from latte.runtime import generator
+from latte.training.history import read_history
 from latte.training.report import headline
 
 CONFIG = EvaluateConfig("builtin", clips=64)
@@ -119,6 +122,15 @@ def test_the_page_overlays_curves_and_puts_same_seeds_together(tmp_path):
     assert captions == [f"{run}: seed {seed}, up" for seed in (0, 1) for run in "ab"]
     clips = [item.get("src") for item in page.iter("video")]
     assert len(set(clips)) == 2, "each run's own clips"
+
+
+@pytest.mark.parametrize("open_run", [read_history, load_run, fetch])
+def test_a_misspelt_run_folder_gets_the_one_beside_it(tmp_path, monkeypatch, open_run):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    write_run(tmp_path / "runs" / "small")
+    with pytest.raises(InputError, match="did you mean 'runs/small'"):
+        open_run(Path("runs/smal"))
 
 
 def test_a_loss_older_than_the_last_step_says_its_step(tmp_path):

@@ -11,6 +11,7 @@ import shlex
 import unicodedata
 from collections.abc import Collection, Iterable, Mapping
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -63,6 +64,14 @@ def nearest(name: object, names: Iterable[object]) -> str:
             return f"; did you mean {candidate!a} (the same letters in another Unicode form)?"
     close = get_close_matches(str(name), candidates, n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def beside(path: Path) -> list[str]:
+    """Return the paths in the folder of ``path``, for ``nearest``; [] when the folder cannot be listed."""
+    try:
+        return sorted(str(path.parent / name) for name in os.listdir(path.parent))
+    except (OSError, ValueError):
+        return []
 
 
 def choose(field: str, name: Any, table: Mapping[Any, T]) -> T:

@@ -20,7 +20,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from latte.autoencoder.compression import check_images
 from latte.autoencoder.config import CodecConfig, compression_at
-from latte.checks import InputError, check, nearest, printable
+from latte.checks import InputError, beside, check, nearest, printable
 from latte.config.layers import (
     Entry,
     Layer,
@@ -264,7 +264,7 @@ def _read_run(run: str | Path) -> Layer:
             f"RUN {short(str(run))} is a folder without {RUN_FILE}; give a run folder or a recipe",
         )
     elif not _exists(path.is_file):
-        hint = nearest(str(run)[:100], known)
+        hint = nearest(str(run)[:100], [*known, *map(printable, beside(Path(run)))])
         raise InputError(
             f"RUN {short(str(run))} is no recipe, YAML file or run folder; recipes: {', '.join(known)}{hint}"
         )

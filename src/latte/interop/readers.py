@@ -21,7 +21,7 @@ from typing import Any, BinaryIO
 from safetensors import safe_open
 from torch import Tensor
 
-from latte.checks import InputError
+from latte.checks import InputError, beside, nearest, printable
 from latte.files import stamp
 from latte.interop.archive import BROKEN, MAX_PICKLE, collect, entry_bytes, read_legacy, stored
 from latte.interop.pickles import Global, Machine, Refused, StorageRef, name_of
@@ -106,7 +106,7 @@ def fetch(source: str | Path) -> Path:
     if not HUB_ID.fullmatch(name) or {".", ".."} & set(name.split("/")):
         raise InputError(
             f"weights {name!r} do not exist ({path.absolute()}), and this is no hub id (owner/name or "
-            "owner/name/file); check the path"
+            f"owner/name/file); check the path{nearest(name, map(printable, beside(path)))}"
         )
     from huggingface_hub import hf_hub_download, snapshot_download
 
@@ -123,7 +123,7 @@ def fetch(source: str | Path) -> Path:
             reason = "HF_HUB_OFFLINE is set and it is not in the cache"
         raise InputError(
             f"weights {name!r} are not a file or folder here, and the hub does not serve them ({reason}); "
-            "check the name"
+            f"check the name{nearest(name, map(printable, beside(path)))}"
         ) from None
 
 

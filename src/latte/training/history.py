@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from latte.checkpoint.run import STATE, list_checkpoints
-from latte.checks import InputError, check, printable
+from latte.checks import InputError, beside, check, nearest, printable
 from latte.data.skipped import reasons
 from latte.training.callbacks import step_of
 
@@ -56,9 +56,11 @@ def read_history(folder: Path) -> History:
         config = yaml.safe_load((folder / "config.yaml").read_text("utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:
         reason = "does not exist"
+        hint = nearest(name, map(printable, beside(folder)))
         if folder.exists():
             reason = f"has no config.yaml that can be read ({type(error).__name__})"
-        raise InputError(f"{name} {reason}; give a run folder, which latte train writes") from None
+            hint = ""
+        raise InputError(f"{name} {reason}; give a run folder, which latte train writes{hint}") from None
     check(isinstance(config, dict), f"{name}: config.yaml holds no settings; give a run folder")
     lines = list(read_lines(folder / "validation.jsonl"))
     scores = [with_manifest(folder, line) for line in lines if any(key.startswith("score/") for key in line)]

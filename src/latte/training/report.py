@@ -133,8 +133,9 @@ def headline(run: History) -> dict[str, object]:
         last = run.metrics[-1]
         for key, name in (("loss", "loss"), ("clips_per_second", "clips a second")):
             if isinstance(last.get(key), int | float):
-                at = f" at step {last['step']:,}" if last["step"] < run.step else ""
-                tiles[name + at] = html.number(last[key])
+                if last["step"] < run.step:
+                    name += f" at step {last['step']:,}"
+                tiles[name] = html.number(last[key])
         if isinstance(last.get("seconds"), int | float):
             tiles["trained for"] = duration(last["seconds"])
     if run.held_out:
