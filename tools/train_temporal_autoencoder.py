@@ -278,7 +278,7 @@ def make_weights(out: Path, config: TemporalConfig, cache: Path | None = None, n
     model.load_state_dict({name: tensor.float() for name, tensor in stored.items()})
     card = {
         "command": command_of(out, config),
-        "config": asdict(config),
+        "config": {**asdict(config), "start": config.start and Path(config.start).name},
         "cpu_seconds": round(seconds, 1),  # since the last resumption
         "parameters": sum(p.numel() for p in model.parameters()),
         "measured": {name: round(value, 4) for name, value in measure(model, config, num_clips).items()},

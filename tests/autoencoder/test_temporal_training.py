@@ -238,6 +238,7 @@ def test_a_decoder_trained_alone_reads_the_same_latents(tmp_path):
     changed = {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
     assert changed == {"decoder", "to_pixels", "refiner"}
     assert card["command"].endswith("--start start.safetensors --decoder-only")
+    assert card["config"]["start"] == "start.safetensors", "no path of this machine"
 
 
 def test_a_decoder_alone_needs_the_encoder_that_it_reads(tmp_path, monkeypatch, capsys):
