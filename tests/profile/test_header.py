@@ -8,8 +8,10 @@ import torch
 
 from latte.build import build
 from latte.config.run import load_run
+from latte.files import size_text
 from latte.profile import header as module
 from latte.profile.header import ExpectedTime, header
+from latte.profile.plan import plan
 from latte.training.callbacks import MetricsAccumulator, TrainEvent
 from tiny import WORDS
 
@@ -31,6 +33,16 @@ def test_the_header_states_the_parts_with_their_numbers():
         "MiB a device",
     ):
         assert text in found, found
+
+
+def test_of_several_processes_each_has_its_part(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    words = [*WORDS, "train.parallel=fsdp", "train.sequence_parallel=2"]
+    job = build(load_run("shapes", words)[0], "cpu")
+    found = "\n".join(header(job.config, job.model, job.dataset, job.held_out, CPU))
+    assert "batch: 4 clips = 2 clips x 1 accumulated x 2 groups of 2 processes" in found
+    held = plan(job.config, "cpu", 4).memory
+    assert f"memory of a step: about {size_text(held.total)} a device" in found
 
 
 def test_an_unlimited_set_is_called_that():

@@ -31,6 +31,7 @@ from latte.inference.generate import autocast
 from latte.model.compiled import compile_blocks
 from latte.model.fastest import busy_model, dtype_for
 from latte.profile import flops
+from latte.profile.kept import Counter
 from latte.profile.memory import fresh, states
 from latte.profile.plan import adapters, batches, memory
 from latte.profile.step_time import TrainingStep
@@ -112,12 +113,8 @@ def step(parts: Parts) -> Question:
     """A training step on latents of one micro batch: gradient, clipping, optimizer and EMA weights."""
     config = parts.config
     batch = batches(config, 1, None)
-    needed = memory(
-        config,
-        batch,
-        states(config.network, adapters(config), config.train.optimizer, 1 + len(config.train.ema_widths)),
-        parts.device,
-    )
+    state = states(config.network, adapters(config), config.train.optimizer, 1 + len(config.train.ema_widths))
+    needed = memory(config, state, parts.device, Counter(), config.train, batch.micro_batch, 1)
     room = memory_of(parts.device)
     check(
         room is None or needed.total < room,

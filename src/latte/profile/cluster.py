@@ -14,7 +14,7 @@ from typing import Any
 from latte.checks import InputError, check, choose
 from latte.config.run import RunConfig
 from latte.profile.kept import Counter
-from latte.profile.memory import fresh
+from latte.profile.memory import fresh, shards_of
 from latte.profile.plan import Plan, adapters
 from latte.tensors import without_memory
 
@@ -119,12 +119,6 @@ def traffic(
     weights = 2 * load.bytes_per_weight * load.block_parameters + FLOAT32 * rest
     reduced = 2 * ring(gradients / shards, processes // shards) * passes
     return Traffic(ring(weights, shards) * passes, ring(gradients, shards) * passes, reduced, exchanged)
-
-
-def shards_of(scheme: str, processes: int, shard_size: int | None = None) -> int:
-    """Return among how many processes weights, gradients, EMA weights and optimizer state are split."""
-    sizes = {"ddp": 1, "fsdp": processes, "hsdp": min(shard_size or processes, processes)}
-    return choose("train.parallel", scheme, sizes)
 
 
 def seconds(size: float, processes: int, per_node: int, machine: Machine, count: int, sums: bool) -> float:

@@ -18,7 +18,8 @@ ROOM = 0.9  # share of the memory that a step may take; the codec and the buffer
 MAX_PROCESSES = 1024
 HALVED = 0.6  # about what bf16 leaves of the activations of fp32; only decides what is counted exactly
 
-Counted = Callable[["TrainConfig", int], "Memory"]  # (settings, clips per pass) -> memory of a step
+Counted = Callable[["TrainConfig", int, int], "Memory"]
+"""(settings, clips per pass, processes that split the states) -> memory of a step on each device."""
 
 
 @dataclass(frozen=True)
@@ -38,44 +39,40 @@ def judge(
     train: "TrainConfig",
     batch: "Batch",
     held: "Memory",
+    parts: int,
     device: torch.device,
     available: int | None,
     count: Counted,
 ) -> Verdict:
-    """Return the verdict about a step that takes ``held`` on ``device`` with ``available`` bytes.
+    """Return the verdict about a step that takes ``held`` on ``device`` with ``available`` bytes, with states
+    that ``parts`` processes split.
 
     Where it does not fit, the first of these settings that does: fewer clips per pass (the same result),
     gradient checkpointing, bf16 on a GPU, and weights and states split over more processes. ``count`` counts
     a candidate exactly.
     """
-    needed = on_each(held, train.parallel, batch.processes, train.shard_size)
-    known = Verdict(device.type, available, needed, None)
+    known = Verdict(device.type, available, held.total, None)
     if available is None:
         return known
     room = ROOM * available
-    if needed <= room:
+    if held.total <= room:
         return replace(known, fits=True)
     for changes, processes in candidates(train, batch, held, device):
         changed = {"micro_batch": batch.micro_batch, **changes}
-        if estimate(held, batch, changed, processes) > room:
+        devices = processes * train.sequence_parallel
+        split_by = devices if "parallel" in changes else parts
+        if estimate(held, batch, changed, split_by / parts) > room:
             continue
         try:
             tried = replace(train, **changed)
         except InputError:  # of settings that exclude each other
             continue
-        with_it = on_each(count(tried, changed["micro_batch"]), tried.parallel, processes, tried.shard_size)
+        with_it = count(tried, changed["micro_batch"], split_by).total
         if with_it <= room:
             words = tuple(f"train.{key}={str(value).lower()}" for key, value in changes.items())
-            more = None if processes == batch.processes else processes
+            more = None if processes == batch.processes else devices
             return replace(known, fits=False, settings=words, processes=more, needed_with=with_it)
     return replace(known, fits=False)
-
-
-def on_each(held: "Memory", parallel: str, processes: int, shard_size: int | None = None) -> int:
-    """Return the bytes of a step on one device: with fsdp and hsdp, weights and states are split."""
-    parts = {"ddp": 1, "hsdp": shard_size or 1}.get(parallel, processes)
-    states = held.weights + held.gradients + held.optimizer + held.ema
-    return -(-states // parts) + held.activations
 
 
 def candidates(
@@ -109,15 +106,16 @@ def halves(number: int) -> Iterator[int]:
     yield 1
 
 
-def estimate(held: "Memory", batch: "Batch", changed: dict[str, Any], processes: int) -> float:
-    """Return about what a step takes with the settings ``changed``, without counting."""
+def estimate(held: "Memory", batch: "Batch", changed: dict[str, Any], finer: float) -> float:
+    """Return about what a step takes with the settings ``changed`` and states in ``finer`` times as many
+    parts, without counting.
+    """
     saved = held.activations
     if changed.get("gradient_checkpointing"):
         saved = held.with_checkpointing
     if "dtype" in changed:
         saved *= HALVED
-    activations = saved * changed["micro_batch"] / batch.micro_batch
-    return on_each(replace(held, activations=0), changed.get("parallel", "ddp"), processes) + activations
+    return (held.total - held.activations) / finer + saved * changed["micro_batch"] / batch.micro_batch
 
 
 def verdict_text(found: Verdict) -> str:

@@ -11,8 +11,9 @@ from latte.config.run import RunConfig
 from latte.data.datasets import Dataset
 from latte.files import size_text as size
 from latte.model.denoiser import Denoiser
+from latte.profile.kept import Counter
 from latte.profile.memory import states
-from latte.profile.plan import Batch, adapters, batches, memory
+from latte.profile.plan import Batch, adapters, batches, memory, shards
 from latte.runtime import resolve_dtype, threads_text, world_size
 from latte.training.callbacks import Callback, TrainEvent
 
@@ -30,12 +31,15 @@ def header(
     processes = world_size()
     batch = batches(config, train.shares(processes), dataset)
     state = states(network, adapters(config), train.optimizer, 1 + len(train.ema_widths))
-    held = memory(config, batch, state, device)
+    held = memory(config, state, device, Counter(), train, batch.micro_batch, shards(config, processes))
     dtype = str(resolve_dtype(train.dtype, device)).removeprefix("torch.")
     parameters = sum(parameter.numel() for parameter in model.parameters())
     trained = f", {state.trainable:,} of them trained" if state.trainable != parameters else ""
     latent = " x ".join(map(str, (network.num_frames, network.latent_channels, *network.grid_size)))
-    passes = f"{batch.micro_batch} clips x {batch.accumulation} accumulated x {processes} processes"
+    sharing = f"{batch.processes} processes"
+    if train.sequence_parallel > 1:
+        sharing = f"{batch.processes} groups of {train.sequence_parallel} processes"
+    passes = f"{batch.micro_batch} clips x {batch.accumulation} accumulated x {sharing}"
     return [
         f"device: {device_name(device)}, {dtype}, processes: {processes}",
         f"model: {parameters:,} parameters{trained}",

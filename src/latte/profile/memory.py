@@ -23,6 +23,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from latte.checks import choose
 from latte.model.denoiser import CHECKPOINTED_BLOCKS, Denoiser, DenoiserConfig
 from latte.tensors import without_memory
 from latte.training.optim import OPTIMIZERS, trainable_parameters
@@ -33,6 +34,12 @@ LOWERED = {F.linear, F.conv2d, F.conv3d, F.conv_transpose3d, F.scaled_dot_produc
 RAISED = {F.layer_norm}  # and in float32, on CUDA
 Adapt = Callable[[Denoiser], None]
 """What a run does to a fresh model before training, such as freezing it and adding adapters."""
+
+
+def shards_of(scheme: str, processes: int, shard_size: int | None = None) -> int:
+    """Return among how many processes weights, gradients, EMA weights and optimizer state are split."""
+    sizes = {"ddp": 1, "fsdp": processes, "hsdp": min(shard_size or processes, processes)}
+    return choose("train.parallel", scheme, sizes)
 
 
 @dataclass(frozen=True)

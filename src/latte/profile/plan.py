@@ -7,6 +7,7 @@ Counting needs neither data nor weights. Only the number of epochs needs the dat
 import math
 import os
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from latte.model.denoiser import Denoiser
 from latte.profile.fit import Verdict, judge
 from latte.profile.flops import Cost, Table3, count, encoding_operations, table3
 from latte.profile.kept import Counter
-from latte.profile.memory import Activations, Adapt, States, activations, fresh, states
+from latte.profile.memory import Activations, Adapt, States, activations, fresh, shards_of, states
 from latte.profile.sampling_memory import staging
 from latte.profile.step_time import step_seconds
 from latte.runtime import FASTEST, memory_of, resolve_device, resolve_dtype, world_size
@@ -141,6 +142,7 @@ def plan(
     model = config.network
     train = config.train
     planned_device = device_of(device, measure)
+    available = available or memory_here(planned_device)
     if processes is None:
         processes = world_size()
     check_processes(train.global_batch, shares := train.shares(processes))
@@ -157,13 +159,9 @@ def plan(
     state = counter(States, lambda: states(model, adapters(config), *trained), model, config.lora, *trained)
     dataset = existing_data(config)
     batch = batches(config, shares, trained_on(config, dataset))
-    held = memory(config, batch, part := state.split(shards(config, processes)), planned_device, counter)
-
-    def counted(changed: TrainConfig, clips: int) -> Memory:
-        tried = replace(batch, micro_batch=clips)
-        return memory(replace(config, train=changed), tried, part, planned_device, counter)
-
-    available = available or memory_here(planned_device)
+    parts = shards(config, processes)
+    counted = partial(memory, config, state, planned_device, counter)
+    held = counted(train, batch.micro_batch, parts)
     num_kept = min(train.keep_last, -(-train.steps // train.checkpoint_every))
     return Plan(
         parameters=cost.parameters,
@@ -181,7 +179,7 @@ def plan(
         encoding=counter(Encoding, lambda: encoding(config), model, config.codec, config.data),
         buckets=bucket_rows(config, dataset),
         mix=mix_rows(config, trained_on(config, dataset)),
-        verdict=judge(train, batch, held, planned_device, available, counted),
+        verdict=judge(train, batch, held, parts, planned_device, available, counted),
     )
 
 
@@ -211,9 +209,9 @@ def encoding(config: RunConfig) -> Encoding:
 def shards(config: RunConfig, processes: int) -> int:
     """Return among how many processes the states of training are split; InputError unless they divide."""
     train = config.train
-    size = {"ddp": 1, "fsdp": processes}.get(train.parallel)
-    if size is None:
-        size = train.shard_size or min(int(os.environ.get("LOCAL_WORLD_SIZE", processes)), processes)
+    size = shards_of(
+        train.parallel, processes, train.shard_size or int(os.environ.get("LOCAL_WORLD_SIZE", processes))
+    )
     check(
         processes % size == 0,
         f"train.shard_size is {size}, but {processes} processes cannot be divided into groups of {size}; "
@@ -327,10 +325,18 @@ def dtype_of(name: str, device: torch.device) -> torch.dtype:
 
 
 def memory(
-    config: RunConfig, batch: Batch, state: States, device: torch.device, counter: Counter | None = None
+    config: RunConfig,
+    state: States,
+    device: torch.device,
+    counter: Counter,
+    train: TrainConfig,
+    micro_batch: int,
+    parts: int,
 ) -> Memory:
-    """Return the memory of one training step with the precision that it has on ``device``."""
-    train = config.train
+    """Return the memory of one training step with the settings ``train`` and the precision that it has on
+    ``device``, where ``parts`` processes split ``state``.
+    """
+    state = state.split(parts)
     dtype = dtype_of(train.dtype, device)
     add_adapters = adapters(config)
 
@@ -339,8 +345,7 @@ def memory(
             add_adapters(model)
         model.recompute(train.recompute)
 
-    inputs = (config.network, batch.micro_batch, train.num_images, dtype, config.text.tokens)
-    counter = counter or Counter()
+    inputs = (config.network, micro_batch, train.num_images, dtype, config.text.tokens)
     stages = train.gradient_checkpointing or True
     adapted = (config.lora, train.recompute, stages)
     found = counter(Activations, lambda: activations(*inputs, adapt, stages), *inputs, *adapted)
