@@ -80,7 +80,7 @@ def test_parameters_and_operations(config):
 
 
 @pytest.mark.parametrize("config", [CLASS, TEXT], ids=["class", "text"])
-@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("option", ALL)
 def test_every_option_reaches_the_output_the_gradient_and_images(config, option):
     model: Any = wake(replace(config, **{option: ALL[option]}).build(), 0.2)
     plain: Any = wake(config.build(), 0.2)
@@ -163,7 +163,7 @@ def test_a_run_without_options_has_the_facts_of_older_versions(tmp_path):
         run(tmp_path, model=tiny_model(replace(TINY, qk_norm=True)))
 
 
-@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("option", ALL)
 def test_layouts_without_a_place_refuse_in_one_line(option):
     changes: Any = {option: ALL[option]}
     for state, model, layout in (

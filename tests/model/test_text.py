@@ -11,6 +11,7 @@ from support import noise, wake
 from latte.checks import InputError
 from latte.model.positions import spatial_table
 from latte.model.text import LatteText, TextConfig, scaled_table
+from latte.model.text_blocks import PooledCaption
 
 TINY = TextConfig(depth=2, width=32, heads=2, num_frames=4, latent_size=8, caption_channels=12)
 T = torch.tensor([3, 777])
@@ -328,3 +329,49 @@ def test_cuda_agrees_with_the_cpu():
     expected = model(z, T, text, mask)
     found = model.cuda()(z.cuda(), T.cuda(), text.cuda(), mask.cuda()).cpu()
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+
+
+@torch.no_grad()
+def test_a_pooled_caption_reaches_the_temporal_blocks():
+    """Without cross-attention in the spatial blocks nothing but the pooled caption tells the words apart."""
+    z, first, second = noise(2, 4, 4, 8, 8), noise(2, 7, 12), noise(2, 7, 12, seed=9)
+    for pooled in (False, True):
+        model = tiny(pooled_caption=pooled)
+        for block in model.space_blocks:
+            block.cross.proj.weight.zero_()
+        same = torch.equal(model(z, T, first), model(z, T, second))
+        assert same != pooled
+
+
+@torch.no_grad()
+def test_the_pooled_caption_is_the_mean_of_its_valid_tokens_and_starts_at_nothing():
+    text, mask = noise(1, 2, 5, 32), mask_of(2, 5, width=5)[None]
+    pooled = PooledCaption(32)
+    expected = torch.stack((text[0, 0, :2].mean(0), text[0, 1].mean(0)))[None]  # (1 2 d)
+    torch.testing.assert_close(pooled(text, mask), pooled.linear(expected))
+    torch.testing.assert_close(pooled(text, None), pooled.linear(text.mean(2)))
+    plain, model = LatteText(TINY), LatteText(replace(TINY, pooled_caption=True))
+    assert model.state_dict().keys() - plain.state_dict().keys() == {
+        "pooled.linear.weight",
+        "pooled.linear.bias",
+    }
+    assert not model.pooled.linear.weight.any()
+
+
+@torch.no_grad()
+def test_captions_of_images_are_pooled_each_for_itself():
+    model = tiny(pooled_caption=True)
+    z, text = noise(1, 6, 4, 8, 8), noise(1, 3, 7, 12)  # 4 frames and 2 images, a caption for each of the 3
+    out = model(z, T[:1], text, num_images=2)
+    torch.testing.assert_close(out[:, :4], model(z[:, :4], T[:1], text[:, 0]), rtol=1e-4, atol=1e-5)
+    for image in (1, 2):
+        alone = model(z[:, 3 + image : 4 + image], T[:1], text[:, image], temporal=False)
+        torch.testing.assert_close(out[:, 3 + image : 4 + image], alone, rtol=1e-4, atol=1e-5)
+
+
+def test_a_pooled_caption_is_stored_only_where_there_is_one_and_has_no_place_elsewhere():
+    assert "pooled_caption" not in TINY.stored()
+    pooled = replace(TINY, pooled_caption=True)
+    assert pooled.stored()["pooled_caption"] is True
+    with pytest.raises(InputError, match=r"model.pooled_caption is True, but diffusers has no place for it"):
+        in_diffusers(LatteText(pooled), 4)

@@ -38,6 +38,7 @@ def test_encoders_are_built_by_name_with_their_default_length():
         ({"path": "here"}, "text.path is 'here'"),
         ({"gated_time": True}, "text.gated_time is True"),
         ({"table_size": 8}, "text.table_size is 8"),
+        ({"pooled_caption": True}, "text.pooled_caption is True"),
         (
             {"name": "builtin", "path": "here"},
             "text.path is 'here', but the text encoder 'builtin' does not read it",

@@ -119,9 +119,8 @@ class RunConfig:
             return self.model
         shared = {name: getattr(self.model, name) for name in TEXT_KEYS}
         text = self.text
-        return TextConfig(
-            **shared, caption_channels=text.channels, gated_time=text.gated_time, table_size=text.table_size
-        )
+        own = {name: getattr(text, name) for name in ("gated_time", "table_size", "pooled_caption")}
+        return TextConfig(**shared, caption_channels=text.channels, **own)
 
     @property
     def grid(self) -> Grid:

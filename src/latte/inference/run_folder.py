@@ -196,6 +196,7 @@ def check_unchanged(folder: Path, sections: Mapping[str, Any], checkpoint: Check
         model |= {
             "gated_time": text.gated_time,
             "table_size": text.table_size,
+            "pooled_caption": text.pooled_caption,
             "caption_channels": text.channels,
         }
     given = {"model": (kind, model), "diffusion": (DiffusionConfig, sections.get("diffusion", {}))}

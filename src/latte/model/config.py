@@ -5,7 +5,7 @@ To add a size, a patch embedding, a conditioning or a temporal position: one ent
 """
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from latte.checks import check, check_name, choose
@@ -99,8 +99,8 @@ class BlockOptions:
     mlp: str = "gelu"  # key of MLPS
 
 
-OPTIONS = asdict(BlockOptions())
-"""Options of blocks and their defaults, which no stored configuration lists."""
+OPTIONS = {**asdict(BlockOptions()), "pooled_caption": False}
+"""Options of models and their defaults, which no stored configuration lists."""
 
 
 class DenoiserConfig:
@@ -137,12 +137,12 @@ class DenoiserConfig:
     @property
     def block_options(self) -> BlockOptions:
         """The fields that are options of blocks."""
-        return BlockOptions(**{name: getattr(self, name) for name in OPTIONS})
+        return BlockOptions(**{item.name: getattr(self, item.name) for item in fields(BlockOptions)})
 
     def refuse_options(self, layout: str) -> None:
         """Raise InputError for an option that ``layout`` has no place for."""
         for name, default in OPTIONS.items():
-            value = getattr(self, name)
+            value = getattr(self, name, default)
             check(
                 value == default, f"model.{name} is {value}, but {layout} has no place for it; use --to latte"
             )
@@ -338,6 +338,7 @@ class TextConfig(DenoiserConfig):
     value_residual: bool = False  # every attention mixes in the values of the first one
     mlp: str = "gelu"  # layers of a block's MLP: gelu, or swiglu with as many weights
     gated_time: bool = False  # whether the temporal table has a gate that opens from 0 to 1 in training
+    pooled_caption: bool = False  # whether the caption's mean joins the timestep, for temporal blocks too
 
     def __post_init__(self) -> None:
         self.check_dimensions(PAIR_OF_BLOCKS)

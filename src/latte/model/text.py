@@ -22,7 +22,7 @@ from latte.model.config import ModelConfig, TextConfig
 from latte.model.denoiser import Denoiser, condition_shape
 from latte.model.patches import UniformPatch
 from latte.model.positions import sincos, temporal_table
-from latte.model.text_blocks import CaptionProjection, SpaceBlock, TimeBlock
+from latte.model.text_blocks import CaptionProjection, PooledCaption, SpaceBlock, TimeBlock
 
 
 @lru_cache(maxsize=32)
@@ -50,6 +50,7 @@ class LatteText(Denoiser):
         self.time_embedding = TimestepEmbedding(width)
         self.modulation = Modulation(width, 6)
         self.caption = CaptionProjection(config.caption_channels, width)
+        self.pooled = PooledCaption(width) if config.pooled_caption else None
         options = config.block_options
         self.space_blocks = nn.ModuleList(SpaceBlock(width, heads, options) for _ in range(depth))
         self.time_blocks = nn.ModuleList(TimeBlock(width, heads, options) for _ in range(depth))
@@ -73,6 +74,8 @@ class LatteText(Denoiser):
     def zero_weights(self) -> Iterable[Tensor]:
         """Yield weights that start at 0: cross-attention has no gate, so its output does (PixArt)."""
         yield from super().zero_weights()
+        if self.pooled is not None:
+            yield self.pooled.linear.weight
         for block in self.space_blocks:
             yield block.cross.proj.weight
 
@@ -157,8 +160,10 @@ class LatteText(Denoiser):
         own, c, text, mask = self.own_frames(1, not temporal, z, c, text, mask)
         x = self.patch.embed(own).to(z.dtype)  # (b f n d)
         x = x + scaled_table(*grid, self.config.spans, x.shape[-1]).to(x)
-        shared = self.modulation(c)  # 6 chunks, each (b 1 1 d)
         text = self.caption(text)  # (b g l d)
+        if self.pooled is not None:
+            c = c + self.pooled(text, mask)  # (b 1|f d)
+        shared = self.modulation(c)  # 6 chunks, each (b 1|f 1 d)
         x = self.run_all_blocks(x, shared, text, mask, temporal)
         shift, scale = (c[:, :, None] + row for row in self.final_table)  # each (b 1 1 d)
         x = self.last_layer(x, shift, scale)  # (b f n ppo)

@@ -166,3 +166,20 @@ class CaptionProjection(nn.Module):
     def forward(self, text: Tensor) -> Tensor:
         """Return (... d) of features (... k)."""
         return self.fc2(F.gelu(self.fc1(text), approximate="tanh"))
+
+
+class PooledCaption(nn.Module):
+    """The mean of a caption's tokens, to be added to the timestep's embedding, which modulates every block:
+    temporal blocks have no cross-attention, and without it know no word, such as a direction, themselves.
+    """
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.linear = nn.Linear(width, width)
+
+    def forward(self, text: Tensor, mask: Tensor | None) -> Tensor:
+        """Return (b g d) of tokens (b g l d); ``mask`` (b g l) is True at valid ones, None when all are."""
+        if mask is None:
+            return self.linear(text.mean(2))
+        valid = mask[..., None].to(text)  # (b g l 1)
+        return self.linear((text * valid).sum(2) / valid.sum(2))

@@ -45,10 +45,14 @@ class TextEncoderConfig:
     # The next two are for a model that starts from an image model, see latte.model.text.TextConfig.
     gated_time: bool = False  # temporal blocks begin closed and open by train.gate_steps, as PixArt needs
     table_size: int | None = None  # side of the grid that positions are scaled to; null: latent_size
+    pooled_caption: bool = False  # the caption's mean joins the timestep, so that temporal blocks see it too
 
     def __post_init__(self) -> None:
         if self.name is None:
-            self._refuse(("path", "length", "bits", "gated_time", "table_size"), "there is no text encoder")
+            self._refuse(
+                ("path", "length", "bits", "gated_time", "table_size", "pooled_caption"),
+                "there is no text encoder",
+            )
         else:
             check_name("text.name", self.name, TEXT_ENCODERS)
             bits_allowed = TEXT_ENCODERS.fact(self.name, "bits_allowed")
