@@ -191,3 +191,22 @@ def test_adapters_leave_the_gate_as_it_is_and_so_want_it_open(image, tmp_path):
         ".lora_" in name for name in load_checkpoint(tmp_path / "run/checkpoints/step-2").tensors["ema"]
     )
     assert VideoPipeline.from_pretrained(tmp_path / "run", device="cpu").model.opened == 1.0
+
+
+def test_a_pooled_caption_joins_a_trained_model_without_a_change_of_its_clips(tmp_path):
+    words = [*WORDS, "train.checkpoint_every=1", "train.steps=1"]
+    build(load_run("shapes-text", [*words, f"run.dir={tmp_path / 'old'}"])[0], "cpu").train()
+    start = [*words, f"train.init={tmp_path / 'old'}", "text.pooled_caption=true"]
+    with pytest.raises(InputError, match=r"pooled\.linear.*train.init_gaps"):
+        build(load_run("shapes-text", [*start, f"run.dir={tmp_path / 'new'}"])[0], "cpu").train(until=0)
+    found, _ = load_run("shapes-text", [*start, "train.init_gaps=pooled.*", f"run.dir={tmp_path / 'new'}"])
+    started = build(found, "cpu")
+    started.train(until=0)
+    old = VideoPipeline.from_pretrained(tmp_path / "old", device="cpu").model
+    z, text = noise(2, 3, 3, 16, 16), noise(2, 7, 64)
+    with torch.no_grad():
+        assert torch.equal(started.model.eval()(z, T, text), old(z, T, text))
+    build(found, "cpu").train()
+    with pytest.raises(InputError, match="model.pooled_caption is False, but the weights at .* have True"):
+        back = [*words, f"train.init={tmp_path / 'new'}", f"run.dir={tmp_path / 'back'}"]
+        build(load_run("shapes-text", back)[0], "cpu").train(until=0)
