@@ -180,6 +180,7 @@ def test_the_table_holds_what_is_documented():
         "pixels": (3, 1, 1),
         "builtin": (4, 8, 1),
         "builtin_temporal": (16, 8, 4),
+        "builtin_clip": (16, 8, 8),
         "ltx": (128, 32, 8),
         "wan": (16, 8, 4),
         "cogvideox": (16, 8, 4),

@@ -136,7 +136,7 @@ def test_errors_and_docs_say_where_every_weight_file_comes_from(tmp_path):
         row = next((line for line in page.splitlines() if f"`{file.name}`" in line), None)
         assert (row is None) == (file.detector is None)
         assert row is None or str(file.sha256 or "not published") in row
-    assert set(CODECS) - set(PUBLISHED) == {"pixels", "builtin", "builtin_temporal", "diffusers"}
+    assert set(CODECS) - set(PUBLISHED) == {"pixels", "builtin", "builtin_temporal", "builtin_clip", "diffusers"}
 
 
 def test_the_published_hashes_are_those_of_the_files():

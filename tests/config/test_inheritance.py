@@ -82,7 +82,6 @@ def test_the_fast_recipe_changes_optimizer_layers_and_autoencoder_of_shapes():
     changed = {key for key, value in flat(config).items() if value != flat(parent)[key]}
     assert changed == {
         "codec.name",
-        "data.frames",
         "train.optimizer",
         "train.lr",
         "run.dir",

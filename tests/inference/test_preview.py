@@ -15,7 +15,7 @@ from latte.inference.preview import fit_preview, preview_of
 from tiny import tiny_trained
 
 
-@pytest.mark.parametrize("name", ["builtin", "builtin_temporal"])
+@pytest.mark.parametrize("name", ["builtin", "builtin_temporal", "builtin_clip"])
 def test_the_preview_of_a_codec_shows_the_colours_of_its_clips(name):
     codec = build_codec(CodecConfig(name=name))
     frames = codec.frames(3)

@@ -70,10 +70,11 @@ class Refiner(nn.Module):
     It sees the frame and 12 features of the decoder; it adds 0 at the start of training.
     """
 
-    def __init__(self, channels: int, width: int = 24):
+    def __init__(self, channels: int, span: int, width: int = 24):
         super().__init__()
+        self.span = span
         self.features = width - 12
-        self.spread = nn.Conv2d(channels, SPAN * 4 * self.features, 1)
+        self.spread = nn.Conv2d(channels, span * 4 * self.features, 1)
         self.first = nn.Conv2d(width, width, 3, padding=1)
         self.middle = nn.Conv2d(width, width, 3, padding=1)
         self.second = nn.Conv2d(width, 12, 3, padding=1)
@@ -82,8 +83,8 @@ class Refiner(nn.Module):
 
     def forward(self, hidden: Tensor, images: Tensor) -> Tensor:
         """Return frames (n*s 3 H W) of features (n c H/4 W/4) and the spans of images (n s*3 H W)."""
-        features = self.spread(hidden).unflatten(1, (SPAN, -1)).flatten(0, 1)  # (n*s 4*features H/4 W/4)
-        frames = images.unflatten(1, (SPAN, 3)).flatten(0, 1)  # (n*s 3 H W)
+        features = self.spread(hidden).unflatten(1, (self.span, -1)).flatten(0, 1)  # (n*s 4*features H/4 W/4)
+        frames = images.unflatten(1, (self.span, 3)).flatten(0, 1)  # (n*s 3 H W)
         x = torch.cat((functional.pixel_unshuffle(frames, 2), functional.pixel_shuffle(features, 2)), 1)
         x = self.first(x.contiguous(memory_format=torch.channels_last))
         x = x + self.middle(x.relu())
@@ -123,7 +124,7 @@ class BuiltinTemporalAutoencoder(nn.Module):
             )
         )
         self.to_pixels = nn.Conv2d(narrow, 3 * SPAN * PATCH**2, 3, padding=1)
-        self.refiner = Refiner(narrow)
+        self.refiner = Refiner(narrow, SPAN)
         for name, module in self.named_modules():
             if isinstance(module, nn.Conv2d) and not name.endswith("second"):
                 nn.init.normal_(module.weight, std=module.weight[0].numel() ** -0.5)

@@ -55,6 +55,11 @@ CODECS: Table[str, type["Codec"]] = Table(
             "packaged, compresses time 4 times",
             Compression(channels=16, spatial_factor=8, temporal_factor=4),
         ),
+        "builtin_clip": _fixed(
+            "builtin_clip:BuiltinClipCodec",
+            "packaged, for moving shapes, eight frames at a time",
+            Compression(channels=16, spatial_factor=8, temporal_factor=8, causal=False),
+        ),
         "ltx": _of_files("external:LTXCodec", "LTX-Video's autoencoder, compresses time"),
         "wan": _of_files("external:WanCodec", "Wan's autoencoder, compresses time"),
         "cogvideox": _of_files("external:CogVideoXCodec", "CogVideoX's autoencoder, compresses time"),
