@@ -42,7 +42,7 @@ SMALLER = [  # (in a command, what the test writes for it)
     (r"--protocol (clean|latte-paper)( --clips \d+)?", "--protocol random-i3d --clips 4 --allow-mixed"),
     # here the autoencoder is a folder, whose place a weights folder does not record as it does a hub id
     (r"latte sample (ours|mine-weights)", r"latte sample \1 --codec-path stabilityai/sd-vae-ft-ema"),
-    (r"data\.num_clips=8192", "data.num_clips=10"),
+    (r"data\.num_clips=32768", "data.num_clips=10"),
     (r"data\.hold_out=0\.02", "data.hold_out=0.2"),
     (r"--axes variant$", "--axes variant --seeds 0 --steps 2 --points 1 --heldout 4 --generated 0"),
     (r" --text-bits 8| --offload", ""),
