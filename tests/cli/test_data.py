@@ -65,7 +65,7 @@ def test_synth_writes_the_world_as_the_data_set_shows_it(latte, language, ascii)
     [
         (
             ("--scenes", "wold"),
-            "data.scenes is 'wold', which is not one of shapes, world, circles; did you mean",
+            "data.scenes is 'wold', which is not one of shapes, world, curtains; did you mean",
         ),
         (
             ("--language", "zh"),

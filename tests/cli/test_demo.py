@@ -80,7 +80,7 @@ def test_result_names_what_was_written(finished):
     paths = [Path(result[name]) for name in ("sheet", "gif", "report")]
     assert all(path.is_relative_to(out) and path.is_file() for path in paths)
     assert 0 <= result["interval"][0] <= result["label_accuracy"] <= result["interval"][1] <= 1
-    assert len(result["loss"]) == len(result["circling"]) == 2
+    assert len(result["loss"]) == len(result["new_motion"]) == 2
     assert result["loss"][0] != result["loss"][1]
     lines = (out / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     assert len(lines) == result["steps"] > demo.PROBE_STEPS
@@ -104,8 +104,8 @@ def test_page_shows_curve_clips_and_numbers_with_their_commands(finished):
     assert f"{result['loss'][0]:.3f} to {result['loss'][1]:.3f}" in text
     commands = [element.text.split()[:2] for element in root.iter("pre")]
     assert commands == [["latte", name] for name in ("sample", "sample", "sample", "demo", "train")]
-    circled = [int(share * demo.NEW_CLIPS) for share in result["circling"]]
-    assert f"Before, {circled[0]} of 4 clips go round; after, {circled[1]}." in text
+    shown = [int(share * demo.NEW_CLIPS) for share in result["new_motion"]]
+    assert f"Before, {shown[0]} of 4 clips show an opening curtain; after, {shown[1]}." in text
 
 
 def test_the_command_of_a_built_in_model_is_a_sentence():
@@ -140,14 +140,7 @@ def test_two_guidance_scales_have_one_seed_and_differ(finished):
 
 
 def test_the_run_can_be_sampled_by_its_sentence(finished, tmp_path):
-    words = [
-        "sample",
-        str(finished[0] / "run"),
-        "--prompt",
-        "a red star goes round in circles",
-        "--steps",
-        "2",
-    ]
+    words = ["sample", str(finished[0] / "run"), "--prompt", "a red curtain opens", "--steps", "2"]
     done = CliRunner().invoke(app, [*words, "--out", str(tmp_path / "clips"), "--json"])
     assert done.exit_code == 0, done.output
     assert "warning" not in done.stderr, "its words were trained on"
@@ -196,5 +189,5 @@ def test_the_sentences_are_within_the_words_of_the_captions():
     assert known is not None
     texts = [*demo.SENTENCES, *demo.FROM_IMAGE, demo.GUIDED]
     assert [warning for text in texts if (warning := known.warning(text))] == []
-    new = DataConfig(kind="procedural", scenes="circles", language="mixed").scene_set.captions
+    new = DataConfig(kind="procedural", scenes="curtains", language="mixed").scene_set.captions
     assert all(known.warning(text) for text in new), "the fine-tuning teaches words"

@@ -91,7 +91,7 @@ def test_names_stand_for_what_is_below_the_roots_and_nothing_else(tmp_path):
         "a": str(root / "a"),
     }
     assert set(found.reports()) == {"a/report.html"}
-    assert list(found.data()) == [f"{GENERATED}{name}" for name in ("shapes", "world", "circles")]
+    assert list(found.data()) == [f"{GENERATED}{name}" for name in ("shapes", "world", "curtains")]
 
 
 def test_a_report_is_shown_in_a_frame_that_reaches_nothing(tmp_path, monkeypatch):

@@ -22,9 +22,7 @@ PROCEDURAL: Table[str, Callable[["DataConfig"], "SceneSet"]] = Table(
     {
         "shapes": Later("latte.data.procedural:ShapeScenes", "one shape that moves up, down, left or right"),
         "world": Later("latte.data.world.dataset:WorldScenes", "nine kinds of scenes, English and Chinese"),
-        "circles": Later(
-            "latte.data.world.circles:CircleScenes", "stars that go round in circles, for fine-tuning"
-        ),
+        "curtains": Later("latte.data.world.curtains:CurtainScenes", "curtains that open, for fine-tuning"),
     }
 )
 
@@ -107,7 +105,7 @@ class DataConfig:
     seed: int = 0  # seed of procedural clips
     num_clips: int | None = None  # number of procedural clips; null: unlimited
     hold_out: int | float | str = 0  # a share or a file list of videos; N: of procedural captions, 1 in N
-    scenes: str = "shapes"  # what procedural clips show: shapes, world or circles
+    scenes: str = "shapes"  # what procedural clips show: shapes, world or curtains
     language: str | None = None  # captions of scenes of the world: en, zh or mixed; null: en
     captions: str | None = None  # auto, or a csv or jsonl file of captions; null: none are read
     workers: int | None = (

@@ -75,7 +75,7 @@ class Result:
     sheet: Path
     shares: Mapping[str, Share]  # of clips of held-out combinations
     tuned: Tuned
-    circling: tuple[Share, Share]  # before and after
+    new_motion: tuple[Share, Share]  # clips that show it, before and after
     made: float  # seconds of generating and grading
     seconds: float  # in total
 
@@ -84,12 +84,12 @@ def report(result: Result) -> html.Html:
     """Return the page."""
     seconds = result.seconds
     before, after = result.tuned.held_out
-    circling = result.circling
+    shown = result.new_motion
     tiles = {
         "of unseen combinations: kind, colour and direction right": f"{result.shares['all three'].value:.0%}",
         "consistent over all frames": f"{result.shares['consistent'].value:.0%}",
         f"held-out loss after fine-tuning, {before:.3f} before": f"{after:.3f}",
-        f"of {circling[1].count} stars go round, {circling[0].hits} before": circling[1].hits,
+        f"of {shown[1].count} clips show an opening curtain, {shown[0].hits} before": shown[1].hits,
         "seconds in total": f"{seconds:.0f}",
     }
     return html.page(
@@ -177,13 +177,13 @@ def training_section(result: Result) -> html.Html:
         Series("every step", tuned.steps, tuned.losses, faint=True),
         Series(f"mean of {WINDOW}", tuned.steps, smooth(tuned.losses, WINDOW)),
     ]
-    before, after = result.circling
+    before, after = result.new_motion
     return html.section(
         "A motion that it has not seen",
         html.prose(
-            f"Fine-tuned for {tuned.steps[-1]} steps on stars that go round in circles. The sentences have "
-            f"pairs of colours that were not trained on. Before, {before.hits} of {before.count} clips go "
-            f"round; after, {after.hits}. The loss on clips that were not trained on went from "
+            f"Fine-tuned for {tuned.steps[-1]} steps on curtains that open. The sentences have "
+            f"pairs of colours that were not trained on. Before, {before.hits} of {before.count} clips show "
+            f"an opening curtain; after, {after.hits}. The loss on clips that were not trained on went from "
             f"{tuned.held_out[0]:.3f} to {tuned.held_out[1]:.3f}."
         ),
         html.tag("h3", {}, "Before"),

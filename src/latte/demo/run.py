@@ -3,7 +3,7 @@
 on a motion that the model does not know, and a page.
 
 Everything that is graded is read from the pixels: kind, colour, direction and consistency of scenes whose
-combination was held out of training, and whether a star goes round in circles, before and after.
+combination was held out of training, and whether a curtain opens, before and after.
 Axes: t frames, h height, w width, c channels.
 """
 
@@ -22,7 +22,7 @@ from latte.build import Job, build
 from latte.checks import InputError, check, command_line
 from latte.config.run import load_run
 from latte.data.datasets import ProceduralDataset
-from latte.data.world.circles import CircleScenes
+from latte.data.world.curtains import CurtainScenes
 from latte.data.world.grading import Share, grade
 from latte.data.world.scenes import Scene, caption, render_frame, sample_scene
 from latte.data.writers import contact_sheet, write_gif, write_mp4
@@ -61,7 +61,7 @@ SCALES = (1.0, 4.0)
 NEW_CLIPS = 4
 BASE = "builtin"  # the recipe of the model and of its fine-tuning
 TUNING = (
-    "data.scenes=circles",
+    "data.scenes=curtains",
     "train.global_batch=8",
     "train.lr=2e-3",
     "train.warmup_steps=5",
@@ -70,7 +70,7 @@ TUNING = (
     "train.frame_noise=0",
 )
 PROBE_STEPS = 4  # the first of them is slower: caches, memory, threads
-HELD_OUT_SEED = 9_000_000  # of circles that are not trained on
+HELD_OUT_SEED = 9_000_000  # of curtains that are not trained on
 HELD_OUT_CLIPS = 16
 PARTS = ("kind", "colour", "direction")
 MAX_CLIPS = 100_000
@@ -156,7 +156,7 @@ def grade_held_out(studio: Studio, count: int) -> tuple[Path, dict[str, Share]]:
 
 
 def validation_of(job: Job, model: Denoiser) -> Validation:
-    """Return what measures the loss on circles that are not trained on."""
+    """Return what measures the loss on curtains that are not trained on."""
     config = job.config
     assert job.captions
     data = ProceduralDataset(replace(config.data, seed=HELD_OUT_SEED, num_clips=HELD_OUT_CLIPS))
@@ -175,6 +175,12 @@ def validation_of(job: Job, model: Denoiser) -> Validation:
     return Validation(task, model, data, CaptionReader(job.captions, 0.0), HELD_OUT_CLIPS, Group())
 
 
+def tuning_of(config: DemoConfig, pipe: VideoPipeline) -> list[str]:
+    """Return the settings of the fine-tuning that differ from BASE, with the blocks that the model has."""
+    pooled = str(getattr(pipe.model.config, "pooled_caption", False)).lower()
+    return [*TUNING, f"train.init={config.model}", f"text.pooled_caption={pooled}", *config.overrides]
+
+
 def fine_tune(config: DemoConfig, studio: Studio, device: str, note: Note) -> Tuned:
     """Fine-tune for about ``config.seconds``: a few steps to measure the speed, then resume.
 
@@ -182,7 +188,7 @@ def fine_tune(config: DemoConfig, studio: Studio, device: str, note: Note) -> Tu
     """
     began = time.perf_counter()
     run = config.out / "run"
-    changes = [*TUNING, f"train.init={config.model}", *config.overrides]
+    changes = tuning_of(config, studio.pipe)
     fixed = ["train.sample_every=0", "train.keep_last=1", "train.log_every=1", "train.report=false"]
     words = [*changes, f"run.dir={run}", f"run.seed={config.seed}", *fixed]
 
@@ -209,7 +215,7 @@ def fine_tune(config: DemoConfig, studio: Studio, device: str, note: Note) -> Tu
     validation.task = replace(validation.task, model=tuned.model)
     losses.append(validation()["validation/loss"])
     after = replace(studio, pipe=tuned).make("after", prompts)
-    repeat = [*changes, f"train.steps={steps}", f"run.seed={config.seed}", "run.dir=runs/circles"]
+    repeat = [*changes, f"train.steps={steps}", f"run.seed={config.seed}", "run.dir=runs/curtains"]
     return Tuned(
         command_line("train", BASE, *repeat),
         [int(line["step"]) for line in lines],
@@ -231,8 +237,7 @@ def run_demo(config: DemoConfig, device: str, dtype: str, progress: Progress, no
     )
     precision = resolve_dtype(dtype, resolve_device(device))
     pipe = open_model(config, device, precision)
-    words = [*TUNING, f"train.init={config.model}", *config.overrides]
-    build(load_run(BASE, words)[0], device)  # wrong settings are found before the work
+    build(load_run(BASE, tuning_of(config, pipe))[0], device)  # wrong settings are found before the work
     studio = Studio(pipe, config.out, config.seed, progress)
     note(f"generating clips with model {config.model}")
     shown = studio.make("clips", SENTENCES)
@@ -251,7 +256,6 @@ def run_demo(config: DemoConfig, device: str, dtype: str, progress: Progress, no
     made = time.perf_counter() - began
     tuned = fine_tune(config, studio, device, note)
     seconds = time.perf_counter() - began
-    circling = circling_of(tuned, pipe)
     result = Result(
         config.model,
         config.seed,
@@ -264,7 +268,7 @@ def run_demo(config: DemoConfig, device: str, dtype: str, progress: Progress, no
         sheet,
         shares,
         tuned,
-        circling,
+        new_motion_of(tuned, pipe),
         made,
         seconds,
     )
@@ -289,16 +293,16 @@ def summary(config: DemoConfig, result: Result) -> dict[str, Any]:
         "sheet": str(result.sheet),
         "run": str(config.out / "run"),
         "loss": list(result.tuned.held_out),
-        "circling": [share.value for share in result.circling],
+        "new_motion": [share.value for share in result.new_motion],
         "steps": result.tuned.steps[-1],
         "seconds": round(result.seconds, 1),
     }
 
 
-def circling_of(tuned: Tuned, pipe: VideoPipeline) -> tuple[Share, Share]:
-    """Return how many of the clips before and after show something that goes round in circles."""
-    config = load_run(BASE, ["data.scenes=circles"])[0].data
-    scenes = CircleScenes(replace(config, resolution=pipe.frame_size(), frames=pipe.num_frames))
+def new_motion_of(tuned: Tuned, pipe: VideoPipeline) -> tuple[Share, Share]:
+    """Return how many of the clips before and after show a curtain that opens."""
+    config = load_run(BASE, ["data.scenes=curtains"])[0].data
+    scenes = CurtainScenes(replace(config, resolution=pipe.frame_size(), frames=pipe.num_frames))
     before, after = (
         Share.of([scenes.read_label(frames) == 0 for frames in clips.frames])
         for clips in (tuned.before, tuned.after)

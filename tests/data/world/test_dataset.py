@@ -143,7 +143,7 @@ def test_descriptions_name_what_the_clips_depend_on_and_those_of_shapes_stay():
     [
         (
             {"scenes": "wrld"},
-            "data.scenes is 'wrld', which is not one of shapes, world, circles; did you mean 'world'?",
+            "data.scenes is 'wrld', which is not one of shapes, world, curtains; did you mean 'world'?",
         ),
         ({"scenes": "shapes", "language": "en"}, "data.language is 'en', but the captions of moving shapes"),
         ({"language": "fr"}, "data.language must be one of en, zh, mixed, got 'fr'"),
