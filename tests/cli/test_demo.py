@@ -146,6 +146,16 @@ def test_the_run_can_be_sampled_by_its_sentence(finished, tmp_path):
     assert "warning" not in done.stderr, "its words were trained on"
 
 
+@pytest.mark.parametrize(
+    ("config", "value"), [(TextConfig(), "false"), (TextConfig(pooled_caption=True), "true")]
+)
+def test_the_fine_tuning_has_the_blocks_of_the_model(config, value):
+    pipe = SimpleNamespace(model=SimpleNamespace(config=config))
+    settings = demo.tuning_of(demo.DemoConfig(Path(), overrides=("train.lr=1e-3",)), pipe)
+    assert f"text.pooled_caption={value}" in settings
+    assert settings[-1] == "train.lr=1e-3", "what is given on the command line comes last"
+
+
 def test_progress_goes_to_stderr(finished):
     assert "100%" in finished[2]
     assert "steps" in finished[2]

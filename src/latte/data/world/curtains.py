@@ -29,11 +29,9 @@ TEMPLATES = {
 GAP = (0.02, 0.06)  # at time 0, as a share of the frame's width
 SPEED = (0.42, 0.50)  # by which it grows in a second
 CONTRAST = 60  # grey levels in some channel between curtain and wall
-MIN_AGREEMENT = (
-    0.85  # 0.75 for a curtain that vanishes halfway, less for one that opens from a side or closes
-)
+MIN_AGREEMENT = 0.85  # of the pixels; 0.75 for a curtain that vanishes halfway, less when it closes
 MAX_STEP = 0.12  # of the gap, from one frame to the next
-MIN_SHARE = 0.05  # of the frame: a smaller region has no colour worth reading
+MIN_SHARE = 0.25  # of the frame: a smaller region is mostly blurred border, once decoded
 Pair = tuple[str, str]
 """Colour of the curtain, colour of the wall."""
 
