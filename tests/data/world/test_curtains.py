@@ -57,7 +57,7 @@ def test_an_opening_curtain_is_read_from_the_pixels():
     assert scenes.read_label(np.stack(sides)) is None, "it opens from the left"
     assert scenes.read_label(clip_of([0] * 8 + [1] * 9)) is None, "it vanishes"
     faint = clip_of(gaps_of()) // 8 + 100
-    assert scenes.read_label(faint) is None, "hardly to be seen"
+    assert scenes.read_label(faint) is None, "hardly visible"
 
 
 def gaps_of():

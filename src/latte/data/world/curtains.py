@@ -31,7 +31,7 @@ SPEED = (0.42, 0.50)  # by which it grows in a second
 CONTRAST = 60  # grey levels in some channel between curtain and wall
 MIN_AGREEMENT = 0.85  # of the pixels; 0.75 for a curtain that vanishes halfway, less when it closes
 MAX_STEP = 0.12  # of the gap, from one frame to the next
-MIN_SHARE = 0.25  # of the frame: a smaller region is mostly blurred border, once decoded
+MIN_SHARE = 0.15  # of the frame: a smaller region is mostly blurred border, once decoded
 Pair = tuple[str, str]
 """Colour of the curtain, colour of the wall."""
 
@@ -98,10 +98,10 @@ class CurtainScenes:
         colours = colours_of(clip)
         mask = curtain_mask(clip, colours)
         for region, colour in ((mask, colours[0]), (~mask, colours[1])):
-            errors = abs(clip - colour).max(-1)  # (t h w)
-            sizes = region.sum((1, 2))
-            means = (errors * region).sum((1, 2)) / np.maximum(sizes, 1)
-            if means[sizes > MIN_SHARE * region[0].size].max(initial=0) > MAX_COLOUR_CHANGE:
+            large = region.mean((1, 2)) > MIN_SHARE
+            frames = zip(clip[large], region[large], strict=True)
+            changes = [abs(frame[inside].mean(0) - colour).max() for frame, inside in frames]
+            if max(changes, default=0) > MAX_COLOUR_CHANGE:
                 return False
         return bool(abs(np.diff(mask.mean((1, 2)))).max(initial=0) <= MAX_STEP)
 
