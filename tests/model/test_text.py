@@ -333,7 +333,7 @@ def test_cuda_agrees_with_the_cpu():
 
 @torch.no_grad()
 def test_a_pooled_caption_reaches_the_temporal_blocks():
-    """Without cross-attention in the spatial blocks nothing but the pooled caption tells the words apart."""
+    """Without cross-attention in the spatial blocks only the pooled caption can make a difference."""
     z, first, second = noise(2, 4, 4, 8, 8), noise(2, 7, 12), noise(2, 7, 12, seed=9)
     for pooled in (False, True):
         model = tiny(pooled_caption=pooled)
