@@ -30,7 +30,7 @@ from temporal import BlockCodec, TimeCodec, time_codec
 from tiny_external import CASES, WAN, save_external, tiny_external
 from tiny_pipeline import NAMES, tiny_codec
 
-LENGTHS = (1, 2, 3, 4, 5, 7, 8, 9, 12, 13, 16, 17)
+LENGTHS = (1, 2, 3, 4, 5, 7, 8, 9, 12, 13, 16, 17, 24)
 SAMPLE = SampleConfig(sampler="ddim", steps=1, batch=2)
 
 
