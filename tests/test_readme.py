@@ -94,3 +94,11 @@ def test_python_blocks_run(tmp_path, monkeypatch):
 
 def test_no_block_asks_for_a_banned_way_in():
     assert not re.search(r"--extra-index-url|curl .*\| *(ba)?sh|sudo ", README)
+
+
+def test_the_numbers_of_the_built_in_model_are_those_of_its_card():
+    card = (ROOT / "src/latte/builtin/README.md").read_text(encoding="utf-8")
+    row = next(line for line in card.splitlines() if "held out of training" in line)
+    expected = [round(float(share)) for share in re.findall(r"\| (\d+\.\d) %", row)[:4]]
+    sentence = README.split("held out of training", 1)[1].split("(docs/results.md)")[0]
+    assert [int(share) for share in re.findall(r"(\d+) %", sentence)] == expected

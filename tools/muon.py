@@ -6,10 +6,11 @@ matrices alone; here the axes of a convolution's weights after the first are fla
 and biases stay with AdamW.
 """
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
 
 MOMENTUM = 0.95
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # coefficients of the quintic iteration
@@ -51,3 +52,18 @@ def orthogonal(matrix: Tensor) -> Tensor:
         gram = x @ x.T
         x = a * x + (b * gram + c * gram @ gram) @ x
     return (x.T if tall else x).to(matrix.dtype).contiguous()
+
+
+def with_adamw(model: nn.Module, edges: Container[nn.Module], lr: float, muon_lr: float) -> list[Optimizer]:
+    """Return AdamW, and Muon for the convolutions of 3 x 3 that are not in ``edges``; frozen weights have
+    neither.
+    """
+    inner = {
+        module.weight
+        for module in model.modules()
+        if isinstance(module, nn.Conv2d) and module.kernel_size == (3, 3) and module not in edges
+    }
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    rest = [parameter for parameter in trained if parameter not in inner]
+    chosen = [parameter for parameter in trained if parameter in inner]
+    return [AdamW(rest, lr=lr, weight_decay=1e-3), Muon(chosen, lr=muon_lr)]

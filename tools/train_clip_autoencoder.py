@@ -17,15 +17,14 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
-from torch.optim import AdamW, Optimizer
 
 from latte.autoencoder.builtin_clip import SPAN, BuiltinClipAutoencoder
 from latte.data.clips import to_uint8
 from latte.data.procedural import read_motion
 from latte.runtime import generator
-from tools.muon import Muon
+from tools.muon import with_adamw
 from tools.train_autoencoder import TEST_SEED, TRAIN_SEED, procedural_frames
 from tools.train_temporal_autoencoder import fidelity, reconstruction_loss
 from tools.training_loop import TrainingConfig, fresh_network, train
@@ -87,6 +86,7 @@ def fit(config: ClipConfig, keep: Path | None = None) -> BuiltinClipAutoencoder:
         smooth = error.abs().mean() + 4 * error.square().mean()
         return reconstruction_loss(decoded, clips) + config.smooth * smooth
 
+    edges = {model.decoder[0], *model.refiner.modules()}
     train(
         model,
         loss_of,
@@ -96,36 +96,20 @@ def fit(config: ClipConfig, keep: Path | None = None) -> BuiltinClipAutoencoder:
         keep=keep,
         keep_every=100,
         decay_steps=config.decay_steps,
-        optimizers=optimizers_of(model, config),
+        optimizers=with_adamw(model, edges, config.lr, config.muon_lr),
     )
     normalise(model, pool)
     return model.eval()
-
-
-def optimizers_of(model: BuiltinClipAutoencoder, config: ClipConfig) -> list[Optimizer]:
-    """Return Muon for the convolutions of 3 x 3 between hidden channels, and AdamW for the rest."""
-    edges = {model.decoder[0], *model.refiner.modules()}
-    inner = {
-        module.weight
-        for module in model.modules()
-        if isinstance(module, nn.Conv2d) and module.kernel_size == (3, 3) and module not in edges
-    }
-    rest = [parameter for parameter in model.parameters() if parameter not in inner]
-    chosen = [parameter for parameter in model.parameters() if parameter in inner]
-    return [AdamW(rest, lr=config.lr, weight_decay=1e-3), Muon(chosen, lr=config.muon_lr)]
 
 
 @torch.no_grad()
 def normalise(model: BuiltinClipAutoencoder, pool: Tensor) -> None:
     """Put the latents' exact mean and variance over clips (n f 3 h w, uint8) into the model's normaliser."""
     model.eval()
-    stored = model.normaliser
-    stored.mean.zero_()
-    stored.var.fill_(1)
-    parts = [model.encode_spans(part.float() / 127.5 - 1).double() for part in pool[:1024].split(32)]
-    raw = torch.cat(parts) * (1 + 1e-6) ** 0.5
-    stored.mean.copy_(raw.mean((0, 2, 3)))
-    stored.var.copy_(raw.var((0, 2, 3), correction=0))
+    parts = [model.raw_encode(part.float() / 127.5 - 1).double() for part in pool[:1024].split(32)]
+    raw = torch.cat(parts)
+    model.normaliser.mean.copy_(raw.mean((0, 2, 3)))
+    model.normaliser.var.copy_(raw.var((0, 2, 3), correction=0))
 
 
 @torch.no_grad()

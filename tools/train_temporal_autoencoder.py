@@ -20,14 +20,14 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from latte.autoencoder.base import fill_network, read_tensors
 from latte.autoencoder.builtin_temporal import BuiltinTemporalAutoencoder, to_frames, to_spans
 from latte.data.world.kinds import KINDS
 from latte.data.world.scenes import FPS
 from latte.runtime import generator
-from tools.muon import Muon
+from tools.muon import with_adamw
 from tools.temporal_clips import SLACK, TEST_SEED, TRAIN_SEED, cached_pool, shape_clip, world_clip
 from tools.train_autoencoder import psnr
 from tools.training_loop import TrainingConfig, fresh_network, train
@@ -152,6 +152,7 @@ def fit(
         moment = latent.square().mean((0, 1, 3, 4))  # of each channel
         return loss + 0.1 * (moment - 1).square().mean()
 
+    edges = {model.decoder[0], model.to_pixels, *model.refiner.modules()}
     train(
         model,
         loss_of,
@@ -161,7 +162,7 @@ def fit(
         keep=keep,
         keep_every=100,
         decay_steps=config.decay_steps,
-        optimizers=optimizers_of(model, config),
+        optimizers=with_adamw(model, edges, config.lr, config.muon_lr),
     )
     if not config.decoder_only:
         normalise(model, pools, config)
@@ -173,21 +174,6 @@ def begin_from(model: BuiltinTemporalAutoencoder, path: str) -> None:
     stored = read_tensors(path, "--start")
     own = {name: tensor for name, tensor in model.state_dict().items() if name.startswith("refiner.")}
     fill_network(model, {**own, **stored}, path, "--start")
-
-
-def optimizers_of(model: BuiltinTemporalAutoencoder, config: TemporalConfig) -> list[torch.optim.Optimizer]:
-    """Return Muon for the convolutions of 3 x 3 between hidden channels, and AdamW for the rest."""
-    edges = {model.decoder[0], model.to_pixels, *model.refiner.modules()}
-    inner = [
-        module.weight
-        for module in model.modules()
-        if isinstance(module, nn.Conv2d) and module.kernel_size == (3, 3) and module not in edges
-    ]
-    inner = [parameter for parameter in inner if parameter.requires_grad]
-    known = set(inner)
-    rest = [p for p in model.parameters() if p.requires_grad and p not in known]
-    optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(rest, lr=config.lr, weight_decay=1e-3)]
-    return [*optimizers, Muon(inner, lr=config.muon_lr)]
 
 
 def some_clips(pools: Pools, config: TemporalConfig, num_clips: int) -> Iterator[Tensor]:

@@ -58,11 +58,14 @@ class BuiltinClipAutoencoder(nn.Module):
         self.to_pixels = nn.Conv2d(narrow, 3 * SPAN * PATCH**2, 1)
         self.refiner = Refiner(narrow, SPAN)
 
+    def raw_encode(self, spans: Tensor) -> Tensor:
+        """Return latents (n c h w), not normalised, of spans (n s 3 H W)."""
+        patches = functional.pixel_unshuffle(spans.flatten(1, 2), PATCH)  # (n s*3*16 H/4 W/4)
+        return self.encoder(patches.contiguous(memory_format=torch.channels_last)).float()
+
     def encode_spans(self, spans: Tensor) -> Tensor:
         """Return latents (n c h w) of spans (n s 3 H W)."""
-        patches = functional.pixel_unshuffle(spans.flatten(1, 2), PATCH)  # (n s*3*16 H/4 W/4)
-        raw = self.encoder(patches.contiguous(memory_format=torch.channels_last))
-        return self.normaliser(raw.float())
+        return self.normaliser(self.raw_encode(spans))
 
     def decode_spans(self, latent: Tensor) -> Tensor:
         """Return spans (n s 3 H W), about [-1, 1], of latents (n c h w)."""
